@@ -1,0 +1,102 @@
+"""Puts the parts together from a config: the only place that knows them all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from avsr.config import Config, ModelConfig, differences, read_run_config
+from avsr.data.features import FeatureStore
+from avsr.errors import UserError
+from avsr.models.llm import LoadedLLM, load_llm
+from avsr.models.speech_llm import SpeechLLM
+
+WEIGHTS = "model.safetensors"
+
+
+def pick_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def frozen_dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def build_store(config: Config, device: torch.device) -> FeatureStore:
+    return FeatureStore(config.model.encoder, config.data, device)
+
+
+def build_model(config: Config, widths: dict[str, int], device: torch.device) -> tuple[SpeechLLM, LoadedLLM]:
+    """The untrained model; its new parameters depend on ``training.seed`` alone."""
+    loaded = load_llm(config.model.llm, frozen_dtype(config))
+    torch.manual_seed(config.training.seed)
+    return SpeechLLM(config.model, loaded, widths).to(device), loaded
+
+
+def find_checkpoint(run: str | Path, which: str = "best") -> Path:
+    """The folder of a run's checkpoint, ``which`` = best or last.
+
+    Raises:
+        UserError: the run has none.
+    """
+    for name in (which, "last"):
+        folder = Path(run) / "checkpoints" / name
+        if (folder / WEIGHTS).is_file():
+            return folder
+    raise UserError(f"{run} has no checkpoint in {Path(run) / 'checkpoints'}; train it first")
+
+
+def load_weights(model: SpeechLLM, folder: Path) -> None:
+    """Loads adapter, projector and delimiters.
+
+    Raises:
+        UserError: the file is damaged, or a tensor is missing, unknown or of another shape; the message names
+            the first such tensor and, where the checkpoint's config differs, its keys.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+    own = model.own_state()
+    problem = ""
+    for name in sorted(own.keys() | shapes.keys()):
+        if name not in shapes:
+            problem = f"{name} is missing from the checkpoint"
+        elif name not in own:
+            problem = f"{name} of the checkpoint has no place in the model"
+        elif shapes[name] != tuple(own[name].shape):
+            problem = f"{name} has shape {shapes[name]} in the checkpoint and {tuple(own[name].shape)} in the model"
+        if problem:
+            differing = _config_differences(model.config, folder)
+            raise UserError(f"{path} does not fit the config: {problem}{differing}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor.to(own[name]))
+
+
+def load_run(
+    run: str | Path, overrides: list[str], device: torch.device, which: str = "best"
+) -> tuple[Config, SpeechLLM, FeatureStore]:
+    """A trained run, ready for decoding, with ``key=value`` overrides of its config."""
+    config = read_run_config(run, overrides)
+    folder = find_checkpoint(run, which)
+    store = build_store(config, device)
+    model, _ = build_model(config, {"audio": store.width}, device)
+    load_weights(model, folder)
+    return config, model.eval(), store
+
+
+def _config_differences(ours: ModelConfig, folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return ""
+    lines = differences(ours, read_run_config(folder).model, "model.")
+    return "; config here != checkpoint: " + ", ".join(lines) if lines else ""

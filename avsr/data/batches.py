@@ -1,0 +1,124 @@
+"""Micro-batches under a frame budget, and what is in one.
+
+Batches are bounded by their padded area: the number of utterances times the longest of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from avsr.data.manifest import Utterance
+from avsr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance ready for a batch: encoder features (T, D) by modality and text ids without specials."""
+
+    utterance: Utterance
+    features: dict[str, Tensor]
+    text: list[int]
+
+
+@dataclass
+class Batch:
+    """B utterances. ``features[modality]`` is (B, T, D) float, zero-padded on the right; ``lengths[modality]``
+    (B,) int64 counts frames; ``text`` holds token ids without specials."""
+
+    utterances: list[Utterance]
+    features: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+    text: list[list[int]]
+
+    @property
+    def seconds(self) -> float:
+        return sum(utterance.duration for utterance in self.utterances)
+
+    @property
+    def label_tokens(self) -> int:
+        """Text tokens and one end token an utterance."""
+        return sum(len(ids) + 1 for ids in self.text)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    features, lengths = {}, {}
+    for name in examples[0].features:
+        rows = [example.features[name] for example in examples]
+        features[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths[name] = torch.tensor([len(row) for row in rows])
+    return Batch([e.utterance for e in examples], features, lengths, [e.text for e in examples])
+
+
+def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Random | None = None) -> list[list[int]]:
+    """Groups indices so that (utterances x longest size) stays within ``budget`` and at most ``most`` are together.
+
+    Neighbours in length share a batch, which keeps padding small; with ``rng`` equal lengths are mixed anew, up
+    to 10% of jitter, and the batches are shuffled. Without it the order is that of length.
+
+    Raises:
+        UserError: one item alone is larger than the budget.
+    """
+    jitter = (lambda size: size * rng.uniform(0.95, 1.05)) if rng is not None else float
+    order = sorted(range(len(sizes)), key=lambda i: (jitter(sizes[i]), i))
+    batches: list[list[int]] = []
+    current: list[int] = []
+    longest = 0
+    for index in order:
+        if sizes[index] > budget:
+            raise UserError(f"an utterance of {sizes[index]} frames does not fit training.frames = {budget}")
+        longest = max(longest, sizes[index])
+        if current and (longest * (len(current) + 1) > budget or len(current) >= most):
+            batches.append(current)
+            current, longest = [], sizes[index]
+        current.append(index)
+    if current:
+        batches.append(current)
+    if rng is not None:
+        rng.shuffle(batches)
+    return batches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which batch every rank takes in every micro-step: the same on any machine for one seed.
+
+    A step takes ``world * accumulation`` batches of the epoch's list; what is left at the end of an epoch is
+    dropped (the shuffle leaves out others next time).
+    """
+
+    sizes: tuple[int, ...]
+    budget: int
+    most: int
+    seed: int
+    world: int = 1
+    accumulation: int = 1
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        return len(self._epoch(epoch)) // (self.world * self.accumulation)
+
+    def epoch_steps(self, epoch: int, rank: int) -> list[list[list[int]]]:
+        """All steps of an epoch for ``rank``.
+
+        Raises:
+            UserError: the epoch has fewer batches than one step needs.
+        """
+        batches = self._epoch(epoch)
+        per_step = self.world * self.accumulation
+        if len(batches) < per_step:
+            raise UserError(
+                f"{len(self.sizes)} utterances make {len(batches)} batches, but one step of {self.world} ranks x "
+                f"training.accumulation = {self.accumulation} needs {per_step}; lower training.frames, "
+                "training.utterances or training.accumulation"
+            )
+        return [
+            [batches[first + micro * self.world + rank] for micro in range(self.accumulation)]
+            for first in range(0, len(batches) - per_step + 1, per_step)
+        ]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        return make_batches(self.sizes, self.budget, self.most, random.Random(f"{self.seed} {epoch}"))

@@ -1,0 +1,115 @@
+"""A manifest made ready: checked up front, with features and token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from avsr.config import DataConfig
+from avsr.data.batches import Example
+from avsr.data.features import FeatureStore
+from avsr.data.manifest import Utterance, read_manifest
+from avsr.errors import UserError
+from avsr.models.compression import compressed_length
+
+logger = logging.getLogger("avsr")
+_SHOWN = 5  # bad lines named in one message
+
+
+class SpeechDataset(Dataset[Example]):
+    """Examples of a manifest's usable utterances. ``sizes`` are encoder frames, ``skipped`` counts refusals."""
+
+    def __init__(self, utterances: Sequence[Utterance], store: FeatureStore, tokenize: Callable[[str], list[int]]):
+        self.utterances = list(utterances)
+        self.sizes = tuple(store.frames(utterance) for utterance in self.utterances)
+        self.skipped = 0
+        self._store = store
+        self._tokenize = tokenize
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> Example:
+        utterance = self.utterances[index]
+        return Example(utterance, {"audio": self._store.load(utterance)}, self._tokenize(utterance.text))
+
+
+def load_dataset(
+    manifest: str,
+    config: DataConfig,
+    store: FeatureStore,
+    tokenize: Callable[[str], list[int]],
+    *,
+    rate: int,
+    title: str,
+) -> SpeechDataset:
+    """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
+
+    Raises:
+        UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    bad: dict[str, str] = {}
+    skip = config.on_bad == "skip"
+    lines: list[str] = []
+    utterances = read_manifest(manifest, on_bad=lines.append if skip else None)
+    bad.update({f"bad line {number}": line for number, line in enumerate(lines)})
+    if config.limit:
+        utterances = utterances[: config.limit]
+    for utterance in utterances:
+        count = len(tokenize(utterance.text))
+        if count > config.max_text_tokens:
+            bad[utterance.id] = (
+                f"{utterance.where}: the transcript has {count} tokens, allowed are data.max_text_tokens = "
+                f"{config.max_text_tokens}"
+            )
+    mine = [u for u in utterances if u.id not in bad][rank::world]
+    found = store.prepare(mine, title=title, shown=rank == 0)
+    found.update(_too_short([u for u in mine if u.id not in found], store, rate))
+    for part in _gather(found, world):
+        bad.update(part)
+    return _usable(utterances, bad, manifest, store, tokenize, skip=skip)
+
+
+def _usable(
+    utterances: Sequence[Utterance],
+    bad: dict[str, str],
+    manifest: str,
+    store: FeatureStore,
+    tokenize: Callable[[str], list[int]],
+    *,
+    skip: bool,
+) -> SpeechDataset:
+    if bad:
+        listed = "\n  ".join(list(bad.values())[:_SHOWN])
+        more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        if not skip:
+            raise UserError(
+                f"{manifest}: {len(bad)} of {len(utterances)} utterances cannot be used (data.on_bad=skip leaves "
+                f"them out):\n  {listed}{more}"
+            )
+        logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
+    dataset = SpeechDataset([u for u in utterances if u.id not in bad], store, tokenize)
+    dataset.skipped = len(bad)
+    if not len(dataset):
+        raise UserError(f"{manifest}: no utterance can be used")
+    return dataset
+
+
+def _too_short(utterances: Sequence[Utterance], store: FeatureStore, rate: int) -> dict[str, str]:
+    return {
+        u.id: f"{u.where}: {u.audio} is shorter than one token at model.compression.rate = {rate}"
+        for u in utterances
+        if compressed_length(store.frames(u), rate) < 1
+    }
+
+
+def _gather(found: dict[str, str], world: int) -> list[dict[str, str]]:
+    if world == 1:
+        return [found]
+    parts: list[dict[str, str]] = [{} for _ in range(world)]
+    dist.all_gather_object(parts, found)
+    return parts

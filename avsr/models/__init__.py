@@ -1,0 +1,1 @@
+"""Encoders, compression, projector, the language model and their composition."""

@@ -1,0 +1,132 @@
+"""The language model: a hub id, a folder or a GGUF file, with LoRA adapters by PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from avsr.config import LLMConfig, LoraConfig
+from avsr.errors import UserError
+from avsr.models.sources import cache_folder, resolve
+
+
+@dataclass(frozen=True)
+class LoadedLLM:
+    """A frozen causal LM with its tokenizer and the two token ids that frame a sequence."""
+
+    model: Any
+    tokenizer: Any
+    bos: int
+    eos: int
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text`` without specials."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def load_llm(config: LLMConfig, dtype: torch.dtype = torch.float32) -> LoadedLLM:
+    """Loads model and tokenizer, frozen, in eval mode, with an empty generation config (so that no sampling
+    setting of a model's own leaks into decoding).
+
+    Raises:
+        UserError: missing model, a tokenizer without BOS or EOS (with the key that names one).
+    """
+    disable_progress_bar()
+    source = resolve(config.name)
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        source = convert_gguf(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
+    model.generation_config = GenerationConfig()
+    return LoadedLLM(
+        model.eval().requires_grad_(False),
+        tokenizer,
+        bos=_special(tokenizer, config.bos_token, tokenizer.bos_token_id, "model.llm.bos_token"),
+        eos=_special(tokenizer, config.eos_token, tokenizer.eos_token_id, "model.llm.eos_token"),
+    )
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """``model`` wrapped by PEFT with trainable adapters in float32; itself when the rank is 0."""
+    if config.rank == 0:
+        return model
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
+
+
+def lora_from_reduction(hidden: int, reduction: int, alpha: float) -> LoraConfig:
+    """Llama-AVSR's ``--reduction_lora R`` and alpha in PEFT's terms.
+
+    There the rank is round(hidden / R) and the scale alpha / R; PEFT scales by alpha / rank. So for
+    Llama-3.2-3B (hidden 3072) R = 32 and alpha = 4 are rank 96 and alpha 12, a scale of 0.125.
+    """
+    rank = round(hidden / reduction)
+    return LoraConfig(rank=rank, alpha=alpha / reduction * rank)
+
+
+def convert_gguf(path: Path) -> Path:
+    """The GGUF file as a safetensors folder in the cache (about 20 s once, 1 s afterwards)."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name} {stat.st_size}".encode()).hexdigest()[:12]
+    target = cache_folder() / "models" / f"{path.stem}-{key}"
+    if (target / "done").is_file():
+        return target
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        # transformers refuses to save a model that came from a quantised file, also after dequantising it
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part / "done").write_text(json.dumps({"source": path.name, "bytes": stat.st_size}))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if (target / "done").is_file():  # another process was faster
+            return target
+        raise UserError(f"{path}: cannot convert to {target}: {str(error).splitlines()[0]}") from error
+    return target
+
+
+def _special(tokenizer: Any, named: str | None, own: int | None, key: str) -> int:
+    if named is not None:
+        index = tokenizer.convert_tokens_to_ids(named)
+        if index is None or index == tokenizer.unk_token_id:
+            raise UserError(f"{key}: the tokenizer has no token {named!r}")
+        return int(index)
+    if own is None:
+        raise UserError(f"{key}: the tokenizer has no such token of its own; name one of its tokens")
+    return int(own)

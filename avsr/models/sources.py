@@ -1,0 +1,47 @@
+"""Where weights come from: a hub id, a local path, or a file inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from avsr.errors import UserError
+
+PACKAGE = "package:"
+
+
+def resolve(name: str) -> Path | str:
+    """``package:IMPORT_NAME/relative/path`` and existing local paths as a Path, anything else as a hub id.
+
+    The package is found without importing it: its code is never run.
+
+    Raises:
+        UserError: the package or the path inside it is missing, or a path-like name does not exist.
+    """
+    if name.startswith(PACKAGE):
+        package, _, inside = name[len(PACKAGE) :].partition("/")
+        spec = importlib.util.find_spec(package) if package else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"{name}: the package {package!r} is not installed; the demo's packages come with: "
+                "pip install 'flashsink[demo]'"
+            )
+        path = Path(list(spec.submodule_search_locations)[0]) / inside
+        if not path.exists():
+            raise UserError(f"{name}: the package {package!r} has no {inside!r}")
+        return path
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
+        raise UserError(f"{name}: there is no such file or folder, and it is no hub id (ORGANISATION/NAME)")
+    return name
+
+
+def cache_folder() -> Path:
+    """For converted weights and encoder features: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
+    own = os.environ.get("AVSR_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avsr"

@@ -1,0 +1,1 @@
+"""Makes corpora of synthetic speech with eSpeak NG, which the extra ``demo`` installs."""

@@ -1,0 +1,92 @@
+"""Training. One process: ``avsr train CONFIG [key=value ...]``; many, on one or more nodes:
+``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
+
+The run folder then holds config.yaml, metrics.jsonl, checkpoints/ and tensorboard/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from avsr.build import build_model, build_store, pick_device
+from avsr.config import Config, load_config
+from avsr.data.dataset import load_dataset
+from avsr.errors import UserError
+from avsr.training import checkpoint
+from avsr.training.checkpoint import Progress
+from avsr.training.engine import make_engine, start_distributed
+from avsr.training.trainer import Trainer, seed_everything
+
+logger = logging.getLogger("avsr")
+
+
+def train(config: Config) -> Path:
+    """Trains ``config`` to the end and returns the run folder.
+
+    Raises:
+        UserError: bad input.
+        avsr.training.trainer.Interrupted: a signal stopped it; the run can be resumed.
+    """
+    rank, _ = start_distributed()
+    failure = ""
+    if rank == 0:
+        try:
+            checkpoint.prepare_run(config)
+        except UserError as error:
+            failure = str(error)
+    checkpoint.agree(failure)
+    seed_everything(config.training.seed)
+    device = pick_device()
+    store = build_store(config, device)
+    model, loaded = build_model(config, {"audio": store.width}, device)
+    splits = [
+        load_dataset(
+            manifest, config.data, store, loaded.tokenize, rate=config.model.compression.rate, title=title
+        )
+        for manifest, title in ((config.data.train, "read train"), (config.data.validation, "read validation"))
+    ]
+    progress = checkpoint.load_progress(config, model) if config.resume else Progress()
+    if config.training.gradient_checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    attach(model, config)
+    engine = make_engine(model, config)
+    if config.resume:
+        checkpoint.load_engine(engine, config)
+    if rank == 0:
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in model.trainable().values())
+        logger.info("%s: %d utterances, %d trained parameters", config.run, len(splits[0]), count)
+    torch.manual_seed(config.training.seed + rank)
+    Trainer(engine, config, splits[0], splits[1], progress).fit()
+    model.detach()
+    return Path(config.run)
+
+
+def attach(model: torch.nn.Module, config: Config) -> None:
+    """flashsink for training: the decorrelation loss only when it counts."""
+    model.attach(  # type: ignore[operator]
+        attention=True, decorrelation=config.loss.decorrelation > 0, activations=False, margin=config.loss.margin
+    )
+
+
+def main() -> None:
+    """Entry point under the ``deepspeed`` launcher."""
+    from avsr.cli import guarded
+
+    parser = argparse.ArgumentParser(prog="avsr.train")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    arguments = parser.parse_args()
+    with guarded():
+        train(load_config(arguments.config, arguments.overrides))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""DeepSpeed: start-up with or without its launcher, its config, and the optimizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from avsr.config import Config, TrainingConfig
+from avsr.errors import UserError
+from avsr.models.speech_llm import SpeechLLM
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, kept quiet and told to use the CPU where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def start_distributed() -> tuple[int, int]:
+    """Joins the launcher's process group, or makes one of a single process. Returns (rank, world size)."""
+    deepspeed = import_deepspeed()
+    # DeepSpeed builds a small op with ninja, which lies beside this python and may not be on PATH
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 0: the factor for the update number ``step`` (from 0)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """Our DeepSpeed config, or the user's JSON with what the recipe decides filled in.
+
+    Raises:
+        UserError: unreadable JSON, fp16, or a value that contradicts the recipe.
+    """
+    training = config.training
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # batches have a frame budget, not a size
+        "gradient_accumulation_steps": training.accumulation,
+        "gradient_clipping": training.clip,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "steps_per_print": 1 << 30,
+    }
+    if config.deepspeed.config is None:
+        return {**ours, "zero_optimization": {"stage": config.deepspeed.stage}}
+    path = Path(config.deepspeed.config)
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from error
+    if not isinstance(theirs, dict):
+        raise UserError(f"deepspeed.config: {path}: expected a JSON object")
+    if theirs.get("fp16", {}).get("enabled") not in (None, False):
+        raise UserError(
+            f"deepspeed.config: {path}: fp16 training is refused: massive activations of 26,000 and a large "
+            "lambda leave no room below 65,504; use bf16"
+        )
+    for key, value in ours.items():
+        given = theirs.get(key, "auto")
+        if key == "bf16":
+            given = {"enabled": given["enabled"]} if isinstance(given, dict) and "enabled" in given else "auto"
+        if key not in ("train_micro_batch_size_per_gpu", "steps_per_print") and given not in ("auto", value):
+            raise UserError(
+                f"deepspeed.config: {path}: {key} is {given!r}, the recipe says {value!r}; set it to 'auto' or "
+                "change the recipe"
+            )
+        theirs[key] = value
+    theirs.pop("train_batch_size", None)
+    return theirs
+
+
+def make_engine(model: SpeechLLM, config: Config) -> Any:
+    """The DeepSpeed engine around ``model``: AdamW and the cosine schedule, unless the user's JSON has its own."""
+    deepspeed = import_deepspeed()
+    settings = deepspeed_config(config)
+    parameters = list(model.trainable().values())
+    optimizer = None if "optimizer" in settings else make_optimizer(parameters, config.training)
+    training = config.training
+
+    def schedule(inner: Any) -> LambdaLR:
+        return LambdaLR(inner, lambda step: learning_rate_factor(step, training.steps, training.warmup))
+
+    scheduler: Callable[[Any], LambdaLR] | None = None if "scheduler" in settings else schedule
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+        )
+    return engine
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = training.betas
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=training.learning_rate, betas=(beta1, beta2)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,76 @@
+"""Where numbers go: ``metrics.jsonl`` always, TensorBoard and W&B by config."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from avsr.config import LogConfig
+from avsr.errors import UserError
+
+
+class MetricsLog:
+    """Appends one JSON object a step; on ``resume_at`` drops the lines of later steps."""
+
+    def __init__(self, run: Path, config: LogConfig, *, resume_at: int | None = None) -> None:
+        self._path = run / "metrics.jsonl"
+        if resume_at is None:
+            self._path.unlink(missing_ok=True)
+        elif self._path.is_file():
+            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= resume_at]
+            self._path.write_text("".join(line + "\n" for line in kept))
+        self._writer: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._wandb = _start_wandb(config.wandb, run) if config.wandb else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """``row`` holds ``step`` and numbers; others are written to the file alone."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far: resident on CPU, allocated on the CUDA device."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**10 if sys.platform != "darwin" else peak / 2**20
+
+
+def _start_wandb(project: str, run: Path) -> ModuleType | Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb: the package wandb is not installed: pip install wandb") from error
+    return wandb.init(project=project, name=run.name, dir=str(run))
+
+

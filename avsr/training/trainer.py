@@ -1,0 +1,268 @@
+"""The training loop: steps, validation, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from avsr.config import Config
+from avsr.data.batches import Batch, Schedule, collate, make_batches
+from avsr.data.dataset import SpeechDataset
+from avsr.errors import UserError
+from avsr.losses import all_sum, count_step, local_span, scaled
+from avsr.models.speech_llm import SpeechLLM, Terms
+from avsr.progress import ProgressBar
+from avsr.training import checkpoint
+from avsr.training.checkpoint import Progress
+from avsr.training.metrics import MetricsLog, peak_memory_mb
+
+logger = logging.getLogger("avsr")
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal; a checkpoint has been written."""
+
+
+class Trainer:
+    """Runs ``training.steps`` optimizer steps of ``engine`` over ``train``."""
+
+    def __init__(
+        self, engine: Any, config: Config, train: SpeechDataset, validation: SpeechDataset, progress: Progress
+    ) -> None:
+        self.engine = engine
+        self.model: SpeechLLM = engine.module
+        self.config, self.settings = config, config.training
+        self.train, self.validation = train, validation
+        self.progress = progress
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = self.model.delimiters.device
+        self._stop = False
+        self._log: MetricsLog | None = None
+        settings = self.settings
+        self._schedule = Schedule(
+            train.sizes, settings.frames, settings.utterances, settings.seed, self.world, settings.accumulation
+        )
+
+    def fit(self) -> None:
+        """Trains to the end, or until SIGINT or SIGTERM: then a checkpoint is written first.
+
+        Raises:
+            Interrupted: after a signal.
+        """
+        resumed = self.progress.step if self.config.resume else None
+        if self.rank == 0:
+            self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
+        before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ProgressBar(
+                "train", self.settings.steps, done=self.progress.step, shown=self.rank == 0
+            ) as bar:
+                self._loop(bar)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self._log is not None:
+                self._log.close()
+
+    def _loop(self, bar: ProgressBar) -> None:
+        settings, progress = self.settings, self.progress
+        for batches in self._steps():
+            started = time.perf_counter()
+            row, stop = self._step(batches)
+            row["seconds"] = time.perf_counter() - started
+            last = progress.step == settings.steps
+            validated = progress.step % settings.validate_every == 0 or last
+            better = False
+            if validated:
+                row.update(self.validate())
+                better = progress.best is None or row["validation_ce"] < progress.best
+                progress.best = row["validation_ce"] if better else progress.best
+            if self._log is not None:
+                self._log.write(row)
+            bar.advance(1, _note(row))
+            every = settings.save_every
+            if better or stop or last or (validated if not every else progress.step % every == 0):
+                checkpoint.save(self.engine, self.config, progress, best=better)
+            if stop and not last:
+                raise Interrupted
+            if last:
+                return
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of every step, from where progress stands, epoch after epoch."""
+        progress, micro = self.progress, self.settings.accumulation
+        while True:
+            steps = self._schedule.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
+            loader = DataLoader(
+                self.train,
+                batch_sampler=[indices for step in steps for indices in step],
+                collate_fn=collate,
+                num_workers=self.config.data.workers,
+            )
+            batches: list[Batch] = []
+            for batch in loader:
+                batches.append(batch)
+                if len(batches) == micro:
+                    progress.step_in_epoch += 1
+                    progress.step += 1
+                    yield batches
+                    batches = []
+            progress.epoch += 1
+            progress.step_in_epoch = 0
+
+    def _step(self, batches: list[Batch]) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: the metrics row and whether a signal asked some rank to stop."""
+        self.engine.train()
+        spans = [self.model.span_tokens(batch) for batch in batches]
+        counts = count_step(batches, spans, self.device)
+        every = self.settings.gradient_norms_every
+        split = _TermGradients(self.model) if every and self.progress.step % every == 0 else None
+        sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
+        for batch, span in zip(batches, spans, strict=True):
+            terms: Terms = self.engine(batch)
+            cross_entropy, decorrelation = scaled(terms, span, counts)
+            loss = cross_entropy
+            if decorrelation is not None:
+                loss = loss + self.config.loss.decorrelation * decorrelation
+                sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
+            sums[0] += float(terms.cross_entropy.detach())
+            sums[2] += int(terms.correct)
+            if not math.isfinite(float(loss.detach())):
+                ids = ", ".join(u.id for u in batch.utterances)
+                raise UserError(f"the loss of step {self.progress.step} is {float(loss)}; utterances: {ids}")
+            if split is not None:
+                split.add(cross_entropy, decorrelation, counts.parts)
+            self.engine.backward(loss)
+            norm = self._plain_norm()
+            self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        seconds = sum(batch.seconds for batch in batches)
+        tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
+        totals = all_sum([*sums.tolist(), seconds, tokens, float(self._stop)], self.device)
+        row = self._row(totals, counts.labels, counts.span, None if norm is None else float(norm))
+        if split is not None:
+            row.update(split.norms(self.config.loss.decorrelation))
+        return row, totals[5] > 0
+
+    def _row(self, totals: list[float], labels: int, span: int, norm: float | None) -> dict[str, Any]:
+        progress, weight = self.progress, self.config.loss.decorrelation
+        progress.clipped += norm is not None and norm > self.settings.clip
+        row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "ce": totals[0] / labels}
+        if weight:
+            row["decorrelation"] = totals[1] / max(span, 1)
+        row["loss"] = row["ce"] + weight * row.get("decorrelation", 0.0)
+        row["accuracy"] = totals[2] / labels
+        row["lr"] = self.engine.get_lr()[0]
+        row["grad_norm"] = norm
+        row["clipped_share"] = progress.clipped / progress.step
+        row["audio_seconds"], row["tokens"] = totals[3], int(totals[4])
+        row["peak_memory_mb"] = peak_memory_mb()
+        return row
+
+    def _plain_norm(self) -> float | None:
+        """The gradient's norm where DeepSpeed does not report it: float32 without ZeRO."""
+        engine = self.engine
+        if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+            return None
+        if not engine.is_gradient_accumulation_boundary():
+            return None
+        norms = [p.grad.norm() for p in self.model.trainable().values() if p.grad is not None]
+        return float(torch.stack(norms).norm())
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Cross entropy and accuracy over the whole validation split, decorrelation where it is trained."""
+        self.engine.eval()
+        order = make_batches(self.validation.sizes, self.settings.frames, self.settings.utterances)
+        mine = order[self.rank :: self.world]
+        rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
+        sums = [0.0] * 5
+        for index in range(rounds):
+            own = index < len(mine)
+            batch = collate([self.validation[i] for i in (mine[index] if own else order[0])])
+            terms: Terms = self.engine(batch)
+            if not own:
+                continue
+            span = local_span(self.model.span_tokens(batch))
+            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, span]
+            if terms.decorrelation is not None:
+                values[3] = float(terms.decorrelation) * span
+            sums = [total + value for total, value in zip(sums, values, strict=True)]
+        ce, correct, labels, decorrelation, span_total = all_sum(sums, self.device)
+        row = {"validation_ce": ce / labels, "validation_accuracy": correct / labels}
+        if self.config.loss.decorrelation:
+            row["validation_decorrelation"] = decorrelation / max(span_total, 1)
+        return row
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._stop:
+            raise KeyboardInterrupt  # asked twice: now
+        self._stop = True
+        logger.warning("stopping after this step; a checkpoint will be written")
+
+
+class _TermGradients:
+    """Gradients of both loss terms apart, over the micro-batches of one step.
+
+    A large lambda can starve the cross entropy: the norms, and the cosine between both, show it.
+    """
+
+    def __init__(self, model: SpeechLLM) -> None:
+        self._parameters = list(model.trainable().values())
+        if any(hasattr(p, "ds_id") for p in self._parameters):
+            raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
+        self._sums: list[Tensor | None] = [None, None]
+
+    def add(self, cross_entropy: Tensor, decorrelation: Tensor | None, parts: int) -> None:
+        for place, term in enumerate((cross_entropy, decorrelation)):
+            if term is None or not term.requires_grad:
+                continue
+            grads = torch.autograd.grad(term / parts, self._parameters, retain_graph=True, allow_unused=True)
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).float().flatten()
+                    for g, p in zip(grads, self._parameters, strict=True)
+                ]
+            )
+            before = self._sums[place]
+            self._sums[place] = flat if before is None else before + flat
+
+    def norms(self, weight: float) -> dict[str, float]:
+        """Norms of the global gradients: of the cross entropy and of lambda x decorrelation."""
+        row = {}
+        for total in self._sums:
+            if total is not None and dist.get_world_size() > 1:
+                dist.all_reduce(total)
+        ce, decorrelation = self._sums
+        if ce is not None:
+            row["grad_norm_ce"] = float(ce.norm())
+        if ce is not None and decorrelation is not None:
+            row["grad_norm_decorrelation"] = weight * float(decorrelation.norm())
+            row["grad_cosine"] = float(torch.nn.functional.cosine_similarity(ce, decorrelation, dim=0))
+        return row
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _note(row: dict[str, Any]) -> str:
+    parts = [f"ce {row['ce']:.3f}"]
+    if "decorrelation" in row:
+        parts.append(f"decorrelation {row['decorrelation']:.4f}")
+    if "validation_ce" in row:
+        parts.append(f"validation {row['validation_ce']:.3f}")
+    return "  ".join([*parts, f"{row['audio_seconds'] / row['seconds']:.0f} audio s/s"])

@@ -1,0 +1,135 @@
+"""Argument checks: every error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashsink.types import Layout
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+VALIDATE_VARIABLE = "FLASHSINK_VALIDATE"
+
+
+def check_values(device: torch.device, validate: bool = False) -> bool:
+    """Whether the values of lengths, starts and spans are looked at: always on CPU; on CUDA (where a look
+    synchronises) only with ``validate`` or ``FLASHSINK_VALIDATE=1``."""
+    return device.type == "cpu" or validate or os.environ.get(VALIDATE_VARIABLE, "0") == "1"
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            raise ValueError(f"{name}: expected a tensor (B, heads, tokens, D), got {_shape(tensor)}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected B={q.shape[0]} and D={q.shape[3]} as q, got {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: expected a number of heads that divides {q.shape[1]}, got {k.shape[1]}")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q: expected at most as many queries as keys ({k.shape[2]}), got {q.shape[2]}")
+
+
+def check_hidden_states(hidden_states: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The layers as a list of (B, S, C); views of a stacked tensor, never copies."""
+    if isinstance(hidden_states, Tensor):
+        if hidden_states.dim() != 4:
+            raise ValueError(f"hidden_states: expected (L, B, S, C), got {_shape(hidden_states)}")
+        layers = list(hidden_states.unbind(0))
+    else:
+        layers = list(hidden_states)
+    if not layers:
+        raise ValueError("hidden_states: expected at least one layer, got none")
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Tensor) or layer.dim() != 3 or layer.dtype not in FLOATS:
+            raise ValueError(f"hidden_states[{index}]: expected a floating (B, S, C), got {_shape(layer)}")
+        if layer.shape != layers[0].shape or layer.device != layers[0].device:
+            raise ValueError(
+                f"hidden_states[{index}]: expected {tuple(layers[0].shape)} on {layers[0].device} as the "
+                f"first layer, got {tuple(layer.shape)} on {layer.device}"
+            )
+    return layers
+
+
+def index_vector(name: str, value: Tensor, size: int | None, device: torch.device) -> Tensor:
+    """``value`` as an int64 vector of ``size`` entries on ``device``."""
+    if not isinstance(value, Tensor) or value.dim() != 1:
+        raise ValueError(f"{name}: expected an integer vector, got {_shape(value)}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
+    if size is not None and value.shape[0] != size:
+        raise ValueError(f"{name}: expected {size} entries, got {value.shape[0]}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {value.device}")
+    return value.long()
+
+
+def resolve_layout(
+    rows: int,
+    tokens: int,
+    device: torch.device,
+    *,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    validate: bool = False,
+) -> Layout:
+    """The one place where lengths, starts and cu_seqlens become a :class:`Layout`."""
+    if cu_seqlens is not None:
+        if lengths is not None or starts is not None:
+            raise ValueError("cu_seqlens: expected without lengths and starts, got both")
+        if rows != 1:
+            raise ValueError(f"cu_seqlens: expected one packed row, got {rows} rows")
+        bounds = index_vector("cu_seqlens", cu_seqlens, None, device)
+        if len(bounds) < 2:
+            raise ValueError(f"cu_seqlens: expected at least 2 entries, got {len(bounds)}")
+        if check_values(device, validate):
+            steps = bounds.diff()
+            if bounds[0] != 0 or bounds[-1] > tokens or bool((steps < 0).any()):
+                raise ValueError(
+                    f"cu_seqlens: expected to rise from 0 to at most {tokens}, got {bounds.tolist()}"
+                )
+        return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
+    start = (
+        torch.zeros(rows, dtype=torch.long, device=device)
+        if starts is None
+        else index_vector("starts", starts, rows, device)
+    )
+    length = tokens - start if lengths is None else index_vector("lengths", lengths, rows, device)
+    if check_values(device, validate):
+        if bool((start < 0).any()) or bool((start > tokens).any()):
+            raise ValueError(f"starts: expected 0..{tokens}, got {start.tolist()}")
+        if bool((length < 0).any()) or bool((start + length > tokens).any()):
+            raise ValueError(
+                f"lengths: expected 0..{tokens} with starts + lengths <= {tokens}, got {length.tolist()}"
+            )
+    start = start.clamp(0, tokens)
+    length = torch.minimum(length.clamp(min=0), tokens - start)
+    return Layout(start, length, rows, tokens, False)
+
+
+def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor:
+    spans = index_vector("spans", spans, layout.lengths.shape[0], layout.lengths.device)
+    if check_values(layout.lengths.device, validate) and (
+        bool((spans < 0).any()) or bool((spans > layout.lengths).any())
+    ):
+        raise ValueError(
+            f"spans: expected 0 to the row's number of tokens {layout.lengths.tolist()}, got {spans.tolist()}"
+        )
+    return torch.minimum(spans.clamp(min=0), layout.lengths)
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__

@@ -1,0 +1,217 @@
+"""The public functions. They check their arguments, resolve the layout and call the chosen backend.
+
+Dimensions: B rows, H query heads, Hk key/value heads, Sq queries, Sk keys, D head dim, L layers, S tokens,
+C features, N packed sequences. Two layouts: dense rows with ``lengths[b]`` valid tokens from ``starts[b]`` on,
+or one packed row with the bounds ``cu_seqlens`` (N + 1 entries). BOS is the first valid token of a row or
+packed sequence. With fewer queries than keys the queries are the last positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from flashsink import _checks, reference
+from flashsink.backends import select
+from flashsink.types import ActivationStats, Layout, SinkStats
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = ...,
+    starts: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    backend: str | None = ...,
+    return_stats: Literal[False] = ...,
+    query_starts: Tensor | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = ...,
+    starts: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    backend: str | None = ...,
+    return_stats: Literal[True],
+    query_starts: Tensor | None = ...,
+) -> tuple[Tensor, SinkStats]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+    query_starts: Tensor | None = None,
+) -> Tensor | tuple[Tensor, SinkStats]:
+    """Softmax attention that can measure its own sinks.
+
+    Args:
+        q: (B, H, Sq, D), any floating dtype.
+        k, v: (B, Hk, Sk, D) in q's dtype, Hk dividing H, Sq <= Sk.
+        lengths: (B,) integers, valid keys of a row; default: all from ``starts`` on.
+        starts: (B,) integers, first valid key of a row; default 0 (right padding).
+        cu_seqlens: (N + 1,) integers, bounds of the packed sequences of the single row; Sq = Sk.
+        causal: a query sees only keys up to its own position.
+        scale: factor on the scores, default D ** -0.5.
+        backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+        return_stats: also return :class:`SinkStats`.
+        query_starts: (B,) integers, dense rows: the statistics count only queries from this position of the
+            row on (for instance the text after a speech prompt); default all.
+
+    Returns:
+        out (B, H, Sq, D) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).
+
+    Raises:
+        ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
+    """
+    _checks.check_qkv(q, k, v)
+    layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
+    select(backend, q.device.type)
+    if query_starts is not None:
+        if cu_seqlens is not None:
+            raise ValueError("query_starts: expected without cu_seqlens, got both")
+        query_starts = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+    out, a, lse = reference.attention(q, k, v, layout, causal=causal, scale=_scale(q, scale))
+    if not return_stats:
+        return out
+    return out, reference.sink_stats(a, lse, layout, causal=causal, query_starts=query_starts)
+
+
+def calibrated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    *,
+    beta: float = 0.4,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention with the attention calibration technique (ACT, Yu et al. 2024).
+
+    The probabilities of the columns in ``sinks``, BOS excepted, are multiplied by ``beta``; what is freed goes
+    to the other visible columns in proportion to their probabilities, so rows still sum to 1.
+
+    Args:
+        q, k, v, lengths, starts, backend: as in :func:`attention`.
+        sinks: (B, H, Sk) bool, the columns to calm per head.
+        beta: factor in 0..1.
+
+    Returns:
+        (B, H, Sq, D) in q's dtype.
+    """
+    _checks.check_qkv(q, k, v)
+    layout = _attention_layout(q, k, lengths, starts, None)
+    select(backend, q.device.type)
+    expected = (q.shape[0], q.shape[1], k.shape[2])
+    if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
+        got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(f"sinks: expected a bool tensor {expected}, got {got}")
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected 0..1, got {beta}")
+    a, _ = reference.probabilities(q, k, layout, causal=True, scale=_scale(q, None))
+    return reference.weigh(reference.calibrate(a, sinks, layout, beta), v, layout).to(q.dtype)
+
+
+def decorrelation_loss(
+    hidden_states: Tensor | Sequence[Tensor],
+    spans: Tensor,
+    *,
+    margin: float = 0.0,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared cosine between BOS and the tokens of the prompt (arXiv 2510.22603).
+
+    loss = mean over layers of [sum over rows and 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0)
+    / sum over rows of max(span - 1, 0)], 0 when nothing is counted. The gradient flows into BOS too.
+
+    Args:
+        hidden_states: (L, B, S, C) or a sequence of (B, S, C), any floating dtype. The paper takes the outputs
+            of decoder layers 1..L-1 of an L-layer model: neither the embeddings nor the last layer.
+        spans: (B,) or, packed, (N,) integers: number of leading tokens (BOS, speech and prompt) of a row.
+        margin: only states with cos^2 above it are pushed; 0 is the paper's loss.
+        starts: (B,) integers, position of BOS in a row; default 0.
+        cu_seqlens: (N + 1,) integers, bounds of the packed sequences.
+        backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+
+    Returns:
+        float32 scalar with its graph.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
+    """
+    layers = _checks.check_hidden_states(hidden_states)
+    first = layers[0]
+    layout = _checks.resolve_layout(
+        first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens
+    )
+    check_margin(margin)
+    select(backend, first.device.type)
+    return reference.decorrelation_loss(layers, _checks.check_spans(spans, layout), layout, margin)
+
+
+def activation_stats(
+    hidden_states: Tensor | Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    median: bool = False,
+    backend: str | None = None,
+) -> ActivationStats:
+    """Largest |h| of every token, its feature, and on request the median |h| of every row (Sun et al. 2024).
+
+    Args:
+        hidden_states: (L, B, S, C) or a sequence of (B, S, C), any floating dtype.
+        lengths, starts: (B,) integers, as in :func:`attention`.
+        median: also give the median over all features of the row's valid tokens.
+        backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+    """
+    layers = _checks.check_hidden_states(hidden_states)
+    first = layers[0]
+    layout = _checks.resolve_layout(
+        first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts
+    )
+    select(backend, first.device.type)
+    return reference.activation_stats(layers, layout, median)
+
+
+def check_margin(margin: float) -> None:
+    if not 0.0 <= margin < 1.0:
+        raise ValueError(f"margin: expected 0 <= margin < 1, got {margin}")
+
+
+def _attention_layout(
+    q: Tensor, k: Tensor, lengths: Tensor | None, starts: Tensor | None, cu_seqlens: Tensor | None
+) -> Layout:
+    if cu_seqlens is not None and q.shape[2] != k.shape[2]:
+        raise ValueError(f"cu_seqlens: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    return _checks.resolve_layout(
+        k.shape[0], k.shape[2], k.device, lengths=lengths, starts=starts, cu_seqlens=cu_seqlens
+    )
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

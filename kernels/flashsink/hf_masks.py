@@ -1,0 +1,100 @@
+"""Padding as two numbers a row, through Hugging Face's mask interface.
+
+Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor
+passes through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor:
+dense rows (B, 1, 1, 2) = start, length; with a static cache (B, 1, 1, 3) = start, length, end of the used
+keys; packed (1, 1, 2, N) = starts, lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsink._checks import check_values
+from flashsink.types import Layout
+
+
+def layout_of_mask(mask: Tensor | None, rows: int, tokens: int, device: torch.device, validate: bool) -> Layout:
+    """A 2-D padding mask (B, S), 1 = valid, as a layout.
+
+    Raises:
+        ValueError: another shape, or (where values are checked) valid tokens with a hole between them.
+    """
+    if mask is None:
+        start = torch.zeros(rows, dtype=torch.long, device=device)
+        return Layout(start, start + tokens, rows, tokens, False)
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask: expected a padding mask ({rows}, {tokens}), got {tuple(mask.shape)}; "
+            "masks with more than two dimensions are not supported"
+        )
+    keep = mask[:, :tokens].to(device=device, dtype=torch.bool)
+    length = keep.sum(dim=1)
+    start = torch.where(length > 0, keep.int().argmax(dim=1), 0)
+    layout = Layout(start, length, rows, tokens, False)
+    if check_values(device, validate) and not bool((layout.valid() == keep).all()):
+        raise ValueError("attention_mask: expected the valid tokens of a row in one piece, got a mask with holes")
+    return layout
+
+
+def layout_of_positions(position_ids: Tensor | None, rows: int, tokens: int) -> Layout | None:
+    """The packed layout that restarting ``position_ids`` describe, or None where nothing restarts."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens or tokens < 2:
+        return None
+    restart = position_ids.diff(dim=1) != 1
+    if not bool(restart.any()):
+        return None
+    if rows != 1 or position_ids.shape[0] != 1:
+        raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
+    edges = restart[0].nonzero().squeeze(1) + 1
+    bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), tokens)])
+    return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
+
+
+def encode(layout: Layout, keys: int) -> Tensor:
+    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused."""
+    if layout.packed:
+        return torch.stack([layout.starts, layout.lengths])[None, None]
+    mask = torch.stack([layout.starts, layout.lengths], dim=1)[:, None, None]
+    if layout.tokens == keys:
+        return mask
+    return torch.cat([mask, mask.new_full((layout.rows, 1, 1, 1), layout.tokens)], dim=-1)
+
+
+def is_encoded(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int64
+
+
+def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> Layout:
+    """The layout of an encoded mask over the first ``tokens`` keys, those in use.
+
+    With a static cache ``tokens`` counts unused slots too; the returned layout leaves them out.
+    """
+    if mask is None:
+        return layout_of_mask(None, rows, tokens, device, False)
+    if not is_encoded(mask):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected what flashsink's mask function made, got {shape}")
+    if mask.shape[2] == 2:
+        return Layout(mask[0, 0, 0], mask[0, 0, 1], 1, tokens, True)
+    if mask.shape[3] == 3:
+        tokens = min(tokens, int(mask[0, 0, 0, 2]))
+    return Layout(mask[:, 0, 0, 0], mask[:, 0, 0, 1], rows, tokens, False)
+
+
+def make_mask(
+    *, batch_size: int, q_length: int, kv_length: int, q_offset: Any, attention_mask: Tensor | None, **others: Any
+) -> Tensor:
+    """Called by transformers where no forward of an attached model is under way (generate does that for
+    compilable caches): the layout from the padding mask alone."""
+    from transformers.masking_utils import causal_mask_function
+
+    config, function = others.get("config"), others.get("mask_function")
+    window = getattr(config, "sliding_window", None)
+    if function is not causal_mask_function and not (window and kv_length <= window):
+        raise ValueError("attention_mask: flashsink supports causal attention with padding, got another pattern")
+    layout = layout_of_mask(attention_mask, batch_size, int(q_offset) + q_length, others["device"], False)
+    return encode(layout, kv_length)

@@ -1,0 +1,132 @@
+"""The definition of everything flashsink computes, in plain PyTorch, short and exact.
+
+Every other backend is held to these functions. They accumulate in float32 (float64 for float64 inputs) and
+materialise the probabilities. Dimensions: B rows, S tokens, H query and Hk key heads, D head dim, C features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashsink.types import ActivationStats, Layout, SinkStats
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The accumulation dtype: float32, or float64 for float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def visible(layout: Layout, queries: int, causal: bool) -> Tensor:
+    """(B, 1, Sq, Sk) bool: which key a query may see; the queries are the last positions of a row."""
+    segment = layout.segments()
+    position = torch.arange(layout.tokens, device=segment.device)
+    last = slice(layout.tokens - queries, layout.tokens)
+    seen = (segment[:, last, None] == segment[:, None, :]) & (segment[:, last, None] >= 0)
+    if causal:
+        seen = seen & (position[last, None] >= position[None, :])
+    return seen.unsqueeze(1)
+
+
+def probabilities(
+    q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at padded queries."""
+    groups = q.shape[1] // k.shape[1]
+    # padding may hold NaN: zeroed here, so that it reaches neither the result nor a gradient
+    padding = ~layout.valid()[:, None, :, None]
+    keys = wide(k).masked_fill(padding, 0.0).repeat_interleave(groups, dim=1)
+    queries = wide(q).masked_fill(padding[:, :, layout.tokens - q.shape[2] :], 0.0)
+    scores = queries @ keys.transpose(-1, -2) * scale
+    mask = visible(layout, q.shape[2], causal)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    a = (scores - lse).exp().masked_fill(~mask, 0.0)
+    return a, lse.squeeze(-1).masked_fill(~mask.any(dim=-1), 0.0)
+
+
+def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, query_starts: Tensor | None) -> SinkStats:
+    """Column sums of A (definition 1), over the queries from position ``query_starts[b]`` of a row on."""
+    queries = a.shape[2]
+    counted = visible(layout, queries, causal)
+    if query_starts is not None:
+        position = torch.arange(layout.tokens - queries, layout.tokens, device=a.device)
+        counted = counted & (position >= query_starts[:, None])[:, None, :, None]
+        a = a * counted
+    return SinkStats(
+        received=a.detach().sum(dim=2).float(), queries=counted[:, 0].sum(dim=1), lse=lse.detach().float()
+    )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out (B, H, Sq, D) in q's dtype, A, lse)."""
+    a, lse = probabilities(q, k, layout, causal=causal, scale=scale)
+    return weigh(a, v, layout).to(q.dtype), a, lse
+
+
+def weigh(a: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """A V in the accumulation dtype, with padding of ``v`` taken as 0."""
+    values = wide(v).masked_fill(~layout.valid()[:, None, :, None], 0.0)
+    return a @ values.repeat_interleave(a.shape[1] // v.shape[1], dim=1)
+
+
+def calibrate(a: Tensor, sinks: Tensor, layout: Layout, beta: float) -> Tensor:
+    """ACT on probabilities: sink columns except BOS times ``beta``, the freed mass to the other visible
+    columns in proportion. With m the mass on the sinks of a row, the others grow by (1 - beta m) / (1 - m)
+    (Yu et al. 2024). A row with all its mass on sinks is left as it is."""
+    chosen = sinks & (layout.offsets() != 0)[:, None, :]
+    chosen = chosen.unsqueeze(2)  # (B, H, 1, Sk)
+    mass = (a * chosen).sum(dim=-1, keepdim=True)
+    rest = (a * ~chosen).sum(dim=-1, keepdim=True)
+    grown = torch.where(rest > 0, (rest + (1.0 - beta) * mass) / rest.clamp(min=torch.finfo(a.dtype).tiny), 1.0)
+    kept = torch.where(rest > 0, beta, 1.0)
+    return a * torch.where(chosen, kept, grown)
+
+
+def decorrelation_sums(layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """Sum over rows and positions 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0): a scalar.
+
+    With d = <a, h>: cos^2 = d^2 / (|a|^2 |h|^2), the squared norms clamped at 1e-24 as ``F.normalize`` does.
+    """
+    segment = layout.segments()
+    offset = layout.offsets()
+    counts = (offset >= 1) & (offset < spans[segment.clamp(min=0)])
+    row, column = counts.nonzero(as_tuple=True)
+    bos = layout.starts[segment[row, column]]
+    h, a = wide(layer[row, column]), wide(layer[row, bos])
+    dot = (h * a).sum(dim=-1)
+    norms = (h * h).sum(dim=-1).clamp(min=1e-24), (a * a).sum(dim=-1).clamp(min=1e-24)
+    cos2 = (dot / norms[0]) * (dot / norms[1])
+    return (cos2 - margin).clamp(min=0.0).sum()
+
+
+def decorrelation_count(spans: Tensor) -> Tensor:
+    """Number of counted tokens, sum of max(span - 1, 0): int64 scalar."""
+    return (spans - 1).clamp(min=0).sum()
+
+
+def decorrelation_loss(layers: list[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """Definition 4: the mean over layers of sums / count; exactly 0 when nothing is counted."""
+    total = torch.stack([decorrelation_sums(layer, spans, layout, margin) for layer in layers]).mean()
+    return (total / decorrelation_count(spans).clamp(min=1)).float()
+
+
+def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats:
+    """Largest |h| of every token with its feature, and the median |h| of every row (definition 3)."""
+    valid = layout.valid()
+    maxima, features, medians = [], [], []
+    for layer in layers:
+        size = wide(layer.detach()).abs()
+        # argmax does not promise the first of equal values; the lowest index that reaches the maximum does
+        top = size.amax(dim=-1)
+        index = torch.arange(size.shape[-1], device=size.device)
+        first = torch.where(size == top.unsqueeze(-1), index, size.shape[-1]).amin(dim=-1)
+        maxima.append(top.float().masked_fill(~valid, 0.0))
+        features.append(first.int().masked_fill(~valid, -1))
+        if median:
+            rows = [size[b][valid[b]].flatten() for b in range(layout.rows)]
+            medians.append(torch.stack([r.median() if len(r) else r.new_zeros(()) for r in rows]).float())
+    return ActivationStats(torch.stack(maxima), torch.stack(features), torch.stack(medians) if median else None)
+

@@ -1,0 +1,96 @@
+"""What flashsink returns: small frozen records of float32 tensors without a graph.
+
+Dimensions: B rows, H query heads, Sq queries, Sk keys, L layers, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SinkStats:
+    """How much attention every key received in one call of attention.
+
+    Attributes:
+        received: (B, H, Sk) float32, sum of the probabilities over the counted queries that may see the key.
+        queries: (B, Sk) int64, the number of those queries.
+        lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
+    """
+
+    received: Tensor
+    queries: Tensor
+    lse: Tensor
+
+    @property
+    def mean_received(self) -> Tensor:
+        """(B, H, Sk) float32: ``received`` divided by the number of counted queries; 0 where there are none."""
+        return self.received / self.queries.clamp(min=1).unsqueeze(1)
+
+    def sink_rate(self, eps: float = 0.3, min_queries: int = 1) -> Tensor:
+        """(B, Sk) float32: the share of heads in which a key is a sink, ``mean_received > eps``.
+
+        Keys that fewer than ``min_queries`` queries may see are never sinks: the last few keys are seen by
+        one to three queries, themselves included, which fakes sinks.
+        """
+        sinks = (self.mean_received > eps) & (self.queries >= max(min_queries, 1)).unsqueeze(1)
+        return sinks.float().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """The largest activation of every token in every layer.
+
+    Attributes:
+        max_abs: (L, B, S) float32, max |h| over the features; 0 at padded tokens.
+        feature: (L, B, S) int32, the lowest feature index that reaches it; -1 at padded tokens.
+        median: (L, B) float32, median of |h| over all features of the row's valid tokens (``torch.median``:
+            the lower of two middle values), or None when it was not asked for; 0 for a row without tokens.
+    """
+
+    max_abs: Tensor
+    feature: Tensor
+    median: Tensor | None
+
+
+class Layout(NamedTuple):
+    """Which tokens are real, resolved once a call. Either dense rows or one packed row.
+
+    Attributes:
+        starts: (B,) int64, first valid position of every row. In packed layout (N,), of every sequence.
+        lengths: (B,) int64, number of valid tokens. In packed layout (N,).
+        rows: number of rows B (1 when packed).
+        tokens: number of positions S in a row, valid or not.
+        packed: whether the single row holds N sequences one after another.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    rows: int
+    tokens: int
+    packed: bool
+
+    def segments(self) -> Tensor:
+        """(rows, tokens) int64: index of the row or packed sequence a position belongs to, -1 at padding."""
+        device = self.starts.device
+        position = torch.arange(self.tokens, device=device)
+        if self.packed:
+            ends = (self.starts + self.lengths).contiguous()
+            index = torch.bucketize(position, ends, right=True)
+            return torch.where(index < len(ends), index, -1).unsqueeze(0)
+        inside = (position >= self.starts[:, None]) & (position < (self.starts + self.lengths)[:, None])
+        return torch.where(inside, torch.arange(self.rows, device=device)[:, None], -1)
+
+    def offsets(self) -> Tensor:
+        """(rows, tokens) int64: position within the row or packed sequence, 0 = BOS; -1 at padding."""
+        segment = self.segments()
+        position = torch.arange(self.tokens, device=segment.device)
+        return torch.where(segment >= 0, position - self.starts[segment.clamp(min=0)], -1)
+
+    def valid(self) -> Tensor:
+        """(rows, tokens) bool: real tokens."""
+        return self.segments() >= 0

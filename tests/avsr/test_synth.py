@@ -1,0 +1,506 @@
+"""Tests of ``avsr synth``: sentences, options, determinism, the files and the failures a user meets."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avsr.data.manifest import read_manifest
+from avsr.errors import UserError
+from avsr.synth import corpus, pool, progress, sentences, shards, words
+from avsr.synth.corpus import SynthOptions, parse_options, synthesise
+from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
+
+needs_espeak = pytest.mark.skipif(
+    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
+)
+SMALL = ["grid=7", "open=6", "validation=2", "test=4", "voices=2", "unseen_voices=1", "seed=3"]
+FIELDS = ["id", "audio", "video", "duration", "text", "speaker", "sha256", "voice", "rate", "pitch", "times"]
+
+# Run in fresh interpreters; in a file of its own so that they can import it whatever pytest's import mode.
+HELPERS = """
+import os, time, zlib
+from avsr.errors import UserError
+from avsr.synth.espeak import Espeak
+from avsr.synth.sentences import GRID_SAID_AS
+
+def phonemes(voice, tick):
+    speech = Espeak(voice, 165, 50, 1).speak("place red at a two now", GRID_SAID_AS)
+    plain = Espeak(voice, 165, 50, 1).speak("place red at a two now")
+    spans = (speech.words, speech.phonemes, plain.phonemes)
+    return [[(s.text, s.start, s.end) for s in part] for part in spans]
+
+def all_voices(voices, tick):
+    heard = []
+    for voice, rate, pitch in voices:
+        speech = Espeak(voice, rate, pitch, 1).speak("the farmer carried a basket of apples")
+        wave = speech.waveform
+        crc, peak = zlib.crc32(wave.tobytes()), float(abs(wave).max())
+        heard.append((crc, len(wave) / 16000, peak, len(speech.phonemes)))
+        tick()
+    return heard
+
+def merged(voice, tick):
+    return [s.text for s in Espeak(voice, 165, 50, 1).speak("the end of the road in the garden").words]
+
+def die(job, tick):
+    os._exit(3)
+
+def hang(job, tick):
+    time.sleep(600)
+
+def complain(job, tick):
+    raise UserError(f"no good: {job}")
+
+def crash(job, tick):
+    raise ZeroDivisionError("a bug")
+
+def square(job, tick):
+    tick()
+    time.sleep(0.2 if job == 2 else 0.0)
+    return (job * job, os.getpid())
+"""
+
+
+@pytest.fixture
+def helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "synth_test_helpers.py").write_text(HELPERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import synth_test_helpers  # type: ignore[import-not-found]
+
+    return synth_test_helpers
+
+
+def run(work: Any, *jobs: Any, workers: int = 2, stall: float = 60.0) -> list[Any]:
+    return pool.run_jobs(work, list(jobs), workers, lambda: None, stall)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus made by two workers."""
+    out = tmp_path_factory.mktemp("synth") / "two" / "deep"
+    counts = synthesise(out, parse_options([*SMALL, "workers=2"]))
+    assert counts == {
+        f"{name}/{split}.jsonl": count
+        for name, train in (("grid", 7), ("open", 6))
+        for split, count in (("train", train), ("validation", 2), ("test_sentences", 4), ("test_voices", 4))
+    }
+    return out
+
+
+def manifest_rows(out: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        f"{path.parent.name}/{path.stem}": [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(out.glob("*/*.jsonl"))
+    }
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+# --- sentences --------------------
+
+
+def test_grid_has_51_words_and_no_w() -> None:
+    vocabulary = [word for choice in sentences.GRID_GRAMMAR for word in choice]
+    assert len(vocabulary) == len(set(vocabulary)) == 51
+    assert "w" not in vocabulary
+    assert sentences.GRID_SIZE == 4 * 4 * 4 * 25 * 10 * 4
+
+
+def test_grid_sentences_follow_the_grammar_and_can_be_all_drawn() -> None:
+    drawn = sentences.grid_sentences(sentences.GRID_SIZE, 0)
+    assert len(set(drawn)) == sentences.GRID_SIZE
+    for sentence in drawn[:200]:
+        parts = sentence.split(" ")
+        assert len(parts) == 6
+        assert all(word in choice for word, choice in zip(parts, sentences.GRID_GRAMMAR, strict=True))
+    with pytest.raises(ValueError, match="64000"):
+        sentences.grid_sentences(sentences.GRID_SIZE + 1, 0)
+
+
+@pytest.mark.parametrize("draw", [sentences.grid_sentences, sentences.open_sentences])
+def test_draws_are_seeded_unique_and_prefixes_of_longer_draws(draw: Any) -> None:
+    long = draw(3000, 5)
+    assert len(set(long)) == 3000
+    assert draw(500, 5) == long[:500]
+    assert draw(500, 6) != long[:500]
+
+
+def test_open_sentences_are_many_short_and_plain() -> None:
+    assert sentences.open_size() > 30_000_000
+    drawn = sentences.open_sentences(20_000, 1)
+    assert len(set(drawn)) == 20_000
+    lengths = {len(sentence.split(" ")) for sentence in drawn}
+    assert lengths == set(range(5, 13))
+    assert all(set(sentence) <= set("abcdefghijklmnopqrstuvwxyz ") for sentence in drawn)
+    vocabulary = {word for sentence in drawn for word in sentence.split(" ")}
+    assert len(vocabulary) > 800
+    slots = {token for template in words.TEMPLATES for token in template.split() if token.isupper()}
+    assert slots == set(words.SLOTS)  # no slot is misspelt or unused
+    assert all(len(set(phrases)) == len(phrases) for phrases in words.SLOTS.values())
+
+
+def test_open_sentences_have_the_right_article() -> None:
+    pairs = [
+        (here, following)
+        for sentence in sentences.open_sentences(5000, 2)
+        for here, following in zip(sentence.split(), sentence.split()[1:], strict=False)
+        if here in ("a", "an")
+    ]
+    assert {"a", "an"} == {here for here, _ in pairs}
+    assert all((here == "an") == (following[0] in "aeiou") for here, following in pairs)
+
+
+# --- options --------------------
+
+
+def test_options_defaults_and_overrides() -> None:
+    assert parse_options([]) == SynthOptions(1000, 1000, 100, 120, 8, 4, 0, 0)
+    assert parse_options(["grid=0", "seed=7", "voices=30"]) == SynthOptions(grid=0, seed=7, voices=30)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("voises=3", ["voises", "'voices'"]),
+        ("grid=many", ["grid", "int", "'many'"]),
+        ("grid=1.5", ["grid", "int", "'1.5'"]),
+        ("voices=0", ["voices", "from 1 to 30", "got 0"]),
+        ("voices=-2", ["voices", "from 1 to 30", "got -2"]),
+        ("voices=31", ["voices", "from 1 to 30", "got 31"]),
+        ("unseen_voices=11", ["unseen_voices", "from 1 to 10", "got 11"]),
+        ("test=0", ["test", "from 1"]),
+        ("workers=-1", ["workers", "from 0"]),
+        ("grid", ["key=value", "'grid'"]),
+        ("grid=64000", ["grid", "64340", "at most grid=63660"]),
+    ],
+)
+def test_bad_options_say_what_is_wrong(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_options([override])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_nothing_to_make_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both 0"):
+        parse_options(["grid=0", "open=0"])
+    with pytest.raises(UserError, match="unseen_voices"):
+        synthesise(tmp_path / "x", SynthOptions(unseen_voices=0))
+    assert not (tmp_path / "x").exists()
+
+
+# --- voices --------------------
+
+
+def test_voice_table_is_consistent() -> None:
+    assert len(VOICES) >= 32
+    assert TRAINING_VOICES + UNSEEN_VOICES == VOICES
+    assert len(UNSEEN_VOICES) == len(VOICES) // 4
+    assert len({voice.name for voice in VOICES}) == len({voice.voice for voice in VOICES}) == len(VOICES)
+    variants = [{voice.voice.split("+")[1] for voice in part} for part in (TRAINING_VOICES, UNSEEN_VOICES)]
+    assert not variants[0] & variants[1]
+    assert all(120 <= voice.rate <= 200 and 0 <= voice.pitch <= 99 for voice in VOICES)
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_all_voices_speak_differently_and_do_not_clip(helpers: Any) -> None:
+    [heard] = run(helpers.all_voices, [(voice.voice, voice.rate, voice.pitch) for voice in VOICES])
+    assert len(heard) == len(VOICES)
+    assert len({crc for crc, *_ in heard}) == len(VOICES)
+    for voice, (_, seconds, peak, phonemes) in zip(VOICES, heard, strict=True):
+        assert 1.5 < seconds < 4.0, voice
+        assert 0.1 < peak < 0.95, voice
+        assert phonemes >= 20, voice
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("voice", ["gmw/en-US+f2", "gmw/en+m7"])
+def test_the_letter_a_is_spoken_as_a_letter(helpers: Any, voice: str) -> None:
+    [(spoken_words, spoken, plain)] = run(helpers.phonemes, voice)
+    assert [text for text, *_ in spoken_words] == ["place", "red", "at", "a", "two", "now"]
+    _, start, end = spoken_words[3]
+    inside = [text for text, first, last in spoken if start <= first and last <= end]
+    assert inside == ["'eI"]
+    # "place" has one eI; the letter is a second, which the plain article would not be
+    assert sum("eI" in text for text, *_ in spoken) == 2
+    assert sum("eI" in text for text, *_ in plain) == 1
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_words_run_together_share_a_span_and_none_is_lost(helpers: Any) -> None:
+    [texts] = run(helpers.merged, "gmw/en-US+f2")
+    assert " ".join(texts) == "the end of the road in the garden"
+    assert "of the" in texts
+
+
+# --- the corpus --------------------
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_same_bytes_for_any_number_of_workers(small: Path, tmp_path: Path) -> None:
+    synthesise(tmp_path / "one", parse_options([*SMALL, "workers=1"]))
+    one, two = tree(tmp_path / "one"), tree(small)
+    assert sorted(one) == sorted(two)
+    assert len(one) == 1 + 8 + 2 * (17 + 16)
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_splits_share_no_sentence_and_unseen_voices_are_unseen(small: Path) -> None:
+    rows = manifest_rows(small)
+    for name in ("grid", "open"):
+        splits = {split: rows[f"{name}/{split}"] for split in shards.SPLITS}
+        texts = [row["text"] for split in splits.values() for row in split]
+        assert len(set(texts)) == len(texts) == sum(map(len, splits.values()))
+        speakers = {split: {row["speaker"] for row in content} for split, content in splits.items()}
+        assert speakers["train"] == speakers["validation"] == speakers["test_sentences"]
+        assert len(speakers["train"]) == 2
+        assert len(speakers["test_voices"]) == 1
+        assert not speakers["test_voices"] & speakers["train"]
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_rows_match_the_files(small: Path) -> None:
+    import soundfile
+
+    for manifest, rows in manifest_rows(small).items():
+        folder = small / manifest.split("/")[0]
+        utterances = read_manifest(small / f"{manifest}.jsonl")
+        for row, utterance in zip(rows, utterances, strict=True):
+            assert list(row) == FIELDS
+            assert row["video"] is None
+            assert row["audio"] == f"audio/{row['speaker']}/{row['id']}.wav"
+            assert row["times"] == f"times/{row['speaker']}/{row['id']}.json"
+            assert hashlib.sha256(utterance.audio.read_bytes()).hexdigest() == row["sha256"]
+            info = soundfile.info(utterance.audio)
+            assert (info.samplerate, info.channels, info.format, info.subtype) == (16000, 1, "WAV", "PCM_16")
+            assert row["duration"] == pytest.approx(info.frames / 16000, abs=1e-6)
+            wave, _ = soundfile.read(utterance.audio)
+            assert 0.499 <= np.abs(wave).max() <= 0.901
+            assert (folder / row["times"]).is_file()
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_times_are_ordered_and_inside_the_audio(small: Path) -> None:
+    checked = 0
+    for manifest, rows in manifest_rows(small).items():
+        name = manifest.split("/")[0]
+        for row in rows:
+            times = json.loads((small / name / row["times"]).read_text())
+            assert sorted(times) == ["phonemes", "words"]
+            assert " ".join(text for text, *_ in times["words"]) == row["text"]
+            if name == "grid":
+                assert [text for text, *_ in times["words"]] == row["text"].split(" ")
+            for spans in times.values():
+                edges = [edge for _, start, end in spans for edge in (start, end)]
+                assert edges == sorted(edges)
+                assert edges[0] >= 0
+                assert edges[-1] <= row["duration"]
+            assert all(end - start > 0.02 for _, start, end in times["words"])
+            # the phonemes cover the audio: they are not in ms or samples
+            assert times["phonemes"][-1][2] > row["duration"] - 0.01
+            checked += 1
+    assert checked == 33
+
+
+def test_test_sets_do_not_depend_on_the_size_of_the_training_set(tmp_path: Path) -> None:
+    few = shards.plan_shards(tmp_path, SynthOptions(grid=5, open=5, test=6, validation=3, voices=2))
+    many = shards.plan_shards(tmp_path, SynthOptions(grid=50, open=50, test=6, validation=3, voices=2))
+    assert len(few) == len(many) == 2 * (2 + 4)
+    for short, long in zip(few, many, strict=True):
+        start = [line for line in short.lines if line.split != "train"]
+        assert start
+        assert list(long.lines[: len(start)]) == list(short.lines[: len(start)]) == start
+
+
+def test_a_set_can_be_left_out(tmp_path: Path) -> None:
+    plan = shards.plan_shards(tmp_path, SynthOptions(grid=0, open=5))
+    assert {shard.set_name for shard in plan} == {"open"}
+
+
+def test_normalise_sets_a_repeatable_peak() -> None:
+    waves = [np.sin(np.arange(2000) * step).astype(np.float32) * 0.01 for step in (0.1, 0.2, 0.3)]
+    peaks = [float(np.abs(shards.normalise(wave)).max()) for wave in waves]
+    assert peaks == [float(np.abs(shards.normalise(wave.copy())).max()) for wave in waves]
+    assert all(0.499 < peak < 0.901 for peak in peaks)
+    assert len(set(peaks)) == 3
+    assert not shards.normalise(np.zeros(10, np.float32)).any()
+
+
+# --- folders --------------------
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_a_finished_corpus_is_not_made_again(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it started to speak")
+
+    monkeypatch.setattr(corpus, "run_jobs", refuse)
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
+    counts = synthesise(small, parse_options([*SMALL, "workers=1"]))
+    assert sum(counts.values()) == 33
+    assert "already" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in small.rglob("*")}
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_other_options_are_refused_by_name(small: Path) -> None:
+    before = tree(small)
+    with pytest.raises(UserError, match=r"seed is 3 there, not 4.*choose another folder or delete"):
+        synthesise(small, parse_options([*SMALL, "seed=4"]))
+    assert tree(small) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("thesis.tex", "precious", "holds something else .thesis.tex"),
+        ("corpus.json", "{not json", "not of a corpus made by synth"),
+        ("corpus.json", "[]", "not of a corpus made by synth"),
+        ("corpus.json", '{"format": "other", "options": {}, "utterances": {}}', "format 'other'"),
+    ],
+)
+def test_a_foreign_folder_is_left_alone(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        synthesise(tmp_path, SynthOptions())
+    assert tree(tmp_path) == {name: content.encode()}
+
+
+def test_a_damaged_corpus_is_not_taken_for_finished(tmp_path: Path) -> None:
+    options = parse_options(SMALL)
+    kept = {name: getattr(options, name) for name in vars(options) if name != "workers"}
+    state = {"format": corpus.FORMAT, "options": kept, "utterances": {"grid/train.jsonl": 7}}
+    (tmp_path / "corpus.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"damaged, grid/train.jsonl is missing"):
+        synthesise(tmp_path, options)
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_an_unfinished_run_is_made_again_without_its_left_overs(tmp_path: Path) -> None:
+    (tmp_path / "corpus.json.part").write_text("{")
+    stale = tmp_path / "grid" / "audio" / "us_f2" / "grid_train_999999.wav"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("half a file")
+    counts = synthesise(
+        tmp_path, parse_options(["grid=1", "open=0", "validation=1", "test=1", "voices=1", "unseen_voices=1"])
+    )
+    assert set(counts) == {f"grid/{split}.jsonl" for split in shards.SPLITS}
+    assert not stale.exists()
+    assert not (tmp_path / "corpus.json.part").exists()
+    assert json.loads((tmp_path / "corpus.json").read_text())["utterances"] == counts
+    assert not (tmp_path / "open").exists()
+
+
+@needs_espeak
+def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*[Nn]ot a directory"):
+        synthesise(tmp_path / "file" / "out", SynthOptions())
+    with pytest.raises(UserError, match="is not a folder"):
+        synthesise(tmp_path / "file", SynthOptions())
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_a_write_error_in_a_worker_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(out: Path, described: dict[str, Any]) -> None:
+        out.mkdir()
+        (out / "grid").write_text("in the way")
+
+    monkeypatch.setattr(corpus, "_start", start)
+    with pytest.raises(UserError, match=r"cannot write .*out.grid"):
+        synthesise(tmp_path / "out", parse_options([*SMALL, "open=0", "workers=1"]))
+    assert not (tmp_path / "out" / "corpus.json").exists()
+
+
+def test_without_espeak_the_message_has_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(UserError, match=r"espeakng_loader.*pip install 'flashsink\[demo\]'"):
+        synthesise(tmp_path / "out", SynthOptions())
+    assert not (tmp_path / "out").exists()
+
+
+# --- processes --------------------
+
+
+@pytest.mark.timeout(120)
+def test_jobs_run_in_fresh_processes_and_keep_their_order(helpers: Any) -> None:
+    ticks: list[int] = []
+    results = pool.run_jobs(helpers.square, [2, 3, 4], 2, lambda: ticks.append(1), 60.0)
+    assert [value for value, _ in results] == [4, 9, 16]
+    assert len({process for _, process in results}) == 3
+    assert len(ticks) == 3
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_is_reported(helpers: Any) -> None:
+    with pytest.raises(UserError, match="died .exit status 3"):
+        run(helpers.die, 1)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_hangs_is_ended(helpers: Any) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="did nothing for 3 s"):
+        run(helpers.hang, 1, 2, stall=3.0)
+    assert time.monotonic() - began < 30
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.timeout(120)
+def test_errors_of_workers_arrive(helpers: Any) -> None:
+    with pytest.raises(UserError, match="no good: 1"):
+        run(helpers.complain, 1)
+    with pytest.raises(UserError, match="ZeroDivisionError: a bug"):
+        run(helpers.crash, 1)
+
+
+def test_progress_without_a_terminal_is_a_few_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with progress.Progress(12) as counter:
+        for _ in range(12):
+            counter.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "synth: 5 of 12 utterances, about 7 s left",
+        "synth: 10 of 12 utterances, about 2 s left",
+        "synth: 12 utterances in 13 s",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.Progress(3) as counter:
+        for _ in range(3):
+            counter.advance()
+    assert "3/3" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""The definitions of the design in float64, in loops over rows, heads, queries and keys; shares nothing with flashsink.
+
+Everything is differentiable (torch float64), so gradients come from autograd. Dimensions: B rows, H query and Hk
+key heads, Sq queries, Sk keys, D head dim, L layers, S tokens, C features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def runs(rows, tokens, lengths=None, starts=None, cu_seqlens=None):
+    """Per row the list of (first, end) of its sequences; dense rows have one."""
+    if cu_seqlens is not None:
+        bounds = [int(x) for x in cu_seqlens]
+        return [list(zip(bounds[:-1], bounds[1:], strict=True))]
+    first = [0] * rows if starts is None else [int(x) for x in starts]
+    count = [tokens - f for f in first] if lengths is None else [int(x) for x in lengths]
+    return [[(f, f + n)] for f, n in zip(first, count, strict=True)]
+
+
+def keys_of(row_runs, position, causal):
+    """The keys that the query at ``position`` may see; none for padding."""
+    for first, end in row_runs:
+        if first <= position < end:
+            return list(range(first, position + 1 if causal else end))
+    return []
+
+
+class Attention:
+    """out (B,H,Sq,D), probs (B,H,Sq,Sk), received and mean_received (B,H,Sk), queries (B,Sk), lse (B,H,Sq)."""
+
+    def __init__(
+        self, q, k, v, *, lengths=None, starts=None, cu_seqlens=None, causal=True, scale=None, query_starts=None
+    ):
+        q, k, v = q.double(), k.double(), v.double()
+        b_, h_, sq, d = q.shape
+        hk, sk = k.shape[1:3]
+        scale = 1.0 / math.sqrt(d) if scale is None else scale
+        rows = runs(b_, sk, lengths, starts, cu_seqlens)
+        out = [[[torch.zeros(d, dtype=torch.float64) for _ in range(sq)] for _ in range(h_)] for _ in range(b_)]
+        self.probs = torch.zeros(b_, h_, sq, sk, dtype=torch.float64)
+        self.lse = torch.zeros(b_, h_, sq, dtype=torch.float64)
+        self.queries = torch.zeros(b_, sk, dtype=torch.long)
+        self.received = torch.zeros(b_, h_, sk, dtype=torch.float64)
+        for b in range(b_):
+            for i in range(sq):
+                position = sk - sq + i
+                keys = keys_of(rows[b], position, causal)
+                if not keys:
+                    continue
+                counted = query_starts is None or position >= int(query_starts[b])
+                low, high = keys[0], keys[-1] + 1
+                if counted:
+                    self.queries[b, low:high] += 1
+                for h in range(h_):
+                    g = h // (h_ // hk)
+                    scores = (k[b, g, low:high] * q[b, h, i]).sum(-1) * scale
+                    top = scores.detach().max()
+                    e = (scores - top).exp()
+                    p = e / e.sum()
+                    out[b][h][i] = (p[:, None] * v[b, g, low:high]).sum(0)
+                    self.probs[b, h, i, low:high] = p.detach()
+                    self.lse[b, h, i] = (top + e.sum().log()).detach()
+                    if counted:
+                        self.received[b, h, low:high] += p.detach()
+        self.out = torch.stack([torch.stack([torch.stack(head) for head in row]) for row in out])
+        self.mean_received = torch.zeros_like(self.received)
+        for b in range(b_):
+            for j in range(sk):
+                if self.queries[b, j] > 0:
+                    self.mean_received[b, :, j] = self.received[b, :, j] / float(self.queries[b, j])
+
+    def sink_rate(self, eps=0.3, min_queries=1):
+        b_, h_, sk = self.received.shape
+        rate = torch.zeros(b_, sk, dtype=torch.float64)
+        for b in range(b_):
+            for j in range(sk):
+                if self.queries[b, j] >= max(min_queries, 1):
+                    rate[b, j] = sum(float(self.mean_received[b, h, j]) > eps for h in range(h_)) / h_
+        return rate
+
+
+def plain_attention(q, k, v, mask, scale=None):
+    """What a user writes in PyTorch, in the dtype of the inputs; ``mask`` (B,1,Sq,Sk) bool."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0) @ v
+
+
+def act(probs, sinks, rows, beta):
+    """The literal algorithm of ACT on (B,H,Sq,Sk) probabilities, row by row; float64 with its graph."""
+    b_, h_, sq, sk = probs.shape
+    result = []
+    for b in range(b_):
+        for h in range(h_):
+            for i in range(sq):
+                row = list(probs[b, h, i].double())
+                visible = keys_of(rows[b], sk - sq + i, True)
+                columns = [j for j in visible if bool(sinks[b, h, j]) and j != visible[0]]
+                others = [j for j in visible if j not in columns]
+                total = sum(row[j] for j in others)
+                if columns and bool(total.detach() > 0.0):
+                    freed = sum(row[j] for j in columns) * (1.0 - beta)
+                    for j in columns:
+                        row[j] = row[j] * beta
+                    for j in others:
+                        row[j] = row[j] + freed * row[j] / total
+                result.append(torch.stack(row))
+    return torch.stack(result).view(b_, h_, sq, sk)
+
+
+def weigh(probs, v):
+    """(B,H,Sq,D) float64."""
+    b_, h_, sq, sk = probs.shape
+    out = torch.zeros(b_, h_, sq, v.shape[-1], dtype=torch.float64)
+    for b in range(b_):
+        for h in range(h_):
+            g = h // (h_ // v.shape[1])
+            for i in range(sq):
+                for j in range(sk):
+                    if float(probs[b, h, i, j]) != 0.0:
+                        out[b, h, i] += probs[b, h, i, j] * v[b, g, j].double()
+    return out
+
+
+def decorrelation(layers, spans, *, margin=0.0, starts=None, cu_seqlens=None):
+    """Definition 4, token by token; float64 with its graph."""
+    layers = [layer.double() for layer in layers]
+    b_, s_, _ = layers[0].shape
+    rows = runs(b_, s_, None, starts, cu_seqlens)
+    sequences = [(b, first) for b in range(b_) for first, _ in rows[b]]
+    count = sum(max(int(n) - 1, 0) for n in spans)
+    per_layer = []
+    for layer in layers:
+        total = (layer[:0] * 0.0).sum()
+        for (b, first), span in zip(sequences, spans, strict=True):
+            for s in range(1, int(span)):
+                a, h = layer[b, first], layer[b, first + s]
+                if not bool(a.detach().any()) or not bool(h.detach().any()):
+                    continue  # the cosine with a zero vector is 0
+                cos = (a * h).sum() / ((a * a).sum().sqrt() * (h * h).sum().sqrt())
+                total = total + torch.relu(cos * cos - margin)
+        per_layer.append(total)
+    if count == 0:
+        return sum(per_layer) * 0.0
+    return sum(per_layer) / len(per_layer) / count
+
+
+def activations(layers, lengths=None, starts=None):
+    """max_abs, feature (L,B,S) and median (L,B) as nested lists, float64."""
+    top, feature, median = [], [], []
+    for layer in layers:
+        layer = layer.detach().double()
+        b_, s_, c_ = layer.shape
+        rows = runs(b_, s_, lengths, starts)
+        top.append([[0.0] * s_ for _ in range(b_)])
+        feature.append([[-1] * s_ for _ in range(b_)])
+        median.append([0.0] * b_)
+        for b in range(b_):
+            everything = []
+            for s in range(*rows[b][0]):
+                sizes = [abs(float(x)) for x in layer[b, s]]
+                everything += sizes
+                top[-1][b][s] = max(sizes)
+                feature[-1][b][s] = min(c for c in range(c_) if sizes[c] == max(sizes))
+            if everything:
+                median[-1][b] = sorted(everything)[(len(everything) - 1) // 2]
+    return top, feature, median

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from avsr.errors import UserError
 
@@ -50,9 +51,49 @@ def _train(arguments: argparse.Namespace) -> None:
     print(run)
 
 
-def _synth(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from avsr.evaluate import evaluate
 
+    for name, score in evaluate(arguments.run, arguments.overrides, arguments.checkpoint).items():
+        print(f"{name}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({score.utterances} utterances, {score.words} words)")
+
+
+def _transcribe(arguments: argparse.Namespace) -> None:
+    from avsr.evaluate import transcribe_files
+
+    names = [name for name in arguments.files if "=" not in name or Path(name).exists()]
+    overrides = [name for name in arguments.files if name not in names]
+    if not names:
+        raise UserError("transcribe: no file given")
+    failed = 0
+    for name, result in transcribe_files(arguments.run, names, overrides):
+        if isinstance(result, UserError):
+            failed += 1
+            print(f"avsr: {result}", file=sys.stderr)
+        else:
+            print(f"{name}\t{result}")
+    if failed:
+        raise SystemExit(EXIT_USER)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from avsr.analyze import analyze
+
+    runs = [name for name in arguments.runs if "=" not in name or Path(name).exists()]
+    overrides = [name for name in arguments.runs if name not in runs]
+    print(analyze(runs, overrides, arguments.out))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from avsr.doctor import report
+
+    lines, complete = report()
+    print("\n".join(lines))
+    if not complete:
+        raise SystemExit(1)
+
+
+def _synth(arguments: argparse.Namespace) -> None:
     from avsr.synth.corpus import parse_options, synthesise
 
     for name, count in synthesise(Path(arguments.out), parse_options(arguments.overrides)).items():
@@ -65,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a config")
     train.add_argument("config", help="a YAML file or a recipe's name")
     _add(train, _train)
+    evaluate = commands.add_parser("evaluate", help="decode and score a run's test sets")
+    evaluate.add_argument("run", help="the run folder")
+    evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    _add(evaluate, _evaluate)
+    transcribe = commands.add_parser("transcribe", help="print one line of text a sound file")
+    transcribe.add_argument("run", help="the run folder")
+    transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound files, and key=value overrides")
+    transcribe.set_defaults(run_command=_transcribe)
+    analyze = commands.add_parser("analyze", help="write analysis.json and report.html of one run or several")
+    analyze.add_argument("runs", nargs="+", metavar="RUN", help="run folders, and key=value overrides")
+    analyze.add_argument("--out", help="folder of the report (default: the first run)")
+    analyze.set_defaults(run_command=_analyze)
+    doctor = commands.add_parser("doctor", help="print versions, devices, backends and what is missing")
+    doctor.set_defaults(run_command=_doctor)
     synth = commands.add_parser("synth", help="make a corpus of synthetic speech")
     synth.add_argument("out", help="the folder to make")
     _add(synth, _synth)

@@ -205,7 +205,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: missing or broken file, unknown key (with the nearest valid one), bad value.
     """
-    merged = _compose(_find(name), ())
+    merged: Any = _compose(_find(name), ())
     for text in overrides:
         key, mark, _ = text.partition("=")
         if not mark or not key:

@@ -45,9 +45,7 @@ def train(config: Config) -> Path:
     store = build_store(config, device)
     model, loaded = build_model(config, {"audio": store.width}, device)
     splits = [
-        load_dataset(
-            manifest, config.data, store, loaded.tokenize, rate=config.model.compression.rate, title=title
-        )
+        load_dataset(manifest, config.data, store, loaded.tokenize, rate=config.model.compression.rate, title=title)
         for manifest, title in ((config.data.train, "read train"), (config.data.validation, "read validation"))
     ]
     progress = checkpoint.load_progress(config, model) if config.resume else Progress()
@@ -69,7 +67,10 @@ def train(config: Config) -> Path:
 def attach(model: torch.nn.Module, config: Config) -> None:
     """flashsink for training: the decorrelation loss only when it counts."""
     model.attach(  # type: ignore[operator]
-        attention=True, decorrelation=config.loss.decorrelation > 0, activations=False, margin=config.loss.margin
+        attention=True,
+        decorrelation=config.loss.decorrelation > 0,
+        activations=False,
+        margin=config.loss.margin,
     )
 
 

@@ -101,8 +101,9 @@ class FeatureStore:
         least, most = self._limits
         most = min(most, self._encoder.max_frames * 320 / SAMPLE_RATE)
         if not least <= seconds <= most:
+            place = f"{utterance.where}: " if utterance.where else ""
             raise UserError(
-                f"{utterance.where}: {utterance.audio} lasts {seconds:.2f} s, allowed are {least:g} to {most:g} s "
+                f"{place}{utterance.audio} lasts {seconds:.2f} s, allowed are {least:g} to {most:g} s "
                 "(data.min_seconds, data.max_seconds, and the encoder's positions)"
             )
         return wave
@@ -127,5 +128,3 @@ class FeatureStore:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise UserError(f"data.cache: cannot write features to {path.parent}: {error}") from error
-
-

@@ -50,9 +50,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the manifest {path}: {error}") from error
     parse, root = (
-        (_parse_csv, path.resolve().parent.parent)
-        if path.suffix == ".csv"
-        else (_parse_json, path.resolve().parent)
+        (_parse_csv, path.resolve().parent.parent) if path.suffix == ".csv" else (_parse_json, path.resolve().parent)
     )
     rows: list[Utterance] = []
     seen: dict[str, str] = {}

@@ -55,8 +55,11 @@ def load_whisper_encoder(path: Path) -> WhisperEncoder:
     except (OSError, struct.error, KeyError, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable CTranslate2 model ({error})") from error
     width, mels, _ = variables["conv1/weight"].shape
-    layers = 1 + max(int(name.split("/")[0][6:]) for name in variables if name.startswith("layer_") and "/" in name
-                     and name.split("/")[0][6:].isdigit())
+    layers = 1 + max(
+        int(name.split("/")[0][6:])
+        for name in variables
+        if name.startswith("layer_") and "/" in name and name.split("/")[0][6:].isdigit()
+    )
     config = WhisperConfig(
         d_model=width,
         num_mel_bins=mels,

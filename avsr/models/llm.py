@@ -99,9 +99,7 @@ def convert_gguf(path: Path) -> Path:
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     try:
         part.mkdir(parents=True, exist_ok=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers refuses to save a model that came from a quantised file, also after dequantising it
         model.hf_quantizer = None

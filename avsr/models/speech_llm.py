@@ -57,10 +57,11 @@ class SpeechLLM(nn.Module):
         self.bos, self.eos = loaded.bos, loaded.eos
         self.prompt = loaded.tokenize(config.prompt)
         self.tokenizer = loaded.tokenizer
+        self.tokenize = loaded.tokenize
         table = loaded.model.get_input_embeddings().weight.detach()
         self.hidden = int(table.shape[1])
         self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", 1 << 30))
-        self.llm = add_lora(loaded.model, config.lora)
+        self.llm: Any = add_lora(loaded.model, config.lora)
         self.projectors = nn.ModuleDict(
             {
                 name: make_projector(
@@ -79,6 +80,8 @@ class SpeechLLM(nn.Module):
             requires_grad=config.delimiters.train,
         )
         self.probe: flashsink.Probe | None = None
+        # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
+        self.register_state_dict_post_hook(_keep_own)
 
     @property
     def decoder(self) -> Any:
@@ -122,7 +125,11 @@ class SpeechLLM(nn.Module):
         for b in range(len(batch.text)):
             parts = [prompt[:1]]
             for i, name in enumerate(self.modalities):
-                parts += [delimiters[2 * i : 2 * i + 1], speech[name][b].to(dtype), delimiters[2 * i + 1 : 2 * i + 2]]
+                parts += [
+                    delimiters[2 * i : 2 * i + 1],
+                    speech[name][b].to(dtype),
+                    delimiters[2 * i + 1 : 2 * i + 2],
+                ]
             parts.append(prompt[1:])
             spans.append(sum(len(part) for part in parts))
             if with_text:
@@ -151,7 +158,8 @@ class SpeechLLM(nn.Module):
     def label_logits(self, batch: Batch, rows: Assembled) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""
         hidden = self.hidden_states(rows)
-        places, targets = [], []
+        places: list[int] = []
+        targets: list[int] = []
         for b, (ids, span) in enumerate(zip(batch.text, rows.spans.tolist(), strict=True)):
             first = b * hidden.shape[1] + span - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
@@ -193,6 +201,12 @@ class SpeechLLM(nn.Module):
             names += [f"<{name}>", *(f"{name[0]}{i}" for i in range(count)), f"</{name}>"]
         ids = self.prompt + (text if with_text else [])
         return names + [self.tokenizer.decode([index]) for index in ids]
+
+
+def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    own = module.own_state()  # type: ignore[operator]
+    for name in [key for key in state if key.removeprefix(prefix) not in own]:
+        del state[name]
 
 
 def init_delimiters(kind: str, count: int, table: Tensor) -> Tensor:

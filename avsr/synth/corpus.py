@@ -10,6 +10,7 @@ The audio is in ``OUT/SET/audio/SPEAKER/ID.wav``, the times of words and phoneme
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -18,13 +19,15 @@ from typing import Any
 
 from avsr.data.manifest import write_manifest
 from avsr.errors import UserError
+from avsr.progress import ProgressBar
 from avsr.synth.espeak import require_espeak
 from avsr.synth.options import SynthOptions, check_options, parse_options
 from avsr.synth.pool import run_jobs
-from avsr.synth.progress import Progress, note
 from avsr.synth.shards import SPLITS, plan_shards, render_shard
 
 __all__ = ["FORMAT", "SynthOptions", "parse_options", "synthesise"]
+
+logger = logging.getLogger("avsr")
 
 FORMAT = "avsr-synth-1"  # change it with anything that changes the audio or the files
 
@@ -54,13 +57,13 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
     try:
         found = _finished_corpus(out, described)
         if found is not None:
-            note(f"synth: {out} already holds this corpus ({sum(found.values())} utterances), nothing to do")
+            logger.info("%s already holds this corpus (%d utterances), nothing to do", out, sum(found.values()))
             return found
         require_espeak()
         _start(out, described)
         shards = plan_shards(out, options)
         workers = min(options.workers or _cpus(), len(shards))
-        with Progress(sum(len(shard.lines) for shard in shards)) as progress:
+        with ProgressBar("speak", sum(len(shard.lines) for shard in shards)) as progress:
             rendered = run_jobs(render_shard, shards, workers, progress.advance)
         rows: dict[str, list[dict[str, Any]]] = {
             f"{name}/{split}.jsonl": []
@@ -76,9 +79,7 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
         _write_state(out / _UNFINISHED, described, counts)
         os.replace(out / _UNFINISHED, out / _FINISHED)
     except OSError as error:
-        raise UserError(
-            f"cannot write the corpus to {error.filename or out}: {error.strerror or error}"
-        ) from error
+        raise UserError(f"cannot write the corpus to {error.filename or out}: {error.strerror or error}") from error
     return counts
 
 
@@ -121,9 +122,7 @@ def _finished_corpus(out: Path, described: dict[str, Any]) -> dict[str, int] | N
         raise UserError(f"{out} holds a corpus with other options ({'; '.join(different)}): {advice}")
     missing = [name for name in counts if not (out / name).is_file()]
     if missing:
-        raise UserError(
-            f"the corpus in {out} is damaged, {missing[0]} is missing: delete the folder and run again"
-        )
+        raise UserError(f"the corpus in {out} is damaged, {missing[0]} is missing: delete the folder and run again")
     return counts
 
 

@@ -115,9 +115,7 @@ class Espeak:
         if native_rate != NATIVE_RATE:
             long = len(data.encode()) > _LONGEST_DATA_PATH
             advice = "move the environment to a shorter path" if long else f"run {INSTALL_HINT} again"
-            raise UserError(
-                f"eSpeak NG does not start with its data in {data} (status {native_rate}): {advice}"
-            )
+            raise UserError(f"eSpeak NG does not start with its data in {data} (status {native_rate}): {advice}")
         self._chunks: list[np.ndarray] = []
         self._events: list[tuple[int, int, int, str]] = []
         self._callback = _Callback(self._receive)  # the library keeps a bare pointer: hold a reference

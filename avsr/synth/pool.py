@@ -77,9 +77,7 @@ def run_jobs(
     return results
 
 
-def _receive(
-    connection: Any, running: dict[Any, _Running], results: list[Any], on_tick: Callable[[], None]
-) -> None:
+def _receive(connection: Any, running: dict[Any, _Running], results: list[Any], on_tick: Callable[[], None]) -> None:
     job = running[connection]
     try:
         kind, value = connection.recv()

@@ -92,12 +92,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
         " confused surprised disappointed grateful ashamed relieved upset sleepy anxious delighted"
         " embarrassed"
     ),
-    "TASTE": _words(
-        "fresh sweet sour bitter salty spicy hot cold warm frozen delicious creamy crunchy rotten stale"
-    ),
-    "WEATHER": _words(
-        "sunny cloudy windy rainy foggy stormy snowy icy humid mild chilly freezing pleasant dreadful"
-    ),
+    "TASTE": _words("fresh sweet sour bitter salty spicy hot cold warm frozen delicious creamy crunchy rotten stale"),
+    "WEATHER": _words("sunny cloudy windy rainy foggy stormy snowy icy humid mild chilly freezing pleasant dreadful"),
     "TOOK": _words(
         "carried brought moved delivered dragged pushed returned rushed shipped hauled lugged sent took lifted"
     ),
@@ -111,9 +107,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
         " remembered forgot recognised surprised supported questioned blamed forgave interrupted advised"
         " encouraged phoned praised"
     ),
-    "MEETBASE": _words(
-        "meet help call thank greet invite visit warn trust ignore remember forget recognise phone"
-    ),
+    "MEETBASE": _words("meet help call thank greet invite visit warn trust ignore remember forget recognise phone"),
     "DO": _words(
         "find buy sell borrow clean wash paint repair break drop hide pack polish wrap measure cover"
         " photograph order keep choose collect examine design move carry bring fetch replace inspect steal"

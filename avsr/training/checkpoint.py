@@ -41,8 +41,8 @@ class Progress:
 
 def gather_state(model: SpeechLLM) -> dict[str, Tensor]:
     """The checkpoint's tensors on CPU, from the float32 masters where the engine keeps some. All ranks call it."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     state = {}
     for name, parameter in model.own_state().items():
@@ -97,9 +97,7 @@ def prepare_run(config: Config) -> None:
     if config.resume:
         if not (run / "checkpoints" / "last" / STATE).is_file():
             raise UserError(f"resume: {run} has no checkpoint to resume from")
-        changed = [
-            line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)
-        ]
+        changed = [line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)]
         if changed:
             raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
     elif run.exists() and any(run.iterdir()) if run.is_dir() else run.exists():

@@ -117,7 +117,11 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameters, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            model=model,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=settings,
         )
     return engine
 

@@ -72,5 +72,3 @@ def _start_wandb(project: str, run: Path) -> ModuleType | Any:
     except ImportError as error:
         raise UserError("log.wandb: the package wandb is not installed: pip install wandb") from error
     return wandb.init(project=project, name=run.name, dir=str(run))
-
-

@@ -65,9 +65,7 @@ class Trainer:
             self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with ProgressBar(
-                "train", self.settings.steps, done=self.progress.step, shown=self.rank == 0
-            ) as bar:
+            with ProgressBar("train", self.settings.steps, done=self.progress.step, shown=self.rank == 0) as bar:
                 self._loop(bar)
         finally:
             for number, handler in before.items():

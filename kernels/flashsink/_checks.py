@@ -27,9 +27,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}"
-            )
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
     if k.shape != v.shape:
         raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -96,9 +94,7 @@ def resolve_layout(
         if check_values(device, validate):
             steps = bounds.diff()
             if bounds[0] != 0 or bounds[-1] > tokens or bool((steps < 0).any()):
-                raise ValueError(
-                    f"cu_seqlens: expected to rise from 0 to at most {tokens}, got {bounds.tolist()}"
-                )
+                raise ValueError(f"cu_seqlens: expected to rise from 0 to at most {tokens}, got {bounds.tolist()}")
         return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
     start = (
         torch.zeros(rows, dtype=torch.long, device=device)
@@ -110,9 +106,7 @@ def resolve_layout(
         if bool((start < 0).any()) or bool((start > tokens).any()):
             raise ValueError(f"starts: expected 0..{tokens}, got {start.tolist()}")
         if bool((length < 0).any()) or bool((start + length > tokens).any()):
-            raise ValueError(
-                f"lengths: expected 0..{tokens} with starts + lengths <= {tokens}, got {length.tolist()}"
-            )
+            raise ValueError(f"lengths: expected 0..{tokens} with starts + lengths <= {tokens}, got {length.tolist()}")
     start = start.clamp(0, tokens)
     length = torch.minimum(length.clamp(min=0), tokens - start)
     return Layout(start, length, rows, tokens, False)

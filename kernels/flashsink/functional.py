@@ -165,9 +165,7 @@ def decorrelation_loss(
     """
     layers = _checks.check_hidden_states(hidden_states)
     first = layers[0]
-    layout = _checks.resolve_layout(
-        first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens
-    )
+    layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
     select(backend, first.device.type)
     return reference.decorrelation_loss(layers, _checks.check_spans(spans, layout), layout, margin)
@@ -191,9 +189,7 @@ def activation_stats(
     """
     layers = _checks.check_hidden_states(hidden_states)
     first = layers[0]
-    layout = _checks.resolve_layout(
-        first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts
-    )
+    layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts)
     select(backend, first.device.type)
     return reference.activation_stats(layers, layout, median)
 

@@ -86,7 +86,13 @@ def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> Layout:
 
 
 def make_mask(
-    *, batch_size: int, q_length: int, kv_length: int, q_offset: Any, attention_mask: Tensor | None, **others: Any
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any,
+    attention_mask: Tensor | None,
+    **others: Any,
 ) -> Tensor:
     """Called by transformers where no forward of an attached model is under way (generate does that for
     compilable caches): the layout from the padding mask alone."""

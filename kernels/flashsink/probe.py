@@ -122,9 +122,7 @@ class Probe:
             torch.cat(medians) if medians else None,
         )
 
-    def calibrate(
-        self, heads: Iterable[tuple[int, int]] | None, beta: float = 0.4, threshold: float = 0.1
-    ) -> None:
+    def calibrate(self, heads: Iterable[tuple[int, int]] | None, beta: float = 0.4, threshold: float = 0.1) -> None:
         """ACT in the given (layer, head) pairs, both from 0, from the next forward on; None switches it off.
 
         The sinks of a head are the keys but BOS whose mean received attention in the prompt exceeds
@@ -148,8 +146,7 @@ class Probe:
             number = self._base.config.num_attention_heads
             if not 0 <= layer < len(self._layers) or not 0 <= head < number:
                 raise ValueError(
-                    f"heads: expected layers below {len(self._layers)} and heads below {number}, "
-                    f"got ({layer}, {head})"
+                    f"heads: expected layers below {len(self._layers)} and heads below {number}, got ({layer}, {head})"
                 )
             chosen.setdefault(layer, []).append(head)
         self._calibration = _Calibration(chosen, beta, threshold)
@@ -235,9 +232,7 @@ class Probe:
                     hidden, forward.spans, forward.layout, options["margin"]
                 )
             if options["activations"] and self._due():
-                forward.activations[index] = reference.activation_stats(
-                    [hidden], forward.layout, options["median"]
-                )
+                forward.activations[index] = reference.activation_stats([hidden], forward.layout, options["median"])
 
         return observe
 
@@ -330,9 +325,10 @@ def attach(
 
 
 def _find_decoder(model: nn.Module) -> tuple[Any, Any]:
+    modules: list[Any] = list(model.modules())
     found = [
         module
-        for module in model.modules()
+        for module in modules
         if isinstance(getattr(module, "layers", None), nn.ModuleList)
         and len(module.layers) > 0
         and all(hasattr(layer, "self_attn") for layer in module.layers)

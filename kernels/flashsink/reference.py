@@ -28,9 +28,7 @@ def visible(layout: Layout, queries: int, causal: bool) -> Tensor:
     return seen.unsqueeze(1)
 
 
-def probabilities(
-    q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def probabilities(q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at padded queries."""
     groups = q.shape[1] // k.shape[1]
     # padding may hold NaN: zeroed here, so that it reaches neither the result nor a gradient
@@ -53,9 +51,7 @@ def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, query_st
         position = torch.arange(layout.tokens - queries, layout.tokens, device=a.device)
         counted = counted & (position >= query_starts[:, None])[:, None, :, None]
         a = a * counted
-    return SinkStats(
-        received=a.detach().sum(dim=2).float(), queries=counted[:, 0].sum(dim=1), lse=lse.detach().float()
-    )
+    return SinkStats(received=a.detach().sum(dim=2).float(), queries=counted[:, 0].sum(dim=1), lse=lse.detach().float())
 
 
 def attention(
@@ -129,4 +125,3 @@ def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> Acti
             rows = [size[b][valid[b]].flatten() for b in range(layout.rows)]
             medians.append(torch.stack([r.median() if len(r) else r.new_zeros(()) for r in rows]).float())
     return ActivationStats(torch.stack(maxima), torch.stack(features), torch.stack(medians) if median else None)
-

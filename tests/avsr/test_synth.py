@@ -16,7 +16,7 @@ import pytest
 
 from avsr.data.manifest import read_manifest
 from avsr.errors import UserError
-from avsr.synth import corpus, pool, progress, sentences, shards, words
+from avsr.synth import corpus, pool, sentences, shards, words
 from avsr.synth.corpus import SynthOptions, parse_options, synthesise
 from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
 
@@ -351,8 +351,10 @@ def test_normalise_sets_a_repeatable_peak() -> None:
 @needs_espeak
 @pytest.mark.timeout(120)
 def test_a_finished_corpus_is_not_made_again(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="avsr")
+
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("it started to speak")
 
@@ -360,7 +362,7 @@ def test_a_finished_corpus_is_not_made_again(
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
     counts = synthesise(small, parse_options([*SMALL, "workers=1"]))
     assert sum(counts.values()) == 33
-    assert "already" in capsys.readouterr().err
+    assert "already" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in small.rglob("*")}
 
 
@@ -477,30 +479,3 @@ def test_errors_of_workers_arrive(helpers: Any) -> None:
         run(helpers.complain, 1)
     with pytest.raises(UserError, match="ZeroDivisionError: a bug"):
         run(helpers.crash, 1)
-
-
-def test_progress_without_a_terminal_is_a_few_plain_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter(range(100))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    with progress.Progress(12) as counter:
-        for _ in range(12):
-            counter.advance()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "synth: 5 of 12 utterances, about 7 s left",
-        "synth: 10 of 12 utterances, about 2 s left",
-        "synth: 12 utterances in 13 s",
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.Progress(3) as counter:
-        for _ in range(3):
-            counter.advance()
-    assert "3/3" in capsys.readouterr().err

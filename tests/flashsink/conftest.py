@@ -79,7 +79,11 @@ def build(kind, lora=False, *, seed=0, **overrides):
         import peft
 
         config = peft.LoraConfig(
-            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(model, config)
     return model.eval()

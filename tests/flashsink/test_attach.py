@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import flashsink
 
@@ -59,6 +65,7 @@ def test_logits_equal_sdpa(model, padding):
 
 @torch.no_grad()
 def test_a_row_gives_the_same_alone(model, padding):
+    """Logits, sinks and activations of an utterance do not depend on its batch."""
     _, ids, mask, starts, lengths = padding
     positions = (torch.arange(12) - starts[:, None]).clamp(min=0)
     probe = flashsink.attach(model)
@@ -70,8 +77,12 @@ def test_a_row_gives_the_same_alone(model, padding):
         inside = slice(first, first + n)
         torch.testing.assert_close(together[b, inside], alone[0], rtol=1e-4, atol=1e-4)
         for batch, single in zip(sinks, probe.sinks, strict=True):
-            torch.testing.assert_close(batch.mean_received[b, :, inside], single.mean_received[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(top.max_abs[:, b, inside], probe.activations.max_abs[:, 0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                batch.mean_received[b, :, inside], single.mean_received[0], rtol=0, atol=1e-5
+            )
+        torch.testing.assert_close(
+            top.max_abs[:, b, inside], probe.activations.max_abs[:, 0], rtol=1e-4, atol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -117,8 +128,12 @@ def test_decorrelation_loss(model, padding, oracle, with_spans):
 def test_activations_are_those_of_the_layers_outputs(model, padding, oracle):
     _, ids, mask, starts, lengths = padding
     last = []
-    handle = decoder(model).layers[-1].register_forward_hook(
-        lambda module, args, output: last.append(output[0] if isinstance(output, tuple) else output)
+    handle = (
+        decoder(model)
+        .layers[-1]
+        .register_forward_hook(
+            lambda module, args, output: last.append(output[0] if isinstance(output, tuple) else output)
+        )
     )
     hidden = eager(model, input_ids=ids, attention_mask=mask).hidden_states
     handle.remove()
@@ -138,7 +153,9 @@ def test_packed_sequences(model, oracle):
     ids, positions, bounds = packed_batch()
     spans = torch.tensor([1, 4, 2])
     plain = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    hidden = [model(input_ids=ids[:, a:b], output_hidden_states=True).hidden_states for a, b in zip(bounds, bounds[1:])]
+    hidden = [
+        model(input_ids=ids[:, a:b], output_hidden_states=True).hidden_states for a, b in pairwise(bounds)
+    ]
     probe = flashsink.attach(model, median=True)
     with probe.spans(spans):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -147,7 +164,7 @@ def test_packed_sequences(model, oracle):
     joined = [torch.cat([h[layer] for h in hidden], dim=1) for layer in (1, 2)]
     want = oracle.decorrelation(joined, spans.tolist(), cu_seqlens=torch.tensor(bounds))
     torch.testing.assert_close(loss.double(), want, rtol=2e-5, atol=1e-8)
-    for a, b in zip(bounds, bounds[1:]):
+    for a, b in pairwise(bounds):
         alone = model(input_ids=ids[:, a:b]).logits
         torch.testing.assert_close(logits[:, a:b], alone, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(top.max_abs[:, :, a:b], probe.activations.max_abs, rtol=1e-4, atol=1e-4)
@@ -201,6 +218,30 @@ def test_checkpointing_changes_nothing(model, padding):
     assert torch.equal(top2.feature, top.feature)
 
 
+def checkpoint_calls(model):
+    """Checkpoints whole calls of the layers, hooks included, as transformers 5.17 and torch's wrappers do."""
+    for layer in decoder(model).layers:
+        kind = type(layer)
+
+        def call(self, *args, kind=kind, **kwargs):
+            return checkpoint(functools.partial(kind.__call__, self, **kwargs), *args, use_reentrant=False)
+
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_checkpointing_around_the_hooks_changes_nothing(tiny, padding, kind):
+    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    model = tiny(kind)
+    loss, decorrelation, grads, received, top = train_once(model, inputs, False, spans)
+    checkpoint_calls(model)
+    loss2, decorrelation2, grads2, received2, top2 = train_once(model, inputs, False, spans)
+    torch.testing.assert_close((loss2, decorrelation2), (loss, decorrelation))
+    torch.testing.assert_close(grads2, grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(received2, received)
+    torch.testing.assert_close(top2.max_abs, top.max_abs)
+
+
 def test_gradients_equal_those_of_hidden_states(model, padding, oracle):
     """CE + 3 x loss through the probe against the same by output_hidden_states and the oracle."""
     inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
@@ -216,7 +257,9 @@ def test_gradients_equal_those_of_hidden_states(model, padding, oracle):
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
         scale = float(grad.abs().max())
-        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grads[name], grad, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_nothing_counted_gives_a_zero_loss_with_zero_gradients(tiny):
@@ -245,10 +288,10 @@ def test_detach_leaves_the_model_as_it_was(model, implementation):
     assert model.config._attn_implementation == implementation
     assert decoder(model).config._attn_implementation == implementation
     assert hooks(model) == count
-    assert torch.equal(model(input_ids=torch.randint(3, 60, (2, 8))).logits.isfinite().all(), torch.tensor(True))
     assert torch.equal(model(input_ids=ids).logits, before)
+    model(input_ids=ids[:, :5])
     # it stays readable, untouched by forwards of the detached model
-    assert probe.sinks[0].received is sinks or torch.equal(probe.sinks[0].received, sinks)
+    assert torch.equal(probe.sinks[0].received, sinks)
     assert torch.equal(probe.decorrelation_loss, loss)
     probe.detach()  # harmless
     assert model.config._attn_implementation == implementation
@@ -265,3 +308,14 @@ def test_a_second_probe_is_refused_and_does_no_harm(model):
     assert hooks(model) == count
     assert torch.equal(model(input_ids=ids).logits, before)
     assert len(probe.sinks) == 3
+
+
+def test_a_dropped_model_is_freed(tiny):
+    """Nothing global keeps an attached model alive."""
+    model = tiny("llama")
+    probe = flashsink.attach(model)
+    model(input_ids=torch.randint(3, 60, (1, 4)))
+    alive = weakref.ref(model.model.layers[0])
+    del model, probe
+    gc.collect()
+    assert alive() is None

@@ -102,7 +102,9 @@ def test_default_scale_and_float64(oracle, backend):
 )
 def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(oracle, backend, case, dtype):
     q, k, v, layout = make(case, dtype, spread=1.5)
-    ours, plain, exact = ([x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (dtype, dtype, torch.float64))
+    ours, plain, exact = (
+        [x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (dtype, dtype, torch.float64)
+    )
     want = oracle.Attention(*exact, **layout)
     out, stats = flashsink.attention(*ours, **layout, backend=backend, return_stats=True)
     mask = torch.zeros(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool)
@@ -130,10 +132,7 @@ def test_poison_in_padding_reaches_nothing(oracle, backend, case, dtype, poison)
     padding = padded(oracle, case)
     expected, want = flashsink.attention(q, k, v, **layout, backend=backend, return_stats=True)
     at = padding[:, None, :, None]
-    leaves = [
-        x.masked_fill(at[:, :, -x.shape[2] :], poison).requires_grad_()
-        for x in (q, k, v)
-    ]
+    leaves = [x.masked_fill(at[:, :, -x.shape[2] :], poison).requires_grad_() for x in (q, k, v)]
     out, stats = flashsink.attention(*leaves, **layout, backend=backend, return_stats=True)
     out.sum().backward()
     torch.testing.assert_close(out, expected)
@@ -259,9 +258,7 @@ def test_query_starts(oracle, backend, case):
     q, k, v, layout = make(case)
     first = torch.tensor([13, 9, 15])[: q.shape[0]]
     plain = flashsink.attention(q, k, v, **layout, backend=backend)
-    out, stats = flashsink.attention(
-        q, k, v, **layout, backend=backend, return_stats=True, query_starts=first
-    )
+    out, stats = flashsink.attention(q, k, v, **layout, backend=backend, return_stats=True, query_starts=first)
     want = oracle.Attention(q, k, v, **layout, query_starts=first)
     assert torch.equal(out, plain)
     check_stats(stats, want)

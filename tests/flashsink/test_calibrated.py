@@ -157,6 +157,4 @@ def test_strided_inputs(oracle, backend):
     mask = sinks.transpose(1, 2).contiguous().transpose(1, 2)
     assert not moved[0].is_contiguous() and not mask.is_contiguous()
     out = flashsink.calibrated_attention(*moved, mask, **layout, backend=backend)
-    torch.testing.assert_close(
-        out.double(), literal(oracle, q, k, v, sinks, 0.4, layout), rtol=5e-6, atol=5e-6
-    )
+    torch.testing.assert_close(out.double(), literal(oracle, q, k, v, sinks, 0.4, layout), rtol=5e-6, atol=5e-6)

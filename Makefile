@@ -1,0 +1,42 @@
+# make demo and make test set everything up first. PYTHON is the interpreter that .venv is made with
+# (3.11 or 3.12); for make gpu, the one whose torch, triton and transformers are used as they are.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-long lint bench gpu clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "Python 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m avsr.demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-long: install lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: install
+	$(BIN)/python bench/run.py
+
+gpu:
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/kernels:$(CURDIR)/bench $(PYTHON) -m pytest -q tests/flashsink -m "not smollm" -p no:cacheprovider
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/kernels $(PYTHON) bench/run.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +

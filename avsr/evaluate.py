@@ -1,0 +1,132 @@
+"""``avsr evaluate RUN`` and ``avsr transcribe RUN FILE...``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from avsr.build import load_run, pick_device
+from avsr.config import Config
+from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.data.batches import Example
+from avsr.data.dataset import SpeechDataset, load_dataset
+from avsr.data.features import FeatureStore
+from avsr.data.manifest import Utterance
+from avsr.errors import UserError
+from avsr.evaluation.decode import transcribe
+from avsr.evaluation.wer import Score, alignment, normaliser, score
+from avsr.models.speech_llm import SpeechLLM
+from avsr.progress import ProgressBar
+
+WORST = 20  # utterances shown in errors.txt
+
+
+def decode_set(
+    model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str
+) -> tuple[Score, list[dict[str, Any]]]:
+    """Decodes a dataset: its score and a row an utterance (set, id, speaker, reference, hypothesis)."""
+    examples = [dataset[i] for i in range(len(dataset))]
+    texts: dict[int, str] = {}
+    with ProgressBar(f"decode {name}", len(examples)) as bar:
+        for index, text in transcribe(model, examples, config.decode):
+            texts[index] = text
+            bar.advance()
+    rows = [
+        {
+            "set": name,
+            "id": example.utterance.id,
+            "speaker": example.utterance.speaker,
+            "reference": example.utterance.text,
+            "hypothesis": texts[index],
+        }
+        for index, example in enumerate(examples)
+    ]
+    references = [str(row["reference"]) for row in rows]
+    return score(references, [texts[i] for i in range(len(rows))], normaliser(config.decode.normaliser)), rows
+
+
+def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
+    """The datasets of ``data.test``.
+
+    Raises:
+        UserError: the config names none, or an utterance cannot be used.
+    """
+    if not config.data.test:
+        raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
+    return {
+        name: load_dataset(
+            manifest,
+            config.data,
+            store,
+            model.tokenize,
+            rate=config.model.compression.rate,
+            title=f"read {name}",
+        )
+        for name, manifest in config.data.test.items()
+    }
+
+
+def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
+    """Decodes every test set of a run; writes ``metrics.json``, ``hypotheses.jsonl`` and ``errors.txt``."""
+    config, model, store = load_run(run, overrides, pick_device(), which)
+    return evaluate_model(config, model, test_sets(config, model, store), Path(run))
+
+
+def evaluate_model(config: Config, model: SpeechLLM, sets: dict[str, SpeechDataset], folder: Path) -> dict[str, Score]:
+    """As :func:`evaluate`, with what is loaded already."""
+    scores: dict[str, Score] = {}
+    rows: list[dict[str, Any]] = []
+    for name, dataset in sets.items():
+        scores[name], part = decode_set(model, dataset, config, name)
+        rows += part
+    result = {name: asdict(value) for name, value in scores.items()}
+    decoding = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
+    try:
+        (folder / "metrics.json").write_text(json.dumps({**result, "decoding": decoding}, indent=2) + "\n")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "hypotheses.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "errors.txt").write_text(worst(rows, config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write results to {folder}: {error}") from error
+    return scores
+
+
+def worst(rows: list[dict[str, Any]], config: Config) -> str:
+    """Alignments of the utterances with the highest word error rate."""
+    normalise = normaliser(config.decode.normaliser)
+    rated = []
+    for row in rows:
+        if normalise(row["reference"]):
+            rated.append((score([row["reference"]], [row["hypothesis"]], normalise).wer, row))
+    rated.sort(key=lambda pair: (-pair[0], pair[1]["set"], pair[1]["id"]))
+    parts = [
+        f"{row['set']}/{row['id']}  WER {rate:.2f}\n{alignment(row['reference'], row['hypothesis'], normalise)}\n"
+        for rate, row in rated[:WORST]
+        if rate > 0
+    ]
+    return "\n".join(parts) or "no errors\n"
+
+
+def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) -> list[tuple[str, str | UserError]]:
+    """(file, text) in order; an unusable file has its error instead of a text."""
+    config, model, store = load_run(run, overrides, pick_device())
+    results: dict[int, str | UserError] = {}
+    examples: list[tuple[int, Example]] = []
+    for index, name in enumerate(files):
+        try:
+            path = Path(name)
+            seconds = len(load_audio(path)) / SAMPLE_RATE
+            utterance = Utterance(id=name, audio=path.resolve(), text="", duration=seconds)
+            features = store.load(utterance)
+            if len(features) < config.model.compression.rate:
+                raise UserError(
+                    f"{name} lasts {seconds:.2f} s: shorter than one token at rate {config.model.compression.rate}"
+                )
+            examples.append((index, Example(utterance, {"audio": features}, [])))
+        except UserError as error:
+            results[index] = error
+    for place, text in transcribe(model, [example for _, example in examples], config.decode):
+        results[examples[place][0]] = text
+    return [(name, results[index]) for index, name in enumerate(files)]

@@ -1,0 +1,113 @@
+"""Imports go strictly downward, and the source tree can be the working directory."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
+
+# From the bottom up: a module may import only modules of earlier lines, (modules of one line do not know each other).
+ORDER = [
+    "flashsink.types",
+    "flashsink._checks flashsink.backends",
+    "flashsink.reference",
+    "flashsink.functional flashsink.hf_masks",
+    "flashsink.probe",
+    "flashsink",
+    "avsr avsr.errors avsr.data avsr.models avsr.synth avsr.training avsr.evaluation avsr.analysis",
+    "avsr.config avsr.progress",
+    "avsr.data.audio avsr.data.manifest avsr.models.sources avsr.models.compression avsr.models.projector",
+    "avsr.models.ctranslate2 avsr.models.llm avsr.data.batches",
+    "avsr.models.whisper",
+    "avsr.data.features",
+    "avsr.data.dataset",
+    "avsr.models.speech_llm",
+    "avsr.losses avsr.build",
+    "avsr.evaluation.decode avsr.evaluation.wer avsr.training.metrics avsr.training.engine",
+    "avsr.training.checkpoint",
+    "avsr.training.trainer",
+    "avsr.analysis.figures avsr.analysis.collect",
+    "avsr.analysis.report",
+    "avsr.evaluate",
+    "avsr.analyze avsr.doctor",
+    "avsr.synth.words avsr.synth.voices avsr.synth.espeak avsr.synth.pool",
+    "avsr.synth.sentences",
+    "avsr.synth.options",
+    "avsr.synth.shards",
+    "avsr.synth.corpus",
+    "avsr.train",
+    "avsr.cli",
+    "avsr.demo",
+]
+LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
+# avsr.train prints errors as the command line does, and the command line trains: each imports the other when called
+LAZY = {("avsr.train", "avsr.cli")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in SOURCES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    known = modules().keys()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in known else node.module)
+    return names & known
+
+
+def test_every_module_has_its_place() -> None:
+    assert modules().keys() == LEVEL.keys()
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_downward(name: str) -> None:
+    for other in imported(modules()[name]):
+        if (name, other) not in LAZY:
+            assert LEVEL[other] < LEVEL[name], f"{name} imports {other}"
+        assert not (name.startswith("flashsink") and other.startswith("avsr"))
+
+
+def test_files_stay_small() -> None:
+    for name, path in modules().items():
+        limit = 500 if name.startswith("flashsink") else 400
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_transformers_imports_from_the_repository_root(with_kernels: bool, tmp_path: Path) -> None:
+    """The folder ``kernels`` must not be taken for Hugging Face's package of that name."""
+    search = [str(ROOT)]
+    if with_kernels:
+        package = tmp_path / "kernels"
+        package.mkdir()
+        (package / "__init__.py").write_text(
+            "__version__ = '99.0.0'\n"
+            "def __getattr__(name):\n    return type(name, (), {'__init__': lambda self, *a, **k: None})\n"
+        )
+        info = tmp_path / "kernels-99.0.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0.0\n")
+        search.insert(0, str(tmp_path))
+    code = (
+        f"import sys; sys.path[:0] = {search!r}\n"
+        "import transformers\nfrom transformers import LlamaForCausalLM\nimport flashsink, avsr\nprint('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("fine"), done.stderr

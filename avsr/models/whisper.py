@@ -10,6 +10,7 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
+from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
 from avsr.errors import UserError
@@ -116,9 +117,10 @@ def frame_count(samples: int) -> int:
 
 
 def _load(source: Path | str) -> WhisperEncoder:
+    disable_progress_bar()
     if isinstance(source, Path):
         binary = source / "model.bin" if source.is_dir() else source
-        if binary.name == "model.bin":
+        if binary.name == "model.bin" and binary.is_file():
             return load_whisper_encoder(binary)
     try:
         return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder

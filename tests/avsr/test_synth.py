@@ -20,9 +20,7 @@ from avsr.synth import corpus, pool, sentences, shards, words
 from avsr.synth.corpus import SynthOptions, parse_options, synthesise
 from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
 
-needs_espeak = pytest.mark.skipif(
-    importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"
-)
+needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo")
 SMALL = ["grid=7", "open=6", "validation=2", "test=4", "voices=2", "unseen_voices=1", "seed=3"]
 FIELDS = ["id", "audio", "video", "duration", "text", "speaker", "sha256", "voice", "rate", "pitch", "times"]
 

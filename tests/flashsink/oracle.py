@@ -122,8 +122,7 @@ def weigh(probs, v):
             g = h // (h_ // v.shape[1])
             for i in range(sq):
                 for j in range(sk):
-                    if float(probs[b, h, i, j]) != 0.0:
-                        out[b, h, i] += probs[b, h, i, j] * v[b, g, j].double()
+                    out[b, h, i] += probs[b, h, i, j] * v[b, g, j].double()
     return out
 
 

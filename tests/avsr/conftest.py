@@ -1,0 +1,176 @@
+"""Tiny real parts: a Llama, a Whisper, tone corpora and a recipe that trains them in seconds."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from omegaconf import OmegaConf
+
+from avsr.data.manifest import write_manifest
+
+RATE = 16_000
+WORDS = ("bin", "lay", "place", "set", "blue", "green", "red", "white", "now", "soon", "again")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (hidden 48, 3 layers, grouped queries) and a character tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llm")
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", " ", *string.ascii_lowercase, *string.digits, *string.punctuation]
+    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokens),
+                hidden_size=48,
+                intermediate_size=96,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                initializer_range=0.2,  # larger than the default: outputs then depend on the input
+            )
+        )
+    model.float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Whisper of width 32 and 2 layers."""
+    from transformers import WhisperConfig, WhisperModel
+
+    folder = tmp_path_factory.mktemp("tiny_whisper")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = WhisperModel(
+            WhisperConfig(
+                vocab_size=60,
+                num_mel_bins=80,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_source_positions=1500,
+                max_target_positions=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        )
+    model.float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_corpus() -> Callable[..., Path]:
+    """``make_corpus(folder, count=8, seconds=0.6)``: distinct tones and their manifest, whose path it returns.
+
+    ``seconds`` is one duration for all or a sequence with one for each (then ``count`` does not matter).
+    """
+
+    def make(folder: Path, count: int = 8, seconds: float | Sequence[float] = 0.6) -> Path:
+        durations = [float(seconds)] * count if isinstance(seconds, int | float) else [float(s) for s in seconds]
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, duration in enumerate(durations):
+            samples = round(duration * RATE)
+            time = np.arange(samples) / RATE
+            tone = 0.4 * np.sin(2 * np.pi * (200 + 90 * index) * time) + 0.1 * np.sin(2 * np.pi * 60 * index * time)
+            soundfile.write(str(folder / f"u{index:03d}.wav"), tone.astype(np.float32), RATE, subtype="PCM_16")
+            rows.append(
+                {
+                    "id": f"u{index:03d}",
+                    "audio": f"u{index:03d}.wav",
+                    "duration": samples / RATE,
+                    "text": f"{WORDS[index % 4]} {WORDS[4 + index // 4 % 4]} {WORDS[8 + index % 3]}",
+                    "speaker": f"s{index % 2}",
+                }
+            )
+        write_manifest(folder / "manifest.jsonl", rows)
+        return folder / "manifest.jsonl"
+
+    return make
+
+
+@pytest.fixture
+def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., Path]) -> Callable[..., Path]:
+    """``tiny_recipe(tmp_path, **{"training.steps": 2})``: path of a complete recipe for the tiny parts.
+
+    Its corpora lie in ``tmp_path/corpus``, its run in ``tmp_path/run``.
+    """
+
+    def make(tmp_path: Path, **overrides: Any) -> Path:
+        def corpus(name: str, count: int) -> str:
+            folder = tmp_path / "corpus" / name
+            found = folder / "manifest.jsonl"
+            return str(found if found.is_file() else make_corpus(folder, count))
+
+        tree = OmegaConf.create(
+            {
+                "run": str(tmp_path / "run"),
+                "model": {
+                    "encoder": {"name": str(tiny_whisper), "batch": 4},
+                    "compression": {"kind": "average", "rate": 4},
+                    "projector": {"hidden": 32, "layernorm": True},
+                    "llm": {"name": str(tiny_llm)},
+                    "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
+                },
+                "data": {
+                    "train": corpus("train", 8),
+                    "validation": corpus("validation", 4),
+                    "test": {"sentences": corpus("sentences", 4), "unseen_voices": corpus("unseen_voices", 3)},
+                    "cache": str(tmp_path / "cache"),
+                },
+                "loss": {"decorrelation": 0.0},
+                "training": {"steps": 4, "frames": 120, "utterances": 4, "validate_every": 2, "precision": "fp32"},
+                "deepspeed": {"stage": 1},
+                "decode": {"batch": 4},
+                "log": {"tensorboard": False},
+            }
+        )
+        for key, value in overrides.items():
+            OmegaConf.update(tree, key, value, force_add=True)
+        path = tmp_path / "recipe.yaml"
+        OmegaConf.save(tree, path)
+        return path
+
+    return make

@@ -1,0 +1,86 @@
+"""Many processes under the deepspeed launcher give the numbers of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from avsr.config import load_config
+from avsr.train import train
+from avsr.training.metrics import read_metrics
+
+SETTINGS = {
+    "training.utterances": 3,
+    "training.gradient_norms_every": 1,
+    "loss.decorrelation": 2.0,
+    "training.clip": 1.0e9,
+}
+
+
+def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher_variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in launcher_variables}
+    environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    folder = Path(sys.executable).parent
+    environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+    port = str(20000 + os.getpid() % 20000)
+    command = [str(folder / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+    command += ["--module", "avsr.train", str(recipe), *overrides]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_two_ranks_train_as_one_process_with_two_micro_batches(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Unlike numbers of labels and prompt tokens on both ranks: losses, gradient norms and weights agree."""
+    recipe = tiny_recipe(tmp_path, **SETTINGS)
+    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    before = dict(os.environ)
+    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
+    os.environ.clear()
+    os.environ.update(before)
+    rows = zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True)
+    for a, b in rows:
+        for key in ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "tokens"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3), (a["step"], key)
+        assert b.get("validation_ce") == pytest.approx(a.get("validation_ce"), rel=1e-3)
+    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, tmp_path / "two")]
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero_3_on_two_ranks_saves_whole_tensors(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, **{**SETTINGS, "training.gradient_norms_every": 0})
+    done = launch(recipe, f"run={tmp_path / 'three'}", "deepspeed.stage=3")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    saved = [load_file(str(tmp_path / run / "checkpoints/last/model.safetensors")) for run in ("two", "three")]
+    for name, tensor in saved[0].items():
+        assert saved[1][name].shape == tensor.shape
+    for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "three"), strict=True):
+        assert b["ce"] == pytest.approx(a["ce"], rel=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_bad_input_ends_every_rank_with_one_line(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, **SETTINGS)
+    done = launch(recipe, f"run={tmp_path / 'bad'}", "training.utterances=64", "training.frames=100000")
+    assert done.returncode != 0
+    assert "one step of 2 ranks" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr.split("avsr:")[0]

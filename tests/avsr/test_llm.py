@@ -1,0 +1,86 @@
+"""Loading the language model, its two framing tokens, and LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from avsr.config import LLMConfig, LoraConfig
+from avsr.errors import UserError
+from avsr.models.llm import add_lora, load_llm, lora_from_reduction
+
+
+def test_loaded_frozen_in_eval_mode_with_its_own_tokens(tiny_llm: Path) -> None:
+    loaded = load_llm(LLMConfig(name=str(tiny_llm)))
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.bos == loaded.tokenizer.convert_tokens_to_ids("<s>")
+    assert loaded.eos == loaded.tokenizer.convert_tokens_to_ids("</s>")
+    ids = loaded.tokenize("bin blue")
+    assert loaded.bos not in ids and loaded.tokenizer.decode(ids) == "bin blue"
+
+
+def without_special(folder: Path, target: Path, key: str) -> Path:
+    """A copy of the model whose tokenizer does not name ``key``."""
+    target.mkdir()
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        if path.name in ("tokenizer_config.json", "special_tokens_map.json"):
+            table = json.loads(content)
+            table.pop(key, None)
+            content = json.dumps(table).encode()
+        (target / path.name).write_bytes(content)
+    return target
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_it_needs_a_name_in_the_config(tiny_llm: Path, tmp_path: Path, key: str) -> None:
+    folder = without_special(tiny_llm, tmp_path / "model", key)
+    with pytest.raises(UserError, match=rf"model\.llm\.{key}"):
+        load_llm(LLMConfig(name=str(folder)))
+    loaded = load_llm(LLMConfig(name=str(folder), **{key: "<pad>"}))
+    value = loaded.bos if key == "bos_token" else loaded.eos
+    assert value == loaded.tokenizer.convert_tokens_to_ids("<pad>")
+    with pytest.raises(UserError, match="no token '<nothing>'"):
+        load_llm(LLMConfig(name=str(folder), **{key: "<nothing>"}))
+
+
+def test_missing_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_llm(LLMConfig(name=str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"model\.llm\.name"):
+        load_llm(LLMConfig(name=str(tmp_path / "empty")))
+
+
+def test_lora_has_peft_rank_and_scale_and_starts_as_identity(tiny_llm: Path) -> None:
+    loaded = load_llm(LLMConfig(name=str(tiny_llm)))
+    ids = torch.tensor([[1, 5, 6, 7]])
+    before = loaded.model(ids).logits
+    wrapped = add_lora(loaded.model, LoraConfig(rank=4, alpha=8.0))
+    torch.testing.assert_close(wrapped(ids).logits, before)
+    trainable = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trainable) == 3 * 2 * 2  # layers x (q, v) x (A, B)
+    assert all("q_proj" in name or "v_proj" in name for name in trainable)
+    layer = wrapped.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.shape[0] == 4
+    assert layer.scaling["default"] == 2.0
+
+
+def test_lora_targets_that_do_not_exist_are_named(tiny_llm: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora\.targets"):
+        add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["nothing"]))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "reduction", "alpha", "rank", "scale"),
+    [(3072, 32, 4, 96, 0.125), (2048, 32, 4, 64, 0.125), (4096, 64, 8, 64, 0.125), (5120, 64, 8, 80, 0.125)],
+)
+def test_the_papers_reduction_factor(hidden: int, reduction: int, alpha: float, rank: int, scale: float) -> None:
+    """rank = hidden / R and scale = alpha / R, as Llama-AVSR computes them; there "rank" is a divisor."""
+    config = lora_from_reduction(hidden, reduction, alpha)
+    assert config.rank == rank
+    assert config.alpha / config.rank == pytest.approx(scale)

@@ -53,7 +53,8 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(
     for a, b in rows:
         for key in ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "tokens"):
             assert b[key] == pytest.approx(a[key], rel=1e-3), (a["step"], key)
-        assert b.get("validation_ce") == pytest.approx(a.get("validation_ce"), rel=1e-3)
+        if a["step"] % 2 == 0:
+            assert b["validation_ce"] == pytest.approx(a["validation_ce"], rel=1e-3)
     saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, tmp_path / "two")]
     for name, tensor in saved[0].items():
         torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)

@@ -1,0 +1,155 @@
+"""Reading sound files of many kinds, and refusing what is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.errors import UserError
+
+
+def tone(frequency: float, seconds: float, rate: int, amplitude: float = 0.5) -> np.ndarray:
+    time = np.arange(round(seconds * rate)) / rate
+    return (amplitude * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def peak_frequency(wave: torch.Tensor) -> float:
+    spectrum = np.abs(np.fft.rfft(wave.numpy() * np.hanning(len(wave))))
+    return float(np.argmax(spectrum)) * SAMPLE_RATE / len(wave)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_audio(path, where="m.jsonl:4")
+    message = str(caught.value)
+    assert message.startswith("m.jsonl:4: ") and str(path) in message and "\n" not in message
+    return message
+
+
+def test_a_wav_at_16_khz_comes_through_unchanged(tmp_path: Path) -> None:
+    samples = tone(440, 0.5, 16_000)
+    soundfile.write(str(tmp_path / "a.wav"), samples, 16_000, subtype="FLOAT")
+    wave = load_audio(tmp_path / "a.wav")
+    assert wave.dtype == torch.float32 and wave.shape == (8000,)
+    assert torch.equal(wave, torch.from_numpy(samples))
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_duration_frequency_and_level(tmp_path: Path, rate: int) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), tone(1000, 1.0, rate), rate)
+    wave = load_audio(tmp_path / "a.wav")
+    assert abs(len(wave) - 16_000) <= 1
+    assert abs(peak_frequency(wave) - 1000) < 2
+    middle = wave[2000:-2000]
+    assert abs(float(middle.square().mean().sqrt()) - 0.5 / 2**0.5) < 0.01
+
+
+def test_what_16_khz_cannot_hold_is_filtered_and_not_folded_down(tmp_path: Path) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), tone(1000, 1.0, 48_000) + tone(12_000, 1.0, 48_000, 0.4), 48_000)
+    wave = load_audio(tmp_path / "a.wav")
+    spectrum = np.abs(np.fft.rfft(wave.numpy() * np.hanning(len(wave))))
+    assert spectrum[4000] < 0.01 * spectrum[1000]  # 12 kHz would fold to 4 kHz
+
+
+def test_stereo_becomes_the_mean_of_its_channels(tmp_path: Path) -> None:
+    left, right = tone(300, 0.2, 16_000), tone(700, 0.2, 16_000, 0.2)
+    soundfile.write(str(tmp_path / "a.wav"), np.stack([left, right], 1), 16_000, subtype="FLOAT")
+    wave = load_audio(tmp_path / "a.wav")
+    assert wave.shape == (3200,)
+    torch.testing.assert_close(wave, torch.from_numpy((left + right) / 2), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("a.flac", 1e-4), ("a.ogg", 0.05), ("a.mp3", 0.1)])
+def test_other_formats(tmp_path: Path, name: str, tolerance: float) -> None:
+    if name.split(".")[1].upper() not in soundfile.available_formats():
+        pytest.skip(f"this libsndfile has no {name}")
+    samples = tone(440, 1.0, 16_000)
+    soundfile.write(str(tmp_path / name), samples, 16_000)
+    wave = load_audio(tmp_path / name)
+    assert abs(len(wave) - 16_000) < 1600  # MP3 pads
+    assert abs(peak_frequency(wave) - 440) < 2
+    assert abs(float(wave[4000:12_000].abs().max()) - 0.5) < tolerance
+
+
+def test_a_quiet_clip_is_not_silent(tmp_path: Path) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), tone(440, 0.2, 16_000, 0.001), 16_000, subtype="FLOAT")
+    assert 0.0009 < float(load_audio(tmp_path / "a.wav").abs().max()) < 0.0011
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "no file" in refusal(tmp_path / "no.wav")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.wav").mkdir()
+    assert "no file" in refusal(tmp_path / "folder.wav")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert "not a readable sound file" in refusal(tmp_path / name)
+
+
+def test_a_wav_without_samples(tmp_path: Path) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), np.zeros(0, np.float32), 16_000)
+    assert "no samples" in refusal(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("keep", [10, 30, 44])
+def test_a_wav_cut_in_its_header(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), tone(440, 0.5, 16_000), 16_000)
+    path.write_bytes(path.read_bytes()[:keep])
+    refusal(path)
+
+
+def test_a_wav_cut_in_its_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), tone(440, 1.0, 16_000), 16_000)
+    path.write_bytes(path.read_bytes()[:8044])  # 4,000 of 16,000 samples
+    assert "truncated" in refusal(path) or "not a readable" in refusal(path)
+
+
+def test_a_flac_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
+    soundfile.write(str(path), noise, 16_000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refusal(path)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.txt", "a.mp3"])
+def test_a_text_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("this is no sound\n" * 50)
+    assert "not a readable sound file" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    samples = tone(440, 0.2, 16_000)
+    samples[1234] = value
+    soundfile.write(str(tmp_path / "a.wav"), samples, 16_000, subtype="FLOAT")
+    assert "NaN or infinite" in refusal(tmp_path / "a.wav")
+
+
+def test_silence(tmp_path: Path) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), np.zeros(16_000, np.float32), 16_000)
+    assert "silent" in refusal(tmp_path / "a.wav")
+
+
+def test_without_a_place_the_message_begins_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_audio(tmp_path / "no.wav")
+    assert not str(caught.value).startswith(":")
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".wav", "a\0b.wav"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(UserError):
+        load_audio(Path("/tmp") / name)

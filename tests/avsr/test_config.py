@@ -1,0 +1,349 @@
+"""Config files that compose, overrides, and the errors a user meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from avsr import config as config_module
+from avsr.config import (
+    Config,
+    ModelConfig,
+    configs_folder,
+    differences,
+    load_config,
+    read_run_config,
+    to_yaml,
+)
+from avsr.errors import UserError
+
+FILES = sorted(path for path in configs_folder().glob("*/*.yaml"))
+FILL = ["run=r", "model.encoder.name=e", "model.llm.name=l", "data.train=t", "data.validation=v"]
+COMPLETE = """
+run: runs/x
+model: {encoder: {name: e}, llm: {name: l}}
+data: {train: t.jsonl, validation: v.jsonl, test: {a: a.jsonl}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., str]:
+    def write(text: str = "", name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(COMPLETE + text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own configs folder; files are written with ``write``."""
+    root = tmp_path / "configs"
+    monkeypatch.setattr(config_module, "configs_folder", lambda: root)
+    root.mkdir()
+    return root
+
+
+def write(root: Path, name: str, text: str) -> str:
+    path = root / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(name, overrides)
+    return str(caught.value)
+
+
+# What is shipped
+
+
+def test_there_are_files_of_every_group() -> None:
+    groups = {path.parent.name for path in FILES}
+    assert groups >= {"model", "data", "loss", "training", "deepspeed", "recipe"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_file_loads(path: Path) -> None:
+    recipe = path.parent.name == "recipe"
+    config = load_config(path.stem if recipe else str(path), () if recipe else FILL)
+    assert isinstance(config, Config)
+    again = load_config(f"{path.parent.name}/{path.stem}", () if recipe else FILL)
+    assert again == config
+    if recipe:
+        assert config.data.test and config.run and config.model.llm.name
+
+
+# Composition
+
+
+def test_later_defaults_win_then_the_file_then_the_overrides(folder: Path) -> None:
+    write(folder, "a", "training: {steps: 1, warmup: 1, seed: 1, clip: 1.0}")
+    write(folder, "b", "training: {warmup: 2, seed: 2, clip: 2.0}")
+    path = write(folder, "recipe/r", f"defaults: [a, b]\n{COMPLETE}\ntraining: {{seed: 3, clip: 3.0}}")
+    config = load_config(path, ["training.clip=4"])
+    training = config.training
+    assert (training.steps, training.warmup, training.seed, training.clip) == (1, 2, 3, 4.0)
+
+
+def test_defaults_of_defaults_and_the_same_part_twice(folder: Path) -> None:
+    write(folder, "base", "training: {steps: 5}\nloss: {margin: 0.1}")
+    write(folder, "left", "defaults: [base]\nloss: {margin: 0.2}")
+    write(folder, "right", "defaults: [base]\ntraining: {seed: 7}")
+    path = write(folder, "recipe/r", f"defaults: [left, right]\n{COMPLETE}")
+    config = load_config(path)
+    assert config.training.steps == 5 and config.training.seed == 7
+    assert config.loss.margin == 0.1  # right brings base along, and is later
+
+
+def test_missing_defaults_name_both_files(folder: Path) -> None:
+    path = write(folder, "recipe/r", "defaults: [model/nothere]\n" + COMPLETE)
+    message = refusal(path)
+    assert path in message and "model/nothere.yaml" in message
+
+
+def test_circular_defaults_are_refused(folder: Path) -> None:
+    write(folder, "a", "defaults: [b]")
+    write(folder, "b", "defaults: [a]")
+    path = write(folder, "recipe/r", "defaults: [a]\n" + COMPLETE)
+    assert "back to itself" in refusal(path)
+    own = write(folder, "recipe/self", "defaults: [recipe/self]\n" + COMPLETE)
+    assert "back to itself" in refusal(own) and own in refusal(own)
+
+
+@pytest.mark.parametrize("defaults", ["model/tiny", "null", "3", "{a: b}", "[3]", "[null]"])
+def test_defaults_that_are_no_list_of_names(folder: Path, defaults: str) -> None:
+    path = write(folder, "recipe/r", f"defaults: {defaults}\n{COMPLETE}")
+    if defaults == "null":  # as good as none
+        assert load_config(path).run == "runs/x"
+        return
+    message = refusal(path)
+    assert "defaults" in message and path in message
+
+
+# Names of files
+
+
+def test_a_typo_in_a_recipe_suggests_the_nearest() -> None:
+    message = refusal("demo_decorelation")
+    assert "demo_decorelation" in message and "did you mean 'demo_decorrelation'" in message
+
+
+def test_a_strange_recipe_lists_the_known_ones() -> None:
+    message = refusal("zzzzzzzz")
+    assert "zzzzzzzz" in message and "demo" in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in refusal(str(tmp_path / "no.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("run: [a\nb: c: d", "line"),
+        ("run: a\n\tloss: 1", "line"),
+        ("- a\n- b", "keys and values"),
+        ("just words", "YAML"),
+    ],
+)
+def test_broken_yaml_names_the_file(tmp_path: Path, text: str, hint: str) -> None:
+    path = write(tmp_path, "broken", text)
+    message = refusal(path)
+    assert path in message and hint in message and "\n" not in message
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    assert str(path) in refusal(str(path))
+
+
+def test_an_empty_file_says_what_is_needed(tmp_path: Path) -> None:
+    path = write(tmp_path, "empty", "")
+    message = refusal(path)
+    for key in ("run", "model.encoder.name", "model.llm.name", "data.train", "data.validation"):
+        assert key in message
+    assert "training.steps" not in message
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "right"),
+    [
+        ("trainig: {steps: 3}", "'trainig'", "'training"),
+        ("training: {step: 3}", "'training.step'", "'training.steps'"),
+        ("training: {learning_rat: 3}", "'training.learning_rat'", "'training.learning_rate'"),
+        ("loss: {decorelation: 3}", "'loss.decorelation'", "'loss.decorrelation'"),
+        ("model: {lora: {rnk: 3}}", "'model.lora.rnk'", "'model.lora.rank'"),
+        ("model: {compression: {rates: 3}}", "'model.compression.rates'", "'model.compression.rate'"),
+    ],
+)
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, wrong: str, right: str) -> None:
+    path = write(tmp_path, "mine", text)
+    message = refusal(path)
+    assert path in message and f"unknown key {wrong}" in message and f"did you mean {right}" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "right"),
+    [
+        ("training.stepps=3", "'training.steps'"),
+        ("model.lora.rnk=3", "'model.lora.rank'"),
+        ("lora.rank=3", "'model.lora.rank'"),
+        ("decode.beam=3", "'decode.beams'"),
+        ("loss.lambda_=3", "known here: decorrelation, margin"),
+    ],
+)
+def test_an_unknown_key_in_an_override_names_the_nearest(recipe: Callable[..., str], override: str, right: str) -> None:
+    message = refusal(recipe(), override)
+    assert override in message and f"unknown key '{override.split('=')[0]}'" in message and right in message
+
+
+def test_a_key_that_is_no_text_is_refused(recipe: Callable[..., str]) -> None:
+    assert "unknown key '3'" in refusal(recipe("3: x\n"))
+
+
+def test_an_unknown_key_in_a_default_names_that_file(folder: Path) -> None:
+    part = write(folder, "part", "training: {stepz: 1}")
+    path = write(folder, "recipe/r", "defaults: [part]\n" + COMPLETE)
+    message = refusal(path)
+    assert part in message and "training.steps" in message
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.steps=many", ["training.steps", "many"]),
+        ("training.steps=1.5", ["training.steps", "1.5"]),
+        ("training.steps=null", ["training.steps"]),
+        ("training.steps=0", ["training.steps", "at least 1", "0"]),
+        ("training.steps=-3", ["training.steps", "at least 1", "-3"]),
+        ("training.learning_rate=0", ["training.learning_rate", "more than 0"]),
+        ("training.learning_rate=.nan", ["training.learning_rate", "nan"]),
+        ("training.weight_decay=.nan", ["training.weight_decay", "nan"]),
+        ("training.clip=-1", ["training.clip", "-1"]),
+        ("training.betas=[0.9]", ["training.betas", "0.9"]),
+        ("training.betas=[0.9, 1.0]", ["training.betas", "1.0"]),
+        ("training.betas=0.9", ["training.betas"]),
+        ("training.precision=fp64", ["training.precision", "fp32", "bf16", "fp64"]),
+        ("training=3", ["training", "3"]),
+        ("training.steps.more=3", ["training.steps"]),
+        ("model.compression.kind=sum", ["model.compression.kind", "average", "stack", "sum"]),
+        ("model.compression.rate=0", ["model.compression.rate", "at least 1"]),
+        ("model.task=smell", ["model.task", "audio", "smell"]),
+        ("model.lora.rank=-1", ["model.lora.rank", "at least 0"]),
+        ("model.lora.dropout=2", ["model.lora.dropout", "2"]),
+        ("model.projector.layernorm=perhaps", ["model.projector.layernorm", "perhaps"]),
+        ("data.on_bad=ignore", ["data.on_bad", "refuse", "skip", "ignore"]),
+        ("data.max_seconds=0", ["data.max_seconds", "more than 0"]),
+        ("data.test=x.jsonl", ["data.test"]),
+        ("loss.margin=1", ["loss.margin", "1"]),
+        ("loss.margin=-0.1", ["loss.margin", "-0.1"]),
+        ("loss.decorrelation=-1", ["loss.decorrelation", "at least 0"]),
+        ("deepspeed.stage=4", ["deepspeed.stage", "4"]),
+        ("decode.normaliser=google", ["decode.normaliser", "plain", "whisper", "google"]),
+        ("decode.beams=0", ["decode.beams", "at least 1"]),
+        ("run=", ["run"]),
+    ],
+)
+def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str, parts: list[str]) -> None:
+    message = refusal(recipe(), override)
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+def test_bad_values_in_a_file(recipe: Callable[..., str]) -> None:
+    path = recipe("training: {steps: soon}\n")
+    message = refusal(path)
+    assert path in message and "training.steps" in message and "soon" in message
+    assert "loss" in refusal(recipe("loss: 3\n"))
+
+
+def test_fp16_is_refused_with_the_reason(recipe: Callable[..., str]) -> None:
+    message = refusal(recipe(), "training.precision=fp16")
+    assert "training.precision" in message and "65,504" in message and "activations" in message
+
+
+def test_every_missing_mandatory_value_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "part", "model: {llm: {name: l}}\nrun: r")
+    message = refusal(path)
+    assert path in message
+    for key in ("model.encoder.name", "data.train", "data.validation"):
+        assert key in message
+    assert "model.llm.name" not in message
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training..steps=3", "training.steps=[1"])
+def test_overrides_that_are_none(recipe: Callable[..., str], override: str) -> None:
+    assert override in refusal(recipe(), override)
+
+
+@pytest.mark.parametrize("spelling", ["data/x/test.jsonl", "data/x/../x/test.jsonl", "./data/x/test.jsonl"])
+def test_validation_on_a_test_manifest_is_refused(recipe: Callable[..., str], spelling: str) -> None:
+    message = refusal(recipe(), "data.test.a=data/x/test.jsonl", f"data.validation={spelling}")
+    assert "data.validation" in message and "test" in message
+
+
+def test_good_overrides_arrive_with_their_type(recipe: Callable[..., str]) -> None:
+    config = load_config(
+        recipe(),
+        [
+            "training.steps=7",
+            "training.learning_rate=1e-4",
+            "training.betas=[0.8, 0.9]",
+            "model.lora.targets=[q_proj]",
+            "model.projector.layernorm=false",
+            "data.test.more=b=c.jsonl",
+            "data.cache=null",
+            "training.precision=bf16",
+            "loss.margin=0.5",
+        ],
+    )
+    assert config.training.steps == 7 and isinstance(config.training.steps, int)
+    assert config.training.learning_rate == 1e-4
+    assert config.training.betas == [0.8, 0.9]
+    assert config.model.lora.targets == ["q_proj"]
+    assert config.model.projector.layernorm is False
+    assert config.data.test == {"a": "a.jsonl", "more": "b=c.jsonl"}
+    assert config.data.cache is None
+    assert config.training.precision == "bf16"
+    assert config.loss.margin == 0.5
+
+
+# What is saved
+
+
+def test_the_resolved_config_round_trips(recipe: Callable[..., str], tmp_path: Path) -> None:
+    config = load_config(recipe(), ["training.betas=[0.5, 0.6]", "model.llm.bos_token=<x>", "data.limit=3"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    again = read_run_config(tmp_path / "run")
+    assert again.run == str(tmp_path / "run")
+    assert differences(config, again) == [f"run: 'runs/x' != {str(tmp_path / 'run')!r}"]
+
+
+def test_a_run_folder_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run.*config.yaml"):
+        read_run_config(tmp_path)
+
+
+def test_differences_name_every_leaf() -> None:
+    ours, theirs = ModelConfig(), ModelConfig()
+    theirs.lora.rank = 3
+    theirs.prompt = "other"
+    assert differences(ours, theirs, "model.") == [
+        f"model.prompt: {ours.prompt!r} != 'other'",
+        f"model.lora.rank: {ours.lora.rank} != 3",
+    ]

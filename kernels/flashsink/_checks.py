@@ -44,8 +44,10 @@ def check_hidden_states(hidden_states: Tensor | Sequence[Tensor]) -> list[Tensor
         if hidden_states.dim() != 4:
             raise ValueError(f"hidden_states: expected (L, B, S, C), got {_shape(hidden_states)}")
         layers = list(hidden_states.unbind(0))
-    else:
+    elif isinstance(hidden_states, Sequence):
         layers = list(hidden_states)
+    else:
+        raise ValueError(f"hidden_states: expected a tensor or a sequence of them, got {_shape(hidden_states)}")
     if not layers:
         raise ValueError("hidden_states: expected at least one layer, got none")
     for index, layer in enumerate(layers):

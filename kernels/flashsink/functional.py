@@ -87,14 +87,16 @@ def attention(
     _checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
     select(backend, q.device.type)
+    counted: Tensor | None = None
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
-        query_starts = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+        first = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+        counted = torch.arange(layout.tokens, device=q.device) >= first[:, None]
     out, a, lse = reference.attention(q, k, v, layout, causal=causal, scale=_scale(q, scale))
     if not return_stats:
         return out
-    return out, reference.sink_stats(a, lse, layout, causal=causal, query_starts=query_starts)
+    return out, reference.sink_stats(a, lse, layout, causal=causal, counted=counted)
 
 
 def calibrated_attention(
@@ -128,6 +130,8 @@ def calibrated_attention(
     if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
         got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__
         raise ValueError(f"sinks: expected a bool tensor {expected}, got {got}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected a tensor on {q.device}, got {sinks.device}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected 0..1, got {beta}")
     a, _ = reference.probabilities(q, k, layout, causal=True, scale=_scale(q, None))

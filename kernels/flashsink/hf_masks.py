@@ -1,9 +1,9 @@
 """Padding as two numbers a row, through Hugging Face's mask interface.
 
 Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor
-passes through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor:
-dense rows (B, 1, 1, 2) = start, length; with a static cache (B, 1, 1, 3) = start, length, end of the used
-keys; packed (1, 1, 2, N) = starts, lengths.
+passes through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor with
+its numbers in the second dimension: dense rows (B, 2, 1, 1) = start, length; with a static cache (B, 3, 1, 1) =
+start, length, end of the used keys; packed (1, 2, N, 1) = starts, lengths.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsink import reference
 from flashsink._checks import check_values
 from flashsink.types import Layout
 
@@ -54,18 +55,36 @@ def layout_of_positions(position_ids: Tensor | None, rows: int, tokens: int) -> 
     return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
 
 
+def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool) -> Layout:
+    """The layout behind another implementation's 4-D mask of a full forward, boolean or additive.
+
+    Raises:
+        ValueError: (where values are checked) the pattern is not causal attention with padding.
+    """
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, :1, :tokens, :tokens]
+    seen = seen.expand(rows, -1, -1, -1)
+    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate)
+    if check_values(mask.device, validate):
+        valid = layout.valid()[:, None, :, None]  # what a padded query may see is of no account
+        if not bool(((reference.visible(layout, tokens, True) == seen) | ~valid).all()):
+            raise ValueError("attention_mask: expected causal attention with padding, got another pattern")
+    return layout
+
+
 def encode(layout: Layout, keys: int) -> Tensor:
     """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused."""
     if layout.packed:
-        return torch.stack([layout.starts, layout.lengths])[None, None]
-    mask = torch.stack([layout.starts, layout.lengths], dim=1)[:, None, None]
+        return torch.stack([layout.starts, layout.lengths])[None, :, :, None]
+    mask = torch.stack([layout.starts, layout.lengths], dim=1)[:, :, None, None]
     if layout.tokens == keys:
         return mask
-    return torch.cat([mask, mask.new_full((layout.rows, 1, 1, 1), layout.tokens)], dim=-1)
+    return torch.cat([mask, mask.new_full((layout.rows, 1, 1, 1), layout.tokens)], dim=1)
 
 
 def is_encoded(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int64
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64:
+        return False
+    return mask.shape[1:] in ((2, 1, 1), (3, 1, 1)) or (mask.shape[:2] == (1, 2) and mask.shape[3] == 1)
 
 
 def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> Layout:
@@ -78,11 +97,11 @@ def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> Layout:
     if not is_encoded(mask):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected what flashsink's mask function made, got {shape}")
-    if mask.shape[2] == 2:
-        return Layout(mask[0, 0, 0], mask[0, 0, 1], 1, tokens, True)
-    if mask.shape[3] == 3:
-        tokens = min(tokens, int(mask[0, 0, 0, 2]))
-    return Layout(mask[:, 0, 0, 0], mask[:, 0, 0, 1], rows, tokens, False)
+    if mask.shape[2] > 1:
+        return Layout(mask[0, 0, :, 0], mask[0, 1, :, 0], 1, tokens, True)
+    if mask.shape[1] == 3:
+        tokens = min(tokens, int(mask[0, 2, 0, 0]))
+    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False)
 
 
 def make_mask(
@@ -98,9 +117,10 @@ def make_mask(
     compilable caches): the layout from the padding mask alone."""
     from transformers.masking_utils import causal_mask_function
 
-    config, function = others.get("config"), others.get("mask_function")
-    window = getattr(config, "sliding_window", None)
-    if function is not causal_mask_function and not (window and kv_length <= window):
+    end = int(q_offset) + q_length
+    window = getattr(others.get("config"), "sliding_window", None)
+    if window is not None and end > window:
+        raise ValueError(f"sliding_window: expected at most {window} tokens, got {end}; it is not supported")
+    if others.get("mask_function") is not causal_mask_function and window is None:
         raise ValueError("attention_mask: flashsink supports causal attention with padding, got another pattern")
-    layout = layout_of_mask(attention_mask, batch_size, int(q_offset) + q_length, others["device"], False)
-    return encode(layout, kv_length)
+    return encode(layout_of_mask(attention_mask, batch_size, end, others["device"], False), kv_length)

@@ -7,6 +7,7 @@ decoder layers, so nothing needs ``output_attentions`` or ``output_hidden_states
 from __future__ import annotations
 
 import contextvars
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from flashsink.types import ActivationStats, Layout, SinkStats
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
 IMPLEMENTATION = "sink_capture"
 
-_PROBES: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+# weak on both sides, or a dropped model would never be freed; its hooks keep the probe alive
+_PROBES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Probe]] = weakref.WeakKeyDictionary()
 _ACTIVE: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("flashsink_active", default=None)
 
 
@@ -54,9 +56,10 @@ class Probe:
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         self._options = options
         self._base, self._layers = _find_decoder(model)
-        self._model = model
+        self._signature = inspect.signature(self._base.forward)
         self._spans: Tensor | None = None
         self._current: _Forward | None = None
+        self._states: dict[int, Tensor] = {}
         self._inside = False
         self._full = False
         self._count = -1
@@ -157,7 +160,7 @@ class Probe:
             handle.remove()
         self._handles.clear()
         for layer in self._layers:
-            if _PROBES.get(layer.self_attn) is self:
+            if _probe_of(layer.self_attn) is self:
                 del _PROBES[layer.self_attn]
         if self._previous is not None:
             self._base.set_attn_implementation(self._previous)
@@ -167,10 +170,10 @@ class Probe:
 
     def _install(self) -> None:
         for layer in self._layers:
-            if layer.self_attn in _PROBES:
+            if _probe_of(layer.self_attn) is not None:
                 raise ValueError("model: a probe is attached already; detach it first")
         for index, layer in enumerate(self._layers):
-            _PROBES[layer.self_attn] = self
+            _PROBES[layer.self_attn] = weakref.ref(self)
             self._handles.append(layer.register_forward_hook(self._layer_hook(index)))
         self._handles.append(self._base.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self._base.register_forward_hook(self._end, always_call=True))
@@ -187,28 +190,33 @@ class Probe:
         return self._current
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = kwargs.get("inputs_embeds")
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        inputs = given.get("inputs_embeds")
         if inputs is None:
-            inputs = kwargs.get("input_ids", args[0] if args else None)
+            inputs = given.get("input_ids")
         if inputs is None:
             return  # the model's own error is clearer
         rows, tokens = inputs.shape[:2]
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        past = kwargs.get("past_key_values")
+        past = given.get("past_key_values")
         self._full = past is None or int(past.get_seq_length()) == 0
         self._inside = True
         _ACTIVE.set(self)
         if not self._full:
             return
-        layout = self._resolve(mask, kwargs.get("position_ids"), rows, tokens, inputs.device)
+        mask = given.get("attention_mask")
+        layout = self._resolve(mask, given.get("position_ids"), rows, tokens, inputs.device)
         spans = layout.lengths if self._spans is None else self._spans.to(inputs.device)
         self._calm.clear()
         self._current = _Forward(layout, _checks.check_spans(spans, layout, self._options["validate"]))
         self._count += 1
 
     def _resolve(self, mask: Any, positions: Any, rows: int, tokens: int, device: torch.device) -> Layout:
+        if isinstance(mask, dict):  # generate makes one mask for every kind of layer
+            mask = next(iter(mask.values()))
         if hf_masks.is_encoded(mask):
             return hf_masks.decode(mask, rows, tokens, device)
+        if isinstance(mask, Tensor) and mask.dim() == 4 and not self._options["attention"]:
+            return hf_masks.layout_of_pattern(mask, rows, tokens, self._options["validate"])
         if mask is None:
             packed = hf_masks.layout_of_positions(positions, rows, tokens)
             if packed is not None:
@@ -218,6 +226,13 @@ class Probe:
         return hf_masks.layout_of_mask(mask, rows, tokens, device, self._options["validate"])
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        # here and not in the hooks, which some releases of transformers run inside the checkpointed region
+        if output is not None and self._current is not None:
+            for index, hidden in self._states.items():
+                self._current.losses[index] = reference.decorrelation_sums(
+                    hidden, self._current.spans, self._current.layout, self._options["margin"]
+                )
+        self._states.clear()
         self._inside = False
         _ACTIVE.set(None)
 
@@ -228,9 +243,7 @@ class Probe:
             hidden = output[0] if isinstance(output, tuple) else output
             forward, options = self._current, self._options
             if options["decorrelation"] and index < len(self._layers) - 1:
-                forward.losses[index] = reference.decorrelation_sums(
-                    hidden, forward.spans, forward.layout, options["margin"]
-                )
+                self._states[index] = hidden
             if options["activations"] and self._due():
                 forward.activations[index] = reference.activation_stats([hidden], forward.layout, options["median"])
 
@@ -245,12 +258,11 @@ class Probe:
         # a checkpointed layer runs again in the backward, outside the forward: it must not count twice
         record = self._inside and self._full and self._current is not None and self._due()
         calibrated = self._calibration is not None and index in self._calibration.heads
-        if record or (calibrated and self._full):
-            stats = reference.sink_stats(a, lse, layout, causal=True, query_starts=self._query_starts(layout))
-            if record and self._current is not None:
-                self._current.sinks[index] = stats
-            if calibrated and self._inside:
-                self._calm[index] = self._choose(index, stats, layout)
+        if record and self._current is not None:
+            counted = self._counted_queries(layout)
+            self._current.sinks[index] = reference.sink_stats(a, lse, layout, causal=True, counted=counted)
+        if calibrated and self._inside and self._full:
+            self._calm[index] = self._choose(index, reference.sink_stats(a, lse, layout, causal=True), layout)
         sinks = self._calm.get(index)
         if not calibrated or sinks is None:
             return out
@@ -261,10 +273,11 @@ class Probe:
         calm = reference.calibrate(a, sinks, layout, self._calibration.beta)
         return reference.weigh(calm, v, layout).to(q.dtype)
 
-    def _query_starts(self, layout: Layout) -> Tensor | None:
-        if self._options["queries"] == "all" or self._current is None or layout.packed:
+    def _counted_queries(self, layout: Layout) -> Tensor | None:
+        """(B, S) bool: the queries that count in the reported statistics."""
+        if self._options["queries"] == "all" or self._current is None:
             return None
-        return layout.starts + self._current.spans
+        return layout.offsets() >= self._current.spans[layout.segments().clamp(min=0)]
 
     def _choose(self, index: int, stats: SinkStats, layout: Layout) -> Tensor:
         """(B, H, S) bool: the sinks of the calibrated heads, never BOS."""
@@ -342,6 +355,11 @@ def _find_decoder(model: nn.Module) -> tuple[Any, Any]:
     return found[0], found[0].layers
 
 
+def _probe_of(module: nn.Module) -> Probe | None:
+    held = _PROBES.get(module)
+    return None if held is None else held()
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -371,7 +389,7 @@ def _attend(
     _check_window(kwargs.get("sliding_window"), layout.tokens)
     scaling = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    probe = _PROBES.get(module)
+    probe = _probe_of(module)
     if probe is None:
         out = reference.attention(q, k, v, layout, causal=True, scale=scale)[0]
     else:

@@ -43,15 +43,14 @@ def probabilities(q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: 
     return a, lse.squeeze(-1).masked_fill(~mask.any(dim=-1), 0.0)
 
 
-def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, query_starts: Tensor | None) -> SinkStats:
-    """Column sums of A (definition 1), over the queries from position ``query_starts[b]`` of a row on."""
+def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, counted: Tensor | None = None) -> SinkStats:
+    """Column sums of A (definition 1), over the queries at the positions where ``counted`` (B, Sk) is true."""
     queries = a.shape[2]
-    counted = visible(layout, queries, causal)
-    if query_starts is not None:
-        position = torch.arange(layout.tokens - queries, layout.tokens, device=a.device)
-        counted = counted & (position >= query_starts[:, None])[:, None, :, None]
-        a = a * counted
-    return SinkStats(received=a.detach().sum(dim=2).float(), queries=counted[:, 0].sum(dim=1), lse=lse.detach().float())
+    seen = visible(layout, queries, causal)
+    if counted is not None:
+        seen = seen & counted[:, None, layout.tokens - queries :, None]
+        a = a * seen
+    return SinkStats(received=a.detach().sum(dim=2).float(), queries=seen[:, 0].sum(dim=1), lse=lse.detach().float())
 
 
 def attention(
@@ -76,8 +75,10 @@ def calibrate(a: Tensor, sinks: Tensor, layout: Layout, beta: float) -> Tensor:
     chosen = chosen.unsqueeze(2)  # (B, H, 1, Sk)
     mass = (a * chosen).sum(dim=-1, keepdim=True)
     rest = (a * ~chosen).sum(dim=-1, keepdim=True)
-    grown = torch.where(rest > 0, (rest + (1.0 - beta) * mass) / rest.clamp(min=torch.finfo(a.dtype).tiny), 1.0)
-    kept = torch.where(rest > 0, beta, 1.0)
+    least = torch.finfo(a.dtype).tiny ** 0.5  # below it the gradient's 1 / rest^2 overflows
+    some = rest > least
+    grown = torch.where(some, (rest + (1.0 - beta) * mass) / rest.clamp(min=least), 1.0)
+    kept = torch.where(some, beta, 1.0)
     return a * torch.where(chosen, kept, grown)
 
 

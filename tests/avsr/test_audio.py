@@ -116,6 +116,17 @@ def test_a_wav_cut_in_its_samples(tmp_path: Path) -> None:
     assert "truncated" in refusal(path) or "not a readable" in refusal(path)
 
 
+def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path: Path) -> None:
+    """Programs that cannot seek back leave the sizes in the header at their largest value."""
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), tone(440, 0.5, 16_000), 16_000, subtype="PCM_16")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[4:8] = data[place : place + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(bytes(data))
+    assert load_audio(path).shape == (8000,)
+
+
 def test_a_flac_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "a.flac"
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)

@@ -242,6 +242,23 @@ def test_checkpointing_around_the_hooks_changes_nothing(tiny, padding, kind):
     torch.testing.assert_close(top2.max_abs, top.max_abs)
 
 
+def test_recomputed_layers_leave_the_probe_alone(tiny):
+    """The backward of an older forward runs its layers again, after a newer forward was measured."""
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    probe = flashsink.attach(model)
+    old, new = torch.randint(3, 60, (3, 9)), torch.randint(3, 60, (2, 6))
+    total = model(input_ids=old, labels=old, use_cache=False).loss + probe.decorrelation_loss
+    model(input_ids=new, use_cache=False)
+    sinks, top = [s.received.clone() for s in probe.sinks], probe.activations.max_abs.clone()
+    loss = probe.decorrelation_loss.detach()
+    total.backward()
+    assert torch.equal(probe.decorrelation_loss.detach(), loss)
+    assert torch.equal(probe.activations.max_abs, top)
+    for stats, before in zip(probe.sinks, sinks, strict=True):
+        assert torch.equal(stats.received, before)
+
+
 def test_gradients_equal_those_of_hidden_states(model, padding, oracle):
     """CE + 3 x loss through the probe against the same by output_hidden_states and the oracle."""
     inputs, spans = training_inputs(padding), (padding[4] + 1) // 2

@@ -1,0 +1,240 @@
+"""The feature cache: the same numbers with and without it, and clips that cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from avsr.config import DataConfig, EncoderConfig
+from avsr.data import features as features_module
+from avsr.data.features import FeatureStore
+from avsr.data.manifest import Utterance, read_manifest
+from avsr.errors import UserError
+
+SECONDS = [0.6, 0.25, 1.013, 0.61, 0.6, 0.333]
+
+
+@pytest.fixture
+def store(tiny_whisper: Path, tmp_path: Path) -> Callable[..., FeatureStore]:
+    def make(cache: Path | None | str = "", **options: Any) -> FeatureStore:
+        encoder = {"name": str(tiny_whisper), **{k: options.pop(k) for k in ("pad_to_30s", "batch") if k in options}}
+        folder = None if cache is None else str(cache or tmp_path / "cache")
+        data = DataConfig(train="t", validation="v", cache=folder, **options)
+        return FeatureStore(EncoderConfig(**encoder), data)
+
+    return make
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, make_corpus: Callable[..., Path]) -> list[Utterance]:
+    return read_manifest(make_corpus(tmp_path / "corpus", seconds=SECONDS))
+
+
+def forbid_encoding(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(waves: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(store._encoder, "encode", encode)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_cached_and_uncached_features_are_the_same_numbers(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
+) -> None:
+    cached, plain = store(batch=4), store(None, batch=4)
+    assert cached.prepare(corpus, title="x", shown=False) == {} == plain.prepare(corpus, title="x", shown=False)
+    assert len(files(tmp_path / "cache")) == len(corpus)
+    for utterance in corpus:
+        one, two = cached.load(utterance), plain.load(utterance)
+        assert one.dtype == two.dtype == torch.float32 and one.shape[1] == cached.width == 32
+        assert torch.equal(one, two)
+        assert torch.equal(one, one.half().float())
+        assert one.std() > 0.01
+    assert not torch.equal(cached.load(corpus[0]), cached.load(corpus[4]))  # same length, another tone
+
+
+def test_features_do_not_depend_on_the_others_of_a_batch(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
+) -> None:
+    alone, together = store(tmp_path / "one", batch=1), store(tmp_path / "many", batch=6)
+    for part in (alone, together):
+        part.prepare(corpus, title="x", shown=False)
+    for utterance in corpus:
+        assert (alone.load(utterance) - together.load(utterance)).abs().max() < 4e-3  # float16 steps
+
+
+def test_frames_are_one_for_every_20_ms_begun(store: Callable[..., FeatureStore], corpus: list[Utterance]) -> None:
+    cached = store()
+    cached.prepare(corpus, title="x", shown=False)
+    for utterance in corpus:
+        samples = soundfile.info(str(utterance.audio)).frames
+        assert cached.frames(utterance) == -(-samples // 320) == cached.load(utterance).shape[0]
+
+
+def test_frames_without_a_cache_are_those_of_the_features(
+    store: Callable[..., FeatureStore], corpus: list[Utterance]
+) -> None:
+    plain = store(None)
+    plain.prepare(corpus, title="x", shown=False)
+    assert [plain.frames(u) for u in corpus] == [plain.load(u).shape[0] for u in corpus]
+
+
+def test_a_wrong_duration_in_the_manifest_does_not_break_the_frame_budget(
+    store: Callable[..., FeatureStore], corpus: list[Utterance]
+) -> None:
+    """Without a cache too: an utterance is refused, or its frames are those of the file."""
+    wrong = Utterance(id="w", audio=corpus[2].audio, text="x", duration=0.3, where="m:1")
+    plain = store(None)
+    if not plain.prepare([wrong], title="x", shown=False):
+        assert plain.frames(wrong) == plain.load(wrong).shape[0]
+
+
+def test_a_cache_hit_does_not_encode(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store()
+    first.prepare(corpus, title="x", shown=False)
+    kept = [first.load(u) for u in corpus]
+    second = store()
+    forbid_encoding(second, monkeypatch)
+    assert second.prepare(corpus, title="x", shown=False) == {}
+    assert all(torch.equal(a, second.load(u)) for a, u in zip(kept, corpus, strict=True))
+
+
+def test_load_without_prepare_fills_the_cache(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
+) -> None:
+    made = store()
+    features = made.load(corpus[0])
+    assert len(files(tmp_path / "cache")) == 1
+    assert torch.equal(features, made.load(corpus[0]))
+
+
+@pytest.mark.parametrize("seconds", [0.6, 0.8])
+def test_a_changed_file_is_encoded_anew(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], seconds: float
+) -> None:
+    made = store()
+    before = made.load(corpus[0])
+    old = corpus[0].audio.stat()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * 16_000)).astype(np.float32)
+    soundfile.write(str(corpus[0].audio), noise, 16_000, subtype="PCM_16")
+    os.utime(corpus[0].audio, ns=(old.st_atime_ns, old.st_mtime_ns + (1000 if seconds == 0.6 else 0)))
+    after = store().load(corpus[0])
+    assert after.shape[0] == round(seconds * 50)
+    assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_options_of_the_encoder_have_their_own_cache(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
+) -> None:
+    short, padded = store(), store(pad_to_30s=True)
+    one, two = short.load(corpus[0]), padded.load(corpus[0])
+    assert one.shape == two.shape and not torch.equal(one, two)
+    assert len({path.relative_to(tmp_path / "cache").parts[0] for path in files(tmp_path / "cache")}) == 2
+
+
+def make_wave(path: Path, samples: np.ndarray, **options: Any) -> Utterance:
+    soundfile.write(str(path), samples.astype(np.float32), 16_000, **options)
+    return Utterance(id=path.stem, audio=path, text="x", duration=1.0, where=f"m.jsonl:{path.stem}")
+
+
+@pytest.mark.parametrize("cache", ["", None])
+def test_unusable_clips_come_back_with_their_reasons(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, cache: str | None
+) -> None:
+    tone = np.sin(np.arange(16_000) / 10)
+    broken = tone.copy()
+    broken[7] = np.nan
+    (tmp_path / "text.wav").write_text("no sound")
+    bad = {
+        "0.05 s": make_wave(tmp_path / "short.wav", tone[:800]),
+        "200.00 s": make_wave(tmp_path / "long.wav", np.tile(tone, 200)),
+        "30.02 s": make_wave(tmp_path / "over.wav", np.tile(tone, 31)[: 30 * 16_000 + 320]),
+        "NaN": make_wave(tmp_path / "nan.wav", broken, subtype="FLOAT"),
+        "silent": make_wave(tmp_path / "silent.wav", 0 * tone),
+        "not a readable": Utterance(id="text", audio=tmp_path / "text.wav", text="x", duration=1, where="m.jsonl:t"),
+        "no file": Utterance(id="gone", audio=tmp_path / "gone.wav", text="x", duration=1.0, where="m.jsonl:g"),
+    }
+    made = store(cache)
+    mixed = [corpus[0], *bad.values(), corpus[1]]
+    reasons = made.prepare(mixed, title="x", shown=False)
+    assert list(reasons) == [u.id for u in bad.values()]
+    for part, utterance in bad.items():
+        reason = reasons[utterance.id]
+        assert part in reason and reason.startswith(f"{utterance.where}: ") and str(utterance.audio) in reason
+        with pytest.raises(UserError) as caught:
+            made.load(utterance)
+        assert str(caught.value) == reason
+    for name in ("short", "long", "over"):
+        assert "data.min_seconds" in reasons[name] and "0.1 to 30 s" in reasons[name]
+    assert made.load(corpus[1]).shape[0] == 13
+
+
+def test_the_limits_come_from_the_config(store: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    tone = np.sin(np.arange(16_000) / 10)
+    short = make_wave(tmp_path / "short.wav", tone[:800])
+    assert store(min_seconds=0.01).prepare([short], title="x", shown=False) == {}
+    reasons = store(None, max_seconds=0.02, min_seconds=0.0).prepare([short], title="x", shown=False)
+    assert "0 to 0.02 s" in reasons["short"]
+    longer = make_wave(tmp_path / "longer.wav", np.tile(tone, 40))  # the encoder has positions for 30 s
+    assert "30 s" in store(max_seconds=60.0).prepare([longer], title="x", shown=False)["longer"]
+
+
+def test_a_progress_bar_counts_the_unusable(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = Utterance(id="gone", audio=Path("/nowhere/gone.wav"), text="x", duration=1.0)
+    store().prepare([*corpus, gone], title="read train")
+    shown = capsys.readouterr().err
+    assert "read train" in shown and f"{len(corpus) + 1}/{len(corpus) + 1}" in shown and "1 unusable" in shown
+
+
+def test_a_cache_below_a_file(store: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        store(tmp_path / "file" / "cache")
+    assert "data.cache" in str(caught.value) and str(tmp_path / "file") in str(caught.value)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any, *args: object, **kwargs: object) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = store()
+    monkeypatch.setattr(features_module.np, "save", full)
+    with pytest.raises(UserError) as caught:
+        made.prepare(corpus, title="x", shown=False)
+    assert "data.cache" in str(caught.value) and "No space left" in str(caught.value)
+    assert files(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not numpy at all"])
+def test_a_damaged_cache_file_is_replaced_or_named(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, content: bytes
+) -> None:
+    made = store()
+    good = made.load(corpus[0])
+    (path,) = files(tmp_path / "cache")
+    path.write_bytes(content)
+    try:
+        reasons = made.prepare([corpus[0]], title="x", shown=False)
+        frames, features = made.frames(corpus[0]), made.load(corpus[0])
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert reasons == {} and frames == len(good) and torch.equal(features, good)

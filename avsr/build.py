@@ -24,8 +24,12 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
-def frozen_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+def settle_precision(config: Config) -> None:
+    """Replaces ``training.precision: auto`` by bf16 where the device multiplies it fast, else by fp32."""
+    if config.training.precision == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        config.training.precision = "bf16" if fast else "fp32"
 
 
 def build_store(config: Config, device: torch.device) -> FeatureStore:
@@ -34,7 +38,9 @@ def build_store(config: Config, device: torch.device) -> FeatureStore:
 
 def build_model(config: Config, widths: dict[str, int], device: torch.device) -> tuple[SpeechLLM, LoadedLLM]:
     """The untrained model; its new parameters depend on ``training.seed`` alone."""
-    loaded = load_llm(config.model.llm, frozen_dtype(config))
+    settle_precision(config)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    loaded = load_llm(config.model.llm, dtype)
     torch.manual_seed(config.training.seed)
     return SpeechLLM(config.model, loaded, widths).to(device), loaded
 

@@ -109,7 +109,7 @@ class TrainingConfig:
     accumulation: int = 1  # micro-batches a step and rank
     frames: int = 1000  # encoder frames in a micro-batch, padding counted
     utterances: int = 64  # at most, in a micro-batch
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
     gradient_checkpointing: bool = False
     seed: int = 42
     validate_every: int = 100  # steps
@@ -156,7 +156,7 @@ _CHOICES = {
     "model.task": ("audio",),
     "model.compression.kind": ("average", "stack"),
     "data.on_bad": ("refuse", "skip"),
-    "training.precision": ("fp32", "bf16"),
+    "training.precision": ("fp32", "bf16", "auto"),
     "decode.normaliser": ("plain", "whisper"),
 }
 _AT_LEAST = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from avsr.build import build_model, build_store, pick_device
+from avsr.build import build_model, build_store, pick_device, settle_precision
 from avsr.config import Config, load_config
 from avsr.data.dataset import load_dataset
 from avsr.errors import UserError
@@ -33,6 +33,7 @@ def train(config: Config) -> Path:
         avsr.training.trainer.Interrupted: a signal stopped it; the run can be resumed.
     """
     rank, _ = start_distributed()
+    settle_precision(config)
     failure = ""
     if rank == 0:
         try:

@@ -5,27 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from avsr.errors import UserError
-
-EXIT_USER = 2
-EXIT_INTERRUPTED = 130
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turns what a user can mend into one line on stderr and an exit status, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        print(f"avsr: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER) from None
-    except KeyboardInterrupt:
-        print("avsr: interrupted", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+from avsr.errors import EXIT_USER, UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,14 +23,8 @@ def main(argv: list[str] | None = None) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from avsr.config import load_config
     from avsr.train import train
-    from avsr.training.trainer import Interrupted
 
-    try:
-        run = train(load_config(arguments.config, arguments.overrides))
-    except Interrupted:
-        print("avsr: stopped; continue with resume=true", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    print(run)
+    print(train(load_config(arguments.config, arguments.overrides)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -20,9 +20,8 @@ from rich.table import Table
 
 from avsr.analyze import analyze_model, write_results
 from avsr.build import build_model, build_store, load_run, pick_device
-from avsr.cli import guarded
 from avsr.config import load_config
-from avsr.errors import UserError
+from avsr.errors import UserError, guarded
 from avsr.evaluate import decode_set, evaluate_model, test_sets
 from avsr.synth.corpus import parse_options, synthesise
 

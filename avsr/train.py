@@ -16,7 +16,7 @@ import torch.distributed as dist
 from avsr.build import build_model, build_store, pick_device, settle_precision
 from avsr.config import Config, load_config
 from avsr.data.dataset import load_dataset
-from avsr.errors import UserError
+from avsr.errors import UserError, guarded
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import make_engine, start_distributed
@@ -30,7 +30,7 @@ def train(config: Config) -> Path:
 
     Raises:
         UserError: bad input.
-        avsr.training.trainer.Interrupted: a signal stopped it; the run can be resumed.
+        avsr.errors.Interrupted: a signal stopped it; the run can be resumed.
     """
     rank, _ = start_distributed()
     settle_precision(config)
@@ -77,8 +77,6 @@ def attach(model: torch.nn.Module, config: Config) -> None:
 
 def main() -> None:
     """Entry point under the ``deepspeed`` launcher."""
-    from avsr.cli import guarded
-
     parser = argparse.ArgumentParser(prog="avsr.train")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from avsr.config import Config
 from avsr.data.batches import Batch, Schedule, collate, make_batches
 from avsr.data.dataset import SpeechDataset
-from avsr.errors import UserError
+from avsr.errors import Interrupted, UserError
 from avsr.losses import all_sum, count_step, local_span, scaled
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.progress import ProgressBar
@@ -28,10 +28,6 @@ from avsr.training.checkpoint import Progress
 from avsr.training.metrics import MetricsLog, peak_memory_mb
 
 logger = logging.getLogger("avsr")
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal; a checkpoint has been written."""
 
 
 class Trainer:

@@ -161,6 +161,6 @@ def test_without_a_place_the_message_begins_with_the_reason(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a" * 300 + ".wav", "a\0b.wav"])
-def test_a_name_that_no_file_can_have(name: str) -> None:
+def test_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError):
-        load_audio(Path("/tmp") / name)
+        load_audio(tmp_path / name)

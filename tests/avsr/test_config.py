@@ -76,7 +76,7 @@ def test_every_file_loads(path: Path) -> None:
     again = load_config(f"{path.parent.name}/{path.stem}", () if recipe else FILL)
     assert again == config
     if recipe:
-        assert config.data.test and config.run and config.model.llm.name
+        assert config.run and config.model.llm.name and config.data.train
 
 
 # Composition

@@ -30,7 +30,7 @@ def build(folder: Path) -> SpeechLLM:
         llm=LLMConfig(name=str(folder)),
         compression=CompressionConfig(rate=4),
         projector=Projector(hidden=16),
-        lora=LoraConfig(rank=4),
+        lora=LoraConfig(rank=4, dropout=0.3),
     )
     torch.manual_seed(0)
     model = SpeechLLM(config, load_llm(config.llm), {"audio": WIDTH})

@@ -17,13 +17,13 @@ from avsr.build import build_model, build_store, load_run
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
 from avsr.data.dataset import load_dataset
-from avsr.errors import UserError
+from avsr.errors import Interrupted, UserError
 from avsr.train import attach, train
 from avsr.training import checkpoint, trainer
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, start_distributed
 from avsr.training.metrics import MetricsLog, read_metrics
-from avsr.training.trainer import Interrupted, Trainer
+from avsr.training.trainer import Trainer
 
 Recipe = Callable[..., Path]
 

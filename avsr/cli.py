@@ -57,6 +57,8 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
     runs = [name for name in arguments.runs if "=" not in name or Path(name).exists()]
     overrides = [name for name in arguments.runs if name not in runs]
+    if not runs:
+        raise UserError("analyze: no run given")
     print(analyze(runs, overrides, arguments.out))
 
 

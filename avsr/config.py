@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -207,10 +208,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     merged: Any = _compose(_find(name), ())
     for text in overrides:
-        key, mark, _ = text.partition("=")
+        key, mark, value = text.partition("=")
         if not mark or not key:
             raise UserError(f"expected key=value, got {text!r}")
-        _refuse_unknown(_nested(key), text)
+        _refuse_unknown(_nested(key, value), text)
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, YAMLError) as error:
@@ -266,7 +267,9 @@ def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
         raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(own, DictConfig):
         raise UserError(f"{path}: expected keys and values at the top")
-    defaults = own.pop("defaults", [])
+    defaults = own.pop("defaults", None) or []
+    if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
+        raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
     _refuse_unknown(OmegaConf.to_container(own), str(path))
     parts: list[Any] = []
     for default in defaults:
@@ -281,14 +284,15 @@ def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
 
 def _typed(merged: Any, name: str) -> Config:
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        full = OmegaConf.merge(OmegaConf.structured(Config), merged)
+        missing = sorted(OmegaConf.missing_keys(full))
+        if missing:
+            raise UserError(f"{name}: no value for {', '.join(missing)}")
+        config = OmegaConf.to_object(full)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise UserError(f"{name}: {key + ': ' if key else ''}{_first_line(error)}") from error
     assert isinstance(config, Config)
-    missing = [key for key, value in _leaves(config) if value == MISSING]
-    if missing:
-        raise UserError(f"{name}: no value for {', '.join(missing)}")
     _check_values(config)
     return config
 
@@ -306,6 +310,8 @@ def _check_values(config: Config) -> None:
             raise UserError(f"{key}: expected at least {least}, got {values[key]}")
     if not 0.0 <= config.loss.margin < 1.0:
         raise UserError(f"loss.margin: expected 0 <= margin < 1, got {config.loss.margin}")
+    if not 0.0 <= config.model.lora.dropout < 1.0:
+        raise UserError(f"model.lora.dropout: expected 0 <= dropout < 1, got {config.model.lora.dropout}")
     for key in ("training.learning_rate", "training.clip", "data.max_seconds"):
         if not values[key] > 0:
             raise UserError(f"{key}: expected more than 0, got {values[key]}")
@@ -313,7 +319,7 @@ def _check_values(config: Config) -> None:
         raise UserError(f"training.betas: expected two numbers in [0, 1), got {config.training.betas}")
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
-    if config.data.validation in config.data.test.values():
+    if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):
         raise UserError("data.validation: the best checkpoint must not be chosen on a test manifest")
 
 
@@ -326,8 +332,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + item.name, value
 
 
-def _nested(key: str) -> dict[str, Any]:
-    tree: Any = None
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return tree
@@ -339,7 +345,8 @@ def _refuse_unknown(tree: Any, where: str, schema: Any = None, prefix: str = "")
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
         if key not in known:
             every = [name for name, _ in _leaves(Config())]
-            near = difflib.get_close_matches(f"{prefix}{key}", every, 1, 0.5)
+            inside = [f"{prefix}{key}.{name}" for name in value] if isinstance(value, Mapping) else []
+            near = difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
             near = near or [prefix + k for k in difflib.get_close_matches(str(key), known, 1, 0.5)]
             hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {prefix + str(key)!r}{hint}")

@@ -56,14 +56,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
     if not config.data.test:
         raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
     return {
-        name: load_dataset(
-            manifest,
-            config.data,
-            store,
-            model.tokenize,
-            rate=config.model.compression.rate,
-            title=f"read {name}",
-        )
+        name: load_dataset(manifest, config.data, store, model.tokenize, title=f"read {name}", refuse=model.refuse)
         for name, manifest in config.data.test.items()
     }
 
@@ -120,10 +113,9 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
             seconds = len(load_audio(path)) / SAMPLE_RATE
             utterance = Utterance(id=name, audio=path.resolve(), text="", duration=seconds)
             features = store.load(utterance)
-            if len(features) < config.model.compression.rate:
-                raise UserError(
-                    f"{name} lasts {seconds:.2f} s: shorter than one token at rate {config.model.compression.rate}"
-                )
+            reason = model.refuse(len(features), 0)
+            if reason:
+                raise UserError(f"{name} ({seconds:.2f} s) {reason}")
             examples.append((index, Example(utterance, {"audio": features}, [])))
         except UserError as error:
             results[index] = error

@@ -45,9 +45,15 @@ def train(config: Config) -> Path:
     device = pick_device()
     store = build_store(config, device)
     model, loaded = build_model(config, {"audio": store.width}, device)
+
+    def refuse(frames: int, tokens: int) -> str:
+        if frames > config.training.frames:
+            return f"has {frames} frames and does not fit training.frames = {config.training.frames}"
+        return model.refuse(frames, tokens)
+
     splits = [
-        load_dataset(manifest, config.data, store, loaded.tokenize, rate=config.model.compression.rate, title=title)
-        for manifest, title in ((config.data.train, "read train"), (config.data.validation, "read validation"))
+        load_dataset(manifest, config.data, store, loaded.tokenize, title=f"read {name}", refuse=refuse)
+        for name, manifest in (("train", config.data.train), ("validation", config.data.validation))
     ]
     progress = checkpoint.load_progress(config, model) if config.resume else Progress()
     if config.training.gradient_checkpointing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
 
 import soundfile
@@ -22,12 +24,14 @@ def load_audio(path: Path, *, where: str = "") -> Tensor:
         UserError: missing, empty, truncated, non-audio, silent or not finite, naming the file.
     """
     prefix = f"{where}: " if where else ""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{prefix}there is no file {path}")
     try:
         data, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise UserError(f"{prefix}{path} is not a readable sound file: {error}") from error
+    if _truncated(path):
+        raise UserError(f"{prefix}{path} is truncated: shorter than its header says")
     if data.shape[0] == 0:
         raise UserError(f"{prefix}{path} holds no samples")
     wave = torch.from_numpy(data).mean(dim=1)
@@ -38,3 +42,14 @@ def load_audio(path: Path, *, where: str = "") -> Tensor:
     if rate != SAMPLE_RATE:
         wave = torchaudio.functional.resample(wave, rate, SAMPLE_RATE)
     return wave
+
+
+def _truncated(path: Path) -> bool:
+    """A WAV file shorter than its header says; libsndfile reads what is there. Writers that cannot seek leave a
+    size near 2^31 or 2^32."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:4] != b"RIFF":
+        return False
+    size = struct.unpack("<I", head[4:])[0]
+    return size < 0x7FFFF000 and size + 8 > path.stat().st_size + 1

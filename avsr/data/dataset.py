@@ -13,7 +13,6 @@ from avsr.data.batches import Example
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
-from avsr.models.compression import compressed_length
 
 logger = logging.getLogger("avsr")
 _SHOWN = 5  # bad lines named in one message
@@ -43,55 +42,45 @@ def load_dataset(
     store: FeatureStore,
     tokenize: Callable[[str], list[int]],
     *,
-    rate: int,
     title: str,
+    refuse: Callable[[int, int], str] = lambda frames, tokens: "",
 ) -> SpeechDataset:
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
+
+    Args:
+        manifest: path of a manifest.
+        config: limits, and what to do about bad utterances.
+        store: features.
+        tokenize: text to token ids.
+        title: of the progress bar.
+        refuse: given numbers of encoder frames and text tokens, says why such an utterance cannot be used, or "".
 
     Raises:
         UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    bad: dict[str, str] = {}
-    skip = config.on_bad == "skip"
     lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append if skip else None)
-    bad.update({f"bad line {number}": line for number, line in enumerate(lines)})
+    utterances = read_manifest(manifest, on_bad=lines.append)
+    bad = {f"bad line {number}": line for number, line in enumerate(lines)}
     if config.limit:
         utterances = utterances[: config.limit]
+    tokens = {utterance.id: len(tokenize(utterance.text)) for utterance in utterances}
     for utterance in utterances:
-        count = len(tokenize(utterance.text))
-        if count > config.max_text_tokens:
+        if tokens[utterance.id] > config.max_text_tokens:
             bad[utterance.id] = (
-                f"{utterance.where}: the transcript has {count} tokens, allowed are data.max_text_tokens = "
-                f"{config.max_text_tokens}"
+                f"{utterance.where}: the transcript has {tokens[utterance.id]} tokens, allowed are "
+                f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
     found = store.prepare(mine, title=title, shown=rank == 0)
-    found.update(_too_short([u for u in mine if u.id not in found], store, rate))
+    for utterance in mine:
+        reason = "" if utterance.id in found else refuse(store.frames(utterance), tokens[utterance.id])
+        if reason:
+            found[utterance.id] = f"{utterance.where}: {utterance.audio} {reason}"
     for part in _gather(found, world):
         bad.update(part)
-    return _usable(utterances, bad, manifest, store, tokenize, skip=skip)
-
-
-def _usable(
-    utterances: Sequence[Utterance],
-    bad: dict[str, str],
-    manifest: str,
-    store: FeatureStore,
-    tokenize: Callable[[str], list[int]],
-    *,
-    skip: bool,
-) -> SpeechDataset:
     if bad:
-        listed = "\n  ".join(list(bad.values())[:_SHOWN])
-        more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        if not skip:
-            raise UserError(
-                f"{manifest}: {len(bad)} of {len(utterances)} utterances cannot be used (data.on_bad=skip leaves "
-                f"them out):\n  {listed}{more}"
-            )
-        logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
+        _report(bad, manifest, len(utterances) + len(lines), skip=config.on_bad == "skip")
     dataset = SpeechDataset([u for u in utterances if u.id not in bad], store, tokenize)
     dataset.skipped = len(bad)
     if not len(dataset):
@@ -99,12 +88,15 @@ def _usable(
     return dataset
 
 
-def _too_short(utterances: Sequence[Utterance], store: FeatureStore, rate: int) -> dict[str, str]:
-    return {
-        u.id: f"{u.where}: {u.audio} is shorter than one token at model.compression.rate = {rate}"
-        for u in utterances
-        if compressed_length(store.frames(u), rate) < 1
-    }
+def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> None:
+    listed = "\n  ".join(list(bad.values())[:_SHOWN])
+    more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    if not skip:
+        raise UserError(
+            f"{manifest}: {len(bad)} of {total} utterances cannot be used (data.on_bad=skip leaves them out):\n  "
+            f"{listed}{more}"
+        )
+    logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
 
 
 def _gather(found: dict[str, str], world: int) -> list[dict[str, str]]:

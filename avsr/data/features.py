@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class FeatureStore:
         self.width = self._encoder.width
         self._limits = (data.min_seconds, data.max_seconds)
         self._folder: Path | None = None
+        self._frames: dict[str, int] = {}
         if data.cache is not None:
             name = hashlib.sha256(self._encoder.identity.encode()).hexdigest()[:16]
             self._folder = Path(data.cache) / name
@@ -76,13 +78,20 @@ class FeatureStore:
         path = self._path(utterance)
         if not path.is_file():
             self._save(path, self._encoder.encode([self._checked(utterance)])[0])
-        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        return torch.from_numpy(self._read_cached(path)).float()
 
     def frames(self, utterance: Utterance) -> int:
         """Encoder frames of a prepared utterance."""
         if self._folder is None:
-            return int(utterance.duration * SAMPLE_RATE) // 320
-        return int(np.load(self._path(utterance), mmap_mode="r", allow_pickle=False).shape[0])
+            return self._frames[utterance.id]
+        return int(self._read_cached(self._path(utterance), mmap_mode="r").shape[0])
+
+    def _read_cached(self, path: Path, **options: Any) -> np.ndarray[Any, Any]:
+        try:
+            array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, **options)
+            return array
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"data.cache: {path} is damaged; delete it: {error}") from error
 
     def _read(
         self, group: Sequence[Utterance], refuse: Callable[[Utterance, str], None]
@@ -90,7 +99,9 @@ class FeatureStore:
         waves = []
         for utterance in group:
             try:
-                waves.append((utterance, self._checked(utterance)))
+                wave = self._checked(utterance)
+                waves.append((utterance, wave))
+                self._frames[utterance.id] = -(-len(wave) // 320)
             except UserError as error:
                 refuse(utterance, str(error))
         return waves

@@ -46,7 +46,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the manifest {path}: {error}") from error
     parse, root = (
@@ -119,7 +119,7 @@ def _parse_csv(line: str, root: Path, where: str) -> Utterance:
     if len(fields) != 5:
         raise UserError(f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got {len(fields)}")
     dataset, relative, frames, _, text = (field.strip() for field in fields)
-    if not frames.isdigit() or int(frames) == 0:
+    if not frames.isdecimal() or int(frames) == 0:
         raise UserError(f"{where}: the number of frames must be a whole number above 0, got {frames!r}")
     if not text:
         raise UserError(f"{where}: the transcript is empty")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from avsr.config import DecodeConfig
 from avsr.data.batches import Batch, Example, collate
@@ -28,20 +29,41 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
     model.eval()
     rows = model.assemble(batch, with_text=False, left=True)
     budgets = [token_budget(config, utterance.duration) for utterance in batch.utterances]
-    room = model.max_positions - rows.embeddings.shape[1]
+    room = (model.max_positions - rows.mask.sum(dim=1) - 1).tolist()
+    budgets = [max(1, min(pair)) for pair in zip(budgets, room, strict=True)]
     pad = model.tokenizer.pad_token_id
     generation = GenerationConfig(
         do_sample=False,
         num_beams=config.beams,
         length_penalty=config.length_penalty,
-        max_new_tokens=max(1, min(max(budgets), room)),
+        max_new_tokens=max(budgets) + 1,
         eos_token_id=model.eos,
         pad_token_id=model.eos if pad is None else pad,
         bos_token_id=model.bos,
         use_cache=True,
     )
-    ids = model.llm.generate(inputs_embeds=rows.embeddings, attention_mask=rows.mask, generation_config=generation)
+    ids = model.llm.generate(
+        inputs_embeds=rows.embeddings,
+        attention_mask=rows.mask,
+        generation_config=generation,
+        logits_processor=LogitsProcessorList([_OwnBudget(budgets, config.beams, model.eos)]),
+    )
     return [_text(model, row[:budget]) for row, budget in zip(ids.tolist(), budgets, strict=True)]
+
+
+class _OwnBudget(LogitsProcessor):
+    """Ends every row at its own budget, so that beams are chosen as if it were decoded alone."""
+
+    def __init__(self, budgets: Sequence[int], beams: int, eos: int) -> None:
+        self._budgets = torch.tensor(budgets).repeat_interleave(beams)
+        self._eos = eos
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``input_ids`` holds the new tokens alone, since the prompt came as embeddings."""
+        over = (self._budgets <= input_ids.shape[1]).to(scores.device)
+        scores = scores.masked_fill(over[:, None], -torch.inf)
+        scores[over, self._eos] = 0.0
+        return scores
 
 
 def transcribe(model: SpeechLLM, examples: Sequence[Example], config: DecodeConfig) -> Iterator[tuple[int, str]]:

@@ -1,8 +1,8 @@
 """Word and character error rates by jiwer, behind a documented normaliser.
 
-``plain`` (default): lower case, typographic apostrophes made straight, every character but letters, digits and
-apostrophes inside words made a space, white space collapsed. ``whisper``: the English normaliser of Whisper, opt-in,
-since it rewrites what was said ("o nine" becomes "09").
+``plain`` (default): lower case, typographic apostrophes made straight, every character but letters (with their
+combining marks), digits and apostrophes inside words made a space, white space collapsed. ``whisper``: the English
+normaliser of Whisper, opt-in, since it rewrites what was said ("o nine" becomes "09").
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ class Score:
 
 def plain(text: str) -> str:
     text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
-    return " ".join(_NOT_WORD.sub(" ", text).split())
+    return " ".join(_NOT_WORD.sub(_keep_marks, text).split())
+
+
+def _keep_marks(match: re.Match[str]) -> str:
+    return match[0] if unicodedata.category(match[0])[0] == "M" else " "
 
 
 def normaliser(name: str) -> Callable[[str], str]:

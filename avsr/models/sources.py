@@ -21,7 +21,10 @@ def resolve(name: str) -> Path | str:
     """
     if name.startswith(PACKAGE):
         package, _, inside = name[len(PACKAGE) :].partition("/")
-        spec = importlib.util.find_spec(package) if package else None
+        try:
+            spec = importlib.util.find_spec(package) if package else None
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"{name}: the package {package!r} is not installed; the demo's packages come with: "

@@ -184,6 +184,20 @@ class SpeechLLM(nn.Module):
             for b in range(len(batch.text))
         ]
 
+    def room(self, frames: int) -> int:
+        """Positions left for text behind a prompt with ``frames`` encoder frames."""
+        fixed = 1 + len(self.prompt) + 2 * len(self.modalities)
+        return self.max_positions - fixed - compressed_length(frames, self.config.compression.rate)
+
+    def refuse(self, frames: int, tokens: int) -> str:
+        """Why an utterance of ``frames`` encoder frames and ``tokens`` text tokens cannot be used, or ""."""
+        rate = self.config.compression.rate
+        if compressed_length(frames, rate) < 1:
+            return f"is shorter than one token at model.compression.rate = {rate}"
+        if tokens + 1 > self.room(frames):
+            return f"and its transcript of {tokens} tokens do not fit the model's {self.max_positions} positions"
+        return ""
+
     def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
         weight = next(self.projectors[name].parameters())
         compression = self.config.compression

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torchaudio
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 from transformers.utils.logging import disable_progress_bar
@@ -124,7 +125,7 @@ def _load(source: Path | str) -> WhisperEncoder:
             return load_whisper_encoder(binary)
     try:
         return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.encoder.name: cannot load the Whisper model {str(source)!r}: {reason}") from error
 
@@ -133,5 +134,5 @@ def _fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().double().sum().numpy().tobytes())
+        digest.update(tensor.detach().double().sum().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -100,13 +100,19 @@ def prepare_run(config: Config) -> None:
         changed = [line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)]
         if changed:
             raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
-    elif run.exists() and any(run.iterdir()) if run.is_dir() else run.exists():
+    elif run.exists() and not run.is_dir() or run.is_dir() and _holds_something(run):
         raise UserError(f"run: {run} exists already; continue it with resume=true, or name another folder with run=")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         saved.write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
+
+
+def _holds_something(run: Path) -> bool:
+    """More than this function's caller leaves behind when a training is refused before its first step."""
+    extra = {item.name for item in run.iterdir()} - {"config.yaml", "checkpoints"}
+    return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
 
 
 def load_progress(config: Config, model: SpeechLLM) -> Progress:

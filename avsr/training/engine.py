@@ -68,38 +68,58 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """
     training = config.training
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # batches have a frame budget, not a size
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.clip,
         "bf16": {"enabled": training.precision == "bf16"},
-        "steps_per_print": 1 << 30,
     }
+    # batches have a frame budget, not a size; and our own log is enough
+    fixed = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 30}
     if config.deepspeed.config is None:
-        return {**ours, "zero_optimization": {"stage": config.deepspeed.stage}}
+        return {**ours, **fixed, "zero_optimization": {"stage": config.deepspeed.stage}}
     path = Path(config.deepspeed.config)
+    theirs = _read_json(path)
+    theirs.pop("train_batch_size", None)
+    for key, value in ours.items():
+        theirs[key] = _settle(key, theirs.get(key, "auto"), value, path)
+    for part in ("optimizer", "scheduler", "zero_optimization"):
+        if '"auto"' in json.dumps(theirs.get(part)):
+            raise UserError(
+                f"deepspeed.config: {path}: {part} holds 'auto', which only the trainer of transformers fills in; "
+                "write the values, or leave the part out for the recipe's"
+            )
+    return {**theirs, **fixed}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from error
-    if not isinstance(theirs, dict):
+    if not isinstance(content, dict):
         raise UserError(f"deepspeed.config: {path}: expected a JSON object")
-    if theirs.get("fp16", {}).get("enabled") not in (None, False):
+    fp16 = content.get("fp16")
+    if (fp16.get("enabled") if isinstance(fp16, dict) else fp16) not in (None, False):
         raise UserError(
             f"deepspeed.config: {path}: fp16 training is refused: massive activations of 26,000 and a large "
             "lambda leave no room below 65,504; use bf16"
         )
-    for key, value in ours.items():
-        given = theirs.get(key, "auto")
-        if key == "bf16":
-            given = {"enabled": given["enabled"]} if isinstance(given, dict) and "enabled" in given else "auto"
-        if key not in ("train_micro_batch_size_per_gpu", "steps_per_print") and given not in ("auto", value):
-            raise UserError(
-                f"deepspeed.config: {path}: {key} is {given!r}, the recipe says {value!r}; set it to 'auto' or "
-                "change the recipe"
-            )
-        theirs[key] = value
-    theirs.pop("train_batch_size", None)
-    return theirs
+    return content
+
+
+def _settle(key: str, given: Any, value: Any, path: Path) -> Any:
+    """The recipe's ``value``; a group keeps the user's other keys. "auto" and equal values agree with it."""
+    if isinstance(value, dict):
+        own = given if isinstance(given, dict) else {}
+        return {
+            **own,
+            **{inner: _settle(f"{key}.{inner}", own.get(inner, "auto"), value[inner], path) for inner in value},
+        }
+    if given not in ("auto", value):
+        raise UserError(
+            f"deepspeed.config: {path}: {key} is {given!r}, the recipe says {value!r}; set it to 'auto' or change "
+            "the recipe"
+        )
+    return value
 
 
 def make_engine(model: SpeechLLM, config: Config) -> Any:

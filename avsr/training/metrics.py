@@ -20,7 +20,7 @@ class MetricsLog:
         if resume_at is None:
             self._path.unlink(missing_ok=True)
         elif self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= resume_at]
+            kept = [line for line in _whole(self._path) if json.loads(line)["step"] <= resume_at]
             self._path.write_text("".join(line + "\n" for line in kept))
         self._writer: Any = None
         if config.tensorboard:
@@ -31,8 +31,11 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """``row`` holds ``step`` and numbers; others are written to the file alone."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error}") from error
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         if self._writer is not None:
             for key, value in numbers.items():
@@ -51,7 +54,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in _whole(path)]
+
+
+def _whole(path: Path) -> list[str]:
+    """The lines of ``path`` without a last one that a full disk or a kill cut short."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def peak_memory_mb() -> float:

@@ -88,7 +88,7 @@ def test_label_only_cross_entropy_is_hugging_faces_loss(tiny_llm: Path) -> None:
         losses.append(float(out.loss.detach()) * len(target))
         count += len(target)
     assert batch.label_tokens == count
-    assert float(terms.cross_entropy) == pytest.approx(sum(losses), rel=1e-5)
+    assert float(terms.cross_entropy.detach()) == pytest.approx(sum(losses), rel=1e-5)
 
 
 def test_rows_are_bos_delimiter_speech_delimiter_prompt_text(tiny_llm: Path) -> None:
@@ -133,10 +133,10 @@ def test_decorrelation_term_is_the_papers_over_output_hidden_states(tiny_llm: Pa
         for b, span in enumerate(rows.spans.tolist()):
             h = state[b].double()
             for s in range(1, span):
-                total += float(torch.nn.functional.cosine_similarity(h[0], h[s], dim=0) ** 2) / len(states)
+                total += float(torch.nn.functional.cosine_similarity(h[0], h[s], dim=0).detach() ** 2) / len(states)
     count = sum(span - 1 for span in rows.spans.tolist())
     model.attach(attention=True, decorrelation=True)
-    assert float(model(batch).decorrelation) == pytest.approx(total / count, rel=1e-5)
+    assert float(model(batch).decorrelation.detach()) == pytest.approx(total / count, rel=1e-5)
     model.attach(decorrelation=False)
     assert model(batch).decorrelation is None
 

@@ -165,7 +165,7 @@ def step_trainer(recipe: Path) -> tuple[Trainer, list[Batch], Any]:
     start_distributed()
     store = build_store(config, torch.device("cpu"))
     model, loaded = build_model(config, {"audio": store.width}, torch.device("cpu"))
-    data = load_dataset(config.data.train, config.data, store, loaded.tokenize, rate=4, title="train")
+    data = load_dataset(config.data.train, config.data, store, loaded.tokenize, title="train")
     attach(model, config)
     engine = make_engine(model, config)
     loop = Trainer(engine, config, data, data, Progress(step=1))

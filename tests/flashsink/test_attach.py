@@ -77,12 +77,8 @@ def test_a_row_gives_the_same_alone(model, padding):
         inside = slice(first, first + n)
         torch.testing.assert_close(together[b, inside], alone[0], rtol=1e-4, atol=1e-4)
         for batch, single in zip(sinks, probe.sinks, strict=True):
-            torch.testing.assert_close(
-                batch.mean_received[b, :, inside], single.mean_received[0], rtol=0, atol=1e-5
-            )
-        torch.testing.assert_close(
-            top.max_abs[:, b, inside], probe.activations.max_abs[:, 0], rtol=1e-4, atol=1e-4
-        )
+            torch.testing.assert_close(batch.mean_received[b, :, inside], single.mean_received[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(top.max_abs[:, b, inside], probe.activations.max_abs[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -153,9 +149,7 @@ def test_packed_sequences(model, oracle):
     ids, positions, bounds = packed_batch()
     spans = torch.tensor([1, 4, 2])
     plain = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    hidden = [
-        model(input_ids=ids[:, a:b], output_hidden_states=True).hidden_states for a, b in pairwise(bounds)
-    ]
+    hidden = [model(input_ids=ids[:, a:b], output_hidden_states=True).hidden_states for a, b in pairwise(bounds)]
     probe = flashsink.attach(model, median=True)
     with probe.spans(spans):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits

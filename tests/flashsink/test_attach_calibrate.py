@@ -35,9 +35,7 @@ class Layer:
         self.module = decoder(model).layers[index]
         self.handles = [
             self.module.self_attn.v_proj.register_forward_hook(lambda m, args, out: setattr(self, "v", out)),
-            self.module.self_attn.o_proj.register_forward_pre_hook(
-                lambda m, args: setattr(self, "out", args[0])
-            ),
+            self.module.self_attn.o_proj.register_forward_pre_hook(lambda m, args: setattr(self, "out", args[0])),
         ]
 
     def close(self):

@@ -133,9 +133,7 @@ def test_generation_from_embeddings(model, mode):
     """How speech is decoded: the prompt comes as inputs_embeds, left-padded."""
     _, mask = prompts([0, 3, 5])
     embeds = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(8)) * mask[:, :, None]
-    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0} | MODES[
-        mode
-    ]
+    options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0} | MODES[mode]
     want = model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
     probe = flashsink.attach(model)
     with probe.spans(torch.tensor([7, 4, 2] if mode != "beams" else [7, 7, 7, 4, 4, 4, 2, 2, 2])):

@@ -102,9 +102,7 @@ def test_default_scale_and_float64(oracle, backend):
 )
 def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(oracle, backend, case, dtype):
     q, k, v, layout = make(case, dtype, spread=1.5)
-    ours, plain, exact = (
-        [x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (dtype, dtype, torch.float64)
-    )
+    ours, plain, exact = ([x.clone().to(t).requires_grad_() for x in (q, k, v)] for t in (dtype, dtype, torch.float64))
     want = oracle.Attention(*exact, **layout)
     out, stats = flashsink.attention(*ours, **layout, backend=backend, return_stats=True)
     mask = torch.zeros(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool)

@@ -33,9 +33,7 @@ def both(oracle, hidden, spans, backend, **options):
 def agree(result, tolerance=1e-5):
     loss, want, grad, exact = result
     torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=1e-9)
-    torch.testing.assert_close(
-        grad.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()) + 1e-12
-    )
+    torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()) + 1e-12)
 
 
 def relative(got, exact):
@@ -57,9 +55,7 @@ def test_spans_and_margins(oracle, backend, spans, margin):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
-@pytest.mark.parametrize(
-    ("starts", "spans"), [([0, 4, 8], [9, 3, 1]), ([2, 0, 5], [3, 4, 4]), ([9, 3, 1], [0, 6, 8])]
-)
+@pytest.mark.parametrize(("starts", "spans"), [([0, 4, 8], [9, 3, 1]), ([2, 0, 5], [3, 4, 4]), ([9, 3, 1], [0, 6, 8])])
 def test_starts(oracle, backend, starts, spans, margin):
     agree(both(oracle, states(), spans, backend, margin=margin, starts=torch.tensor(starts)))
 

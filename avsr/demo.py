@@ -23,7 +23,6 @@ from avsr.build import build_model, build_store, load_run, pick_device
 from avsr.config import load_config
 from avsr.errors import UserError, guarded
 from avsr.evaluate import decode_set, evaluate_model, test_sets
-from avsr.synth.corpus import parse_options, synthesise
 
 logger = logging.getLogger("avsr")
 
@@ -37,7 +36,7 @@ def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Runs everything; returns (and writes) the summary."""
     started = time.monotonic()
     _say("1/5  a corpus of synthetic speech")
-    synthesise(Path(CORPUS), parse_options(SYNTH_OPTIONS))
+    _command("synth", CORPUS, *SYNTH_OPTIONS)
     folder.mkdir(parents=True, exist_ok=True)
     _say("2/5  word error rate before training")
     before = _untrained(overrides)
@@ -90,15 +89,20 @@ def _untrained(overrides: list[str]) -> float:
 
 
 def _train(recipe: str, run: Path, overrides: list[str]) -> None:
-    """Trains in a process of its own, as ``avsr train`` does; an earlier run of the demo is replaced."""
+    """An earlier run of the demo is replaced."""
     if run.exists():
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} exists and is no run of the demo; move it away")
         shutil.rmtree(run)
-    command = [sys.executable, "-m", "avsr.cli", "train", recipe, f"run={run}", *overrides]
+    _command("train", recipe, f"run={run}", *overrides)
+
+
+def _command(*arguments: str) -> None:
+    """Runs ``avsr ...`` in a process of its own: measured apart, and light to start for the workers of synth."""
+    command = [sys.executable, "-m", "avsr.cli", *arguments]
     status = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
     if status:
-        raise UserError(f"training failed with status {status}: avsr train {recipe} run={run}")
+        raise UserError(f"avsr {' '.join(arguments)} failed with status {status}")
 
 
 def _table(summary: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # PEFT still asks transformers by an old name
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
 

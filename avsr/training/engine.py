@@ -29,6 +29,7 @@ def import_deepspeed() -> Any:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime" is no news on a CPU
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

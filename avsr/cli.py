@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from avsr.config import load_config
-    from avsr.train import train
+    from avsr.train import train_and_leave
 
-    print(train(load_config(arguments.config, arguments.overrides)))
+    print(train_and_leave(load_config(arguments.config, arguments.overrides)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -188,9 +188,9 @@ _AT_LEAST = {
 
 
 def configs_folder() -> Path:
-    """``configs/`` beside the package in a source tree, inside it when installed from a wheel."""
+    """``configs/`` inside the package when installed from a wheel, beside it in a source tree."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "configs", package / "configs"):
+    for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
             return folder
     raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")

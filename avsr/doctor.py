@@ -46,7 +46,10 @@ def report() -> tuple[list[str], bool]:
     lines.append("tools:")
     beside = os.path.dirname(sys.executable)
     path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-    for tool, why in (("ninja", "DeepSpeed builds an op with it"), ("c++", "a C++ compiler, for the same op")):
+    for tool, why in (
+        ("ninja", "DeepSpeed builds an op with it"),
+        ("c++", "a C++ compiler, for the same op and for csrc"),
+    ):
         found = shutil.which(tool, path=path)
         lines.append(f"  {tool:10s} {'found' if found else f'missing: {why}'}")
         complete &= found is not None

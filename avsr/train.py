@@ -81,6 +81,15 @@ def attach(model: torch.nn.Module, config: Config) -> None:
     )
 
 
+def train_and_leave(config: Config) -> Path:
+    """:func:`train` for a process that ends afterwards: the group's threads are stopped, or the exit would abort."""
+    try:
+        return train(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main() -> None:
     """Entry point under the ``deepspeed`` launcher."""
     parser = argparse.ArgumentParser(prog="avsr.train")
@@ -89,9 +98,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args()
     with guarded():
-        train(load_config(arguments.config, arguments.overrides))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        train_and_leave(load_config(arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":

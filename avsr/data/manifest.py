@@ -54,6 +54,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     )
     rows: list[Utterance] = []
     seen: dict[str, str] = {}
+    refused = ""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -66,11 +67,12 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
             if on_bad is None:
                 raise
             on_bad(str(error))
+            refused = refused or f"; the first: {error}"
             continue
         seen[row.id] = where
         rows.append(row)
     if not rows:
-        raise UserError(f"the manifest {path} has no usable line")
+        raise UserError(f"the manifest {path} has no usable line{refused}")
     return rows
 
 

@@ -16,6 +16,7 @@ from avsr.config import load_config
 from avsr.train import train
 from avsr.training.metrics import read_metrics
 
+LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 SETTINGS = {
     "training.utterances": 3,
     "training.gradient_norms_every": 1,
@@ -25,8 +26,7 @@ SETTINGS = {
 
 
 def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher_variables = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {key: value for key, value in os.environ.items() if key not in launcher_variables}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     folder = Path(sys.executable).parent
     environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
@@ -74,6 +74,19 @@ def test_zero_3_on_two_ranks_saves_whole_tensors(tiny_recipe: Callable[..., Path
         assert saved[1][name].shape == tensor.shape
     for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "three"), strict=True):
         assert b["ce"] == pytest.approx(a["ce"], rel=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Started threads of the process group must not abort the exit."""
+    recipe = tiny_recipe(tmp_path, **{"data.train": str(tmp_path / "none.jsonl")})
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    command = [sys.executable, "-m", "avsr.cli", "train", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "none.jsonl" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and "terminate" not in done.stderr
 
 
 @pytest.mark.distributed

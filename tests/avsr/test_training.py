@@ -72,7 +72,8 @@ def test_off_means_not_computed(tiny_recipe: Recipe, tmp_path: Path, monkeypatch
     def refuse(*_: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("flashsink.reference.decorrelation_sums", refuse)
+    for backend in ("reference", "cpu"):
+        monkeypatch.setattr(f"flashsink.{backend}.decorrelation_sums", refuse)
     folder = run(tiny_recipe(tmp_path, **{"loss.decorrelation": 0.0}))
     assert all("decorrelation" not in row for row in read_metrics(folder))
 

@@ -15,8 +15,10 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 # From the bottom up: a module may import only modules of earlier lines, (modules of one line do not know each other).
 ORDER = [
     "flashsink.types",
-    "flashsink._checks flashsink.backends",
-    "flashsink.reference",
+    "flashsink._checks flashsink.reference",
+    "flashsink.native",
+    "flashsink.cpu",
+    "flashsink.backends",
     "flashsink.functional flashsink.hf_masks",
     "flashsink.probe",
     "flashsink",

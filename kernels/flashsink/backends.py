@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from flashsink import cpu, native, reference
+from flashsink.types import ActivationStats, Layout, SinkStats
 
 logger = logging.getLogger("flashsink")
 
@@ -15,9 +22,42 @@ _ABSENT = "this version has no {} kernels yet; the reference backend computes th
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "sdpa", "reference")}
 
 
+class Backend(Protocol):
+    """What a backend's module offers; :mod:`flashsink.reference` says what the functions mean."""
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        *,
+        causal: bool,
+        scale: float,
+        counted: Sequence[Tensor | None] = (),
+    ) -> tuple[Tensor, list[SinkStats]]: ...
+
+    def calibrated_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    ) -> Tensor: ...
+
+    def decorrelation_sums(self, layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor: ...
+
+    def activation_stats(self, layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats: ...
+
+
+_MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu}
+
+
 def backends() -> dict[str, str]:
     """Every backend's name with ``"usable"``, or the reason why it is not."""
-    return {name: _USABLE if name == "reference" else _ABSENT.format(name) for name in NAMES}
+    state = {name: _ABSENT.format(name) for name in NAMES}
+    return state | {"reference": _USABLE, "cpu": native.available()}
+
+
+def implementation(backend: str | None, device_type: str) -> Backend:
+    """The functions of the backend that :func:`select` chooses."""
+    return _MODULES[select(backend, device_type)]
 
 
 def select(backend: str | None, device_type: str) -> str:
@@ -32,6 +72,8 @@ def select(backend: str | None, device_type: str) -> str:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
         if state[backend] != _USABLE:
             raise ValueError(f"backend: {backend!r} cannot be used: {state[backend]}")
+        if backend == "cpu" and device_type != "cpu":
+            raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device_type}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
         if state[name] == _USABLE:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashsink import _checks, reference
-from flashsink.backends import select
+from flashsink.backends import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 
@@ -86,17 +86,16 @@ def attention(
     """
     _checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
-    select(backend, q.device.type)
+    chosen = implementation(backend, q.device.type)
     counted: Tensor | None = None
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
         first = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
         counted = torch.arange(layout.tokens, device=q.device) >= first[:, None]
-    out, a, lse = reference.attention(q, k, v, layout, causal=causal, scale=_scale(q, scale))
-    if not return_stats:
-        return out
-    return out, reference.sink_stats(a, lse, layout, causal=causal, counted=counted)
+    wanted = [counted] if return_stats else []
+    out, stats = chosen.attention(q, k, v, layout, causal=causal, scale=_scale(q, scale), counted=wanted)
+    return (out, stats[0]) if return_stats else out
 
 
 def calibrated_attention(
@@ -125,7 +124,7 @@ def calibrated_attention(
     """
     _checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, None)
-    select(backend, q.device.type)
+    chosen = implementation(backend, q.device.type)
     expected = (q.shape[0], q.shape[1], k.shape[2])
     if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
         got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__
@@ -134,8 +133,7 @@ def calibrated_attention(
         raise ValueError(f"sinks: expected a tensor on {q.device}, got {sinks.device}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected 0..1, got {beta}")
-    a, _ = reference.probabilities(q, k, layout, causal=True, scale=_scale(q, None))
-    return reference.weigh(reference.calibrate(a, sinks, layout, beta), v, layout).to(q.dtype)
+    return chosen.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=_scale(q, None))
 
 
 def decorrelation_loss(
@@ -171,8 +169,10 @@ def decorrelation_loss(
     first = layers[0]
     layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
-    select(backend, first.device.type)
-    return reference.decorrelation_loss(layers, _checks.check_spans(spans, layout), layout, margin)
+    chosen = implementation(backend, first.device.type)
+    spans = _checks.check_spans(spans, layout)
+    total = torch.stack([chosen.decorrelation_sums(layer, spans, layout, margin) for layer in layers]).mean()
+    return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
 
 
 def activation_stats(
@@ -194,8 +194,7 @@ def activation_stats(
     layers = _checks.check_hidden_states(hidden_states)
     first = layers[0]
     layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts)
-    select(backend, first.device.type)
-    return reference.activation_stats(layers, layout, median)
+    return implementation(backend, first.device.type).activation_stats(layers, layout, median)
 
 
 def check_margin(margin: float) -> None:

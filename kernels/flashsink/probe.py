@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flashsink import _checks, functional, hf_masks, reference
+from flashsink.backends import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
@@ -229,7 +230,7 @@ class Probe:
         # here and not in the hooks, which some releases of transformers run inside the checkpointed region
         if output is not None and self._current is not None:
             for index, hidden in self._states.items():
-                self._current.losses[index] = reference.decorrelation_sums(
+                self._current.losses[index] = implementation(None, hidden.device.type).decorrelation_sums(
                     hidden, self._current.spans, self._current.layout, self._options["margin"]
                 )
         self._states.clear()
@@ -245,7 +246,8 @@ class Probe:
             if options["decorrelation"] and index < len(self._layers) - 1:
                 self._states[index] = hidden
             if options["activations"] and self._due():
-                forward.activations[index] = reference.activation_stats([hidden], forward.layout, options["median"])
+                chosen = implementation(None, hidden.device.type)
+                forward.activations[index] = chosen.activation_stats([hidden], forward.layout, options["median"])
 
         return observe
 
@@ -254,15 +256,17 @@ class Probe:
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
         """One attention call of layer ``index``: out (B, H, Sq, D) in q's dtype."""
-        out, a, lse = reference.attention(q, k, v, layout, causal=True, scale=scale)
         # a checkpointed layer runs again in the backward, outside the forward: it must not count twice
         record = self._inside and self._full and self._current is not None and self._due()
         calibrated = self._calibration is not None and index in self._calibration.heads
+        choose = calibrated and self._inside and self._full
+        chosen = implementation(None, q.device.type)
+        counted = ([self._counted_queries(layout)] if record else []) + ([None] if choose else [])
+        out, stats = chosen.attention(q, k, v, layout, causal=True, scale=scale, counted=counted)
         if record and self._current is not None:
-            counted = self._counted_queries(layout)
-            self._current.sinks[index] = reference.sink_stats(a, lse, layout, causal=True, counted=counted)
-        if calibrated and self._inside and self._full:
-            self._calm[index] = self._choose(index, reference.sink_stats(a, lse, layout, causal=True), layout)
+            self._current.sinks[index] = stats[0]
+        if choose:
+            self._calm[index] = self._choose(index, stats[-1], layout)
         sinks = self._calm.get(index)
         if not calibrated or sinks is None:
             return out
@@ -270,8 +274,7 @@ class Probe:
             raise ValueError(f"calibrate: the prompt had {sinks.shape[0]} rows, this step has {q.shape[0]}")
         sinks = nn.functional.pad(sinks, (0, k.shape[2] - sinks.shape[2]))
         assert self._calibration is not None
-        calm = reference.calibrate(a, sinks, layout, self._calibration.beta)
-        return reference.weigh(calm, v, layout).to(q.dtype)
+        return chosen.calibrated_attention(q, k, v, sinks, layout, beta=self._calibration.beta, scale=scale)
 
     def _counted_queries(self, layout: Layout) -> Tensor | None:
         """(B, S) bool: the queries that count in the reported statistics."""
@@ -391,7 +394,7 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     probe = _probe_of(module)
     if probe is None:
-        out = reference.attention(q, k, v, layout, causal=True, scale=scale)[0]
+        out = implementation(None, q.device.type).attention(q, k, v, layout, causal=True, scale=scale)[0]
     else:
         out = probe.attend(int(module.layer_idx), q, k, v, layout, scale)  # type: ignore[arg-type]
     return out.transpose(1, 2).contiguous(), None

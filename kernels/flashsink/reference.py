@@ -6,6 +6,8 @@ materialise the probabilities. Dimensions: B rows, S tokens, H query and Hk key 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,16 +51,32 @@ def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, counted:
     seen = visible(layout, queries, causal)
     if counted is not None:
         seen = seen & counted[:, None, layout.tokens - queries :, None]
-        a = a * seen
+        a = a.detach() * seen
     return SinkStats(received=a.detach().sum(dim=2).float(), queries=seen[:, 0].sum(dim=1), lse=lse.detach().float())
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, H, Sq, D) in q's dtype, A, lse)."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    counted: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, list[SinkStats]]:
+    """(out (B, H, Sq, D) in q's dtype, one :class:`SinkStats` for every entry of ``counted``; None = all queries)."""
     a, lse = probabilities(q, k, layout, causal=causal, scale=scale)
-    return weigh(a, v, layout).to(q.dtype), a, lse
+    stats = [sink_stats(a, lse, layout, causal=causal, counted=chosen) for chosen in counted]
+    return weigh(a, v, layout).to(q.dtype), stats
+
+
+def calibrated_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+) -> Tensor:
+    """Causal attention with ACT on the columns ``sinks`` (B, H, Sk): (B, H, Sq, D) in q's dtype."""
+    a, _ = probabilities(q, k, layout, causal=True, scale=scale)
+    return weigh(calibrate(a, sinks, layout, beta), v, layout).to(q.dtype)
 
 
 def weigh(a: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -104,16 +122,10 @@ def decorrelation_count(spans: Tensor) -> Tensor:
     return (spans - 1).clamp(min=0).sum()
 
 
-def decorrelation_loss(layers: list[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
-    """Definition 4: the mean over layers of sums / count; exactly 0 when nothing is counted."""
-    total = torch.stack([decorrelation_sums(layer, spans, layout, margin) for layer in layers]).mean()
-    return (total / decorrelation_count(spans).clamp(min=1)).float()
-
-
 def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats:
     """Largest |h| of every token with its feature, and the median |h| of every row (definition 3)."""
     valid = layout.valid()
-    maxima, features, medians = [], [], []
+    maxima, features = [], []
     for layer in layers:
         size = wide(layer.detach()).abs()
         # argmax does not promise the first of equal values; the lowest index that reaches the maximum does
@@ -122,7 +134,12 @@ def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> Acti
         first = torch.where(size == top.unsqueeze(-1), index, size.shape[-1]).amin(dim=-1)
         maxima.append(top.float().masked_fill(~valid, 0.0))
         features.append(first.int().masked_fill(~valid, -1))
-        if median:
-            rows = [size[b][valid[b]].flatten() for b in range(layout.rows)]
-            medians.append(torch.stack([r.median() if len(r) else r.new_zeros(()) for r in rows]).float())
-    return ActivationStats(torch.stack(maxima), torch.stack(features), torch.stack(medians) if median else None)
+    medians = torch.stack([row_medians(layer, layout) for layer in layers]) if median else None
+    return ActivationStats(torch.stack(maxima), torch.stack(features), medians)
+
+
+def row_medians(layer: Tensor, layout: Layout) -> Tensor:
+    """(B,) float32: median of |h| over all features of a row's valid tokens; 0 for a row without tokens."""
+    size, valid = wide(layer.detach()).abs(), layout.valid()
+    rows = [size[b][valid[b]].flatten() for b in range(layout.rows)]
+    return torch.stack([r.median() if len(r) else r.new_zeros(()) for r in rows]).float()

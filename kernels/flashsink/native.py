@@ -1,0 +1,221 @@
+"""The C++ kernels of ``csrc`` for CPU tensors: the decorrelation loss and the largest activations.
+
+The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
+``torch.library`` operators below are always there, and raise where it is missing.
+
+float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
+for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
+Dimensions: B rows, S tokens, C features, N sequences (N = B in dense layout).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsink import reference
+from flashsink.types import ActivationStats, Layout
+
+ABI_VERSION = 1  # flashsink_abi_version() in csrc/library.cpp
+DTYPES = (torch.float32, torch.bfloat16)
+USABLE = "usable"
+_PATH = Path(__file__).with_name("_native.so")
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_VIEW = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
+_SIGNATURES = {
+    "flashsink_decorrelation_forward": [*_VIEW, ctypes.c_double, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_decorrelation_backward": [*_VIEW, _POINTER, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_activation_max": [*_VIEW, _POINTER, _POINTER, _INT],
+    "flashsink_limit_isa": [_INT],
+}
+
+
+def available() -> str:
+    """``"usable"``, or the reason why the compiled library cannot be used."""
+    return _load(_PATH)[1]
+
+
+def library() -> Any:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it cannot be used, with the reason.
+    """
+    loaded, state = _load(_PATH)
+    if loaded is None:
+        raise RuntimeError(f"flashsink's compiled library cannot be used: {state}")
+    return loaded
+
+
+@functools.cache
+def _load(path: Path) -> tuple[Any, str]:
+    if not path.is_file():
+        return None, "its library was not built: install a C++ compiler and flashsink again"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        version = loaded.flashsink_abi_version()
+        if version != ABI_VERSION:
+            return None, f"its library has interface {version} and {ABI_VERSION} is needed: install flashsink again"
+        for name, arguments in _SIGNATURES.items():
+            getattr(loaded, name).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        return None, f"its library does not load: {error}"
+    return loaded, USABLE
+
+
+# ---- what the cpu backend calls, with the signatures of the reference
+
+
+def decorrelation_sums(layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """:func:`flashsink.reference.decorrelation_sums`, a scalar differentiable once w.r.t. ``layer``.
+
+    One read of ``layer`` forward and one backward. Dot products and norms are summed in float64, which the
+    gradient of states nearly parallel to BOS needs.
+
+    Args:
+        layer: (B, S, C) CPU tensor of any strides; copied where the features are not adjacent in memory.
+            float16 and float64 are computed by the reference.
+        spans: (N,) int64, within the layout's lengths.
+        layout: dense rows, or one packed row.
+        margin: 0 <= margin < 1.
+
+    Returns:
+        float32 scalar (float64 for float64), with its graph.
+    """
+    if layer.dtype not in DTYPES:
+        return reference.decorrelation_sums(layer, spans, layout, margin)
+    return torch.ops.flashsink.decorrelation_sums(_rows(layer), layout.starts, spans, layout.packed, margin)[0]
+
+
+def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats:
+    """:func:`flashsink.reference.activation_stats`; the median is the reference's.
+
+    Layers of float16 and float64 are computed by the reference.
+    """
+    if any(layer.dtype not in DTYPES for layer in layers):
+        return reference.activation_stats(layers, layout, median)
+    pairs = [
+        torch.ops.flashsink.activation_max(_rows(layer.detach()), layout.starts, layout.lengths, layout.packed)
+        for layer in layers
+    ]
+    medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
+    return ActivationStats(torch.stack([top for top, _ in pairs]), torch.stack([index for _, index in pairs]), medians)
+
+
+def _rows(layer: Tensor) -> Tensor:
+    """``layer`` with adjacent features."""
+    return layer if layer.stride(-1) == 1 or layer.shape[-1] == 1 else layer.contiguous()
+
+
+# ---- operators
+
+
+def _call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
+    """Calls one C function; checks what it would trust. The arguments all of them begin with come first."""
+    if layer.dim() != 3 or layer.dtype not in DTYPES or _rows(layer) is not layer:
+        raise ValueError(f"layer: expected float32 or bfloat16 (B, S, C) with unit last stride, got {layer.dtype}")
+    for vector in (starts, ends):
+        if vector.dtype != torch.int64 or vector.dim() != 1 or len(vector) != len(starts):
+            raise ValueError(f"starts, spans: expected int64 vectors, got {tuple(vector.shape)} {vector.dtype}")
+    if layer.shape[0] != (1 if packed else len(starts)):
+        raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
+    starts, ends = starts.contiguous(), ends.contiguous()
+    strides = (layer.stride(0), layer.stride(1), *layer.shape)
+    vectors = (starts.data_ptr(), ends.data_ptr(), len(starts), int(packed))
+    view = (layer.data_ptr(), int(layer.dtype == torch.bfloat16), *strides, *vectors)
+    if getattr(library(), f"flashsink_{name}")(*view, *more, torch.get_num_threads()):
+        raise MemoryError(f"flashsink.{name}: no memory for its partial sums")
+
+
+torch.library.define(
+    "flashsink::decorrelation_sums",
+    "(Tensor layer, Tensor starts, Tensor spans, bool packed, float margin) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "flashsink::decorrelation_sums_backward",
+    "(Tensor upstream, Tensor layer, Tensor starts, Tensor spans, bool packed, Tensor scalars, Tensor bos_gradient)"
+    " -> Tensor",
+)
+torch.library.define(
+    "flashsink::activation_max", "(Tensor layer, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("flashsink::decorrelation_sums")
+def _sums_like(
+    layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = layer.new_empty((), dtype=torch.float32)
+    scalars = layer.new_zeros((*layer.shape[:2], 2), dtype=torch.float64)
+    return total, scalars, layer.new_empty((starts.shape[0], layer.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.impl("flashsink::decorrelation_sums", "CPU")
+def _sums(layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, what the backward needs of every token (B, S, 2) float64, gradient of BOS (N, C) float32)."""
+    total, scalars, bos = _sums_like(layer, starts, spans, packed, margin)
+    out = (total.data_ptr(), scalars.data_ptr(), bos.data_ptr())
+    _call("decorrelation_forward", layer, starts, spans, packed, margin, *out)
+    return total, scalars, bos
+
+
+@torch.library.register_fake("flashsink::decorrelation_sums_backward")
+def _gradient_like(
+    upstream: Tensor, layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, scalars: Tensor, bos: Tensor
+) -> Tensor:
+    return layer.new_empty(layer.shape)
+
+
+@torch.library.impl("flashsink::decorrelation_sums_backward", "CPU")
+def _gradient(
+    upstream: Tensor, layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, scalars: Tensor, bos: Tensor
+) -> Tensor:
+    """(B, S, C) in the dtype of ``layer``, contiguous, 0 at tokens that do not count."""
+    gradient = _gradient_like(upstream, layer, starts, spans, packed, scalars, bos)
+    upstream, scalars, bos = upstream.float().contiguous(), scalars.contiguous(), bos.contiguous()
+    inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr())
+    _call("decorrelation_backward", layer, starts, spans, packed, *inner, gradient.data_ptr())
+    return gradient
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    layer, starts, spans, ctx.packed, _ = inputs
+    _, scalars, bos = output
+    ctx.mark_non_differentiable(scalars, bos)
+    ctx.save_for_backward(layer, starts, spans, scalars, bos)
+
+
+def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+    layer, starts, spans, scalars, bos = ctx.saved_tensors
+    gradient = torch.ops.flashsink.decorrelation_sums_backward(upstream, layer, starts, spans, ctx.packed, scalars, bos)
+    return gradient, None, None, None, None
+
+
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "the cpu backend differentiates the decorrelation loss once; backend='reference' as often as you like"
+    )
+
+
+torch.library.register_autograd("flashsink::decorrelation_sums", _derive, setup_context=_save)
+torch.library.register_autograd("flashsink::decorrelation_sums_backward", _refuse)
+
+
+@torch.library.register_fake("flashsink::activation_max")
+def _max_like(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    shape = layer.shape[:2]
+    return layer.new_zeros(shape, dtype=torch.float32), layer.new_full(shape, -1, dtype=torch.int32)
+
+
+@torch.library.impl("flashsink::activation_max", "CPU")
+def _max(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """(max |h| (B, S) float32, its lowest feature (B, S) int32), 0 and -1 at padding."""
+    top, feature = _max_like(layer, starts, lengths, packed)
+    _call("activation_max", layer, starts, lengths, packed, top.data_ptr(), feature.data_ptr())
+    return top, feature

@@ -82,11 +82,12 @@ def attach(model: torch.nn.Module, config: Config) -> None:
 
 
 def train_and_leave(config: Config) -> Path:
-    """:func:`train` for a process that ends afterwards: the group's threads are stopped, or the exit would abort."""
+    """:func:`train`, then stops the threads of the process group that it started, or the exit would abort."""
+    own = not dist.is_initialized()
     try:
         return train(config)
     finally:
-        if dist.is_initialized():
+        if own and dist.is_initialized():
             dist.destroy_process_group()
 
 

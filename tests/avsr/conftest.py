@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
+import avsr.train
+from avsr.build import WEIGHTS, build_model
+from avsr.cli import main
+from avsr.config import Config, load_config, to_yaml
 from avsr.data.manifest import write_manifest
 
 RATE = 16_000
@@ -174,3 +180,71 @@ def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., P
         return path
 
     return make
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail and returns its message."""
+
+    def run(*arguments: object, status: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        assert caught.value.code == status
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        lines = shown.splitlines()
+        (first,) = [i for i, line in enumerate(lines) if line.startswith("avsr: ")][:1] or [0]
+        return "\n".join(lines[first:])
+
+    return run
+
+
+def write_checkpoint(config: Config, run: Path) -> None:
+    model, _ = build_model(config, {"audio": 32}, torch.device("cpu"))
+    for name in ("best", "last"):
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        save_file({k: v.detach().clone() for k, v in model.own_state().items()}, str(folder / WEIGHTS))
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+@pytest.fixture
+def run_folder(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run as training leaves it, untrained."""
+    write_checkpoint(load_config(str(tiny_recipe(tmp_path))), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def tone() -> Callable[[Path, float], Path]:
+    """Writes a tone of so many seconds to a sound file."""
+
+    def write(path: Path, seconds: float) -> Path:
+        samples = (0.4 * np.sin(np.arange(round(seconds * 16_000)) / 12)).astype(np.float32)
+        soundfile.write(str(path), samples, 16_000)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``avsr train`` up to the engine: a process group of one, without DeepSpeed's start-up."""
+
+    own = not dist.is_initialized()  # a test before this one may have started DeepSpeed in this process
+
+    def start() -> tuple[int, int]:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return 0, 1
+
+    def no_engine(*arguments: object) -> None:
+        raise AssertionError("training would have begun")
+
+    monkeypatch.setattr(avsr.train, "start_distributed", start)
+    monkeypatch.setattr(avsr.train, "make_engine", no_engine)
+    yield
+    if own and dist.is_initialized():
+        dist.destroy_process_group()

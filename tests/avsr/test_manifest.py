@@ -28,7 +28,7 @@ def refusal(path: Path) -> str:
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     def make(*lines: str, name: str = "m.jsonl") -> Path:
-        path = tmp_path / "root" / name
+        path = tmp_path / "home" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
@@ -91,8 +91,8 @@ def test_a_relative_manifest_gives_absolute_paths(write: Callable[..., Path], mo
         (row(audio="../a.wav"), ["../a.wav", "outside"]),
         (row(audio="wav/../../a.wav"), ["outside"]),
         (row(audio="/etc/passwd"), ["/etc/passwd", "outside"]),
-        (row(audio="../root2/a.wav"), ["outside"]),  # a folder whose name only begins like the root's
-        (row(audio="wav/../../root/../x.wav"), ["outside"]),
+        (row(audio="../home2/a.wav"), ["outside"]),  # a folder whose name only begins like the root's
+        (row(audio="wav/../../home/../x.wav"), ["outside"]),
         (row(video="../v.mp4"), ["../v.mp4", "outside"]),
     ],
 )
@@ -106,8 +106,8 @@ def test_a_bad_line_is_refused_with_its_place(write: Callable[..., Path], line: 
 
 
 def test_a_path_that_leaves_and_comes_back_is_fine(write: Callable[..., Path]) -> None:
-    (found,) = read_manifest(write(row(audio="../root/wav/a.wav")))
-    assert found.audio.parts[-3:] == ("root", "wav", "a.wav")
+    (found,) = read_manifest(write(row(audio="../home/wav/a.wav")))
+    assert found.audio.parts[-3:] == ("home", "wav", "a.wav")
 
 
 def test_a_duplicate_id_names_both_places(write: Callable[..., Path]) -> None:

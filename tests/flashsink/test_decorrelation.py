@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import flashsink
 
@@ -236,27 +234,3 @@ def test_poison_in_padding_reaches_nothing(backend):
     loss.backward()
     assert torch.equal(loss.detach(), clean)
     assert leaf.grad.isfinite().all() and not leaf.grad[:, outside].any()
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_random_shapes(oracle, backend, data):
-    layers, rows, tokens = (data.draw(st.integers(1, n)) for n in (3, 3, 7))
-    features = data.draw(st.integers(2, 17))
-    starts = data.draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
-    spans = [data.draw(st.integers(0, tokens - first)) for first in starts]
-    hidden = states(shape=(layers, rows, tokens, features), seed=data.draw(st.integers(0, 1000)))
-    margin = data.draw(st.sampled_from([0.0, 0.3]))
-    agree(both(oracle, hidden, spans, backend, starts=torch.tensor(starts), margin=margin), 5e-5)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_random_packed_shapes(oracle, backend, data):
-    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
-    spans = [data.draw(st.integers(0, n)) for n in lengths]
-    tail = data.draw(st.integers(0, 2))
-    tokens = max(sum(lengths) + tail, 1)
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    hidden = states(shape=(2, 1, tokens, 5), seed=data.draw(st.integers(0, 1000)))
-    agree(both(oracle, hidden, spans, backend, cu_seqlens=bounds), 5e-5)

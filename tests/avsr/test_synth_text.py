@@ -1,0 +1,103 @@
+"""Tests of what ``avsr synth`` says and of its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avsr.errors import UserError
+from avsr.synth import sentences, words
+from avsr.synth.corpus import SynthOptions, parse_options, synthesise
+
+# --- sentences --------------------
+
+
+def test_grid_has_51_words_and_no_w() -> None:
+    vocabulary = [word for choice in sentences.GRID_GRAMMAR for word in choice]
+    assert len(vocabulary) == len(set(vocabulary)) == 51
+    assert "w" not in vocabulary
+    assert sentences.GRID_SIZE == 4 * 4 * 4 * 25 * 10 * 4
+
+
+def test_grid_sentences_follow_the_grammar_and_can_be_all_drawn() -> None:
+    drawn = sentences.grid_sentences(sentences.GRID_SIZE, 0)
+    assert len(set(drawn)) == sentences.GRID_SIZE
+    for sentence in drawn[:200]:
+        parts = sentence.split(" ")
+        assert len(parts) == 6
+        assert all(word in choice for word, choice in zip(parts, sentences.GRID_GRAMMAR, strict=True))
+    with pytest.raises(ValueError, match="64000"):
+        sentences.grid_sentences(sentences.GRID_SIZE + 1, 0)
+
+
+@pytest.mark.parametrize("draw", [sentences.grid_sentences, sentences.open_sentences])
+def test_draws_are_seeded_unique_and_prefixes_of_longer_draws(draw: Any) -> None:
+    long = draw(3000, 5)
+    assert len(set(long)) == 3000
+    assert draw(500, 5) == long[:500]
+    assert draw(500, 6) != long[:500]
+
+
+def test_open_sentences_are_many_short_and_plain() -> None:
+    assert sentences.open_size() > 30_000_000
+    drawn = sentences.open_sentences(20_000, 1)
+    assert len(set(drawn)) == 20_000
+    lengths = {len(sentence.split(" ")) for sentence in drawn}
+    assert lengths == set(range(5, 13))
+    assert all(set(sentence) <= set("abcdefghijklmnopqrstuvwxyz ") for sentence in drawn)
+    vocabulary = {word for sentence in drawn for word in sentence.split(" ")}
+    assert len(vocabulary) > 800
+    slots = {token for template in words.TEMPLATES for token in template.split() if token.isupper()}
+    assert slots == set(words.SLOTS)  # no slot is misspelt or unused
+    assert all(len(set(phrases)) == len(phrases) for phrases in words.SLOTS.values())
+
+
+def test_open_sentences_have_the_right_article() -> None:
+    pairs = [
+        (here, following)
+        for sentence in sentences.open_sentences(5000, 2)
+        for here, following in zip(sentence.split(), sentence.split()[1:], strict=False)
+        if here in ("a", "an")
+    ]
+    assert {"a", "an"} == {here for here, _ in pairs}
+    assert all((here == "an") == (following[0] in "aeiou") for here, following in pairs)
+
+
+# --- options --------------------
+
+
+def test_options_defaults_and_overrides() -> None:
+    assert parse_options([]) == SynthOptions(1000, 1000, 100, 120, 8, 4, 0, 0)
+    assert parse_options(["grid=0", "seed=7", "voices=30"]) == SynthOptions(grid=0, seed=7, voices=30)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("voises=3", ["voises", "'voices'"]),
+        ("grid=many", ["grid", "int", "'many'"]),
+        ("grid=1.5", ["grid", "int", "'1.5'"]),
+        ("voices=0", ["voices", "from 1 to 30", "got 0"]),
+        ("voices=-2", ["voices", "from 1 to 30", "got -2"]),
+        ("voices=31", ["voices", "from 1 to 30", "got 31"]),
+        ("unseen_voices=11", ["unseen_voices", "from 1 to 10", "got 11"]),
+        ("test=0", ["test", "from 1"]),
+        ("workers=-1", ["workers", "from 0"]),
+        ("grid", ["key=value", "'grid'"]),
+        ("grid=64000", ["grid", "64340", "at most grid=63660"]),
+    ],
+)
+def test_bad_options_say_what_is_wrong(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_options([override])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_nothing_to_make_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both 0"):
+        parse_options(["grid=0", "open=0"])
+    with pytest.raises(UserError, match="unseen_voices"):
+        synthesise(tmp_path / "x", SynthOptions(unseen_voices=0))
+    assert not (tmp_path / "x").exists()

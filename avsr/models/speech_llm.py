@@ -118,8 +118,10 @@ class SpeechLLM(nn.Module):
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
         speech = {name: self._project(name, batch, device) for name in self.modalities}
-        prompt = embed(torch.tensor([self.bos, *self.prompt], device=device))
-        texts = [embed(torch.tensor(ids, device=device, dtype=torch.long)) for ids in batch.text]
+        # one call for all: under ZeRO-3 every call gathers the table from all ranks, whatever their batch sizes
+        pieces = [[self.bos, *self.prompt], *batch.text]
+        ids = torch.tensor([index for piece in pieces for index in piece], device=device)
+        prompt, *texts = embed(ids).split([len(piece) for piece in pieces])
         delimiters = self.delimiters.to(dtype)
         rows, spans, labels = [], [], []
         for b in range(len(batch.text)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,15 @@ def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.Complete
     port = str(20000 + os.getpid() % 20000)
     command = [str(folder / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
     command += ["--module", "avsr.train", str(recipe), *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.mark.distributed

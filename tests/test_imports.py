@@ -14,8 +14,8 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 
 # From the bottom up: a module may import only modules of earlier lines, (modules of one line do not know each other).
 ORDER = [
-    "flashsink.types",
-    "flashsink._checks flashsink.reference",
+    "flashsink.types flashsink.gpu",
+    "flashsink._checks flashsink.reference flashsink.gpu.launch",
     "flashsink.native",
     "flashsink.cpu",
     "flashsink.backends",

@@ -38,6 +38,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: expected at most as many queries as keys ({k.shape[2]}), got {q.shape[2]}")
 
 
+def check_sink_logits(sink_logits: Tensor, q: Tensor) -> None:
+    if (
+        not isinstance(sink_logits, Tensor)
+        or tuple(sink_logits.shape) != (q.shape[1],)
+        or sink_logits.dtype not in FLOATS
+        or sink_logits.device != q.device
+    ):
+        raise ValueError(f"sink_logits: expected ({q.shape[1]},) floating on {q.device}, got {_shape(sink_logits)}")
+
+
 def check_hidden_states(hidden_states: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The layers as a list of (B, S, C); views of a stacked tensor, never copies."""
     if isinstance(hidden_states, Tensor):

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flashsink import cpu, native, reference
-from flashsink.types import ActivationStats, Layout, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 logger = logging.getLogger("flashsink")
 
@@ -35,15 +35,20 @@ class Backend(Protocol):
         causal: bool,
         scale: float,
         counted: Sequence[Tensor | None] = (),
+        sink_logits: Tensor | None = None,
     ) -> tuple[Tensor, list[SinkStats]]: ...
 
     def calibrated_attention(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
     ) -> Tensor: ...
 
-    def decorrelation_sums(self, layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor: ...
+    def decorrelation_sums(self, layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor: ...
 
-    def activation_stats(self, layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats: ...
+    def activation_stats(self, layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats: ...
+
+    def rms_norm(
+        self, h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float
+    ) -> Normed: ...
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu}

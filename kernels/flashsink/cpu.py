@@ -20,10 +20,10 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.native import activation_stats, decorrelation_sums
-from flashsink.reference import calibrated_attention
+from flashsink.reference import calibrated_attention, rms_norm
 from flashsink.types import Layout, SinkStats
 
-__all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums"]
+__all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "rms_norm"]
 
 TILE = 128  # queries whose probabilities are held at once for the statistics
 
@@ -37,10 +37,13 @@ def attention(
     causal: bool,
     scale: float,
     counted: Sequence[Tensor | None] = (),
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`; the probabilities of at most ``TILE`` queries exist at a time."""
-    if not causal or layout.packed or q.dtype == torch.float64 or q.numel() == 0:
-        return reference.attention(q, k, v, layout, causal=causal, scale=scale, counted=counted)
+    if not causal or layout.packed or q.dtype == torch.float64 or q.numel() == 0 or sink_logits is not None:
+        return reference.attention(
+            q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
+        )
     padding = ~layout.valid()
     padded = bool(padding.any())
     queries, groups = q.shape[2], q.shape[1] // k.shape[1]
@@ -99,7 +102,8 @@ def _sink_stats(
     """
     keys, queries = layout.tokens, q.shape[2]
     seen = reference.visible(layout, queries, True)
-    seen_by = [seen if only is None else seen & only[:, None, keys - queries :, None] for only in counted]
+    position = torch.arange(keys - queries, keys)
+    seen_by = [seen if first is None else seen & (position >= first[:, None])[:, None, :, None] for first in counted]
     received = [q.new_zeros(k.shape[:3]) for _ in counted]
     for first in range(0, queries, TILE):
         last = min(first + TILE, queries)
@@ -110,6 +114,6 @@ def _sink_stats(
             total[:, :, :end] += torch.where(visible[:, :, first:last, :end], a, 0.0).sum(dim=2)
     own = lse.detach().masked_fill(~seen.any(dim=-1), 0.0)
     return [
-        SinkStats(received=total, queries=visible[:, 0].sum(dim=1), lse=own)
-        for total, visible in zip(received, seen_by, strict=True)
+        SinkStats(total, layout.query_counts(queries, True, first), own)
+        for total, first in zip(received, counted, strict=True)
     ]

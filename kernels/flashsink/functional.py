@@ -33,6 +33,7 @@ def attention(
     backend: str | None = ...,
     return_stats: Literal[False] = ...,
     query_starts: Tensor | None = ...,
+    sink_logits: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -48,6 +49,7 @@ def attention(
     backend: str | None = ...,
     return_stats: Literal[True],
     query_starts: Tensor | None = ...,
+    sink_logits: Tensor | None = ...,
 ) -> tuple[Tensor, SinkStats]: ...
 def attention(
     q: Tensor,
@@ -62,6 +64,7 @@ def attention(
     backend: str | None = None,
     return_stats: bool = False,
     query_starts: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SinkStats]:
     """Softmax attention that can measure its own sinks.
 
@@ -77,6 +80,8 @@ def attention(
         return_stats: also return :class:`SinkStats`.
         query_starts: (B,) integers, dense rows: the statistics count only queries from this position of the
             row on (for instance the text after a speech prompt); default all.
+        sink_logits: (H,) floating, one more term in every row's softmax, exp(sink_logits[h]), that carries no value
+            (the learnable sink of gpt-oss); differentiable. ``lse`` then contains it.
 
     Returns:
         out (B, H, Sq, D) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).
@@ -91,10 +96,19 @@ def attention(
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
-        first = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
-        counted = torch.arange(layout.tokens, device=q.device) >= first[:, None]
-    wanted = [counted] if return_stats else []
-    out, stats = chosen.attention(q, k, v, layout, causal=causal, scale=_scale(q, scale), counted=wanted)
+        counted = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+    if sink_logits is not None:
+        _checks.check_sink_logits(sink_logits, q)
+    out, stats = chosen.attention(
+        q,
+        k,
+        v,
+        layout,
+        causal=causal,
+        scale=_scale(q, scale),
+        counted=[counted] if return_stats else [],
+        sink_logits=sink_logits,
+    )
     return (out, stats[0]) if return_stats else out
 
 
@@ -171,7 +185,7 @@ def decorrelation_loss(
     check_margin(margin)
     chosen = implementation(backend, first.device.type)
     spans = _checks.check_spans(spans, layout)
-    total = torch.stack([chosen.decorrelation_sums(layer, spans, layout, margin) for layer in layers]).mean()
+    total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
     return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +73,29 @@ def _load(path: Path) -> tuple[Any, str]:
 # ---- what the cpu backend calls, with the signatures of the reference
 
 
-def decorrelation_sums(layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor:
-    """:func:`flashsink.reference.decorrelation_sums`, a scalar differentiable once w.r.t. ``layer``.
+def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """:func:`flashsink.reference.decorrelation_sums`, differentiable once w.r.t. ``layers``.
 
-    One read of ``layer`` forward and one backward. Dot products and norms are summed in float64, which the
+    One read of every layer forward and one backward. Dot products and norms are summed in float64, which the
     gradient of states nearly parallel to BOS needs.
 
     Args:
-        layer: (B, S, C) CPU tensor of any strides; copied where the features are not adjacent in memory.
+        layers: L CPU tensors (B, S, C) of any strides; copied where the features are not adjacent in memory.
             float16 and float64 are computed by the reference.
         spans: (N,) int64, within the layout's lengths.
         layout: dense rows, or one packed row.
         margin: 0 <= margin < 1.
 
     Returns:
-        float32 scalar (float64 for float64), with its graph.
+        (L,) float32 (float64 for float64), with its graph.
     """
-    if layer.dtype not in DTYPES:
-        return reference.decorrelation_sums(layer, spans, layout, margin)
-    return torch.ops.flashsink.decorrelation_sums(_rows(layer), layout.starts, spans, layout.packed, margin)[0]
+    if any(layer.dtype not in DTYPES for layer in layers):
+        return reference.decorrelation_sums(layers, spans, layout, margin)
+    run = torch.ops.flashsink.decorrelation_sums
+    return torch.stack([run(_rows(layer), layout.starts, spans, layout.packed, margin)[0] for layer in layers])
 
 
-def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats:
+def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
     """:func:`flashsink.reference.activation_stats`; the median is the reference's.
 
     Layers of float16 and float64 are computed by the reference.

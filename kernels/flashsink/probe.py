@@ -231,8 +231,8 @@ class Probe:
         if output is not None and self._current is not None:
             for index, hidden in self._states.items():
                 self._current.losses[index] = implementation(None, hidden.device.type).decorrelation_sums(
-                    hidden, self._current.spans, self._current.layout, self._options["margin"]
-                )
+                    [hidden], self._current.spans, self._current.layout, self._options["margin"]
+                )[0]
         self._states.clear()
         self._inside = False
         _ACTIVE.set(None)
@@ -277,10 +277,10 @@ class Probe:
         return chosen.calibrated_attention(q, k, v, sinks, layout, beta=self._calibration.beta, scale=scale)
 
     def _counted_queries(self, layout: Layout) -> Tensor | None:
-        """(B, S) bool: the queries that count in the reported statistics."""
+        """(N,) positions from which on queries count in the reported statistics."""
         if self._options["queries"] == "all" or self._current is None:
             return None
-        return layout.offsets() >= self._current.spans[layout.segments().clamp(min=0)]
+        return layout.starts + self._current.spans
 
     def _choose(self, index: int, stats: SinkStats, layout: Layout) -> Tensor:
         """(B, H, S) bool: the sinks of the calibrated heads, never BOS."""

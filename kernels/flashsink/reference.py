@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import ActivationStats, Layout, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -30,8 +30,13 @@ def visible(layout: Layout, queries: int, causal: bool) -> Tensor:
     return seen.unsqueeze(1)
 
 
-def probabilities(q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at padded queries."""
+def probabilities(
+    q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float, sink_logits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at padded queries.
+
+    ``sink_logits`` (H,) adds one more term to every row's sum of exponentials, a key without a value.
+    """
     groups = q.shape[1] // k.shape[1]
     # padding may hold NaN: zeroed here, so that it reaches neither the result nor a gradient
     padding = ~layout.valid()[:, None, :, None]
@@ -41,18 +46,20 @@ def probabilities(q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: 
     mask = visible(layout, q.shape[2], causal)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(dim=-1, keepdim=True)
+    if sink_logits is not None:
+        lse = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None, None])
     a = (scores - lse).exp().masked_fill(~mask, 0.0)
     return a, lse.squeeze(-1).masked_fill(~mask.any(dim=-1), 0.0)
 
 
-def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, counted: Tensor | None = None) -> SinkStats:
-    """Column sums of A (definition 1), over the queries at the positions where ``counted`` (B, Sk) is true."""
-    queries = a.shape[2]
-    seen = visible(layout, queries, causal)
-    if counted is not None:
-        seen = seen & counted[:, None, layout.tokens - queries :, None]
-        a = a.detach() * seen
-    return SinkStats(received=a.detach().sum(dim=2).float(), queries=seen[:, 0].sum(dim=1), lse=lse.detach().float())
+def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, first: Tensor | None = None) -> SinkStats:
+    """Column sums of A (definition 1) over the queries at positions >= ``first``, one entry a row or sequence."""
+    queries, a = a.shape[2], a.detach()
+    if first is not None:
+        position = torch.arange(layout.tokens, device=a.device)
+        counted = position >= first[layout.segments().clamp(min=0)]
+        a = a * counted[:, None, layout.tokens - queries :, None]
+    return SinkStats(a.sum(dim=2).float(), layout.query_counts(queries, causal, first), lse.detach().float())
 
 
 def attention(
@@ -64,10 +71,15 @@ def attention(
     causal: bool,
     scale: float,
     counted: Sequence[Tensor | None] = (),
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
-    """(out (B, H, Sq, D) in q's dtype, one :class:`SinkStats` for every entry of ``counted``; None = all queries)."""
-    a, lse = probabilities(q, k, layout, causal=causal, scale=scale)
-    stats = [sink_stats(a, lse, layout, causal=causal, counted=chosen) for chosen in counted]
+    """(out (B, H, Sq, D) in q's dtype, one :class:`SinkStats` for every entry of ``counted``).
+
+    An entry of ``counted`` says from which position on the queries count, (N,) for N rows or packed sequences;
+    None = all.
+    """
+    a, lse = probabilities(q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits)
+    stats = [sink_stats(a, lse, layout, causal=causal, first=first) for first in counted]
     return weigh(a, v, layout).to(q.dtype), stats
 
 
@@ -100,8 +112,8 @@ def calibrate(a: Tensor, sinks: Tensor, layout: Layout, beta: float) -> Tensor:
     return a * torch.where(chosen, kept, grown)
 
 
-def decorrelation_sums(layer: Tensor, spans: Tensor, layout: Layout, margin: float) -> Tensor:
-    """Sum over rows and positions 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0): a scalar.
+def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """(L,): of every layer the sum over rows and positions 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0).
 
     With d = <a, h>: cos^2 = d^2 / (|a|^2 |h|^2), the squared norms clamped at 1e-24 as ``F.normalize`` does.
     """
@@ -110,11 +122,14 @@ def decorrelation_sums(layer: Tensor, spans: Tensor, layout: Layout, margin: flo
     counts = (offset >= 1) & (offset < spans[segment.clamp(min=0)])
     row, column = counts.nonzero(as_tuple=True)
     bos = layout.starts[segment[row, column]]
-    h, a = wide(layer[row, column]), wide(layer[row, bos])
-    dot = (h * a).sum(dim=-1)
-    norms = (h * h).sum(dim=-1).clamp(min=1e-24), (a * a).sum(dim=-1).clamp(min=1e-24)
-    cos2 = (dot / norms[0]) * (dot / norms[1])
-    return (cos2 - margin).clamp(min=0.0).sum()
+    sums = []
+    for layer in layers:
+        h, a = wide(layer[row, column]), wide(layer[row, bos])
+        dot = (h * a).sum(dim=-1)
+        norms = (h * h).sum(dim=-1).clamp(min=1e-24), (a * a).sum(dim=-1).clamp(min=1e-24)
+        cos2 = (dot / norms[0]) * (dot / norms[1])
+        sums.append((cos2 - margin).clamp(min=0.0).sum())
+    return torch.stack(sums)
 
 
 def decorrelation_count(spans: Tensor) -> Tensor:
@@ -122,7 +137,7 @@ def decorrelation_count(spans: Tensor) -> Tensor:
     return (spans - 1).clamp(min=0).sum()
 
 
-def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> ActivationStats:
+def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
     """Largest |h| of every token with its feature, and the median |h| of every row (definition 3)."""
     valid = layout.valid()
     maxima, features = [], []
@@ -136,6 +151,16 @@ def activation_stats(layers: list[Tensor], layout: Layout, median: bool) -> Acti
         features.append(first.int().masked_fill(~valid, -1))
     medians = torch.stack([row_medians(layer, layout) for layer in layers]) if median else None
     return ActivationStats(torch.stack(maxima), torch.stack(features), medians)
+
+
+def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float) -> Normed:
+    """RMSNorm of h (B, S, C) as Llama has it, with this layer's decorrelation sum (where ``spans`` is given) and
+    its largest activations. The normalised states are rounded to h's dtype before the weight (C,) multiplies them."""
+    size = wide(h)
+    out = weight * (size * torch.rsqrt(size.square().mean(dim=-1, keepdim=True) + eps)).to(h.dtype)
+    total = None if spans is None else decorrelation_sums([h], spans, layout, margin)[0].float()
+    stats = activation_stats([h], layout, False)
+    return Normed(out, total, stats.max_abs[0], stats.feature[0])
 
 
 def row_medians(layer: Tensor, layout: Layout) -> Tensor:

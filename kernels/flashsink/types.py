@@ -5,6 +5,7 @@ Dimensions: B rows, H query heads, Sq queries, Sk keys, L layers, S tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class SinkStats:
     """How much attention every key received in one call of attention.
 
@@ -20,11 +20,21 @@ class SinkStats:
         received: (B, H, Sk) float32, sum of the probabilities over the counted queries that may see the key.
         queries: (B, Sk) int64, the number of those queries.
         lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
+
+    ``received`` may be handed over as a function that finds it out when it is first read (and may forget what it
+    needed for that).
     """
 
-    received: Tensor
-    queries: Tensor
-    lse: Tensor
+    def __init__(self, received: Tensor | Callable[[], Tensor], queries: Tensor, lse: Tensor) -> None:
+        self._received = received
+        self.queries = queries
+        self.lse = lse
+
+    @property
+    def received(self) -> Tensor:
+        if not isinstance(self._received, Tensor):
+            self._received = self._received()
+        return self._received
 
     @property
     def mean_received(self) -> Tensor:
@@ -55,6 +65,21 @@ class ActivationStats:
     max_abs: Tensor
     feature: Tensor
     median: Tensor | None
+
+
+class Normed(NamedTuple):
+    """What one pass over hidden states h (B, S, C) leaves behind.
+
+    Attributes:
+        out: (B, S, C) in h's dtype, h after RMSNorm.
+        total: float32 scalar with its graph, this layer's sum of max(cos^2 - margin, 0); None when not asked for.
+        max_abs: (B, S) float32, and feature: (B, S) int32, as in :class:`ActivationStats`; without a graph.
+    """
+
+    out: Tensor
+    total: Tensor | None
+    max_abs: Tensor
+    feature: Tensor
 
 
 class Layout(NamedTuple):
@@ -94,3 +119,16 @@ class Layout(NamedTuple):
     def valid(self) -> Tensor:
         """(rows, tokens) bool: real tokens."""
         return self.segments() >= 0
+
+    def query_counts(self, queries: int, causal: bool, first: Tensor | None = None) -> Tensor:
+        """(rows, tokens) int64: how many queries see a key, of those at positions >= ``first`` (one entry a row or
+        packed sequence); the queries are the last ``queries`` positions of a row."""
+        segment = self.segments()
+        index = segment.clamp(min=0)
+        position = torch.arange(self.tokens, device=segment.device)
+        low = position.expand_as(segment) if causal else self.starts[index]
+        low = low.clamp(min=self.tokens - queries)
+        if first is not None:
+            low = torch.maximum(low, first[index])
+        count = (self.starts + self.lengths)[index] - low
+        return torch.where(segment >= 0, count.clamp(min=0), 0)

@@ -1,0 +1,85 @@
+"""The one place where Triton kernels are started.
+
+Everything that must hold for each launch is here: the device of the tensors is made current, and observers see what
+runs. Tests observe to see that a kernel really ran; the compile report observes to compile, without a GPU, exactly
+what would be launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# triton.jit looks at it when a kernel is defined, so a later change has no effect
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: its block sizes by name, and Triton's launch options."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an observer sees: the kernel, its grid, the tile and all arguments (tensors, numbers, None) by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tile: Tile
+    arguments: dict[str, Any]
+
+
+_observers: list[Callable[[Launch], bool]] = []
+
+
+@contextlib.contextmanager
+def observe(observer: Callable[[Launch], bool]) -> Iterator[None]:
+    """Calls ``observer`` with every launch inside; where it returns False the kernel is not run."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
+    """Runs ``kernel[grid]`` on the device of its tensors; an empty grid is no launch.
+
+    Args:
+        kernel: a ``triton.jit`` function whose block sizes are named as in ``tile.blocks``.
+        grid: one to three sizes.
+        tile: block sizes, warps and pipeline stages.
+        arguments: all other arguments of the kernel, by name.
+    """
+    if 0 in grid:
+        return
+    seen = Launch(kernel, grid, tile, arguments)
+    # no short cut: every observer is told
+    if not all([observer(seen) for observer in _observers]):
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with current:
+        kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def available() -> str:
+    """``"usable"``, or the reason why Triton kernels cannot run here."""
+    if INTERPRETED:
+        return "usable"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"it needs compute capability 8.0 or higher, this device has {major}.{minor}"
+    return "usable"

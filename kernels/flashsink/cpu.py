@@ -20,10 +20,10 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.native import activation_stats, decorrelation_sums
-from flashsink.reference import calibrated_attention, rms_norm
+from flashsink.reference import calibrated_attention, refusal, rms_norm
 from flashsink.types import Layout, SinkStats
 
-__all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "rms_norm"]
+__all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]
 
 TILE = 128  # queries whose probabilities are held at once for the statistics
 

@@ -60,13 +60,14 @@ _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa
 
 def backends() -> dict[str, str]:
     """Every backend's name with ``"usable"``, or the reason why it is not."""
-    native_state = native.available()
-    return {
-        "reference": _USABLE,
-        "cpu": native_state,
-        "sdpa": _USABLE if torch.cuda.is_available() else native_state,
-        "triton": launch.available(),
-    }
+    return {name: _state(name) for name in NAMES}
+
+
+@torch.compiler.assume_constant_result
+def _state(name: str) -> str:
+    if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
+        return _USABLE
+    return launch.available() if name == "triton" else native.available()
 
 
 def implementation(backend: str | None, device_type: str, q: Tensor | None = None) -> Backend:
@@ -100,7 +101,8 @@ def select(backend: str | None, device_type: str, q: Tensor | None = None) -> st
             reason = "" if q is None else _MODULES[name].refusal(q)
             if not reason:
                 return name
-        _log_once(device_type, name, reason)
+        if not torch.compiler.is_compiling():
+            _log_once(device_type, name, reason)
     return "reference"
 
 

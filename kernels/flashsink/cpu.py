@@ -40,7 +40,7 @@ def attention(
     sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`; the probabilities of at most ``TILE`` queries exist at a time."""
-    if not causal or layout.packed or q.dtype == torch.float64 or q.numel() == 0 or sink_logits is not None:
+    if torch.compiler.is_compiling() or not causal or layout.packed or q.dtype == torch.float64 or q.numel() == 0 or sink_logits is not None:
         return reference.attention(
             q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
         )

@@ -294,14 +294,14 @@ def backward(
         "GROUP": h // heads, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
         "IEEE": q.dtype == torch.float32,
     }  # fmt: skip
-    tile = tiles.choose("gradient_kv", d, q.element_size())
+    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device)
     launch(
         gradient_kv_kernel, (slots(tokens, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads, b), tile, **common,
         dk=dk, dv=dv, received=received, counted=counted if capture else None,
         dk_row=dk.stride(0), dk_head=dk.stride(1), dk_token=dk.stride(2),
         dv_row=dv.stride(0), dv_head=dv.stride(1), dv_token=dv.stride(2),
     )  # fmt: skip
-    tile = tiles.choose("gradient_q", d, q.element_size())
+    tile = tiles.choose("gradient_q", d, q.element_size(), q.device)
     launch(
         gradient_q_kernel, (slots(queries, len(starts), h // heads, tile.blocks["BLOCK_M"], packed), heads, b), tile,
         **common, dq=dq, dq_row=dq.stride(0), dq_head=dq.stride(1), dq_token=dq.stride(2),

@@ -129,7 +129,7 @@ def forward(
     b, h, queries, d = q.shape
     out = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
-    tile = tiles.choose("forward", d, q.element_size())
+    tile = tiles.choose("forward", d, q.element_size(), q.device)
     heads, tokens = k.shape[1], k.shape[2]
     group = h // heads
     launch(

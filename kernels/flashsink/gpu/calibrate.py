@@ -113,7 +113,7 @@ def calibrate(
     out, lse = attention
     b, h, queries, d = q.shape
     result = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
-    tile = tiles.choose("calibrate", d, q.element_size())
+    tile = tiles.choose("calibrate", d, q.element_size(), q.device)
     launch(
         calibrate_kernel,
         (triton.cdiv(queries, tile.blocks["BLOCK_M"]), h, b),

@@ -96,7 +96,7 @@ def received(
     b, h, queries, d = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     result = torch.empty((b, h, tokens), dtype=torch.float32, device=q.device)
-    tile = tiles.choose("received", d, q.element_size())
+    tile = tiles.choose("received", d, q.element_size(), q.device)
     launch(
         received_kernel,
         (slots(tokens, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads, b),

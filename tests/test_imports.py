@@ -16,6 +16,7 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 ORDER = [
     "flashsink.types flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch",
+    "flashsink.gpu.decorrelation",
     "flashsink.native",
     "flashsink.cpu",
     "flashsink.backends",

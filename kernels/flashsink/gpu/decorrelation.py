@@ -133,8 +133,7 @@ def decorrelation_forward(
         tl.store(ratios + flat + token, p, mask=live)
         gradient += tl.sum(push(w, q, a, x), axis=0)
     slot = (tl.cast(layer, tl.int64) * tl.num_programs(1) + n) * tl.num_programs(0) + part
-    column = tl.arange(0, BLOCK_C)
-    tl.store(parts + slot * features + column, gradient, mask=column < features)
+    tl.store(parts + slot * features + column, gradient[None, :], mask=inside)
 
 
 @triton.jit
@@ -191,12 +190,11 @@ def decorrelation_backward(
         own = (token < high) & ((token != start) | (span <= 1))
         tl.store(out + token.to(tl.int64)[:, None] * features + column, gradient, mask=own[:, None] & inside)
     if (piece == 0) & (span > 1):
-        column = tl.arange(0, BLOCK_C)
-        parts += (tl.cast(layer, tl.int64) * sequences + n) * PARTS * features
-        gradient = tl.zeros((BLOCK_C,), tl.float32)
+        slot = (tl.cast(layer, tl.int64) * sequences + n) * PARTS
+        of_bos = tl.zeros((1, BLOCK_C), tl.float32)
         for part in range(PARTS):
-            gradient += tl.load(parts + tl.cast(part, tl.int64) * features + column, mask=column < features, other=0.0)
-        tl.store(out + tl.cast(start, tl.int64) * features + column, factor * gradient, mask=column < features)
+            of_bos += tl.load(parts + (slot + part) * features + column, mask=inside, other=0.0)
+        tl.store(out + tl.cast(start, tl.int64) * features + column, factor * of_bos, mask=inside)
 
 
 def row_tile(features: int, rows: int = 2) -> Tile:

@@ -17,6 +17,8 @@ ORDER = [
     "flashsink.types flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch",
     "flashsink.gpu.decorrelation",
+    "flashsink.gpu.activations",
+    "flashsink.gpu.norm",
     "flashsink.native",
     "flashsink.cpu",
     "flashsink.backends",

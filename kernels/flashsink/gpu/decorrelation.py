@@ -122,7 +122,7 @@ def decorrelation_forward(
     own = square_norms(a)
     gradient = tl.zeros((BLOCK_C,), tl.float32)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens
-    for base in range(first, last, ROWS):
+    for base in tl.range(first, last, ROWS, num_stages=2):  # the next rows are on their way meanwhile
         token = base + tl.arange(0, ROWS)
         live = token < last
         x = tl.load(h + token.to(tl.int64)[:, None] * token_stride + column, mask=live[:, None] & inside, other=0.0)
@@ -262,13 +262,19 @@ def _sums(
     return over.sum(dim=(1, 2)), weights, ratios, parts
 
 
+def alike(layers: Sequence[Tensor]) -> list[Tensor]:
+    """The layers as kernels can read them: of equal strides and adjacent features, in place or else copied."""
+    strides, features = layers[0].stride(), layers[0].shape[2]
+    if any(layer.stride() != strides for layer in layers) or (strides[2] != 1 and features > 1):
+        return [layer.contiguous() for layer in layers]
+    return list(layers)
+
+
 def _common(layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool) -> dict[str, Any]:
-    """The arguments that both kernels have; layers of unlike strides, or of no unit last stride, are copied."""
-    first = layers[0]
-    if any(layer.stride() != first.stride() for layer in layers) or (first.stride(2) != 1 and first.shape[2] > 1):
-        layers = [layer.contiguous() for layer in layers]
+    """The arguments that both kernels have."""
+    layers = alike(layers)
     row_stride, token_stride, _ = layers[0].stride()
-    rows, tokens, features = first.shape
+    rows, tokens, features = layers[0].shape
     return {
         "layers": tuple(layers),
         "starts": starts.contiguous(),

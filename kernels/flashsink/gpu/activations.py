@@ -1,0 +1,148 @@
+# mypy: allow-untyped-defs
+"""Largest |h| of every token and the lowest feature that reaches it, for all layers in one Triton launch.
+
+Dimensions: L layers, B rows, S tokens, C features, N sequences (N = B in dense layout).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashsink import reference
+from flashsink.gpu.decorrelation import alike, bounds, check_features, row_tile, select
+from flashsink.gpu.launch import launch
+from flashsink.types import ActivationStats, Layout
+
+
+@triton.jit
+def largest(x, column, features):
+    """(max |x|, its lowest column), both (R,), of float32 x (R, C). NaN has its way: value NaN, column ``features``.
+
+    Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN above
+    that. Columns beyond the features are 0 and come last, so they never win.
+    """
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.max(bits, axis=1)
+    value = top.to(tl.float32, bitcast=True)
+    index = tl.min(tl.where(bits == top[:, None], column, features), axis=1)
+    return value, tl.where(value == value, index, features)
+
+
+@triton.jit
+def valid_range(starts, lengths, row, sequences, tokens, PACKED: tl.constexpr):
+    """[start, end) of the real tokens of a row; packed sequences follow each other without a gap."""
+    if PACKED:
+        start, _ = bounds(starts, lengths, 0, tokens)
+        final, count = bounds(starts, lengths, sequences - 1, tokens)
+        return start, final + count
+    else:
+        start, count = bounds(starts, lengths, row, tokens)
+        return start, start + count
+
+
+@triton.jit
+def activation_max(
+    layers,
+    starts,
+    lengths,
+    max_abs,
+    feature,
+    row_stride,
+    token_stride,
+    rows,
+    tokens,
+    features,
+    sequences,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid (blocks of tokens, B, L); padding is not read."""
+    row, layer = tl.program_id(1), tl.program_id(2)
+    start, end = valid_range(starts, lengths, row, sequences, tokens, PACKED)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (token >= start) & (token < end)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
+    x = tl.load(
+        h + token.to(tl.int64)[:, None] * token_stride + column, mask=valid[:, None] & (column < features), other=0.0
+    )
+    top, index = largest(x.to(tl.float32), column, features)
+    flat = (tl.cast(layer, tl.int64) * rows + row) * tokens + token
+    tl.store(max_abs + flat, tl.where(valid, top, 0.0), mask=token < tokens)
+    tl.store(feature + flat, tl.where(valid, index, -1), mask=token < tokens)
+
+
+torch.library.define(
+    "flashsink::triton_activation_max",
+    "(Tensor[] layers, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("flashsink::triton_activation_max")
+def _max_like(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    shape, device = (len(layers), *layers[0].shape[:2]), layers[0].device
+    return (
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.int32, device=device),
+    )
+
+
+def _max(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """(max |h| (L, B, S) float32, its lowest feature (L, B, S) int32), 0 and -1 at padding."""
+    top, feature = _max_like(layers, starts, lengths, packed)
+    layers = alike(layers)
+    row_stride, token_stride, _ = layers[0].stride()
+    rows, tokens, features = layers[0].shape
+    tile = row_tile(features)
+    launch(
+        activation_max,
+        (triton.cdiv(tokens, tile.blocks["ROWS"]), rows if len(starts) else 0, len(layers)),
+        tile,
+        layers=tuple(layers),
+        starts=starts.contiguous(),
+        lengths=lengths.contiguous(),
+        max_abs=top,
+        feature=feature,
+        row_stride=row_stride,
+        token_stride=token_stride,
+        rows=rows,
+        tokens=tokens,
+        features=features,
+        sequences=len(starts),
+        PACKED=packed,
+    )
+    return top, feature
+
+
+for _device in ("CUDA", "CPU"):  # on the CPU under TRITON_INTERPRET=1
+    torch.library.impl("flashsink::triton_activation_max", _device)(_max)
+
+
+def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
+    """:func:`flashsink.reference.activation_stats`; the median is the reference's.
+
+    Args:
+        layers: L tensors (B, S, C) of float16, bfloat16 or float32 and C <= 8192, as in
+            :func:`flashsink.gpu.decorrelation.decorrelation_sums`. float64 is computed by the reference.
+        layout: dense rows, or one packed row.
+        median: whether to find the medians too.
+
+    Raises:
+        ValueError: C is above 8192.
+    """
+    dtype = functools.reduce(torch.promote_types, (layer.dtype for layer in layers))
+    if dtype == torch.float64:
+        return reference.activation_stats(layers, layout, median)
+    check_features(layers[0].shape[2])
+    run: Any = torch.ops.flashsink.triton_activation_max
+    top, feature = run([layer.detach().to(dtype) for layer in layers], layout.starts, layout.lengths, layout.packed)
+    medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
+    return ActivationStats(top, feature, medians)

@@ -22,16 +22,22 @@ from flashsink.types import ActivationStats, Layout
 
 
 @triton.jit
-def largest(x, column, features):
-    """(max |x|, its lowest column), both (R,), of float32 x (R, C). NaN has its way: value NaN, column ``features``.
+def largest(raw, column, features):
+    """(max |h|, its lowest column) of raw (C,). NaN has its way: value NaN, column ``features``.
 
     Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN above
     that. Columns beyond the features are 0 and come last, so they never win.
     """
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    top = tl.max(bits, axis=1)
-    value = top.to(tl.float32, bitcast=True)
-    index = tl.min(tl.where(bits == top[:, None], column, features), axis=1)
+    bits = raw.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if raw.dtype.primitive_bitwidth == 16:
+        # the lower 13 bits are 0 (for NaN they do not matter) and hold the column: one reduction instead of two
+        both = tl.max(bits | (8191 - column), axis=0)
+        value = (both & 0x7FFFE000).to(tl.float32, bitcast=True)
+        index = 8191 - (both & 8191)
+    else:
+        top = tl.max(bits, axis=0)
+        value = top.to(tl.float32, bitcast=True)
+        index = tl.min(tl.where(bits == top, column, features), axis=0)
     return value, tl.where(value == value, index, features)
 
 
@@ -61,23 +67,18 @@ def activation_max(
     features,
     sequences,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid (blocks of tokens, B, L); padding is not read."""
-    row, layer = tl.program_id(1), tl.program_id(2)
+    """Grid (S, B, L), a program for every token; padding is not read."""
+    token, row, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = valid_range(starts, lengths, row, sequences, tokens, PACKED)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = (token >= start) & (token < end)
-    column = tl.arange(0, BLOCK_C)[None, :]
-    h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
-    x = tl.load(
-        h + token.to(tl.int64)[:, None] * token_stride + column, mask=valid[:, None] & (column < features), other=0.0
-    )
-    top, index = largest(x.to(tl.float32), column, features)
+    column = tl.arange(0, BLOCK_C)
+    h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride + tl.cast(token, tl.int64) * token_stride
+    top, index = largest(tl.load(h + column, mask=valid & (column < features), other=0.0), column, features)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens + token
-    tl.store(max_abs + flat, tl.where(valid, top, 0.0), mask=token < tokens)
-    tl.store(feature + flat, tl.where(valid, index, -1), mask=token < tokens)
+    tl.store(max_abs + flat, tl.where(valid, top, 0.0))
+    tl.store(feature + flat, tl.where(valid, index, -1))
 
 
 torch.library.define(
@@ -101,11 +102,10 @@ def _max(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool
     layers = alike(layers)
     row_stride, token_stride, _ = layers[0].stride()
     rows, tokens, features = layers[0].shape
-    tile = row_tile(features)
     launch(
         activation_max,
-        (triton.cdiv(tokens, tile.blocks["ROWS"]), rows if len(starts) else 0, len(layers)),
-        tile,
+        (tokens, rows if len(starts) else 0, len(layers)),
+        row_tile(features),
         layers=tuple(layers),
         starts=starts.contiguous(),
         lengths=lengths.contiguous(),

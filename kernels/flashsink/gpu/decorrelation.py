@@ -57,30 +57,25 @@ def bounds(starts, counts, n, tokens):
 
 
 @triton.jit
-def square_norms(x):
-    return tl.sum(x * x, axis=1)
-
-
-@triton.jit
-def cosine(x, squares, a, own, margin):
-    """Of the tokens x (R, C) with their squared norms (R,), and BOS a (1, C) with its own (1,): (over, w, p, q), all
-    (R,), where over = max(cos^2 - margin, 0)."""
-    dot = tl.sum(x * a, axis=1)
-    p = dot / tl.maximum(squares, _LEAST)
+def cosine(x, square, a, own, margin):
+    """Of a token x (C,) with its squared norm, and BOS a (C,) with its own: (over, w, p, q), where
+    over = max(cos^2 - margin, 0)."""
+    dot = tl.sum(x * a, axis=0)
+    p = dot / tl.maximum(square, _LEAST)
     # a NaN of BOS is in dot; tl.maximum need not hand on that of own
     q = dot / tl.maximum(own, _LEAST)
     over = p * q - margin
     off = over < 0.0  # False for NaN, which must be seen
     w = tl.where(off, 0.0, 2.0 * p / tl.maximum(own, _LEAST))
-    p = tl.where(squares < _LEAST, 0.0, p)
+    p = tl.where(square < _LEAST, 0.0, p)
     q = tl.where(own < _LEAST, 0.0, q)
     return tl.where(off, 0.0, over), w, p, q
 
 
 @triton.jit
 def push(w, p, x, a):
-    """d cos^2 / dh (R, C); exactly 0 where w is, whatever is in x and a."""
-    return tl.where(w[:, None] != 0.0, w[:, None] * (a - p[:, None] * x), 0.0)
+    """d cos^2 / dh (C,); exactly 0 where w is, whatever is in x and a."""
+    return tl.where(w != 0.0, w * (a - p * x), 0.0)
 
 
 # ---- kernels
@@ -102,7 +97,6 @@ def decorrelation_forward(
     tokens,
     features,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (P, N, L). Writes over, w and p of its counted tokens and its part of the gradient of BOS."""
@@ -114,26 +108,23 @@ def decorrelation_forward(
     first = start + 1 + part * each
     last = tl.minimum(first + each, start + 1 + counted)
 
-    column = tl.arange(0, BLOCK_C)[None, :]
+    column = tl.arange(0, BLOCK_C)
     inside = column < features
     h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
     a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (counted > 0), other=0.0)
     a = a.to(tl.float32)
-    own = square_norms(a)
+    own = tl.sum(a * a, axis=0)
     gradient = tl.zeros((BLOCK_C,), tl.float32)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens
-    for base in tl.range(first, last, ROWS, num_stages=2):  # the next rows are on their way meanwhile
-        token = base + tl.arange(0, ROWS)
-        live = token < last
-        x = tl.load(h + token.to(tl.int64)[:, None] * token_stride + column, mask=live[:, None] & inside, other=0.0)
-        x = x.to(tl.float32)
-        excess, w, p, q = cosine(x, square_norms(x), a, own, margin)
-        tl.store(over + flat + token, excess, mask=live)
-        tl.store(weights + flat + token, w, mask=live)
-        tl.store(ratios + flat + token, p, mask=live)
-        gradient += tl.sum(push(w, q, a, x), axis=0)
+    for token in tl.range(first, last, num_stages=2):  # the next token is on its way meanwhile
+        x = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0).to(tl.float32)
+        excess, w, p, q = cosine(x, tl.sum(x * x, axis=0), a, own, margin)
+        tl.store(over + flat + token, excess)
+        tl.store(weights + flat + token, w)
+        tl.store(ratios + flat + token, p)
+        gradient += push(w, q, a, x)
     slot = (tl.cast(layer, tl.int64) * tl.num_programs(1) + n) * tl.num_programs(0) + part
-    tl.store(parts + slot * features + column, gradient[None, :], mask=inside)
+    tl.store(parts + slot * features + column, gradient, mask=inside)
 
 
 @triton.jit
@@ -153,7 +144,6 @@ def decorrelation_backward(
     features,
     PARTS,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (pieces, N, L). Sequence n writes its tokens and, packed, the padding up to the next one; the first one also
@@ -171,7 +161,7 @@ def decorrelation_backward(
     low += piece * each
     high = tl.minimum(low + each, high)
 
-    column = tl.arange(0, BLOCK_C)[None, :]
+    column = tl.arange(0, BLOCK_C)
     inside = column < features
     h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
     out = select(gradients, layer) + tl.cast(row, tl.int64) * tokens * features
@@ -179,31 +169,30 @@ def decorrelation_backward(
     a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
     a = a.to(tl.float32)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens
-    for base in range(low, high, ROWS):
-        token = base + tl.arange(0, ROWS)
-        counted = (token > start) & (token < start + span) & (token < high)
-        x = tl.load(h + token.to(tl.int64)[:, None] * token_stride + column, mask=counted[:, None] & inside, other=0.0)
+    for token in range(low, high):
+        counted = (token > start) & (token < start + span)
+        x = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside & counted, other=0.0)
         w = tl.load(weights + flat + token, mask=counted, other=0.0)
         p = tl.load(ratios + flat + token, mask=counted, other=0.0)
         # where w is 0 the factor is not looked at: it may be infinite
         gradient = push(tl.where(w != 0.0, w * factor, 0.0), p, x.to(tl.float32), a)
-        own = (token < high) & ((token != start) | (span <= 1))
-        tl.store(out + token.to(tl.int64)[:, None] * features + column, gradient, mask=own[:, None] & inside)
+        written = inside & ((token != start) | (span <= 1))
+        tl.store(out + tl.cast(token, tl.int64) * features + column, gradient, mask=written)
     if (piece == 0) & (span > 1):
         slot = (tl.cast(layer, tl.int64) * sequences + n) * PARTS
-        of_bos = tl.zeros((1, BLOCK_C), tl.float32)
+        of_bos = tl.zeros((BLOCK_C,), tl.float32)
         for part in range(PARTS):
             of_bos += tl.load(parts + (slot + part) * features + column, mask=inside, other=0.0)
         tl.store(out + tl.cast(start, tl.int64) * features + column, factor * of_bos, mask=inside)
 
 
-def row_tile(features: int, rows: int = 2) -> Tile:
-    """Whole rows of ``features``, ``rows`` at a time, 512 elements of a row for every warp.
+def row_tile(features: int) -> Tile:
+    """A program takes one token after the other, a warp 512 of its features (16 a thread).
 
     No GPU has run this yet: what is known is that these compile without spills for sm_80, sm_90 and sm_100.
     """
     block = max(triton.next_power_of_2(features), 16)
-    return Tile({"ROWS": rows, "BLOCK_C": block}, warps=min(max(block // 512, 1), 16), stages=2)
+    return Tile({"BLOCK_C": block}, warps=min(max(block // 512, 1), 16), stages=2)
 
 
 # ---- operators

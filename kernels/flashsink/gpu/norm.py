@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.gpu.activations import largest, valid_range
-from flashsink.gpu.decorrelation import alike, bounds, check_features, cosine, push, refuse, row_tile, square_norms
+from flashsink.gpu.decorrelation import alike, bounds, check_features, cosine, push, refuse, row_tile
 from flashsink.gpu.launch import Tile, launch
 from flashsink.types import Layout, Normed
 
@@ -88,14 +88,13 @@ def norm_forward(
     PACKED: tl.constexpr,
     LOSS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (chunks, B)."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
-    column = tl.arange(0, BLOCK_C)[None, :]
+    column = tl.arange(0, BLOCK_C)
     inside = column < features
     h += tl.cast(row, tl.int64) * row_stride
     flat = tl.cast(row, tl.int64) * tokens
@@ -108,35 +107,32 @@ def norm_forward(
             start, span = bounds(starts, spans, n, tokens)
             a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
             a = a.to(tl.float32)
-            own = square_norms(a)
+            own = tl.sum(a * a, axis=0)
             gradient = tl.zeros((BLOCK_C,), tl.float32)
-        for base in tl.range(low, high, ROWS, num_stages=2):
-            token = base + tl.arange(0, ROWS)
-            live = token < high
-            mask = live[:, None] & inside
-            raw = tl.load(h + token.to(tl.int64)[:, None] * token_stride + column, mask=mask, other=0.0)
+        for token in tl.range(low, high, num_stages=2):  # the next token is on its way meanwhile
+            raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
-            squares = square_norms(x)
-            r = 1.0 / tl.sqrt_rn(squares / features + eps)
-            unit = (x * r[:, None]).to(raw.dtype).to(tl.float32)
-            tl.store(out + (flat + token)[:, None] * features + column, unit * scale, mask=mask)
-            tl.store(rstd + flat + token, r, mask=live)
-            top, index = largest(x, column, features)
+            square = tl.sum(x * x, axis=0)
+            r = 1.0 / tl.sqrt(square / features + eps)
+            unit = (x * r).to(raw.dtype).to(tl.float32)
+            tl.store(out + (flat + token) * features + column, unit * scale, mask=inside)
+            tl.store(rstd + flat + token, r)
+            top, index = largest(raw, column, features)
             valid = (token >= valid_start) & (token < valid_end)
-            tl.store(max_abs + flat + token, tl.where(valid, top, 0.0), mask=live)
-            tl.store(feature + flat + token, tl.where(valid, index, -1), mask=live)
+            tl.store(max_abs + flat + token, tl.where(valid, top, 0.0))
+            tl.store(feature + flat + token, tl.where(valid, index, -1))
             if LOSS:
-                excess, w, p, q = cosine(x, squares, a, own, margin)
+                excess, w, p, q = cosine(x, square, a, own, margin)
                 counted = (token > start) & (token < start + span)
                 w = tl.where(counted, w, 0.0)
-                tl.store(over + flat + token, tl.where(counted, excess, 0.0), mask=live)
-                tl.store(weights + flat + token, w, mask=live)
-                tl.store(ratios + flat + token, tl.where(counted, p, 0.0), mask=live)
-                gradient += tl.sum(push(w, q, a, x), axis=0)
+                tl.store(over + flat + token, tl.where(counted, excess, 0.0))
+                tl.store(weights + flat + token, w)
+                tl.store(ratios + flat + token, tl.where(counted, p, 0.0))
+                gradient += push(w, q, a, x)
         if LOSS:
             slot = chunk + n if PACKED else row * tl.num_programs(0) + chunk
             some = (low < high) & (start + 1 < high) & (start + span > low)
-            tl.store(parts + tl.cast(slot, tl.int64) * features + column, gradient[None, :], mask=inside & some)
+            tl.store(parts + tl.cast(slot, tl.int64) * features + column, gradient, mask=inside & some)
 
 
 @triton.jit
@@ -193,14 +189,13 @@ def norm_backward(
     LOSS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (chunks, B): both gradients are added in float32 and rounded once. ``of_weight`` (B, chunks, C)."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
-    column = tl.arange(0, BLOCK_C)[None, :]
+    column = tl.arange(0, BLOCK_C)
     inside = column < features
     h += tl.cast(row, tl.int64) * row_stride
     flat = tl.cast(row, tl.int64) * tokens
@@ -216,36 +211,33 @@ def norm_backward(
             start, span = bounds(starts, spans, n, tokens)
             a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
             a = a.to(tl.float32)
-        for base in range(low, high, ROWS):
-            token = base + tl.arange(0, ROWS)
-            live = token < high
-            mask = live[:, None] & inside
-            raw = tl.load(h + token.to(tl.int64)[:, None] * token_stride + column, mask=mask, other=0.0)
+        for token in range(low, high):
+            raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
-            r = tl.load(rstd + flat + token, mask=live, other=0.0)
-            place = (flat + token)[:, None] * features + column
-            dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
+            r = tl.load(rstd + flat + token)
+            place = (flat + token) * features + column
+            dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
-                weight_sum += tl.sum(dy * (x * r[:, None]).to(raw.dtype).to(tl.float32), axis=0)
+                weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
             dy = dy * scale
-            mean = tl.sum(dy * x, axis=1) * (r * r / features)
-            dx = r[:, None] * (dy - mean[:, None] * x)
+            mean = tl.sum(dy * x, axis=0) * (r * r / features)
+            dx = r * (dy - mean * x)
             if LOSS:
-                w = tl.load(weights + flat + token, mask=live, other=0.0)
-                p = tl.load(ratios + flat + token, mask=live, other=0.0)
+                w = tl.load(weights + flat + token)
+                p = tl.load(ratios + flat + token)
                 dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a)
-                here = (start >= base) & (start < base + ROWS) & (span > 1)
-                of_bos = tl.load(bos + tl.cast(n, tl.int64) * features + column, mask=inside & here, other=0.0)
-                dx += tl.where((token == start)[:, None], factor * of_bos, 0.0)
-            tl.store(gradient + place, dx, mask=mask)
+                is_bos = (token == start) & (span > 1)
+                line = bos + tl.cast(n, tl.int64) * features + column
+                dx += tl.where(is_bos, factor, 0.0) * tl.load(line, mask=inside & is_bos, other=0.0)
+            tl.store(gradient + place, dx, mask=inside)
     if WEIGHT:
         slot = tl.cast(row, tl.int64) * tl.num_programs(0) + chunk
-        tl.store(of_weight + slot * features + column, weight_sum[None, :], mask=inside)
+        tl.store(of_weight + slot * features + column, weight_sum, mask=inside)
 
 
-def _norm_tile(rows: int, tokens: int, features: int, together: int) -> Tile:
+def _norm_tile(rows: int, tokens: int, features: int) -> Tile:
     """Chunks that make enough programs, yet no shorter than 16 tokens: each leaves a row of float32 behind."""
-    tile = row_tile(features, together)
+    tile = row_tile(features)
     chunk = min(max(triton.next_power_of_2(rows * tokens // _PROGRAMS), 16), 64)
     return Tile(tile.blocks | {"CHUNK": chunk, "BLOCK_N": 1024}, tile.warps, tile.stages)
 
@@ -307,7 +299,7 @@ def _norm(
     outputs = _norm_like(h, weight, starts, lengths, spans, packed, eps, margin)
     out, _, max_abs, feature, rstd, weights, ratios, bos = outputs
     rows, tokens, features = h.shape
-    tile = _norm_tile(rows, tokens, features, 2)
+    tile = _norm_tile(rows, tokens, features)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
     over = torch.empty_like(weights)
@@ -417,7 +409,7 @@ def _gradients(
     """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed)."""
     gradient = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     rows, tokens, features = h.shape
-    tile = _norm_tile(rows, tokens, features, 1)
+    tile = _norm_tile(rows, tokens, features)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
     of_weight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)

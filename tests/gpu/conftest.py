@@ -95,7 +95,8 @@ def poison(monkeypatch):
     def filled(make):
         def empty(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else SENTINEL)
+            tensor.detach().fill_(float("nan") if tensor.is_floating_point() else SENTINEL)
+            return tensor
 
         return empty
 

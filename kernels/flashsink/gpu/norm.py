@@ -27,6 +27,7 @@ from flashsink.gpu.launch import Tile, launch
 from flashsink.types import Layout, Normed
 
 _PROGRAMS = 512  # about two programs for every multiprocessor of a large GPU
+_BLOCK_N = 1024  # packed sequences that the search for a chunk's first and last one looks at together
 
 # ---- kernels
 
@@ -239,7 +240,7 @@ def _norm_tile(rows: int, tokens: int, features: int) -> Tile:
     """Chunks that make enough programs, yet no shorter than 16 tokens: each leaves a row of float32 behind."""
     tile = row_tile(features)
     chunk = min(max(triton.next_power_of_2(rows * tokens // _PROGRAMS), 16), 64)
-    return Tile(tile.blocks | {"CHUNK": chunk, "BLOCK_N": 1024}, tile.warps, tile.stages)
+    return Tile(tile.blocks | {"CHUNK": chunk, "BLOCK_N": _BLOCK_N}, tile.warps, tile.stages)
 
 
 # ---- operators

@@ -36,7 +36,9 @@ def agree(h, weight, layout, spans, margin=0.0, scale=SCALE):
     plain = run(reference.rms_norm, h, weight, layout, spans, margin, scale)
     exact = run(reference.rms_norm, h.double(), weight.double(), layout, spans, margin, scale)
     assert mine[0].out.dtype == plain[0].out.dtype
-    for got, low, want in zip((mine[0].out, *mine[1]), (plain[0].out, *plain[1]), (exact[0].out, *exact[1]), strict=True):
+    for got, low, want in zip(
+        (mine[0].out, *mine[1]), (plain[0].out, *plain[1]), (exact[0].out, *exact[1]), strict=True
+    ):
         assert got.dtype == low.dtype and got.shape == low.shape
         ulp = torch.finfo(h.dtype).eps * float(want.detach().abs().max())
         error, bar = ((x.double() - want).abs().max() for x in (got, low))
@@ -122,9 +124,7 @@ def test_a_float32_weight_makes_a_float32_result(cases, dtype):
 def test_float64_is_the_references(cases, launched):
     case = cases("starts")
     h = case.states(8, torch.float64)
-    mine, exact = (
-        run(f, h, weight_of(h), case.layout, case.spans, 0.1) for f in (norm.rms_norm, reference.rms_norm)
-    )
+    mine, exact = (run(f, h, weight_of(h), case.layout, case.spans, 0.1) for f in (norm.rms_norm, reference.rms_norm))
     assert torch.equal(mine[0].out, exact[0].out) and torch.equal(mine[1][0], exact[1][0])
     assert launched == []
 

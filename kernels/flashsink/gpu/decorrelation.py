@@ -339,9 +339,7 @@ def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[list[Tensor], None, No
 
 
 def refuse(ctx: Any, *_: Any) -> Any:
-    raise NotImplementedError(
-        "the triton backend differentiates this once; backend='reference' as often as you like"
-    )
+    raise NotImplementedError("the triton backend differentiates this once; backend='reference' as often as you like")
 
 
 torch.library.register_autograd("flashsink::triton_decorrelation_sums", _derive, setup_context=_save)

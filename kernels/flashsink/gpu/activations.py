@@ -55,27 +55,19 @@ def valid_range(starts, lengths, row, sequences, tokens, PACKED: tl.constexpr):
 
 @triton.jit
 def activation_max(
-    layers,
-    starts,
-    lengths,
-    max_abs,
-    feature,
-    row_stride,
-    token_stride,
-    rows,
-    tokens,
-    features,
-    sequences,
-    PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    layers,  # a tuple of (B, S, C)
+    starts, lengths,  # (N,) int64
+    max_abs, feature,  # (L, B, S) float32, int32
+    row_stride, token_stride, rows, tokens, sequences,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (S, B, L), a program for every token; padding is not read."""
     token, row, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = valid_range(starts, lengths, row, sequences, tokens, PACKED)
     valid = (token >= start) & (token < end)
     column = tl.arange(0, BLOCK_C)
     h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride + tl.cast(token, tl.int64) * token_stride
-    top, index = largest(tl.load(h + column, mask=valid & (column < features), other=0.0), column, features)
+    top, index = largest(tl.load(h + column, mask=valid & (column < FEATURES), other=0.0), column, FEATURES)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens + token
     tl.store(max_abs + flat, tl.where(valid, top, 0.0))
     tl.store(feature + flat, tl.where(valid, index, -1))
@@ -115,7 +107,7 @@ def _max(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool
         token_stride=token_stride,
         rows=rows,
         tokens=tokens,
-        features=features,
+        FEATURES=features,
         sequences=len(starts),
         PACKED=packed,
     )

@@ -83,22 +83,13 @@ def push(w, p, x, a):
 
 @triton.jit
 def decorrelation_forward(
-    layers,
-    starts,
-    spans,
-    over,
-    weights,
-    ratios,
-    parts,
-    margin,
-    row_stride,
-    token_stride,
-    rows,
-    tokens,
-    features,
-    PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    layers,  # a tuple of (B, S, C)
+    starts, spans,  # (N,) int64
+    over, weights, ratios,  # (L, B, S) float32
+    parts,  # (L, N, P, C) float32
+    margin, row_stride, token_stride, rows, tokens,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (P, N, L). Writes over, w and p of its counted tokens and its part of the gradient of BOS."""
     part, n, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = 0 if PACKED else n
@@ -109,7 +100,7 @@ def decorrelation_forward(
     last = tl.minimum(first + each, start + 1 + counted)
 
     column = tl.arange(0, BLOCK_C)
-    inside = column < features
+    inside = column < FEATURES
     h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
     a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (counted > 0), other=0.0)
     a = a.to(tl.float32)
@@ -124,28 +115,16 @@ def decorrelation_forward(
         tl.store(ratios + flat + token, p)
         gradient += push(w, q, a, x)
     slot = (tl.cast(layer, tl.int64) * tl.num_programs(1) + n) * tl.num_programs(0) + part
-    tl.store(parts + slot * features + column, gradient, mask=inside)
+    tl.store(parts + slot * FEATURES + column, gradient, mask=inside)
 
 
 @triton.jit
 def decorrelation_backward(
-    layers,
-    gradients,
-    upstream,
-    starts,
-    spans,
-    weights,
-    ratios,
-    parts,
-    row_stride,
-    token_stride,
-    rows,
-    tokens,
-    features,
-    PARTS,
-    PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    layers, gradients,  # tuples of (B, S, C), the second contiguous
+    upstream,  # (L,) float32
+    starts, spans, weights, ratios, parts, row_stride, token_stride, rows, tokens, parts_count,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (pieces, N, L). Sequence n writes its tokens and, packed, the padding up to the next one; the first one also
     what is before it, so that every token is written once."""
     piece, n, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -162,9 +141,9 @@ def decorrelation_backward(
     high = tl.minimum(low + each, high)
 
     column = tl.arange(0, BLOCK_C)
-    inside = column < features
+    inside = column < FEATURES
     h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride
-    out = select(gradients, layer) + tl.cast(row, tl.int64) * tokens * features
+    out = select(gradients, layer) + tl.cast(row, tl.int64) * tokens * FEATURES
     factor = tl.load(upstream + layer)
     a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
     a = a.to(tl.float32)
@@ -177,13 +156,13 @@ def decorrelation_backward(
         # where w is 0 the factor is not looked at: it may be infinite
         gradient = push(tl.where(w != 0.0, w * factor, 0.0), p, x.to(tl.float32), a)
         written = inside & ((token != start) | (span <= 1))
-        tl.store(out + tl.cast(token, tl.int64) * features + column, gradient, mask=written)
+        tl.store(out + tl.cast(token, tl.int64) * FEATURES + column, gradient, mask=written)
     if (piece == 0) & (span > 1):
-        slot = (tl.cast(layer, tl.int64) * sequences + n) * PARTS
+        slot = (tl.cast(layer, tl.int64) * sequences + n) * parts_count
         of_bos = tl.zeros((BLOCK_C,), tl.float32)
-        for part in range(PARTS):
-            of_bos += tl.load(parts + (slot + part) * features + column, mask=inside, other=0.0)
-        tl.store(out + tl.cast(start, tl.int64) * features + column, factor * of_bos, mask=inside)
+        for part in range(parts_count):
+            of_bos += tl.load(parts + (slot + part) * FEATURES + column, mask=inside, other=0.0)
+        tl.store(out + tl.cast(start, tl.int64) * FEATURES + column, factor * of_bos, mask=inside)
 
 
 def row_tile(features: int) -> Tile:
@@ -272,7 +251,7 @@ def _common(layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: boo
         "token_stride": token_stride,
         "rows": rows,
         "tokens": tokens,
-        "features": features,
+        "FEATURES": features,
         "PACKED": packed,
     }
 
@@ -316,7 +295,7 @@ def _gradients(
         weights=weights,
         ratios=ratios,
         parts=parts,
-        PARTS=parts.shape[2],
+        parts_count=parts.shape[2],
     )
     return gradients
 

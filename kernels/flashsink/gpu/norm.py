@@ -65,38 +65,21 @@ def piece(starts, n, first, last, begin, end):
 
 @triton.jit
 def norm_forward(
-    h,
-    weight,
-    starts,
-    lengths,
-    spans,
-    out,
-    rstd,
-    max_abs,
-    feature,
-    over,
-    weights,
-    ratios,
-    parts,
-    eps,
-    margin,
-    row_stride,
-    token_stride,
-    tokens,
-    features,
-    sequences,
-    CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-    LOSS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    h, weight,  # (B, S, C), (C,)
+    starts, lengths, spans,  # (N,) int64
+    out,  # (B, S, C) contiguous
+    rstd, max_abs, feature, over, weights, ratios,  # (B, S)
+    parts,  # (slots, C) float32
+    eps, margin, row_stride, token_stride, tokens, sequences,
+    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (chunks, B)."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
     column = tl.arange(0, BLOCK_C)
-    inside = column < features
+    inside = column < FEATURES
     h += tl.cast(row, tl.int64) * row_stride
     flat = tl.cast(row, tl.int64) * tokens
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -114,11 +97,11 @@ def norm_forward(
             raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
             square = tl.sum(x * x, axis=0)
-            r = 1.0 / tl.sqrt(square / features + eps)
+            r = 1.0 / tl.sqrt(square / FEATURES + eps)
             unit = (x * r).to(raw.dtype).to(tl.float32)
-            tl.store(out + (flat + token) * features + column, unit * scale, mask=inside)
+            tl.store(out + (flat + token) * FEATURES + column, unit * scale, mask=inside)
             tl.store(rstd + flat + token, r)
-            top, index = largest(raw, column, features)
+            top, index = largest(raw, column, FEATURES)
             valid = (token >= valid_start) & (token < valid_end)
             tl.store(max_abs + flat + token, tl.where(valid, top, 0.0))
             tl.store(feature + flat + token, tl.where(valid, index, -1))
@@ -133,23 +116,16 @@ def norm_forward(
         if LOSS:
             slot = chunk + n if PACKED else row * tl.num_programs(0) + chunk
             some = (low < high) & (start + 1 < high) & (start + span > low)
-            tl.store(parts + tl.cast(slot, tl.int64) * features + column, gradient, mask=inside & some)
+            tl.store(parts + tl.cast(slot, tl.int64) * FEATURES + column, gradient, mask=inside & some)
 
 
 @triton.jit
 def bos_gradient(
-    starts,
-    spans,
-    parts,
-    bos,
-    tokens,
-    features,
-    chunks,
-    CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    starts, spans,  # (N,) int64
+    parts, bos,  # (slots, C), (N, C) float32
+    tokens, chunks,
+    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of features, N): adds the parts of every sequence in order."""
     n = tl.program_id(1)
     start, span = bounds(starts, spans, n, tokens)
@@ -157,47 +133,30 @@ def bos_gradient(
     first = (start + 1) // CHUNK
     count = tl.where(counted > 0, (start + counted) // CHUNK + 1 - first, 0)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    parts += tl.cast(first + (n if PACKED else n * chunks), tl.int64) * features + column
+    parts += tl.cast(first + (n if PACKED else n * chunks), tl.int64) * FEATURES + column
     total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     for base in range(0, count, SLOTS):
         slot = base + tl.arange(0, SLOTS)[:, None]
-        total += tl.load(parts + slot.to(tl.int64) * features, mask=(slot < count) & (column < features), other=0.0)
+        total += tl.load(parts + slot.to(tl.int64) * FEATURES, mask=(slot < count) & (column < FEATURES), other=0.0)
     total = tl.sum(total, axis=0)[None, :]
-    tl.store(bos + tl.cast(n, tl.int64) * features + column, total, mask=column < features)
+    tl.store(bos + tl.cast(n, tl.int64) * FEATURES + column, total, mask=column < FEATURES)
 
 
 @triton.jit
 def norm_backward(
-    upstream,
-    of_total,
-    h,
-    weight,
-    starts,
-    spans,
-    rstd,
-    weights,
-    ratios,
-    bos,
-    gradient,
-    of_weight,
-    row_stride,
-    token_stride,
-    tokens,
-    features,
-    sequences,
-    CHUNK: tl.constexpr,
-    PACKED: tl.constexpr,
-    LOSS: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    upstream, of_total,  # (B, S, C) contiguous, () float32
+    h, weight, starts, spans, rstd, weights, ratios, bos,
+    gradient, of_weight,  # (B, S, C) contiguous, (B, chunks, C) float32
+    row_stride, token_stride, tokens, sequences,
+    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Grid (chunks, B): both gradients are added in float32 and rounded once. ``of_weight`` (B, chunks, C)."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
     column = tl.arange(0, BLOCK_C)
-    inside = column < features
+    inside = column < FEATURES
     h += tl.cast(row, tl.int64) * row_stride
     flat = tl.cast(row, tl.int64) * tokens
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -216,24 +175,24 @@ def norm_backward(
             raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
             r = tl.load(rstd + flat + token)
-            place = (flat + token) * features + column
+            place = (flat + token) * FEATURES + column
             dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
             dy = dy * scale
-            mean = tl.sum(dy * x, axis=0) * (r * r / features)
+            mean = tl.sum(dy * x, axis=0) * (r * r / FEATURES)
             dx = r * (dy - mean * x)
             if LOSS:
                 w = tl.load(weights + flat + token)
                 p = tl.load(ratios + flat + token)
                 dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a)
                 is_bos = (token == start) & (span > 1)
-                line = bos + tl.cast(n, tl.int64) * features + column
+                line = bos + tl.cast(n, tl.int64) * FEATURES + column
                 dx += tl.where(is_bos, factor, 0.0) * tl.load(line, mask=inside & is_bos, other=0.0)
             tl.store(gradient + place, dx, mask=inside)
     if WEIGHT:
         slot = tl.cast(row, tl.int64) * tl.num_programs(0) + chunk
-        tl.store(of_weight + slot * features + column, weight_sum, mask=inside)
+        tl.store(of_weight + slot * FEATURES + column, weight_sum, mask=inside)
 
 
 def _norm_tile(rows: int, tokens: int, features: int) -> Tile:
@@ -349,7 +308,7 @@ def _add_parts(
         parts=parts,
         bos=bos,
         tokens=tokens,
-        features=features,
+        FEATURES=features,
         chunks=triton.cdiv(tokens, chunk),
         PACKED=packed,
     )
@@ -367,7 +326,7 @@ def _common(h: Tensor, starts: Tensor, spans: Tensor | None, packed: bool) -> di
         "row_stride": row_stride,
         "token_stride": token_stride,
         "tokens": tokens,
-        "features": features,
+        "FEATURES": features,
         "PACKED": packed,
     }
 

@@ -6,7 +6,9 @@ Attention takes float16, bfloat16 and float32 and head dims up to 256; everythin
 
 from __future__ import annotations
 
+from flashsink.gpu.activations import activation_stats
 from flashsink.gpu.attention import attention, calibrated_attention, refusal
-from flashsink.reference import activation_stats, decorrelation_sums, rms_norm
+from flashsink.gpu.decorrelation import decorrelation_sums
+from flashsink.gpu.norm import rms_norm
 
 __all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]

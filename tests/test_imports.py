@@ -17,6 +17,7 @@ ORDER = [
     "flashsink.types flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch",
     "flashsink.native",
+    "flashsink.native_norm flashsink.native_received",
     "flashsink.cpu",
     "flashsink.backends",
     "flashsink.functional flashsink.hf_masks",

@@ -21,6 +21,7 @@ CLAIMS = (
         "<= 2/S + 0.3%",
     ),
 )
+CPU_LAYERS = 10  # of 30
 WITH = Variant(probe={"activations": False, "stats_every": NEVER}, weight=1.0, optimizer=False)
 WITHOUT = dataclasses.replace(WITH, probe={**(WITH.probe or {}), "decorrelation": False}, weight=None)
 
@@ -31,7 +32,7 @@ def run(bench: Bench, layers: int = 0) -> None:
         measure(bench, Setting(model, layers or model.layers, (512,) * 8, False, bench.device, torch.bfloat16))
         return
     model = MODELS["smollm2-135m"]
-    measure(bench, Setting(model, layers or model.layers, (256,) * 2, False, bench.device, torch.float32))
+    measure(bench, Setting(model, layers or CPU_LAYERS, (256,) * 2, False, bench.device, torch.float32))
 
 
 def measure(bench: Bench, setting: Setting) -> None:

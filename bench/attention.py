@@ -67,8 +67,11 @@ def provider(
             with torch.set_grad_enabled(backward):
                 result = run(q, k, v)
             out, after = result if isinstance(result, tuple) else (result, None)
-            gradients = torch.autograd.grad(out, (q, k, v), gradient) if backward else ()
-            return out, gradients, None if after is None else after()
+            if backward:
+                q.grad = k.grad = v.grad = None
+                # not autograd.grad with inputs: what is captured leaves the backward as another leaf's gradient
+                out.backward(gradient)
+            return out, q.grad, k.grad, v.grad, None if after is None else after()
 
         return step
 

@@ -218,7 +218,11 @@ def measure(entries: Sequence[Entry], processes: int) -> tuple[list[Row], list[s
         rows.append({"case": entry.case, "variant": entry.variant, "tile": entry.tile, **result})
         faults += [f"{place}: {fault}" for fault in faults_of(result, entry.wgmma)]
     unique = {tuple(row[field] for field in FIELDS): row for row in rows}
-    return [unique[key] for key in sorted(unique)], faults
+    return sorted(unique.values(), key=_order), faults
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return tuple(int(row[field]) if row[field].isdigit() else row[field] for field in FIELDS[:5]) + tuple(row.values())
 
 
 def _compiled(job: Job) -> Row | str:

@@ -107,14 +107,14 @@ class Bench:
         self.clean()
         return samples
 
-    def _prepared(self, comparison: Comparison) -> dict[str, _Runner]:
+    def _prepared(self, comparison: Comparison) -> dict[str, Runner]:
         """Every provider's step after its warm-up, and how long it takes."""
-        steps: dict[str, _Runner] = {}
+        steps: dict[str, Runner] = {}
         for provider in comparison.providers:
             try:
                 made = provider.make()
                 before, step = made if isinstance(made, tuple) else (None, made)
-                runner = _Runner(before, step)
+                runner = Runner(before, step)
                 runner.warm(self.device, 3 if self.cuda else 1)
                 runner.peak = peak_memory(runner, self.device)
                 if comparison.graph and self.cuda:
@@ -129,7 +129,7 @@ class Bench:
                 steps[provider.name] = runner
         return steps
 
-    def _measured(self, comparison: Comparison, steps: dict[str, _Runner]) -> dict[str, Sample]:
+    def _measured(self, comparison: Comparison, steps: dict[str, Runner]) -> dict[str, Sample]:
         samples = {name: Sample(peak=runner.peak) for name, runner in steps.items()}
         try:
             rounds = rounds_cuda if self.cuda else rounds_cpu
@@ -159,7 +159,7 @@ class Bench:
         self.emit({**self._origin, **own, **columns})
 
 
-class _Runner:
+class Runner:
     def __init__(self, before: Step | None, step: Step) -> None:
         self.before, self.step = before, step
         self.peak = 0.0
@@ -201,7 +201,7 @@ class _Runner:
 
 
 def rounds_cpu(
-    steps: dict[str, _Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
+    steps: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
 ) -> None:
     """Adds one time a round to every sample, in alternating order."""
     repeats = {
@@ -222,7 +222,7 @@ def rounds_cpu(
 
 
 def rounds_cuda(
-    steps: dict[str, _Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
+    steps: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
 ) -> None:
     """As :func:`rounds_cpu`, by events. The queue is emptied only now and then, so that the host stays ahead."""
     dirt = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None

@@ -66,10 +66,12 @@ class Batch:
         # every text token is predicted from the token before it
         rows = [range(a + span - 1, a + n - 1) for a, span, n in zip(starts, spans, lengths, strict=True)]
         self.where = torch.tensor([place for row in rows for place in row], device=setting.device)
-        count = sum(lengths) if setting.packed else len(lengths) * longest
-        embeddings = torch.randn(count, width, generator=generator) * 0.02
-        shape = (1, count, width) if setting.packed else (len(lengths), longest, width)
-        self.embeddings = embeddings.view(shape).to(setting.device, setting.dtype).requires_grad_()
+        tokens = torch.randn(sum(lengths), width, generator=generator) * 0.02
+        if setting.packed:
+            rows_of = tokens[None]
+        else:  # the same tokens, padded on the right
+            rows_of = nn.utils.rnn.pad_sequence(list(tokens.split(list(lengths))), batch_first=True)
+        self.embeddings = rows_of.to(setting.device, setting.dtype).requires_grad_()
         labels = torch.randint(setting.model.vocabulary, (len(self.where),), generator=generator)
         self.labels = labels.to(setting.device)
         self.spans = torch.tensor(spans, device=setting.device)

@@ -81,9 +81,8 @@ def provider(
 def ours(problem: Problem, backend: str, statistics: str = "", backward: bool = True, ours: bool = True) -> Provider:
     """flashsink. ``statistics``: "" for none, "captured" to read them after the backward, "pass" before it."""
     state = flashsink.backends().get(backend, "unknown")
-    options: dict[str, Any] = {"backend": backend}
-    if problem.lengths is not None:
-        options["cu_seqlens"] = problem.bounds()
+    bounds = None if problem.lengths is None else problem.bounds()
+    options: dict[str, Any] = {"backend": backend, "cu_seqlens": bounds}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if state != "usable":
@@ -213,20 +212,22 @@ def flex(problem: Problem, statistics: bool = False, backward: bool = True) -> P
         forward = create_block_mask(sees, None, None, size, size, device=str(problem.device))
         turned = create_block_mask(seen, None, None, size, size, device=str(problem.device))
 
+        # written in place, so that the function below and with it the compiled code stays the same
+        norms = torch.empty(problem.rows, problem.model.heads, size, device=problem.device)
+
+        def minus(score: Tensor, b: Tensor, h: Tensor, j: Tensor, i: Tensor) -> Tensor:
+            return score - norms[b, h, i]
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             if not statistics:
                 return compiled(q, k, v, block_mask=forward, enable_gqa=True).transpose(1, 2)
-            out, aux = compiled(q, k, v, block_mask=forward, enable_gqa=True, return_aux=AuxRequest(lse=True))
-            lse, queries = aux.lse.detach(), q.detach()
-
-            def minus(score: Tensor, b: Tensor, h: Tensor, j: Tensor, i: Tensor) -> Tensor:
-                return score - lse[b, h, i]
-
-            keys = k.detach().repeat_interleave(group, dim=1)
+            request = AuxRequest(lse=True)
+            out, aux = compiled(q, k, v, block_mask=forward, enable_gqa=True, return_aux=request)
+            norms.copy_(aux.lse.detach())
             with torch.no_grad():
-                request = AuxRequest(lse=True)
-                sums = compiled(keys, queries, queries, score_mod=minus, block_mask=turned, return_aux=request)[1]
+                keys = k.repeat_interleave(group, dim=1)
+                sums = compiled(keys, q, q, score_mod=minus, block_mask=turned, return_aux=request)[1]
             return out.transpose(1, 2), lambda: sums.lse.exp()
 
         return provider("", problem, run, backward).make()  # type: ignore[return-value]

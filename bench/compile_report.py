@@ -11,9 +11,12 @@ turns its arguments into the signature that the same launch would have on a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
+import hashlib
 import importlib
+import io
 import multiprocessing
 import os
 import re
@@ -158,9 +161,11 @@ def compile_job(job: Job) -> Row:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     attributes = {path: [list(pair) for pair in value] for path, value in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
     text = made.asm["ptx"]
-    registers, spills = resources(text, job.capability)
+    registers, spills = read_log(ptxas_log(text, job.capability, printed.getvalue()))
     return {
         "kernel": job.kernel,
         "sm": str(job.capability),
@@ -173,17 +178,30 @@ def compile_job(job: Job) -> Row:
     }
 
 
-def resources(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers a thread, bytes spilled: stores and loads) by the ptxas that Triton uses."""
+def ptxas_log(ptx: str, capability: int, printed: str) -> str:
+    """What ``ptxas -v`` says of a kernel. Triton printed it if it has just compiled it; kept beside Triton's cache,
+    since it prints nothing for what it finds there."""
+    import triton
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx, encoding="utf-8")
-        name = sm_arch_from_capability(capability)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source) + ".o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return read_log(done.stderr)
+    arch = sm_arch_from_capability(capability)
+    kept = Path(triton.knobs.cache.dir, "ptxas", hashlib.sha256(f"{arch}{ptx}".encode()).hexdigest())
+    if "registers" in printed:
+        log = printed
+    elif kept.exists():
+        return kept.read_text(encoding="utf-8")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(ptx, encoding="utf-8")
+            command = [get_ptxas(capability).path, "-lineinfo", "-v", f"--gpu-name={arch}", str(source)]
+            done = subprocess.run([*command, "-o", f"{source}.o"], capture_output=True, text=True, check=True)
+        log = done.stderr
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")  # another process may be writing the same
+    part.write_text(log, encoding="utf-8")
+    part.replace(kept)
+    return log
 
 
 def read_log(log: str) -> tuple[int, int]:
@@ -252,8 +270,6 @@ def differences(rows: Sequence[Row], path: Path) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    import io
-
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()

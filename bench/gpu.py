@@ -127,10 +127,10 @@ def claims(folder: Path, names: list[str], end: float) -> list[Row]:
         left = left[broken + 1 :]
         print(f"make gpu: the process ended with {code}; going on with {', '.join(left) or 'nothing'}", flush=True)
     rows = _rows(store)
+    origin = ledger.origin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for name in left:
         for claim in sorted(_claims_of(name)):
-            device = ledger.origin(torch.device("cuda"))
-            rows.append({**device, "claim": claim, "provider": "all", "shape": "all", "verdict": "no time left"})
+            rows.append({**origin, "claim": claim, "provider": "all", "shape": "all", "verdict": "no time left"})
     return rows
 
 

@@ -63,8 +63,8 @@ setup(
     ext_modules=[
         Extension(
             NAME,
-            sources=["csrc/activations.cpp", "csrc/decorrelation.cpp", "csrc/library.cpp"],
-            depends=["csrc/flashsink.h"],
+            sources=[f"csrc/{name}.cpp" for name in ("activations", "decorrelation", "library", "norm", "received")],
+            depends=["csrc/flashsink.h", "csrc/rows.h"],
             extra_compile_args=[*FLAGS, OPENMP],
             extra_link_args=[OPENMP],
             language="c++",

@@ -1,29 +1,12 @@
 // Largest |h| of every valid token and the lowest feature that reaches it, for one layer.
 //
 // Shapes: h (rows, tokens, C); starts, lengths (sequences); max_abs float32 and feature int32 (rows, tokens), which
-// come in filled with the values of padding. Absolute values are compared as integers: the order is that of the
-// numbers, infinity is above them and NaN above that, so nothing is lost and ties are exact.
-#include "flashsink.h"
+// come in filled with the values of padding.
+#include "rows.h"
 
 namespace {
 
 using namespace flashsink;
-
-constexpr int64_t kBlock = 64;  // features between two looks at the maximum so far
-
-FLASHSINK_INLINE int32_t magnitude(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits & 0x7fffffff;
-}
-FLASHSINK_INLINE int16_t magnitude(Bf16 x) { return static_cast<int16_t>(x.bits & 0x7fff); }
-
-FLASHSINK_INLINE float value_of(int32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-FLASHSINK_INLINE float value_of(int16_t bits) { return widen(Bf16{static_cast<uint16_t>(bits)}); }
 
 struct Range {
     int64_t row, first, last;
@@ -33,29 +16,8 @@ struct Range {
 
 template <class T>
 FLASHSINK_INLINE int largest_body(const Tokens& h, const Range& range) {
-    using Bits = decltype(magnitude(T{}));
-    const int64_t features = h.features;
-    for (int64_t token = range.first; token < range.last; ++token) {
-        const T* x = h.at<T>(range.row, token);
-        Bits top = -1;
-        int64_t block = 0;
-        for (int64_t base = 0; base < features; base += kBlock) {
-            const int64_t end = std::min(base + kBlock, features);
-            Bits here = 0;
-#pragma omp simd reduction(max : here)
-            for (int64_t c = base; c < end; ++c) here = std::max(here, magnitude(x[c]));
-            if (here > top) {
-                top = here;
-                block = base;
-            }
-        }
-        int64_t index = block;
-        while (index < features && magnitude(x[index]) != top) ++index;
-        const float value = value_of(std::max<Bits>(top, 0));
-        range.max_abs[token] = value;
-        // as the definition has it: no feature equals NaN
-        range.feature[token] = static_cast<int32_t>(value == value ? index : features);
-    }
+    for (int64_t token = range.first; token < range.last; ++token)
+        largest_of(h.at<T>(range.row, token), h.features, range.max_abs + token, range.feature + token);
     return 0;
 }
 FLASHSINK_DISPATCH(largest)

@@ -2,33 +2,13 @@
 // with a = h at BOS, and its gradient.
 //
 // Shapes: h, dh (rows, tokens, C); starts, spans (sequences); scalars (rows, tokens, 2) = w, p of a counted token;
-// bos_gradient (sequences, C). With d = <a, h>, squared norms clamped at 1e-24 and 0 where margin wins:
-//   w = 2 d / (|a|^2 |h|^2)      d cos^2 / dh = w (a - p h),  p = d / |h|^2 (0 where |h|^2 is clamped)
-//                                d cos^2 / da = w (h - q a),  q = d / |a|^2 (0 where |a|^2 is clamped)
-// The forward adds up the second, so that the backward needs nothing from other tokens and h is read once in each.
-//
-// A sink is nearly parallel to BOS: a - p h is then a thousandth of a. So d and the norms are summed in float64
-// (exact products; memory is the limit anyway), and p and q are applied as a float32 pair, high and low part.
-#include "flashsink.h"
+// bos_gradient (sequences, C). w and p, and where they come from: rows.h. The forward adds up the gradient of BOS, so
+// that the backward needs nothing from other tokens and h is read once in each.
+#include "rows.h"
 
 namespace {
 
 using namespace flashsink;
-
-constexpr double kLeast = 1e-24;  // F.normalize divides by at least 1e-12
-
-struct Pair {
-    float high, low;
-    explicit Pair(double x) : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<float>(x))) {}
-};
-
-template <class T>
-FLASHSINK_INLINE double square_sum(const T* x, int64_t features) {
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < features; ++c) sum += static_cast<double>(widen(x[c])) * widen(x[c]);
-    return sum;
-}
 
 struct Chunk {  // forward over the counted tokens of one unit
     int64_t tokens, token_stride, features;
@@ -42,34 +22,16 @@ template <class T>
 FLASHSINK_INLINE double forward_body(const Chunk& chunk, const T* const& bos, const T* const& first) {
     const int64_t features = chunk.features;
     const double own = square_sum(bos, features);
-    const double inverse_a = 1.0 / (own < kLeast ? kLeast : own);
-    float* __restrict sum = chunk.sum;
-    std::fill(sum, sum + features, 0.0f);
+    std::fill(chunk.sum, chunk.sum + features, 0.0f);
     double total = 0.0;
     for (int64_t s = 0; s < chunk.tokens; ++s) {
         const T* h = first + s * chunk.token_stride;
-        double dot = 0.0, square = 0.0;
-#pragma omp simd reduction(+ : dot, square)
-        for (int64_t c = 0; c < features; ++c) {
-            double x = widen(h[c]), y = widen(bos[c]);
-            dot += x * y;
-            square += x * x;
-        }
-        const double inverse_h = 1.0 / (square < kLeast ? kLeast : square);
-        const double over = (dot * inverse_a) * (dot * inverse_h) - chunk.margin;
-        const bool off = over < 0.0;  // false for NaN, which must be seen
-        const double w = off ? 0.0 : 2.0 * dot * inverse_a * inverse_h;
-        chunk.scalars[2 * s] = w;
-        chunk.scalars[2 * s + 1] = square < kLeast ? 0.0 : dot * inverse_h;
-        if (off || w == 0.0) continue;
-        total += over;
-        const Pair q(own < kLeast ? 0.0 : dot * inverse_a);
-        const float weight = static_cast<float>(w);
-#pragma omp simd
-        for (int64_t c = 0; c < features; ++c) {
-            float x = widen(h[c]), y = widen(bos[c]);
-            sum[c] += weight * ((x - q.high * y) - q.low * y);
-        }
+        const Term term = term_of(angle_of(h, bos, features), own, chunk.margin);
+        chunk.scalars[2 * s] = term.w;
+        chunk.scalars[2 * s + 1] = term.p;
+        if (term.w == 0.0) continue;
+        total += term.over;
+        add_bos_part(h, bos, term, features, chunk.sum);
     }
     return total;
 }
@@ -111,8 +73,6 @@ FLASHSINK_INLINE int backward_body(const Tokens& h, const Slice& slice, T* const
 }
 FLASHSINK_DISPATCH(backward)
 
-int64_t inside(int64_t value, int64_t limit) { return std::min(std::max<int64_t>(value, 0), limit); }
-
 template <class T>
 void forward_all(const Tokens& h, const int64_t* starts, const int64_t* spans, int64_t sequences, double margin,
                  float* total, double* scalars, float* bos_gradient, int threads) {
@@ -135,12 +95,7 @@ void forward_all(const Tokens& h, const int64_t* starts, const int64_t* spans, i
                                  h.at<T>(row, unit.first));
     });
     for (int64_t n = 0; n < sequences; ++n) {
-        float* out = bos_gradient + n * features;
-        std::fill(out, out + features, 0.0f);
-        for (int64_t index = begin[n]; index < begin[n + 1]; ++index) {
-            const float* part = parts.data() + index * features;
-            for (int64_t c = 0; c < features; ++c) out[c] += part[c];
-        }
+        add_up(parts.data() + begin[n] * features, begin[n + 1] - begin[n], features, bos_gradient + n * features);
     }
     double all = 0.0;
     for (double sum : sums) all += sum;

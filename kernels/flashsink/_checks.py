@@ -16,7 +16,9 @@ VALIDATE_VARIABLE = "FLASHSINK_VALIDATE"
 
 def check_values(device: torch.device, validate: bool = False) -> bool:
     """Whether the values of lengths, starts and spans are looked at: always on CPU; on CUDA (where a look
-    synchronises) only with ``validate`` or ``FLASHSINK_VALIDATE=1``."""
+    synchronises) only with ``validate`` or ``FLASHSINK_VALIDATE=1``, and never while a graph is compiled."""
+    if torch.compiler.is_compiling():
+        return False
     return device.type == "cpu" or validate or os.environ.get(VALIDATE_VARIABLE, "0") == "1"
 
 
@@ -121,7 +123,7 @@ def resolve_layout(
             raise ValueError(f"lengths: expected 0..{tokens} with starts + lengths <= {tokens}, got {length.tolist()}")
     start = start.clamp(0, tokens)
     length = torch.minimum(length.clamp(min=0), tokens - start)
-    return Layout(start, length, rows, tokens, False)
+    return Layout(start, length, rows, tokens, False, starts is None and lengths is None)
 
 
 def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor:

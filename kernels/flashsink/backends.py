@@ -7,16 +7,18 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from flashsink import cpu, native, reference
+from flashsink import cpu, native, reference, sdpa
+from flashsink.gpu import backend as triton
+from flashsink.gpu import launch
 from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 logger = logging.getLogger("flashsink")
 
 NAMES = ("reference", "cpu", "sdpa", "triton")
 _USABLE = "usable"
-_ABSENT = "this version has no {} kernels yet; the reference backend computes the same in plain PyTorch"
 
 # What ``backend=None`` asks for, by device type; the first usable name wins.
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "sdpa", "reference")}
@@ -24,6 +26,8 @@ _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "sdpa", "reference
 
 class Backend(Protocol):
     """What a backend's module offers; :mod:`flashsink.reference` says what the functions mean."""
+
+    def refusal(self, q: Tensor) -> str: ...
 
     def attention(
         self,
@@ -51,22 +55,28 @@ class Backend(Protocol):
     ) -> Normed: ...
 
 
-_MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu}
+_MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
 
 
 def backends() -> dict[str, str]:
     """Every backend's name with ``"usable"``, or the reason why it is not."""
-    state = {name: _ABSENT.format(name) for name in NAMES}
-    return state | {"reference": _USABLE, "cpu": native.available()}
+    return {name: _state(name) for name in NAMES}
 
 
-def implementation(backend: str | None, device_type: str) -> Backend:
+@torch.compiler.assume_constant_result
+def _state(name: str) -> str:
+    if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
+        return _USABLE
+    return launch.available() if name == "triton" else native.available()
+
+
+def implementation(backend: str | None, device_type: str, q: Tensor | None = None) -> Backend:
     """The functions of the backend that :func:`select` chooses."""
-    return _MODULES[select(backend, device_type)]
+    return _MODULES[select(backend, device_type, q)]
 
 
-def select(backend: str | None, device_type: str) -> str:
-    """The backend that runs on ``device_type``.
+def select(backend: str | None, device_type: str, q: Tensor | None = None) -> str:
+    """The backend that runs on ``device_type``; with ``q``, the one that takes such queries.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
@@ -79,11 +89,20 @@ def select(backend: str | None, device_type: str) -> str:
             raise ValueError(f"backend: {backend!r} cannot be used: {state[backend]}")
         if backend == "cpu" and device_type != "cpu":
             raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device_type}")
+        if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
+            raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
+        reason = "" if q is None else _MODULES[backend].refusal(q)
+        if reason:
+            raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
-        if state[name] == _USABLE:
-            return name
-        _log_once(device_type, name, state[name])
+        reason = state[name]
+        if reason == _USABLE:
+            reason = "" if q is None else _MODULES[name].refusal(q)
+            if not reason:
+                return name
+        if not torch.compiler.is_compiling():
+            _log_once(device_type, name, reason)
     return "reference"
 
 

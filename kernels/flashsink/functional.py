@@ -91,7 +91,7 @@ def attention(
     """
     _checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
-    chosen = implementation(backend, q.device.type)
+    chosen = implementation(backend, q.device.type, q)
     counted: Tensor | None = None
     if query_starts is not None:
         if cu_seqlens is not None:
@@ -138,7 +138,7 @@ def calibrated_attention(
     """
     _checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, None)
-    chosen = implementation(backend, q.device.type)
+    chosen = implementation(backend, q.device.type, q)
     expected = (q.shape[0], q.shape[1], k.shape[2])
     if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
         got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__

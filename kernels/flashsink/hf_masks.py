@@ -1,9 +1,9 @@
-"""Padding as two numbers a row, through Hugging Face's mask interface.
+"""Padding as a few numbers a row, through Hugging Face's mask interface.
 
-Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor
-passes through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor with
-its numbers in the second dimension: dense rows (B, 2, 1, 1) = start, length; with a static cache (B, 3, 1, 1) =
-start, length, end of the used keys; packed (1, 2, N, 1) = starts, lengths.
+Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor passes
+through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor with its numbers
+in it: dense rows (B, 3, 1, 1) = start, length and the first position whose query counts in the statistics; with a
+static cache (B, 4, 1, 1), the end of the used keys behind them; packed (1, N, 3, 1) with the same three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def layout_of_mask(mask: Tensor | None, rows: int, tokens: int, device: torch.de
     """
     if mask is None:
         start = torch.zeros(rows, dtype=torch.long, device=device)
-        return Layout(start, start + tokens, rows, tokens, False)
+        return Layout(start, start + tokens, rows, tokens, False, True)
     if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < tokens:
         raise ValueError(
             f"attention_mask: expected a padding mask ({rows}, {tokens}), got {tuple(mask.shape)}; "
@@ -45,6 +45,8 @@ def layout_of_positions(position_ids: Tensor | None, rows: int, tokens: int) -> 
     """The packed layout that restarting ``position_ids`` describe, or None where nothing restarts."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != tokens or tokens < 2:
         return None
+    if torch.compiler.is_compiling():
+        raise ValueError("position_ids: a compiled model cannot look whether they restart; leave them out")
     restart = position_ids.diff(dim=1) != 1
     if not bool(restart.any()):
         return None
@@ -71,37 +73,39 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool) -> L
     return layout
 
 
-def encode(layout: Layout, keys: int) -> Tensor:
-    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused."""
+def encode(layout: Layout, keys: int, first: Tensor | None = None) -> Tensor:
+    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused; ``first``
+    (N,) = the first position of every sequence whose query counts, default all."""
+    numbers = torch.stack([layout.starts, layout.lengths, layout.starts if first is None else first], dim=1)
     if layout.packed:
-        return torch.stack([layout.starts, layout.lengths])[None, :, :, None]
-    mask = torch.stack([layout.starts, layout.lengths], dim=1)[:, :, None, None]
-    if layout.tokens == keys:
-        return mask
-    return torch.cat([mask, mask.new_full((layout.rows, 1, 1, 1), layout.tokens)], dim=1)
+        return numbers[None, :, :, None]
+    if layout.tokens != keys:
+        numbers = torch.cat([numbers, numbers.new_full((layout.rows, 1), layout.tokens)], dim=1)
+    return numbers[:, :, None, None]
 
 
 def is_encoded(mask: Any) -> bool:
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64:
         return False
-    return mask.shape[1:] in ((2, 1, 1), (3, 1, 1)) or (mask.shape[:2] == (1, 2) and mask.shape[3] == 1)
+    return mask.shape[1:] in ((3, 1, 1), (4, 1, 1)) or (mask.shape[0] == 1 and mask.shape[2:] == (3, 1))
 
 
-def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> Layout:
-    """The layout of an encoded mask over the first ``tokens`` keys, those in use.
+def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> tuple[Layout, Tensor]:
+    """(layout, first positions) of an encoded mask over the first ``tokens`` keys, those in use.
 
     With a static cache ``tokens`` counts unused slots too; the returned layout leaves them out.
     """
     if mask is None:
-        return layout_of_mask(None, rows, tokens, device, False)
+        layout = layout_of_mask(None, rows, tokens, device, False)
+        return layout, layout.starts
     if not is_encoded(mask):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected what flashsink's mask function made, got {shape}")
-    if mask.shape[2] > 1:
-        return Layout(mask[0, 0, :, 0], mask[0, 1, :, 0], 1, tokens, True)
-    if mask.shape[1] == 3:
-        tokens = min(tokens, int(mask[0, 2, 0, 0]))
-    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False)
+    if mask.shape[2] == 3:
+        return Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0]
+    if mask.shape[1] == 4:
+        tokens = min(tokens, int(mask[0, 3, 0, 0]))
+    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0]
 
 
 def make_mask(

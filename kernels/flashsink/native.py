@@ -1,7 +1,8 @@
-"""The C++ kernels of ``csrc`` for CPU tensors: the decorrelation loss and the largest activations.
+"""The C++ kernels of ``csrc`` for CPU tensors: the library, the decorrelation loss and the largest activations.
 
 The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
-``torch.library`` operators below are always there, and raise where it is missing.
+``torch.library`` operators are always there, and raise where it is missing. Two more kernels have their own modules:
+:mod:`flashsink.native_norm` and :mod:`flashsink.native_received`.
 
 float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
 for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
@@ -22,7 +23,7 @@ from torch import Tensor
 from flashsink import reference
 from flashsink.types import ActivationStats, Layout
 
-ABI_VERSION = 1  # flashsink_abi_version() in csrc/library.cpp
+ABI_VERSION = 2  # flashsink_abi_version() in csrc/library.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 USABLE = "usable"
 _PATH = Path(__file__).with_name("_native.so")
@@ -33,6 +34,9 @@ _SIGNATURES = {
     "flashsink_decorrelation_forward": [*_VIEW, ctypes.c_double, _POINTER, _POINTER, _POINTER, _INT],
     "flashsink_decorrelation_backward": [*_VIEW, _POINTER, _POINTER, _POINTER, _POINTER, _INT],
     "flashsink_activation_max": [*_VIEW, _POINTER, _POINTER, _INT],
+    "flashsink_rms_norm_forward": [*_VIEW, *[_POINTER] * 2, *[ctypes.c_double] * 2, *[_POINTER] * 7, _INT],
+    "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
+    "flashsink_column_sums": [*[_POINTER] * 3, *[_SIZE] * 10, *[_POINTER] * 3, _INT, ctypes.c_float, _INT],
     "flashsink_limit_isa": [_INT],
 }
 
@@ -92,7 +96,7 @@ def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, 
     if any(layer.dtype not in DTYPES for layer in layers):
         return reference.decorrelation_sums(layers, spans, layout, margin)
     run = torch.ops.flashsink.decorrelation_sums
-    return torch.stack([run(_rows(layer), layout.starts, spans, layout.packed, margin)[0] for layer in layers])
+    return torch.stack([run(rows(layer), layout.starts, spans, layout.packed, margin)[0] for layer in layers])
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
@@ -103,24 +107,24 @@ def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> 
     if any(layer.dtype not in DTYPES for layer in layers):
         return reference.activation_stats(layers, layout, median)
     pairs = [
-        torch.ops.flashsink.activation_max(_rows(layer.detach()), layout.starts, layout.lengths, layout.packed)
+        torch.ops.flashsink.activation_max(rows(layer.detach()), layout.starts, layout.lengths, layout.packed)
         for layer in layers
     ]
     medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
     return ActivationStats(torch.stack([top for top, _ in pairs]), torch.stack([index for _, index in pairs]), medians)
 
 
-def _rows(layer: Tensor) -> Tensor:
-    """``layer`` with adjacent features."""
+def rows(layer: Tensor) -> Tensor:
+    """``layer``, any tensor, with adjacent entries in the last dimension."""
     return layer if layer.stride(-1) == 1 or layer.shape[-1] == 1 else layer.contiguous()
 
 
 # ---- operators
 
 
-def _call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
+def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
     """Calls one C function; checks what it would trust. The arguments all of them begin with come first."""
-    if layer.dim() != 3 or layer.dtype not in DTYPES or _rows(layer) is not layer:
+    if layer.dim() != 3 or layer.dtype not in DTYPES or rows(layer) is not layer:
         raise ValueError(f"layer: expected float32 or bfloat16 (B, S, C) with unit last stride, got {layer.dtype}")
     for vector in (starts, ends):
         if vector.dtype != torch.int64 or vector.dim() != 1 or len(vector) != len(starts):
@@ -163,7 +167,7 @@ def _sums(layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, margin: fl
     """(sum, what the backward needs of every token (B, S, 2) float64, gradient of BOS (N, C) float32)."""
     total, scalars, bos = _sums_like(layer, starts, spans, packed, margin)
     out = (total.data_ptr(), scalars.data_ptr(), bos.data_ptr())
-    _call("decorrelation_forward", layer, starts, spans, packed, margin, *out)
+    call("decorrelation_forward", layer, starts, spans, packed, margin, *out)
     return total, scalars, bos
 
 
@@ -182,7 +186,7 @@ def _gradient(
     gradient = _gradient_like(upstream, layer, starts, spans, packed, scalars, bos)
     upstream, scalars, bos = upstream.float().contiguous(), scalars.contiguous(), bos.contiguous()
     inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr())
-    _call("decorrelation_backward", layer, starts, spans, packed, *inner, gradient.data_ptr())
+    call("decorrelation_backward", layer, starts, spans, packed, *inner, gradient.data_ptr())
     return gradient
 
 
@@ -199,14 +203,15 @@ def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None, No
     return gradient, None, None, None, None
 
 
-def _refuse(ctx: Any, *_: Any) -> Any:
+def refuse(ctx: Any, *_: Any) -> Any:
+    """The derivative of a backward."""
     raise NotImplementedError(
-        "the cpu backend differentiates the decorrelation loss once; backend='reference' as often as you like"
+        "the cpu backend's own kernels are differentiated once; backend='reference' as often as you like"
     )
 
 
 torch.library.register_autograd("flashsink::decorrelation_sums", _derive, setup_context=_save)
-torch.library.register_autograd("flashsink::decorrelation_sums_backward", _refuse)
+torch.library.register_autograd("flashsink::decorrelation_sums_backward", refuse)
 
 
 @torch.library.register_fake("flashsink::activation_max")
@@ -219,5 +224,5 @@ def _max_like(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> t
 def _max(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     """(max |h| (B, S) float32, its lowest feature (B, S) int32), 0 and -1 at padding."""
     top, feature = _max_like(layer, starts, lengths, packed)
-    _call("activation_max", layer, starts, lengths, packed, top.data_ptr(), feature.data_ptr())
+    call("activation_max", layer, starts, lengths, packed, top.data_ptr(), feature.data_ptr())
     return top, feature

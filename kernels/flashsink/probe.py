@@ -1,14 +1,16 @@
 """``attach``: sink statistics, the decorrelation loss and ACT inside a Hugging Face decoder.
 
-Attention runs through transformers' ``AttentionInterface``; hidden states are observed by forward hooks on the
-decoder layers, so nothing needs ``output_attentions`` or ``output_hidden_states``.
+Attention runs through transformers' ``AttentionInterface``. The loss and the largest activations ride along in the
+norms that read the layers' outputs anyway. Nothing needs ``output_attentions`` or ``output_hidden_states``.
+
+Where a layer is checkpointed its norms run again in the backward, so there the outputs are observed at the layers'
+boundary, by forward hooks, and read once more, all layers together; likewise where a norm is not Llama's.
 """
 
 from __future__ import annotations
 
-import contextvars
+import functools
 import inspect
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,16 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsink import _checks, functional, hf_masks, reference
+from flashsink import _checks, functional, hf_masks, hf_models, reference
 from flashsink.backends import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
 IMPLEMENTATION = "sink_capture"
-
-# weak on both sides, or a dropped model would never be freed; its hooks keep the probe alive
-_PROBES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Probe]] = weakref.WeakKeyDictionary()
-_ACTIVE: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("flashsink_active", default=None)
+_MARK = "_flashsink_probe"  # the attribute of an attached model's attention modules
 
 
 @dataclass
@@ -35,6 +34,10 @@ class _Forward:
 
     layout: Layout
     spans: Tensor
+    mask: Tensor  # the layout as every attention call gets it
+    recorded: bool  # whether sinks and activations are
+    trained: bool  # whether a backward may follow
+    fused: bool  # whether the norms are to do their part
     sinks: dict[int, SinkStats] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     activations: dict[int, ActivationStats] = field(default_factory=dict)
@@ -56,8 +59,8 @@ class Probe:
 
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         self._options = options
-        self._base, self._layers = _find_decoder(model)
-        self._signature = inspect.signature(self._base.forward)
+        self._base, self._layers = hf_models.find_decoder(model)
+        self._parameters = list(inspect.signature(self._base.forward).parameters)
         self._spans: Tensor | None = None
         self._current: _Forward | None = None
         self._states: dict[int, Tensor] = {}
@@ -67,7 +70,8 @@ class Probe:
         self._calibration: _Calibration | None = None
         self._calm: dict[int, Tensor] = {}
         self._previous: str | None = None
-        self._handles: list[Any] = []
+        self._norms: set[int] = set()  # layers whose output is observed by the norm that reads it
+        self._undo: list[Any] = []
         self._install()
 
     # ---- what a user reads
@@ -94,8 +98,8 @@ class Probe:
         Layers 1..L-1 count; exactly 0 (with zero gradient) when no token does.
         """
         forward = self._last("decorrelation")
-        if not forward.losses:
-            raise RuntimeError("decorrelation_loss: a model with one layer has no layer that counts")
+        if len(forward.losses) < len(self._layers) - 1 or not forward.losses:
+            raise RuntimeError("decorrelation_loss: the last forward did not end, or the model has one layer only")
         total = torch.stack([forward.losses[i].to(torch.float32) for i in sorted(forward.losses)]).mean()
         return total / reference.decorrelation_count(forward.spans).clamp(min=1)
 
@@ -157,12 +161,12 @@ class Probe:
 
     def detach(self) -> None:
         """Leaves the model as it was; the last forward stays readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
         for layer in self._layers:
-            if _probe_of(layer.self_attn) is self:
-                del _PROBES[layer.self_attn]
+            if getattr(layer.self_attn, _MARK, None) is self:
+                delattr(layer.self_attn, _MARK)
         if self._previous is not None:
             self._base.set_attn_implementation(self._previous)
             self._previous = None
@@ -171,17 +175,27 @@ class Probe:
 
     def _install(self) -> None:
         for layer in self._layers:
-            if _probe_of(layer.self_attn) is not None:
+            if getattr(layer.self_attn, _MARK, None) is not None:
                 raise ValueError("model: a probe is attached already; detach it first")
         for index, layer in enumerate(self._layers):
-            _PROBES[layer.self_attn] = weakref.ref(self)
-            self._handles.append(layer.register_forward_hook(self._layer_hook(index)))
-        self._handles.append(self._base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._handles.append(self._base.register_forward_hook(self._end, always_call=True))
+            setattr(layer.self_attn, _MARK, self)
+            self._undo.append(layer.register_forward_hook(functools.partial(self._observe_layer, index)).remove)
+        if self._options["decorrelation"] or self._options["activations"]:
+            self._take_norms()
+        self._undo.append(self._base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._undo.append(self._base.register_forward_hook(self._end, always_call=True).remove)
         if self._options["attention"]:
             _register()
             self._previous = self._base.config._attn_implementation
             self._base.set_attn_implementation(IMPLEMENTATION)
+
+    def _take_norms(self) -> None:
+        for index, norm in enumerate(hf_models.norms_of_outputs(self._base, self._layers)):
+            eps = hf_models.epsilon(norm)
+            if eps is not None:
+                self._norms.add(index)
+                forward = functools.partial(self._normalise, index, norm, eps, norm.forward)
+                self._undo.append(hf_models.patch(norm, forward))
 
     def _last(self, option: str) -> _Forward:
         if not self._options[option]:
@@ -190,32 +204,48 @@ class Probe:
             raise RuntimeError("the attached model has had no full forward yet")
         return self._current
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
         inputs = given.get("inputs_embeds")
         if inputs is None:
             inputs = given.get("input_ids")
         if inputs is None:
-            return  # the model's own error is clearer
+            return None  # the model's own error is clearer
         rows, tokens = inputs.shape[:2]
         past = given.get("past_key_values")
         self._full = past is None or int(past.get_seq_length()) == 0
         self._inside = True
-        _ACTIVE.set(self)
+        self._states.clear()
         if not self._full:
-            return
-        mask = given.get("attention_mask")
-        layout = self._resolve(mask, given.get("position_ids"), rows, tokens, inputs.device)
+            return None
+        layout = self._resolve(given.get("attention_mask"), given.get("position_ids"), rows, tokens, inputs.device)
         spans = layout.lengths if self._spans is None else self._spans.to(inputs.device)
+        spans = _checks.check_spans(spans, layout, self._options["validate"])
         self._calm.clear()
-        self._current = _Forward(layout, _checks.check_spans(spans, layout, self._options["validate"]))
-        self._count += 1
+        every = int(self._options["stats_every"])
+        self._count = (self._count + 1) % every
+        first = layout.starts + spans if self._options["queries"] == "after_span" else None
+        self._current = _Forward(
+            layout,
+            spans,
+            hf_masks.encode(layout, tokens, first),
+            recorded=self._count == 0,
+            trained=torch.is_grad_enabled(),
+            fused=not any(module.training and getattr(x, "gradient_checkpointing", False) for x in self._layers),
+        )
+        if not self._options["attention"]:
+            return None
+        _check_window(getattr(self._base.config, "sliding_window", None), tokens)
+        if "attention_mask" in kwargs or len(args) <= self._parameters.index("attention_mask"):
+            return args, {**kwargs, "attention_mask": self._current.mask}
+        place = self._parameters.index("attention_mask")
+        return (*args[:place], self._current.mask, *args[place + 1 :]), kwargs
 
     def _resolve(self, mask: Any, positions: Any, rows: int, tokens: int, device: torch.device) -> Layout:
         if isinstance(mask, dict):  # generate makes one mask for every kind of layer
             mask = next(iter(mask.values()))
         if hf_masks.is_encoded(mask):
-            return hf_masks.decode(mask, rows, tokens, device)
+            return hf_masks.decode(mask, rows, tokens, device)[0]
         if isinstance(mask, Tensor) and mask.dim() == 4 and not self._options["attention"]:
             return hf_masks.layout_of_pattern(mask, rows, tokens, self._options["validate"])
         if mask is None:
@@ -228,44 +258,76 @@ class Probe:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         # here and not in the hooks, which some releases of transformers run inside the checkpointed region
-        if output is not None and self._current is not None:
-            for index, hidden in self._states.items():
-                self._current.losses[index] = implementation(None, hidden.device.type).decorrelation_sums(
-                    [hidden], self._current.spans, self._current.layout, self._options["margin"]
-                )[0]
+        if output is not None and self._current is not None and self._states:
+            layers = list(self._states.values())
+            run = implementation(None, layers[0].device.type)
+            sums = run.decorrelation_sums(layers, self._current.spans, self._current.layout, self._options["margin"])
+            self._current.losses.update(zip(self._states, sums.unbind(), strict=True))
         self._states.clear()
         self._inside = False
-        _ACTIVE.set(None)
 
-    def _layer_hook(self, index: int) -> Any:
-        def observe(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._inside or not self._full or self._current is None:
-                return
-            hidden = output[0] if isinstance(output, tuple) else output
-            forward, options = self._current, self._options
-            if options["decorrelation"] and index < len(self._layers) - 1:
-                self._states[index] = hidden
-            if options["activations"] and self._due():
-                chosen = implementation(None, hidden.device.type)
-                forward.activations[index] = chosen.activation_stats([hidden], forward.layout, options["median"])
+    def _observe_layer(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        """The output of a layer whose norm does not observe it."""
+        forward, options = self._current, self._options
+        if not self._inside or not self._full or forward is None or (forward.fused and index in self._norms):
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if options["decorrelation"] and index < len(self._layers) - 1:
+            self._states[index] = hidden
+        if options["activations"] and forward.recorded:
+            run = implementation(None, hidden.device.type)
+            forward.activations[index] = run.activation_stats([hidden], forward.layout, options["median"])
 
-        return observe
+    def _normalise(self, index: int, norm: Any, eps: float, plain: Any, hidden: Tensor) -> Tensor:
+        """The norm that reads the output of layer ``index``, with the loss and the statistics in the same pass."""
+        forward, options = self._current, self._options
+        if forward is None or not forward.fused or hidden.shape[:2] != (forward.layout.rows, forward.layout.tokens):
+            return plain(hidden)
+        # outside a forward it is the backward of a checkpoint around it, which must see what the forward did
+        live = self._inside and self._full
+        if not live and not (forward.trained and torch.is_grad_enabled()):
+            return plain(hidden)
+        counts = options["decorrelation"] and index < len(self._layers) - 1
+        if not counts and not (options["activations"] and forward.recorded):
+            return plain(hidden)
+        run = implementation(None, hidden.device.type)
+        spans = forward.spans if counts else None
+        normed = run.rms_norm(hidden, norm.weight, eps, forward.layout, spans, options["margin"])
+        if live and normed.total is not None:
+            forward.losses[index] = normed.total
+        if live and options["activations"] and forward.recorded:
+            median = reference.row_medians(hidden, forward.layout)[None] if options["median"] else None
+            forward.activations[index] = ActivationStats(normed.max_abs[None], normed.feature[None], median)
+        return normed.out
 
-    def _due(self) -> bool:
-        return self._count % int(self._options["stats_every"]) == 0
-
-    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    def attend(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None
+    ) -> Tensor:
         """One attention call of layer ``index``: out (B, H, Sq, D) in q's dtype."""
-        # a checkpointed layer runs again in the backward, outside the forward: it must not count twice
-        record = self._inside and self._full and self._current is not None and self._due()
+        forward = self._current
+        if self._inside and self._full and forward is not None:
+            layout, first = forward.layout, hf_masks.decode(forward.mask, k.shape[0], k.shape[2], k.device)[1]
+            live = True
+        else:  # a step of decoding; or the backward of a checkpointed layer, whose mask knows of its own forward
+            layout, first = hf_masks.decode(mask, k.shape[0], k.shape[2], k.device)
+            live = False
+        _check_window(window, layout.tokens)
+        k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
+        again = not live and torch.is_grad_enabled() and q.shape[2] == layout.tokens
+        record = forward is not None and forward.recorded and (live or again)
         calibrated = self._calibration is not None and index in self._calibration.heads
-        choose = calibrated and self._inside and self._full
-        chosen = implementation(None, q.device.type)
-        counted = ([self._counted_queries(layout)] if record else []) + ([None] if choose else [])
+        counted: list[Tensor | None] = []
+        if record:
+            counted.append(None if self._options["queries"] == "all" else first)
+        if calibrated and live:
+            counted.append(None)
+        chosen = implementation(None, q.device.type, q)
         out, stats = chosen.attention(q, k, v, layout, causal=True, scale=scale, counted=counted)
-        if record and self._current is not None:
-            self._current.sinks[index] = stats[0]
-        if choose:
+        if record and live and forward is not None:
+            forward.sinks[index] = stats[0]
+            if not forward.fused:
+                stats[0].wait_for_backward()
+        if calibrated and live:
             self._calm[index] = self._choose(index, stats[-1], layout)
         sinks = self._calm.get(index)
         if not calibrated or sinks is None:
@@ -275,12 +337,6 @@ class Probe:
         sinks = nn.functional.pad(sinks, (0, k.shape[2] - sinks.shape[2]))
         assert self._calibration is not None
         return chosen.calibrated_attention(q, k, v, sinks, layout, beta=self._calibration.beta, scale=scale)
-
-    def _counted_queries(self, layout: Layout) -> Tensor | None:
-        """(N,) positions from which on queries count in the reported statistics."""
-        if self._options["queries"] == "all" or self._current is None:
-            return None
-        return layout.starts + self._current.spans
 
     def _choose(self, index: int, stats: SinkStats, layout: Layout) -> Tensor:
         """(B, H, S) bool: the sinks of the calibrated heads, never BOS."""
@@ -340,44 +396,12 @@ def attach(
     return Probe(model, options)
 
 
-def _find_decoder(model: nn.Module) -> tuple[Any, Any]:
-    modules: list[Any] = list(model.modules())
-    found = [
-        module
-        for module in modules
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
-        and len(module.layers) > 0
-        and all(hasattr(layer, "self_attn") for layer in module.layers)
-        and hasattr(module, "set_attn_implementation")
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"model: expected one Llama-style decoder (layers with self_attn), found {len(found)} in "
-            f"{type(model).__name__}"
-        )
-    return found[0], found[0].layers
-
-
-def _probe_of(module: nn.Module) -> Probe | None:
-    held = _PROBES.get(module)
-    return None if held is None else held()
-
-
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     # without a mask function of the same name transformers passes no mask at all
     AttentionInterface.register(IMPLEMENTATION, _attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
-def _mask(**kwargs: Any) -> Tensor:
-    probe = _ACTIVE.get()
-    if probe is not None and probe._full and probe._current is not None:
-        window = getattr(kwargs.get("config"), "sliding_window", None)
-        _check_window(window, probe._current.layout.tokens)
-        return hf_masks.encode(probe._current.layout, kwargs["kv_length"])
-    return hf_masks.make_mask(**kwargs)
+    AttentionMaskInterface.register(IMPLEMENTATION, hf_masks.make_mask)
 
 
 def _attend(
@@ -387,16 +411,17 @@ def _attend(
         raise ValueError(f"attention_dropout: expected 0, got {kwargs['dropout']}")
     if kwargs.get("softcap") is not None:
         raise ValueError(f"softcap: expected None, got {kwargs['softcap']}")
-    layout = hf_masks.decode(attention_mask, k.shape[0], k.shape[2], k.device)
-    k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
-    _check_window(kwargs.get("sliding_window"), layout.tokens)
     scaling = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    probe = _probe_of(module)
-    if probe is None:
-        out = implementation(None, q.device.type).attention(q, k, v, layout, causal=True, scale=scale)[0]
+    probe = getattr(module, _MARK, None)
+    if probe is not None:
+        window = kwargs.get("sliding_window")
+        out = probe.attend(int(module.layer_idx), q, k, v, attention_mask, scale, window)  # type: ignore[arg-type]
     else:
-        out = probe.attend(int(module.layer_idx), q, k, v, layout, scale)  # type: ignore[arg-type]
+        layout, _ = hf_masks.decode(attention_mask, k.shape[0], k.shape[2], k.device)
+        _check_window(kwargs.get("sliding_window"), layout.tokens)
+        k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
+        out = implementation(None, q.device.type, q).attention(q, k, v, layout, causal=True, scale=scale)[0]
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -14,6 +14,11 @@ from torch import Tensor
 from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 
+def refusal(q: Tensor) -> str:
+    """Why attention cannot take q: it takes everything."""
+    return ""
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The accumulation dtype: float32, or float64 for float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

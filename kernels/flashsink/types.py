@@ -21,8 +21,8 @@ class SinkStats:
         queries: (B, Sk) int64, the number of those queries.
         lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
 
-    ``received`` may be handed over as a function that finds it out when it is first read (and may forget what it
-    needed for that).
+    ``received`` may be handed over as a function that finds it out when it is first read (and then forgets what it
+    needed for that; :meth:`wait_for_backward` lets it forget at once).
     """
 
     def __init__(self, received: Tensor | Callable[[], Tensor], queries: Tensor, lse: Tensor) -> None:
@@ -35,6 +35,12 @@ class SinkStats:
         if not isinstance(self._received, Tensor):
             self._received = self._received()
         return self._received
+
+    def wait_for_backward(self) -> None:
+        """From now on only the backward can say what ``received`` is; nothing is held for the statistics pass."""
+        release = getattr(self._received, "release", None)
+        if release is not None:
+            release()
 
     @property
     def mean_received(self) -> Tensor:
@@ -91,6 +97,7 @@ class Layout(NamedTuple):
         rows: number of rows B (1 when packed).
         tokens: number of positions S in a row, valid or not.
         packed: whether the single row holds N sequences one after another.
+        full: known on the host: dense rows without padding.
     """
 
     starts: Tensor
@@ -98,6 +105,7 @@ class Layout(NamedTuple):
     rows: int
     tokens: int
     packed: bool
+    full: bool = False
 
     def segments(self) -> Tensor:
         """(rows, tokens) int64: index of the row or packed sequence a position belongs to, -1 at padding."""

@@ -1,40 +1,19 @@
-"""The C++ kernels on every instruction set of this machine, their operators and the cpu backend."""
+"""The C++ kernels on every instruction set of this machine, their operators."""
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
 import torch
 
-import flashsink
-from flashsink import cpu, native, reference
+from flashsink import native, reference
 from flashsink.types import Layout
-
-backends = importlib.import_module("flashsink.backends")  # the package's attribute is the function
 
 BUILT = native.available() == "usable"
 REQUIRED = os.environ.get("FLASHSINK_REQUIRE_NATIVE") == "1"
-LEVELS = [0, 1, 2]  # baseline, AVX2, AVX-512
 
 needs_library = pytest.mark.skipif(not BUILT and not REQUIRED, reason=native.available())
-
-
-@pytest.fixture(params=LEVELS, ids=["baseline", "avx2", "avx512"])
-def isa(request):
-    """The kernels on one instruction set."""
-    if native.library().flashsink_limit_isa(request.param) != request.param:
-        pytest.skip("this processor has not got it")
-    yield request.param
-    native.library().flashsink_limit_isa(LEVELS[-1])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def rows(starts, lengths, tokens):
@@ -313,71 +292,3 @@ def test_other_dtypes_are_the_references(dtype):
         native.activation_stats([layer], layout, False).max_abs,
         reference.activation_stats([layer], layout, False).max_abs,
     )
-
-
-# ---- the cpu backend
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("queries", "starts", "lengths"),
-    [
-        (300, [0, 0], [300, 300]),
-        (300, [0, 0], [300, 17]),
-        (300, [0, 131], [299, 150]),
-        (200, [0, 131], [300, 169]),
-        (1, [0, 131], [300, 169]),
-        (1, [0, 0], [300, 300]),
-    ],
-)
-def test_attention_over_several_tiles(queries, starts, lengths, dtype):
-    layout = rows(starts, lengths, 300)
-    counted = layout.starts + 40
-    g = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(2, h, n, 16, generator=g).to(dtype) for h, n in ((4, queries), (2, 300), (2, 300)))
-    results = []
-    for module in (cpu, reference):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, stats = module.attention(*leaves, layout, causal=True, scale=0.3, counted=[None, counted])
-        out.float().square().sum().backward()
-        results.append([out.detach(), *(x.grad for x in leaves)])
-        results[-1] += [x for s in stats for x in (s.received, s.mean_received, s.lse)]
-        seen = reference.visible(layout, queries, True)[:, 0] & (layout.offsets() >= 40)[:, 300 - queries :, None]
-        assert torch.equal(stats[1].queries, seen.sum(1))
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    for got, want in zip(*results, strict=True):
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-@needs_library
-def test_attention_uses_torchs_kernel_where_it_is_documented_to(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the reference ran")
-
-    q = torch.randn(1, 2, 6, 8)
-    layout = rows([0], [6], 6)
-    packed = Layout(torch.tensor([0]), torch.tensor([6]), 1, 6, True)
-    monkeypatch.setattr(reference, "attention", refuse)
-    cpu.attention(q, q, q, layout, causal=True, scale=1.0, counted=[None])
-    for arguments in ((q, layout, False), (q, packed, True), (q.double(), layout, True)):
-        x, where, causal = arguments
-        with pytest.raises(AssertionError, match="the reference ran"):
-            cpu.attention(x, x, x, where, causal=causal, scale=1.0)
-
-
-@needs_library
-def test_the_default_on_cpu_tensors_is_native(monkeypatch):
-    called = []
-    monkeypatch.setattr(cpu, "decorrelation_sums", lambda *a: called.append("loss") or reference.decorrelation_sums(*a))
-    monkeypatch.setattr(cpu, "activation_stats", lambda *a: called.append("stats") or reference.activation_stats(*a))
-    hidden = torch.randn(2, 1, 5, 8)
-    flashsink.decorrelation_loss(hidden, torch.tensor([5]))
-    flashsink.activation_stats(hidden)
-    assert called == ["loss", "stats"]
-    called.clear()
-    flashsink.decorrelation_loss(hidden, torch.tensor([5]), backend="reference")
-    assert called == []
-    with pytest.raises(ValueError, match="backend.*'cpu'"):
-        backends.select("cpu", "cuda")

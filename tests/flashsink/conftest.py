@@ -37,12 +37,15 @@ def oracle():
 
 
 def _usable():
-    return [name for name in ("reference", "cpu") if flashsink.backends().get(name) == "usable"]
+    return [name for name in ("reference", "cpu", "triton") if flashsink.backends().get(name) == "usable"]
 
 
-@pytest.fixture(scope="session", params=_usable())
+@pytest.fixture(params=_usable())
 def backend(request):
-    """Every backend that computes on CPU tensors in all dtypes."""
+    """Every backend that computes on CPU tensors; triton in its interpreter, which computes bfloat16 wrongly."""
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    if request.param == "triton" and dtype in (torch.bfloat16, torch.float64):
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly, and float64 is not for the kernels")
     return request.param
 
 

@@ -52,9 +52,7 @@ def attention(
     free, or, when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
     q, k, v = (_adjacent(x) for x in (q, k, v))
-    trained = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, sink_logits)
-    )
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot hand over a leaf of its own making, so there the pass runs
     pending = None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
@@ -125,9 +123,7 @@ class Pending:
     Holds q and k until one of the two has happened or :meth:`release` is called.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None) -> None:
         self._inputs: tuple[Tensor, Tensor, Layout, bool, float, Tensor | None] | None
         self._inputs = (q.detach(), k.detach(), layout, causal, scale, first)
         self._captured: Tensor | None = None

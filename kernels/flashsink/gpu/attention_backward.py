@@ -9,6 +9,8 @@ and walks over the keys. With P = exp(S - lse), dP = dO V^T and delta = rowsum(d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from flashsink.gpu import tiles
 from flashsink.gpu.device import (
     LOG2E,
     key_range,
+    load_all,
     load_rows,
     locate,
     product,
@@ -81,9 +84,10 @@ def _kv_step(
 ):  # fmt: skip
     """One block of queries; a query behind ``high`` has lse = inf, so its probabilities are 0 without a mask."""
     position = m + tl.arange(0, BLOCK_M)
-    index, seen = position - offset, position < high
-    q_tile = load_rows(q, index, q_token, seen, D, BLOCK_D)
-    up_tile = load_rows(upstream, index, up_token, seen, D, BLOCK_D)
+    seen = position < high
+    index = tl.minimum(position, high - 1) - offset
+    q_tile = load_all(q, index, q_token, D, BLOCK_D)
+    up_tile = load_all(upstream, index, up_token, D, BLOCK_D)
     lse_row = tl.load(lse + index, mask=seen, other=float("inf")) * LOG2E
     delta_row = tl.load(delta + index, mask=seen, other=0.0)
     p = tl.exp2(product(k_tile, tl.trans(q_tile), IEEE) * scale - lse_row[None, :])
@@ -98,6 +102,31 @@ def _kv_step(
     ds = p * (product(v_tile, tl.trans(up_tile), IEEE) - delta_row[None, :])
     dk += product(ds.to(q_tile.dtype), q_tile, IEEE)
     return dk, dv, received
+
+
+@triton.jit
+def _kv_blocks(
+    dk, dv, k_tile, v_tile, key, valid, first_block, blocks, q, upstream, lse, delta, received, offset, high, counted,
+    queries, tokens, q_head, q_token, up_head, up_token, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, COUNTED: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """``blocks`` blocks of queries from ``first_block`` on, of all heads of the group in one loop: with a loop in a
+    loop the sums dk and dv spill. After a head's last block its column sums are added to ``received``."""
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(0, blocks * GROUP):
+        member = (i // blocks).to(tl.int64)
+        dk, dv, mass = _kv_step(
+            dk, dv, mass, k_tile, v_tile, key, q + member * q_head, upstream + member * up_head,
+            lse + member * queries, delta + member * queries, first_block + i % blocks * BLOCK_M, offset, high,
+            counted, q_token, up_token, scale, D, BLOCK_D, BLOCK_M, MASKED, received is not None, COUNTED, IEEE,
+        )  # fmt: skip
+        if received is not None:  # noqa: SIM102  known when the kernel is compiled, the next is not
+            if (i + 1) % blocks == 0:
+                place = received + member * tokens + key
+                tl.store(place, tl.load(place, mask=valid, other=0.0) + mass, mask=valid)
+                mass = tl.zeros([BLOCK_N], tl.float32)
+    return dk, dv
 
 
 @triton.jit
@@ -123,34 +152,40 @@ def gradient_kv_kernel(
     key, inside, valid, first, last = key_tile(tile, origin, count, low, high, BLOCK_N)
     offset = tokens - queries
     begin, full = query_range(low, high, first, last, offset, BLOCK_M, CAUSAL)
-    row64, head64, heads = row.to(tl.int64), head.to(tl.int64), tl.num_programs(1) * GROUP
+    row64, head64 = row.to(tl.int64), head.to(tl.int64)
     k_tile = load_rows(k + row64 * k_row + head64 * k_head, key, k_token, valid, D, BLOCK_D)
     v_tile = load_rows(v + row64 * v_row + head64 * v_head, key, v_token, valid, D, BLOCK_D)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     since = 0
     if counted is not None:
         since = tl.load(counted + n).to(tl.int32)
-    for member in range(GROUP):
-        own = head64 * GROUP + member
-        mass = tl.zeros([BLOCK_N], tl.float32)
-        q_own, up_own = q + row64 * q_row + own * q_head, upstream + row64 * up_row + own * up_head
-        scalars = (row64 * heads + own) * queries
-        for m in range(begin, full, BLOCK_M):
-            dk_acc, dv_acc, mass = _kv_step(
-                dk_acc, dv_acc, mass, k_tile, v_tile, key, q_own, up_own, lse + scalars, delta + scalars, m, offset,
-                high, since, q_token, up_token, scale * LOG2E, D, BLOCK_D, BLOCK_M, True, received is not None,
-                counted is not None, IEEE,
-            )  # fmt: skip
-        for m in range(full, high, BLOCK_M):
-            dk_acc, dv_acc, mass = _kv_step(
-                dk_acc, dv_acc, mass, k_tile, v_tile, key, q_own, up_own, lse + scalars, delta + scalars, m, offset,
-                high, since, q_token, up_token, scale * LOG2E, D, BLOCK_D, BLOCK_M, False, received is not None,
-                counted is not None, IEEE,
-            )  # fmt: skip
+    own = head64 * GROUP
+    heads = row64 * tl.num_programs(1) * GROUP + own
+    q += row64 * q_row + own * q_head
+    upstream += row64 * up_row + own * up_head
+    lse += heads * queries
+    delta += heads * queries
+    if received is not None:
+        received += heads * tokens
+        place = received + key
+        for _ in range(GROUP):
+            tl.store(place, tl.zeros([BLOCK_N], tl.float32), mask=inside)
+            place += tokens
+        tl.debug_barrier()
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if CAUSAL:
+        dk_acc, dv_acc = _kv_blocks(
+            dk_acc, dv_acc, k_tile, v_tile, key, valid, begin, tl.cdiv(full - begin, BLOCK_M), q, upstream, lse, delta,
+            received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token, scale * LOG2E,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, True, counted is not None, IEEE,
+        )  # fmt: skip
         if received is not None:
-            place = (row64 * heads + own) * tokens + key
-            tl.store(received + place, tl.where(valid, mass, 0.0), mask=inside)
+            tl.debug_barrier()  # the second half adds to what the first has stored
+    dk_acc, dv_acc = _kv_blocks(
+        dk_acc, dv_acc, k_tile, v_tile, key, valid, full, tl.cdiv(tl.maximum(high - full, 0), BLOCK_M), q, upstream,
+        lse, delta, received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token,
+        scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, counted is not None, IEEE,
+    )  # fmt: skip
     dk_acc = tl.where(valid[:, None], dk_acc * scale, 0.0)
     dv_acc = tl.where(valid[:, None], dv_acc, 0.0)
     store_rows(dk + row64 * dk_row + head64 * dk_head, key, dk_token, dk_acc, inside, D, BLOCK_D)
@@ -164,8 +199,9 @@ def _q_step(
     IEEE: tl.constexpr,
 ):  # fmt: skip
     key = n + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(k, key, k_token, key < high, D, BLOCK_D)
-    v_tile = load_rows(v, key, v_token, key < high, D, BLOCK_D)
+    near = tl.minimum(key, high - 1) if MASKED else key
+    k_tile = load_all(k, near, k_token, D, BLOCK_D)
+    v_tile = load_all(v, near, v_token, D, BLOCK_D)
     p = tl.exp2(product(q_tile, tl.trans(k_tile), IEEE) * scale - lse_row[:, None])
     if MASKED:
         p = tl.where(visible(key, position, high, CAUSAL), p, 0.0)
@@ -249,7 +285,7 @@ def backward(
         upstream=upstream, out=out, delta=delta, queries=queries, **up,
         out_row=out.stride(0), out_head=out.stride(1), out_token=out.stride(2), D=d, BLOCK_D=block_d,
     )  # fmt: skip
-    common = {
+    common: dict[str, Any] = {
         "q": q, "k": k, "v": v, "upstream": upstream, "lse": lse, "delta": delta, "starts": starts,
         "lengths": lengths, "sequences": len(starts), "queries": queries, "tokens": tokens, "scale": scale,
         "q_row": q.stride(0), "q_head": q.stride(1), "q_token": q.stride(2),
@@ -258,14 +294,14 @@ def backward(
         "GROUP": h // heads, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
         "IEEE": q.dtype == torch.float32,
     }  # fmt: skip
-    tile = tiles.choose("gradient_kv", d, q.element_size())
+    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device)
     launch(
         gradient_kv_kernel, (slots(tokens, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads, b), tile, **common,
         dk=dk, dv=dv, received=received, counted=counted if capture else None,
         dk_row=dk.stride(0), dk_head=dk.stride(1), dk_token=dk.stride(2),
         dv_row=dv.stride(0), dv_head=dv.stride(1), dv_token=dv.stride(2),
     )  # fmt: skip
-    tile = tiles.choose("gradient_q", d, q.element_size())
+    tile = tiles.choose("gradient_q", d, q.element_size(), q.device)
     launch(
         gradient_q_kernel, (slots(queries, len(starts), h // heads, tile.blocks["BLOCK_M"], packed), heads, b), tile,
         **common, dq=dq, dq_row=dq.stride(0), dq_head=dq.stride(1), dq_token=dq.stride(2),

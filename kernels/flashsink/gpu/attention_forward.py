@@ -18,6 +18,7 @@ from flashsink.gpu.device import (
     LOG2E,
     LOWEST,
     key_range,
+    load_all,
     load_rows,
     locate,
     product,
@@ -37,14 +38,15 @@ def _step(
 ):  # fmt: skip
     """One block of keys: rescales the sums by the new maximum and adds."""
     key = n + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(k, key, k_token, key < high, D, BLOCK_D)
+    near = tl.minimum(key, high - 1) if MASKED else key
+    k_tile = load_all(k, near, k_token, D, BLOCK_D)
     s = product(q_tile, tl.trans(k_tile), IEEE) * scale
     if MASKED:
         s = tl.where(visible(key, position, high, CAUSAL), s, -float("inf"))
     new = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     shrink = tl.exp2(top - new)
-    v_tile = load_rows(v, key, v_token, key < high, D, BLOCK_D)
+    v_tile = load_all(v, near, v_token, D, BLOCK_D)
     acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, IEEE)
     return acc, total * shrink + tl.sum(p, 1), new
 
@@ -127,7 +129,7 @@ def forward(
     b, h, queries, d = q.shape
     out = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
-    tile = tiles.choose("forward", d, q.element_size())
+    tile = tiles.choose("forward", d, q.element_size(), q.device)
     heads, tokens = k.shape[1], k.shape[2]
     group = h // heads
     launch(

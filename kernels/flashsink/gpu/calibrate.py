@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink.gpu import tiles
-from flashsink.gpu.device import LOG2E, key_range, load_rows, locate, product, query_tile, store_rows
+from flashsink.gpu.device import LOG2E, key_range, load_all, load_rows, locate, product, query_tile, store_rows
 from flashsink.gpu.launch import launch
 
 
@@ -28,8 +28,9 @@ def _column_block(
     chosen = (tl.load(sinks + key, mask=key < high, other=0) != 0) & (key != low)
     if not SINKS:
         chosen = (chosen == 0) & (key < high)
-    k_tile = load_rows(k, key, k_token, key < high, D, BLOCK_D)
-    v_tile = load_rows(v, key, v_token, key < high, D, BLOCK_D)
+    near = tl.minimum(key, high - 1)
+    k_tile = load_all(k, near, k_token, D, BLOCK_D)
+    v_tile = load_all(v, near, v_token, D, BLOCK_D)
     p = tl.exp2(product(q_tile, tl.trans(k_tile), IEEE) * scale - lse_row[:, None])
     p = tl.where(chosen[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
     return tl.sum(p, 1), product(p.to(v_tile.dtype), v_tile, IEEE)
@@ -93,9 +94,7 @@ def calibrate_kernel(
         grown = (1.0 - beta * mass) / (1.0 - mass)
         value = grown[:, None] * plain + (beta - grown)[:, None] * sunk
     value = tl.where(valid[:, None], value, 0.0)
-    store_rows(
-        result + row64 * result_row + head * result_head, index, result_token, value, inside, D, BLOCK_D
-    )
+    store_rows(result + row64 * result_row + head * result_head, index, result_token, value, inside, D, BLOCK_D)
 
 
 def calibrate(
@@ -114,7 +113,7 @@ def calibrate(
     out, lse = attention
     b, h, queries, d = q.shape
     result = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
-    tile = tiles.choose("calibrate", d, q.element_size())
+    tile = tiles.choose("calibrate", d, q.element_size(), q.device)
     launch(
         calibrate_kernel,
         (triton.cdiv(queries, tile.blocks["BLOCK_M"]), h, b),

@@ -73,6 +73,18 @@ def load_rows(base, index, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def load_all(base, index, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """:func:`load_rows` without a mask over rows. For the inner loops, which repeat the last valid row instead:
+    its probability is 0, and a predicate for every element would cost registers."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def store_rows(base, index, stride, value, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]

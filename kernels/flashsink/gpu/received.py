@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashsink.gpu import tiles
 from flashsink.gpu.attention_backward import key_tile, query_range
-from flashsink.gpu.device import LOG2E, load_rows, locate, product, slots
+from flashsink.gpu.device import LOG2E, load_all, load_rows, locate, product, slots
 from flashsink.gpu.launch import launch
 
 
@@ -23,8 +23,9 @@ def _step(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     position = m + tl.arange(0, BLOCK_M)
-    index, seen = position - offset, position < high
-    q_tile = load_rows(q, index, q_token, seen, D, BLOCK_D)
+    seen = position < high
+    index = tl.minimum(position, high - 1) - offset
+    q_tile = load_all(q, index, q_token, D, BLOCK_D)
     lse_row = tl.load(lse + index, mask=seen, other=float("inf")) * LOG2E
     p = tl.exp2(product(k_tile, tl.trans(q_tile), IEEE) * scale - lse_row[None, :])
     if MASKED:
@@ -95,7 +96,7 @@ def received(
     b, h, queries, d = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     result = torch.empty((b, h, tokens), dtype=torch.float32, device=q.device)
-    tile = tiles.choose("received", d, q.element_size())
+    tile = tiles.choose("received", d, q.element_size(), q.device)
     launch(
         received_kernel,
         (slots(tokens, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads, b),

@@ -1,47 +1,61 @@
-"""The tile of every kernel as data, and the alternatives that a tuning run tries.
+"""The tile of every attention kernel as data, and the alternatives that a tuning run tries.
 
-An entry holds for head dims up to its number and for its element size. No entry has been timed yet: each is the
-first of its candidates that compiles for sm_80, sm_90 and sm_100 without a spill, with wgmma on sm_90 and within
-shared memory (``bench/compile_table.csv``), larger tiles first. ``make gpu-tune`` proposes better ones.
+An entry holds for head dims up to its number, for an element size and an architecture. No entry has been timed yet:
+each is the largest tile tried that compiles there without a spill (``bench/compile_table.csv``), with wgmma on sm_90
+for two-byte elements. ``make gpu-tune`` proposes better ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+
+import torch
 
 from flashsink.gpu.launch import Tile
 
 LARGEST_HEAD_DIM = 256
+ARCHITECTURES = (80, 90, 100)
 
 
 def _tile(m: int, n: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-# kernel -> bytes of an element -> (largest head dim, tile)
-TABLE: dict[str, dict[int, list[tuple[int, Tile]]]] = {
+Entries = list[tuple[int, Tile]]  # (largest head dim, tile)
+
+# kernel -> architecture -> entries for two-byte elements
+HALF: dict[str, dict[int, Entries]] = {
     "forward": {
-        2: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(128, 64, 8, 2))],
-        4: [(64, _tile(64, 32, 4, 2)), (128, _tile(32, 32, 4, 2)), (256, _tile(32, 16, 8, 1))],
+        80: [(64, _tile(128, 32, 8, 3)), (128, _tile(128, 32, 8, 3)), (256, _tile(64, 32, 8, 2))],
+        90: [(64, _tile(128, 128, 8, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
+        100: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 128, 8, 2)), (256, _tile(64, 64, 8, 2))],
     },
     "gradient_kv": {
-        2: [(64, _tile(64, 128, 8, 2)), (128, _tile(64, 128, 8, 2)), (256, _tile(32, 64, 8, 1))],
-        4: [(64, _tile(32, 32, 4, 1)), (128, _tile(32, 32, 8, 1)), (256, _tile(16, 16, 8, 1))],
+        80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        90: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))],
+        100: [(64, _tile(64, 128, 8, 2)), (128, _tile(64, 128, 8, 2)), (256, _tile(32, 64, 8, 2))],
     },
     "gradient_q": {
-        2: [(64, _tile(128, 64, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 32, 8, 1))],
-        4: [(64, _tile(32, 32, 4, 1)), (128, _tile(32, 32, 8, 1)), (256, _tile(16, 16, 8, 1))],
+        80: [(64, _tile(128, 32, 8, 2)), (128, _tile(64, 32, 4, 2)), (256, _tile(64, 32, 8, 1))],
+        90: [(64, _tile(128, 128, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 32, 8, 2))],
+        100: [(64, _tile(128, 64, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 1))],
     },
     "received": {
-        2: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 2)), (256, _tile(64, 64, 8, 2))],
-        4: [(64, _tile(32, 32, 4, 2)), (128, _tile(32, 32, 4, 2)), (256, _tile(16, 32, 8, 1))],
+        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 64, 4, 3)), (256, _tile(64, 64, 8, 2))],
+        90: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 128, 8, 2))],
+        100: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 64, 8, 2))],
     },
     "calibrate": {
-        2: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
-        4: [(64, _tile(32, 16, 4, 1)), (128, _tile(32, 16, 4, 1)), (256, _tile(32, 16, 8, 1))],
+        80: [(64, _tile(64, 32, 4, 1)), (128, _tile(32, 16, 4, 1)), (256, _tile(32, 16, 8, 1))],
+        90: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
+        100: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
     },
 }
+
+# float32 is multiplied without tensor cores, exactly; the same tiles everywhere
+SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1)), (256, _tile(16, 16, 8, 1))]
 
 # What make gpu-tune tries, for two-byte elements.
 CANDIDATES: dict[str, list[Tile]] = {
@@ -52,13 +66,38 @@ CANDIDATES: dict[str, list[Tile]] = {
 }
 
 _overrides: dict[str, Tile] = {}
+_target: list[int] = []
 
 
-def choose(kernel: str, head_dim: int, element_size: int) -> Tile:
-    """The tile that ``kernel`` is launched with."""
+def choose(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
+    """The tile that ``kernel`` is launched with on ``device``."""
     if kernel in _overrides:
         return _overrides[kernel]
-    return next(tile for largest, tile in TABLE[kernel][element_size] if head_dim <= largest)
+    entries = HALF[kernel][architecture(device)] if element_size == 2 else SINGLE
+    return next(tile for largest, tile in entries if head_dim <= largest)
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90 or 100: whose tiles ``device`` gets. Without a GPU that of :func:`target`, else 90."""
+    if _target:
+        return _target[-1]
+    return _architecture_of(device.index or 0) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _architecture_of(index: int) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return {8: 80, 9: 90, 10: 100}.get(major, 80)  # others have as little shared memory as sm_80, or less
+
+
+@contextlib.contextmanager
+def target(name: int) -> Iterator[None]:
+    """Chooses the tiles of architecture ``name`` inside, whatever the device; for compiling ahead of time."""
+    _target.append(name)
+    try:
+        yield
+    finally:
+        _target.pop()
 
 
 @contextlib.contextmanager

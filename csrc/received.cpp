@@ -1,0 +1,124 @@
+// Column sums of a tile of attention probabilities: received[j] += sum over queries i of exp(scale * t[i, j] - lse[i]).
+//
+// The products t come from a matrix multiplication elsewhere. A tile holds, for several rows of the batch and several
+// query heads of each, the products of queries [query, query + count) with keys [key, key + keys), positions both.
+// Shapes: t (rows, heads, count, keys) adjacent, with kSlack readable floats behind it; lse at its first query and
+// received at its first key have a stride for rows and one for heads; starts, ends, firsts (rows) say which positions
+// are real and from which query on they count.
+#include "flashsink.h"
+
+namespace {
+
+using namespace flashsink;
+
+constexpr int64_t kWide = 64, kNarrow = 16;  // keys that one visit of the queries sums up; kSlack = kWide
+
+// e^x to 1.2e-7: x = n ln 2 + r, a polynomial for e^r (least largest relative error, 4e-9), and n added to the exponent. Below -87 it
+// is 0, above 88 it stays finite (never counted); NaN stays NaN. No branch and no table, so that it vectorises.
+FLASHSINK_INLINE float exponential(float x) {
+    const float bounded = x > 88.0f ? 88.0f : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const float shifted = bounded * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.38146104e-3f;
+    p = p * r + 8.36871099e-3f;
+    p = p * r + 4.16683890e-2f;
+    p = p * r + 1.66665211e-1f;
+    p = p * r + 4.99999940e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t bits, power;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&power, &shifted, sizeof power);
+    bits += static_cast<int32_t>(static_cast<uint32_t>(power) << 23);
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return x < -87.0f ? 0.0f : y;
+}
+
+struct Tile {
+    const float* products;
+    const float* lse;
+    float* received;
+    int64_t rows, heads, count, keys, query, key;
+    int64_t lse_row, lse_head, received_row, received_head;
+    const int64_t *starts, *ends, *firsts;
+    bool causal;
+    float scale;
+};
+
+struct Column {  // keys [key, key + wide) of one head, offsets in the tile
+    int64_t row, head, key;
+};
+
+template <int64_t Wide>
+FLASHSINK_INLINE void column_body(const Tile& tile, const Column& column) {
+    const int64_t start = tile.starts[column.row], end = tile.ends[column.row];
+    const int64_t low = std::max<int64_t>({start, tile.firsts[column.row], tile.query}) - tile.query;
+    const int64_t high = std::min(end, tile.query + tile.count) - tile.query;
+    const int64_t first_key = tile.key + column.key;
+    const int64_t from = std::max<int64_t>(start - first_key, 0);
+    const int64_t to = std::min<int64_t>({end - first_key, Wide, tile.keys - column.key});
+    if (from >= to || low >= high) return;
+    const float* products =
+        tile.products + ((column.row * tile.heads + column.head) * tile.count) * tile.keys + column.key;
+    const float* lse = tile.lse + column.row * tile.lse_row + column.head * tile.lse_head;
+    // causal: the query at offset i sees the keys at offsets <= i + diagonal of this column
+    const int64_t diagonal = tile.query - first_key;
+    const int64_t begin = tile.causal ? std::max(low, -diagonal) : low;
+    const int64_t full = tile.causal ? std::min(std::max(begin, Wide - 1 - diagonal), std::max(high, begin)) : begin;
+    alignas(64) float sum[Wide] = {};
+    const float scale = tile.scale;
+    for (int64_t i = begin; i < std::min(full, high); ++i) {
+        const float* t = products + i * tile.keys;
+        const float shift = lse[i];
+        const int32_t edge = static_cast<int32_t>(i + diagonal);
+#pragma omp simd
+        for (int32_t j = 0; j < static_cast<int32_t>(Wide); ++j) {
+            const float a = exponential(t[j] * scale - shift);
+            sum[j] += j <= edge ? a : 0.0f;
+        }
+    }
+    for (int64_t i = full; i < high; ++i) {
+        const float* t = products + i * tile.keys;
+        const float shift = lse[i];
+#pragma omp simd
+        for (int64_t j = 0; j < Wide; ++j) sum[j] += exponential(t[j] * scale - shift);
+    }
+    float* out = tile.received + column.row * tile.received_row + column.head * tile.received_head + column.key;
+    for (int64_t j = from; j < to; ++j) out[j] += sum[j];
+}
+
+// Keys [part * kPart, ...) of every head; the last ones in narrow columns.
+template <class T>
+FLASHSINK_INLINE int columns_body(const Tile& tile, const Column& column) {
+    int64_t left = std::min(kWide, tile.keys - column.key);
+    if (left > kWide - kNarrow) {
+        column_body<kWide>(tile, column);
+        return 0;
+    }
+    for (Column narrow = column; left > 0; left -= kNarrow, narrow.key += kNarrow) column_body<kNarrow>(tile, narrow);
+    return 0;
+}
+FLASHSINK_DISPATCH(columns)
+
+}  // namespace
+
+// Adds to `received`. The same whatever the number of threads: each head and block of keys is one thread's.
+FLASHSINK_API int flashsink_column_sums(const float* products, const float* lse, float* received, int64_t rows,
+                                        int64_t heads, int64_t count, int64_t keys, int64_t query, int64_t key,
+                                        int64_t lse_row, int64_t lse_head, int64_t received_row,
+                                        int64_t received_head, const int64_t* starts, const int64_t* ends,
+                                        const int64_t* firsts, int causal, float scale, int threads) {
+    const Tile tile{products, lse, received, rows, heads, count, keys, query, key, lse_row, lse_head, received_row,
+                    received_head, starts, ends, firsts, causal != 0, scale};
+    const int64_t blocks = (keys + kWide - 1) / kWide;
+    // one more thread for every 16,384 exponentials (about 10 us)
+    const int64_t useful = 1 + rows * heads * count * keys / 16384;
+    parallel(rows * heads * blocks, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t index, int) {
+        const int64_t block = index % blocks, pair = index / blocks;
+        columns<float>(tile, Column{pair / heads, pair % heads, block * kWide});
+    });
+    return 0;
+}

@@ -1,0 +1,14 @@
+"""The ``triton`` backend: NVIDIA sm_80, sm_90 and sm_100, and CPU tensors under TRITON_INTERPRET=1.
+
+Attention takes float16, bfloat16 and float32 and head dims up to 256; everything else float16, bfloat16 and float32
+(float64 goes to the reference).
+"""
+
+from __future__ import annotations
+
+from flashsink.gpu.activations import activation_stats
+from flashsink.gpu.attention import attention, calibrated_attention, refusal
+from flashsink.gpu.decorrelation import decorrelation_sums
+from flashsink.gpu.norm import rms_norm
+
+__all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]

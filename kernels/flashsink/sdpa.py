@@ -1,0 +1,188 @@
+"""The ``sdpa`` backend: somebody else's attention that hands out its log-sum-exp, and our statistics pass.
+
+On CUDA every layout becomes variable-length attention over one row of tokens: a dense row is cut at its padding, and
+the pieces of padding are sequences of their own, whose results are thrown away. So nothing is synchronised for the
+sake of the layout, and padding reaches nothing. ``FLASHSINK_VENDOR`` names the attention: ``torch`` (its varlen
+flash kernel, the default), ``cudnn`` (dense rows without padding only, else ``torch``), ``flash_attn``
+(FlashAttention 2) or ``flash_attn_4``; the last two when they are installed. On CPU tensors this is the ``cpu``
+backend.
+
+The loss, the norm, the activation statistics and ACT have no vendor: on CUDA they are those of the ``triton`` backend
+where it is usable, else the reference. Dimensions: B rows, H query and Hk key heads, Sq queries, Sk keys, D head dim,
+N sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsink import cpu, reference
+from flashsink.gpu import backend as triton_backend
+from flashsink.gpu import launch
+from flashsink.gpu.attention import run_received
+from flashsink.types import ActivationStats, Layout, Normed, SinkStats
+
+VENDOR_VARIABLE = "FLASHSINK_VENDOR"
+# (q, k, v (T, heads, D), bounds of queries and of keys (N + 1,) int32, longest of both, causal, scale)
+# -> out (T, H, D), lse (H, T)
+Vendor = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bool, float], tuple[Tensor, Tensor]]
+
+
+def refusal(q: Tensor) -> str:
+    """Why q cannot be taken, or ""."""
+    if q.device.type == "cpu":
+        return ""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"its attention takes float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"its attention takes head dims that are multiples of 8 up to 256, not {q.shape[-1]}"
+    return ""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    counted: Sequence[Tensor | None] = (),
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, list[SinkStats]]:
+    """:func:`flashsink.reference.attention`. A sink logit changes the log-sum-exp that the vendor's backward relies
+    on, so on CUDA it goes to the reference."""
+    if q.device.type == "cpu":
+        return cpu.attention(q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits)
+    if sink_logits is not None:
+        return reference.attention(
+            q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
+        )
+    out, lse = attend(q, k, v, layout, causal, scale)
+    stats = [
+        SinkStats(
+            _received(q, k, lse, layout, causal, scale, first), layout.query_counts(q.shape[2], causal, first), lse
+        )
+        for first in counted
+    ]
+    return out, stats
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out (B, H, Sq, D), lse (B, H, Sq) float32 without a graph), 0 at padded queries."""
+    b, h, queries, d = q.shape
+    name = os.environ.get(VENDOR_VARIABLE, "torch")
+    if name == "cudnn" and layout.full and queries == layout.tokens:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return out, lse.detach().reshape(b, h, queries)
+    bounds_q, bounds_k, longest_q, longest_k = pieces(layout, queries)
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(-1, x.shape[1], d) for x in (q, k, v))
+    vendor = VENDORS[name if name != "cudnn" else "torch"]
+    out, lse = vendor(flat_q, flat_k, flat_v, bounds_q, bounds_k, longest_q, longest_k, causal, scale)
+    silent = ~layout.valid()[:, None, layout.tokens - queries :]
+    out = out.view(b, queries, h, d).transpose(1, 2).masked_fill(silent.unsqueeze(-1), 0.0)
+    lse = lse.detach().view(h, b, queries).transpose(0, 1)
+    return out, lse.masked_fill(silent, 0.0).float().contiguous()
+
+
+def pieces(layout: Layout, queries: int) -> tuple[Tensor, Tensor, int, int]:
+    """The layout as sequences side by side: bounds of queries and keys (int32), and the longest of both.
+
+    A dense row is three: padding, the valid tokens, padding. Its queries are its last positions. A packed row has
+    one more sequence than it is given, for what lies behind.
+    """
+    begins, ends = layout.starts, layout.starts + layout.lengths
+    if layout.packed:
+        edges = torch.cat([begins, ends[-1:], ends.new_full((1,), layout.tokens)])
+        own = edges
+    else:
+        row = torch.arange(layout.rows, device=begins.device)
+        inner = torch.stack([torch.zeros_like(begins), begins, ends], dim=1)
+        last = row.new_full((1,), layout.rows)
+        edges = torch.cat([(inner + row[:, None] * layout.tokens).flatten(), last * layout.tokens])
+        hidden = layout.tokens - queries
+        inner = (inner - hidden).clamp(min=0)
+        own = torch.cat([(inner + row[:, None] * queries).flatten(), last * queries])
+    longest = layout.tokens
+    if not torch.compiler.is_compiling() and not (edges.is_cuda and torch.cuda.is_current_stream_capturing()):
+        longest = max(int(edges.diff().max()), 1)
+    return own.int(), edges.int(), min(longest, queries), longest
+
+
+def calibrated_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+) -> Tensor:
+    """:func:`flashsink.reference.calibrated_attention`."""
+    return _ours(q).calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
+
+
+def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """:func:`flashsink.reference.decorrelation_sums`."""
+    return _ours(layers[0]).decorrelation_sums(layers, spans, layout, margin)
+
+
+def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
+    """:func:`flashsink.reference.activation_stats`."""
+    return _ours(layers[0]).activation_stats(layers, layout, median)
+
+
+def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float) -> Normed:
+    """:func:`flashsink.reference.rms_norm`."""
+    return _ours(h).rms_norm(h, weight, eps, layout, spans, margin)
+
+
+def _ours(x: Tensor) -> Any:
+    if x.device.type == "cpu":
+        return cpu
+    return triton_backend if launch.available() == "usable" else reference
+
+
+def _received(
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None
+) -> Tensor:
+    if launch.available() == "usable":
+        return run_received(q, k, lse, layout, causal=causal, scale=scale, first=first)
+    a, own = reference.probabilities(q.detach(), k.detach(), layout, causal=causal, scale=scale)
+    return reference.sink_stats(a, own, layout, causal=causal, first=first).received
+
+
+# ---- the vendors; causal means that the last query sees the last key
+
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    window = (-1, 0) if causal else (-1, -1)
+    aux = AuxRequest(lse=True)
+    out, lse = varlen_attn(q, k, v, bounds_q, bounds_k, n_q, n_k, return_aux=aux, scale=scale, window_size=window)
+    return out, lse
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    run = importlib.import_module("flash_attn").flash_attn_varlen_func
+    out, lse, _ = run(q, k, v, bounds_q, bounds_k, n_q, n_k, softmax_scale=scale, causal=causal, return_attn_probs=True)
+    return out, lse
+
+
+def _flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    run = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+    bounds = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "max_seqlen_q": n_q, "max_seqlen_k": n_k}
+    out, lse = run(q, k, v, **bounds, softmax_scale=scale, causal=causal, return_lse=True)
+    return out, lse
+
+
+VENDORS: dict[str, Vendor] = {"torch": _torch_varlen, "flash_attn": _flash_attn, "flash_attn_4": _flash_attn_4}

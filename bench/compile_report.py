@@ -4,7 +4,8 @@
 table differs from the committed one, or a kernel spills registers, takes more shared memory than the device has, or
 has lost the matrix instructions of Hopper.
 
-The launchers run on small CPU tensors under an observer that keeps every launch from happening; Triton's own binder
+The launchers run on small CPU tensors under an observer that keeps every launch from happening, once for every
+architecture, since each has its own tiles; Triton's own binder
 turns its arguments into the signature that the same launch would have on a GPU.
 """
 
@@ -87,22 +88,23 @@ def collect(cases: Iterable[Case]) -> list[Entry]:
     Raises:
         RuntimeError: a case launches nothing.
     """
+    from flashsink.gpu import tiles
     from flashsink.gpu.launch import Launch, observe
 
     entries: dict[Entry, None] = {}
     for case in cases:
-        launches: list[Launch] = []
+        for capability in case.capabilities:
+            launches: list[Launch] = []
 
-        def record(launch: Launch, launches: list[Launch] = launches) -> bool:
-            launches.append(launch)
-            return False
+            def record(launch: Launch, launches: list[Launch] = launches) -> bool:
+                launches.append(launch)
+                return False
 
-        with observe(record):
-            case.call()
-        if not launches:
-            raise RuntimeError(f"case {case.name}: no kernel was launched")
-        for launch in launches:
-            for capability in case.capabilities:
+            with tiles.target(capability), observe(record):
+                case.call()
+            if not launches:
+                raise RuntimeError(f"case {case.name}: no kernel was launched")
+            for launch in launches:
                 entries[_entry(case, launch, capability)] = None
     return list(entries)
 

@@ -83,7 +83,7 @@ def times(kernel: str, problem: Problem, seconds: float, end: float) -> dict[str
 
 
 def in_use(kernel: str, problem: Problem) -> Tile:
-    return tiles.choose(kernel, problem.model.dim, problem.dtype.itemsize)
+    return tiles.choose(kernel, problem.model.dim, problem.dtype.itemsize, problem.device)
 
 
 def tiled(step: Step, kernel: str, tile: Tile) -> Step:

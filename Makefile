@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-long lint bench gpu clean
+.PHONY: install demo test test-long lint bench gpu gpu-tune clean
 
 install: $(STAMP)
 
@@ -31,11 +31,16 @@ test-long: install lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: install
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
+
+# from the source tree: needs only torch, triton, transformers, numpy and pytest of PYTHON
+FROM_SOURCE = cd $(CURDIR) && PYTHONPATH=$(CURDIR)/kernels:$(CURDIR) $(PYTHON)
 
 gpu:
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/kernels:$(CURDIR)/bench $(PYTHON) -m pytest -q tests/flashsink -m "not smollm" -p no:cacheprovider
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/kernels $(PYTHON) bench/run.py
+	@$(FROM_SOURCE) -m bench.gpu
+
+gpu-tune:
+	@$(FROM_SOURCE) -m bench.tune
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

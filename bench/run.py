@@ -1,184 +1,102 @@
-"""``make bench``: times and memory of flashsink's operations, one row each in ``bench/ledger.csv``.
+"""``make bench``: measures the claims on this machine and appends every row to ``bench/ledger.csv``.
 
-Every operation stands beside what one would write without it, on the same inputs. A row holds the 20th, 50th and
-80th percentile in ms and the peak of additional memory in MiB; slower rows stay in.
+``python -m bench.run [NAME ...]``: all modules of :mod:`bench.claims`, or the named ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
-import threading
+import importlib
+import json
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import triton
 
-import flashsink
+if not __package__:  # run as a script: the repository root is not on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-LEDGER = Path(__file__).with_name("ledger.csv")
-FIELDS = ["date", "commit", "device", "torch", "triton", "claim", "provider", "shape", "dtype"]
-FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
+from bench import ledger
+from bench.claims import MODULES
+from bench.harness import Bench, Comparison, DeviceLost, one_line
+from bench.ledger import Row
 
-
-@dataclass(frozen=True)
-class Case:
-    """One row to be measured: ``make`` returns the callable to time."""
-
-    claim: str
-    provider: str
-    shape: str
-    make: Callable[[], Callable[[], object]]
+# how a time budget is shared out; all others have 1
+WEIGHTS = {"training_step": 3.0, "attention_statistics": 1.5, "long_rows": 1.5}
 
 
-def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    cases = []
-    for b, h, hk, s, d in ((8, 9, 3, 64, 64), (8, 9, 3, 256, 64), (2, 24, 8, 512, 128)):
-
-        def inputs(b: int = b, h: int = h, hk: int = hk, s: int = s, d: int = d) -> tuple[torch.Tensor, ...]:
-            shape = ((b, h, s, d), (b, hk, s, d), (b, hk, s, d))
-            return tuple(torch.randn(x, device=device, dtype=dtype, requires_grad=True) for x in shape)
-
-        def flash(stats: bool, inputs: Callable[[], tuple[torch.Tensor, ...]] = inputs) -> Callable[[], object]:
-            q, k, v = inputs()
-
-            def step() -> None:
-                out = flashsink.attention(q, k, v, return_stats=stats)
-                (out[0] if isinstance(out, tuple) else out).sum().backward()
-
-            return step
-
-        def sdpa(inputs: Callable[[], tuple[torch.Tensor, ...]] = inputs) -> Callable[[], object]:
-            q, k, v = inputs()
-
-            def step() -> None:
-                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                out.sum().backward()
-
-            return step
-
-        shape = f"B{b} H{h} Hk{hk} S{s} D{d}"
-        cases.append(Case("attention fwd+bwd", "torch sdpa, no statistics", shape, sdpa))
-        cases.append(Case("attention fwd+bwd", "flashsink", shape, lambda flash=flash: flash(False)))
-        cases.append(Case("attention fwd+bwd", "flashsink with statistics", shape, lambda flash=flash: flash(True)))
-    return cases
-
-
-def hidden_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    cases = []
-    for layers, b, s, c in ((29, 8, 32, 576), (4, 4, 256, 2048)):
-
-        def states(layers: int = layers, b: int = b, s: int = s, c: int = c) -> list[torch.Tensor]:
-            return [torch.randn(b, s, c, device=device, dtype=dtype, requires_grad=True) for _ in range(layers)]
-
-        def fused(states: Callable[[], list[torch.Tensor]] = states) -> Callable[[], object]:
-            hidden = states()
-            spans = torch.full((hidden[0].shape[0],), hidden[0].shape[1], device=device)
-            return lambda: flashsink.decorrelation_loss(hidden, spans).backward()
-
-        def eager(states: Callable[[], list[torch.Tensor]] = states) -> Callable[[], object]:
-            hidden = states()
-
-            def step() -> None:
-                cosines = [torch.nn.functional.cosine_similarity(h[:, :1], h[:, 1:], dim=-1) for h in hidden]
-                torch.stack([(x**2).mean() for x in cosines]).mean().backward()
-
-            return step
-
-        def activations(states: Callable[[], list[torch.Tensor]] = states) -> Callable[[], object]:
-            hidden = states()
-            return lambda: flashsink.activation_stats(hidden)
-
-        shape = f"L{layers} B{b} S{s} C{c}"
-        cases.append(Case("decorrelation fwd+bwd", "torch cosine_similarity", shape, eager))
-        cases.append(Case("decorrelation fwd+bwd", "flashsink", shape, fused))
-        cases.append(Case("activation statistics", "flashsink", shape, activations))
-    return cases
-
-
-def measure(step: Callable[[], object], device: torch.device, seconds: float) -> tuple[list[float], float]:
-    """(p20, p50, p80) in ms over at least 5 calls, and the peak of additional memory in MiB."""
-    for _ in range(2):
-        step()
-    peak = peak_memory(step, device)
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < seconds:
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) * 1e3)
-    times.sort()
-    return [times[int(len(times) * share)] for share in (0.2, 0.5, 0.8)], peak
-
-
-def peak_memory(step: Callable[[], object], device: torch.device) -> float:
-    """CUDA: of the allocator. CPU: resident memory sampled by a thread, so short peaks may be missed."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    page = 4096 / 2**20
-    resident = Path("/proc/self/statm")
-    samples = [int(resident.read_text().split()[1])]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            samples.append(int(resident.read_text().split()[1]))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step()
-    done.set()
-    watcher.join()
-    return (max(samples) - samples[0]) * page
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
+    parser.add_argument("--seconds", type=float, default=0.0, help="for the rounds of a comparison")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
+    parser.add_argument("--layers", type=int, default=0, help="of the models whose steps are measured; 0 = all")
     parser.add_argument("--dry", action="store_true", help="print, but leave the ledger alone")
+    parser.add_argument("--rows", type=Path, help="also append every row to this file, a JSON object a line")
     arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(MODULES)
+    if unknown:
+        parser.error(f"NAME: expected some of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}, {_cpu()}"
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "commit": head.stdout.strip() or "unknown",
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    rows = []
-    for case in attention_cases(device, dtype) + hidden_cases(device, dtype):
-        quantiles, peak = measure(case.make(), device, arguments.seconds)
-        numbers = dict(zip(FIELDS[-4:], (f"{x:.3f}" for x in [*quantiles, peak]), strict=True))
-        rows.append({**common, "claim": case.claim, "provider": case.provider, "shape": case.shape, **numbers})
-        print(f"{case.claim:22s} {case.shape:26s} {case.provider:28s} {quantiles[1]:9.3f} ms {peak:8.1f} MiB")
-    if arguments.dry:
-        return
-    new = not LEDGER.exists()
-    with LEDGER.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    rows: list[Row] = []
+
+    def emit(row: Row) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+        if arguments.rows is not None:
+            with arguments.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    bench = Bench(device, arguments.seconds or (0.25 if device.type == "cuda" else 1.5), emit)
+    lost = measure(bench, arguments.names or list(MODULES), arguments.budget, arguments.layers)
+    if not arguments.dry:
+        ledger.append(rows)
+    return 3 if lost else 0
 
 
-def _cpu() -> str:
-    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+def measure(bench: Bench, names: list[str], budget: float, layers: int) -> bool:
+    """Runs the modules one after another, each with its share of the time that is left. Returns whether the device
+    was lost on the way; a module that began is then over, and prints a line that says so."""
+    end = time.monotonic() + budget
+    for index, name in enumerate(names):
+        weights = [WEIGHTS.get(other, 1.0) for other in names[index:]]
+        now = time.monotonic()
+        bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
+        module = importlib.import_module(f"bench.claims.{name}")
+        options = {"layers": layers} if layers and name in ("training_step", "loss_memory") else {}
+        print(f"--- {name}: {module.__doc__.splitlines()[0]}", flush=True)
+        if bench.deadline <= now:
+            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict="no time left")
+            continue
+        try:
+            module.run(bench, **options)
+        except DeviceLost as error:
+            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict=f"error: device lost: {one_line(error)}")
+            return True
+        except Exception as error:
+            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict=f"error: {one_line(error)}")
+        bench.clean()
+    return False
+
+
+def nothing(claim: str, bench: Bench) -> Comparison:
+    return Comparison(claim, "all", torch.bfloat16 if bench.cuda else torch.float32, ())
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    parts = [f"{row['claim']:22s} {row['shape'][:52]:52s} {row['provider'][:48]:48s}"]
+    if row.get("p50_ms"):
+        parts.append(f"{float(row['p50_ms']):10.3f} ms")
+    if row.get("peak_mib"):
+        parts.append(f"{float(row['peak_mib']):9.1f} MiB")
+    if row.get("ratio"):
+        spread = f" ({row['ratio_p20']}..{row['ratio_p80']})" if row.get("ratio_p20") else ""
+        parts.append(f"{row.get('metric', '')} ratio {row['ratio']}{spread}")
+    parts.append(f"{row.get('target', '')} {row.get('verdict', '')}".strip())
+    return "  ".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

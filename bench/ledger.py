@@ -1,0 +1,100 @@
+"""The ledger: one row for everything measured, and what a ratio is worth against its target."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "bench" / "ledger.csv"
+FIELDS = ["date", "commit", "device", "torch", "triton", "claim", "provider", "shape", "dtype"]
+FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
+# of the ratio named by metric: time, memory or bandwidth; the same percentiles over paired samples
+FIELDS += ["metric", "against", "ratio_p20", "ratio", "ratio_p80", "target", "verdict", "note"]
+
+Row = dict[str, str]
+
+
+def read(path: Path = LEDGER) -> list[Row]:
+    """All rows, oldest first; a field that a row lacks is empty."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{field: row.get(field) or "" for field in FIELDS} for row in csv.DictReader(file)]
+
+
+def append(rows: Iterable[Row], path: Path = LEDGER) -> None:
+    """Adds rows.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        if header != FIELDS:
+            raise ValueError(f"{path}: expected the columns {','.join(FIELDS)}, got {','.join(header)}")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def verdict(target: str, ratio: float) -> str:
+    """ "met" or "missed" for a target such as "<= 1.25" or ">= 2"; "report" where there is none."""
+    if not target:
+        return "report"
+    sign, _, limit = target.partition(" ")
+    if sign not in ("<=", ">="):
+        raise ValueError(f"target: expected '<= number' or '>= number', got {target!r}")
+    met = ratio <= float(limit) if sign == "<=" else ratio >= float(limit)
+    return "met" if met else "missed"
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80, between neighbours by straight lines."""
+    ordered = sorted(values)
+    found = []
+    for share in (0.2, 0.5, 0.8):
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found.append(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+    return found[0], found[1], found[2]
+
+
+def origin(device: torch.device) -> Row:
+    """The columns that say when, from what and on what a row was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # the ledger and the log change with every run; all else that differs from the commit makes it "dirty"
+    changed = git("status", "--porcelain", "--", ".", ":!bench/ledger.csv", ":!bench/LOG.md", ":!bench/README.md")
+    head = git("rev-parse", "--short=7", "HEAD")
+    return f"{head}-dirty" if head and changed else head or "unknown"

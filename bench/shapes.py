@@ -1,0 +1,46 @@
+"""What is measured: model shapes and batches like those of Llama-AVSR."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a Llama-style decoder."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("llama-3.2-1b", 32, 8, 64, 2048, 16, 8192, 128256),
+        Model("llama-3.2-3b", 24, 8, 128, 3072, 28, 8192, 128256),
+        Model("llama-3.1-8b", 32, 8, 128, 4096, 32, 14336, 128256),
+        Model("smollm2-135m", 9, 3, 64, 576, 30, 1536, 49152),
+    )
+}
+
+HEADLINE_TOKENS = 16384
+SHORTEST, LONGEST = 48, 400  # tokens of an utterance in Llama-AVSR, speech and text
+
+
+def utterances(tokens: int, seed: int = 0, low: int = SHORTEST, high: int = LONGEST) -> list[int]:
+    """Lengths of low..high that add up to ``tokens`` exactly; the same for the same seed."""
+    if tokens < low:
+        raise ValueError(f"tokens: expected at least {low}, got {tokens}")
+    draw, lengths, left = random.Random(seed), [], tokens
+    while left > high + low:
+        lengths.append(draw.randint(low, high))
+        left -= lengths[-1]
+    # what is left is low..high + low tokens: one utterance, or two where one would be too long
+    return [*lengths, left] if left <= high else [*lengths, left // 2, left - left // 2]

@@ -55,6 +55,7 @@ class LLMConfig:
     name: str = MISSING
     bos_token: str | None = None  # the anchor, when the tokenizer has no BOS
     eos_token: str | None = None  # the end, when the tokenizer has no EOS
+    attention: str = "flashsink"  # in training; the others are transformers' own and measure no sinks
 
 
 @dataclass
@@ -157,6 +158,7 @@ _CHOICES = {
     "model.task": ("audio",),
     "model.compression.kind": ("average", "stack"),
     "data.on_bad": ("refuse", "skip"),
+    "model.llm.attention": ("flashsink", "sdpa", "eager", "flash_attention_2"),
     "training.precision": ("fp32", "bf16", "auto"),
     "decode.normaliser": ("plain", "whisper"),
 }

@@ -72,9 +72,9 @@ def train(config: Config) -> Path:
 
 
 def attach(model: torch.nn.Module, config: Config) -> None:
-    """flashsink for training: the decorrelation loss only when it counts."""
+    """flashsink for training: the decorrelation loss only when it counts, sinks only through its own attention."""
     model.attach(  # type: ignore[operator]
-        attention=True,
+        attention=config.model.llm.attention == "flashsink",
         decorrelation=config.loss.decorrelation > 0,
         activations=False,
         margin=config.loss.margin,

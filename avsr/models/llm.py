@@ -49,9 +49,13 @@ def load_llm(config: LLMConfig, dtype: torch.dtype = torch.float32) -> LoadedLLM
     source = resolve(config.name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
+    # flashsink comes with its probe, which takes the place of whatever is there
+    attention = "sdpa" if config.attention == "flashsink" else config.attention
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
+    except ImportError as error:
+        raise UserError(f"model.llm.attention: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error

@@ -54,15 +54,16 @@ def attention(
     q, k, v = (_adjacent(x) for x in (q, k, v))
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot hand over a leaf of its own making, so there the pass runs
-    pending = None
+    pending, capture = None, None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
         pending = Pending(q, k, layout, causal, scale, counted[0])
+        capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
         q,
         k,
         v,
         sink_logits,
-        None if pending is None else pending.capture,
+        capture,
         layout.starts,
         layout.lengths,
         counted[0] if counted else None,
@@ -128,12 +129,20 @@ class Pending:
         self._inputs = (q.detach(), k.detach(), layout, causal, scale, first)
         self._captured: Tensor | None = None
         self.lse: Tensor | None = None
-        shape = (q.shape[0], q.shape[1], k.shape[2])
-        self.capture = torch.empty(shape, dtype=torch.float32, device=q.device, requires_grad=True)
-        self.capture.register_hook(self._catch)
 
-    def _catch(self, gradient: Tensor) -> None:
-        self._captured = gradient.detach()
+    def leaf(self) -> Tensor:
+        """(B, H, Sk) float32, the input of attention whose gradient the backward will hand over. Only the graph
+        holds it, so that nothing here outlives the graph."""
+        assert self._inputs is not None
+        q, k = self._inputs[:2]
+        shape = (q.shape[0], q.shape[1], k.shape[2])
+        capture = torch.empty(shape, dtype=torch.float32, device=q.device, requires_grad=True)
+        capture.register_post_accumulate_grad_hook(self._catch)
+        return capture
+
+    def _catch(self, leaf: Tensor) -> None:
+        # taken away, so that a second backward of the same graph does not add to it
+        self._captured, leaf.grad = leaf.grad, None
         self._inputs = None
 
     def release(self) -> None:

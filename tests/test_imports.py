@@ -18,6 +18,7 @@ ORDER = [
     "flashsink._checks flashsink.reference flashsink.gpu.launch",
     "flashsink.native",
     "flashsink.native_norm flashsink.native_received",
+    "flashsink.native_attention",
     "flashsink.cpu",
     "flashsink.backends",
     "flashsink.functional flashsink.hf_masks",

@@ -8,6 +8,7 @@ without it; FLASHSINK_REQUIRE_NATIVE=1 makes that an error.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 
 from setuptools import Extension, setup
@@ -63,8 +64,11 @@ setup(
     ext_modules=[
         Extension(
             NAME,
-            sources=[f"csrc/{name}.cpp" for name in ("activations", "decorrelation", "library", "norm", "received")],
-            depends=["csrc/flashsink.h", "csrc/rows.h"],
+            sources=[
+                f"csrc/{name}.cpp"
+                for name in ("activations", "attention", "decorrelation", "library", "norm", "received")
+            ],
+            depends=sorted(glob.glob("csrc/*.h")),
             extra_compile_args=[*FLAGS, OPENMP],
             extra_link_args=[OPENMP],
             language="c++",

@@ -17,7 +17,7 @@ ORDER = [
     "flashsink.types flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch flashsink.gpu.device",
     "flashsink.native flashsink.gpu.tiles flashsink.gpu.decorrelation",
-    "flashsink.native_norm flashsink.native_received flashsink.gpu.activations",
+    "flashsink.native_norm flashsink.native_received flashsink.native_attention flashsink.gpu.activations",
     "flashsink.gpu.attention_forward flashsink.gpu.attention_backward flashsink.gpu.calibrate flashsink.gpu.norm",
     "flashsink.cpu flashsink.gpu.received",
     "flashsink.gpu.attention",

@@ -3,8 +3,8 @@
 What runs where, always the same for the same arguments:
 
 - ``attention`` of float16 / bfloat16 / float32: torch's flash attention for CPU in float32 (half precision is widened
-  first: faster there than its bfloat16 path, and as exact as the reference), one call for dense rows and one for
-  every packed sequence. Statistics are a second pass in C++, :mod:`flashsink.native_received`.
+  first: faster there than its bfloat16 path, and as exact as the reference) with our own backward, see
+  :mod:`flashsink.native_attention`. Statistics are a second pass in C++, :mod:`flashsink.native_received`.
 - ``attention`` with ``sink_logits``: the same, rescaled, where no gradient is needed. Torch's log-sum-exp carries
   none, so the reference computes where one is.
 - ``calibrated_attention``: two sets of keys, attention over all but the sinks by torch's kernel and a skinny product
@@ -24,16 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsink import native_received as _registered  # noqa: F401 - flashsink::received
 from flashsink import reference
-from flashsink.native import activation_stats, decorrelation_sums, rows
+from flashsink.native import activation_stats, decorrelation_sums
+from flashsink.native_attention import LEAST, flash, mask_of
 from flashsink.native_norm import rms_norm
 from flashsink.reference import refusal
 from flashsink.types import Layout, SinkStats
 
 __all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]
-
-_LEAST = torch.finfo(torch.float32).min
 
 
 def attention(
@@ -53,16 +51,14 @@ def attention(
         return reference.attention(
             q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
         )
-    if layout.packed:
-        wide = _Wide(rows(q.float()), rows(k.float()), rows(v.float()), None)
-        out, lse = _packed(wide, layout, causal, scale)
-    else:
-        wide = _widen(q, k, v, layout)
-        mask = _mask(layout, wide.padding, q.shape[2], causal)
-        out, lse = _flash(wide, causal and q.shape[2] == layout.tokens, mask, scale)
-        if wide.padding is not None:
-            silent = wide.padding[:, None, layout.tokens - q.shape[2] :]
-            out, lse = out.masked_fill(silent.unsqueeze(-1), 0.0), lse.masked_fill(silent, 0.0)
+    wide = _Wide(q.float(), k.float(), v.float(), None) if layout.packed else _widen(q, k, v, layout)
+    wide_q, wide_k, wide_v, padding = wide
+    out, lse = torch.ops.flashsink.attention(
+        wide_q, wide_k, wide_v, layout.starts, layout.lengths, layout.packed, causal, scale
+    )
+    if padding is not None:
+        silent = padding[:, None, layout.tokens - q.shape[2] :]
+        out, lse = out.masked_fill(silent.unsqueeze(-1), 0.0), lse.masked_fill(silent, 0.0)
     if sink_logits is not None:
         every = torch.logaddexp(lse, sink_logits.float()[:, None])
         out, lse = out * (lse - every).exp().unsqueeze(-1), every
@@ -88,11 +84,11 @@ def calibrated_attention(
         return attention(q, k, v, layout, causal=True, scale=scale)[0]
     queries = q.shape[2]
     wide = _widen(q, k, v, layout)
-    without = torch.zeros(chosen.shape).masked_fill_(chosen, _LEAST)[:, :, None, :].expand(-1, -1, queries, -1)
-    mask = _mask(layout, wide.padding, queries, True)
+    without = torch.zeros(chosen.shape).masked_fill_(chosen, LEAST)[:, :, None, :].expand(-1, -1, queries, -1)
+    mask = mask_of(layout, queries, True)
     if mask is not None:
         without = torch.minimum(mask, without)
-    others, lse_others = _flash(wide, queries == layout.tokens, without, scale)
+    others, lse_others = flash(wide.q, wide.k, wide.v, queries == layout.tokens, without, scale)
     # the sinks of every head, gathered: few
     columns = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
     row, head = torch.arange(q.shape[0])[:, None, None], torch.arange(q.shape[1])[:, None]
@@ -116,7 +112,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 class _Wide(NamedTuple):
-    """q (B, H, Sq, D), k and v (B, Hk, Sk, D) in float32 with unit last stride, and padding (B, Sk) bool, or None
+    """q (B, H, Sq, D), k and v (B, Hk, Sk, D) in float32, and padding (B, Sk) bool, or None
     where there is none or it is never touched."""
 
     q: Tensor
@@ -127,60 +123,13 @@ class _Wide(NamedTuple):
 
 def _widen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> _Wide:
     """Dense rows. Padding may hold NaN and must neither send nor receive a gradient, so it is zeroed."""
-    q, k, v = (rows(x.float()) for x in (q, k, v))
+    q, k, v = (x.float() for x in (q, k, v))
     padding = ~layout.valid()
     if not bool(padding.any()):
         return _Wide(q, k, v, None)
     keys = padding[:, None, :, None]
     queries = keys[:, :, layout.tokens - q.shape[2] :]
     return _Wide(q.masked_fill(queries, 0.0), k.masked_fill(keys, 0.0), v.masked_fill(keys, 0.0), padding)
-
-
-def _flash(wide: _Wide, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(out (B, H, Sq, D), lse (B, H, Sq)) of torch's kernel, which wants as many key heads as query heads. Its causal
-    mask begins at the first key, so ``causal`` serves only as many queries as keys."""
-    q, k, v, _ = wide
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-
-
-def _packed(wide: _Wide, layout: Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The sequences of one row, each in a call of its own; what lies behind the last is left alone."""
-    q, k, v, _ = wide
-    sizes = layout.lengths.tolist()
-    behind = layout.tokens - sum(sizes)
-    # one split and one cat, so that the backward does not add up as many full tensors as there are sequences
-    parts = zip(*(x.split([*sizes, behind], dim=2) for x in (q, k, v)), strict=True)
-    results = [
-        _flash(_Wide(part[0], part[1], part[2], None), causal, None, scale)
-        for part, size in zip(parts, sizes, strict=False)
-        if size > 0
-    ]
-    outs, lses = [out for out, _ in results], [lse for _, lse in results]
-    if behind:
-        outs.append(q.new_zeros(q.shape[0], q.shape[1], behind, q.shape[3]))
-        lses.append(q.new_zeros(q.shape[0], q.shape[1], behind))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
-
-
-def _mask(layout: Layout, padding: Tensor | None, queries: int, causal: bool) -> Tensor | None:
-    """What is added to the scores, beside the causal mask where there are as many queries as keys; None if nothing.
-
-    The least finite number and not -inf: a padded query then gets finite nonsense, which is zeroed, and not NaN.
-    """
-    keys = layout.tokens
-    # no valid query of a causal row comes after padding but behind its start
-    seen = causal and queries > 1 and not bool((layout.starts > 0).any())
-    mask = None
-    if causal and 1 < queries < keys:
-        later = torch.ones(queries, keys, dtype=torch.bool).triu_(keys - queries + 1)
-        mask = torch.zeros(later.shape).masked_fill_(later, _LEAST)
-    if padding is not None and not seen:
-        own = torch.zeros(padding.shape).masked_fill_(padding, _LEAST)[:, None, None, :]
-        mask = own if mask is None else torch.minimum(mask, own)
-    return None if mask is None else mask.expand(layout.rows, 1, queries, keys)
 
 
 @torch.no_grad()

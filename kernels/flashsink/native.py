@@ -1,8 +1,8 @@
 """The C++ kernels of ``csrc`` for CPU tensors: the library, the decorrelation loss and the largest activations.
 
 The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
-``torch.library`` operators are always there, and raise where it is missing. Two more kernels have their own modules:
-:mod:`flashsink.native_norm` and :mod:`flashsink.native_received`.
+``torch.library`` operators are always there, and raise where it is missing. Other kernels have their own modules:
+:mod:`flashsink.native_norm`, :mod:`flashsink.native_received` and :mod:`flashsink.native_attention`.
 
 float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
 for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
@@ -38,6 +38,7 @@ _SIGNATURES = {
     "flashsink_rms_norm_forward": [*_VIEW, *[_POINTER] * 2, *[ctypes.c_double] * 2, *[_POINTER] * 7, _INT],
     "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
     "flashsink_column_sums": [*[_POINTER] * 3, *[_SIZE] * 10, *[_POINTER] * 3, _INT, ctypes.c_float, _INT],
+    "flashsink_attention_tile": [*[_POINTER] * 4, *[_SIZE] * 8, *[_POINTER] * 2, _INT, ctypes.c_float, _INT],
     "flashsink_limit_isa": [_INT],
 }
 

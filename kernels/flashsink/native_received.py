@@ -16,7 +16,7 @@ from flashsink.native import library, rows
 
 TILE = 64  # queries of a tile
 PRODUCTS = 1 << 18  # products held at once (1 MB, what fits a core's cache), more only where one head's tile is larger
-_SLACK = 64  # floats that csrc/received.cpp may read behind a tile
+SLACK = 64  # floats that csrc/received.cpp may read behind a tile
 
 
 torch.library.define(
@@ -61,23 +61,17 @@ def _received(
         lse: (B, H, Sq) float32.
         starts, lengths: (N,) int64, and first: (N,) int64 or None for all, as in :class:`flashsink.types.Layout`.
     """
-    _check(q, k, lse, starts, lengths, packed)
+    check(q, k, lse, starts, lengths, packed)
     out = _received_like(q, k, lse, starts, lengths, first, packed, causal, scale)
-    keys, unseen = k.shape[2], k.shape[2] - q.shape[2]
-    starts = starts.clamp(0, keys)
-    ends = torch.minimum(starts + lengths.clamp(min=0), starts.new_tensor(keys))
-    firsts = starts.clamp(min=unseen)
-    if first is not None:
-        firsts = torch.maximum(firsts, first)
-    bounds = torch.stack([starts, ends, firsts])
+    bounds = bounds_of(q, k, starts, lengths, first)
     lse = lse.contiguous()
     buffer = q.new_empty(0, dtype=torch.float32)
-    for part in _parts(q, k, bounds, packed):
+    for part in parts(q, k, bounds, packed):
         buffer = _part(q, k, lse, out, bounds, part, causal, scale, buffer)
     return out
 
 
-def _check(q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> None:
+def check(q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> None:
     b, h, queries, d = q.shape
     if k.shape[0] != b or k.shape[3] != d or h % k.shape[1] or k.shape[2] < queries:
         raise ValueError(f"k: expected keys for queries {tuple(q.shape)}, got {tuple(k.shape)}")
@@ -90,10 +84,19 @@ def _check(q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, p
         raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
 
 
+def bounds_of(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, first: Tensor | None) -> Tensor:
+    """(3, N) int64: start and end of every row or sequence, cut to the positions there are, and its first query."""
+    keys = k.shape[2]
+    starts = starts.clamp(0, keys)
+    ends = torch.minimum(starts + lengths.clamp(min=0), starts.new_tensor(keys))
+    firsts = starts.clamp(min=keys - q.shape[2])
+    return torch.stack([starts, ends, firsts if first is None else torch.maximum(firsts, first)])
+
+
 Part = tuple[slice, slice, slice]  # sequences, rows of the batch, key heads
 
 
-def _parts(q: Tensor, k: Tensor, bounds: Tensor, packed: bool) -> Iterator[Part]:
+def parts(q: Tensor, k: Tensor, bounds: Tensor, packed: bool) -> Iterator[Part]:
     """What is computed together: several rows where they are short, else several or one key head of one row."""
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     starts, ends, _ = bounds.tolist()
@@ -132,8 +135,8 @@ def _part(
         seen = (high if causal else end) - start
         count = (high - low) * groups
         size = b * g * count * seen
-        if buffer.numel() < size + _SLACK:
-            buffer = buffer.new_empty(size + _SLACK)
+        if buffer.numel() < size + SLACK:
+            buffer = buffer.new_empty(size + SLACK)
         folded = queries[:, :, :, low - unseen : high - unseen].float().reshape(b * g, count, d)
         torch.bmm(folded, keys[:, :seen].mT, out=buffer[:size].view(b * g, count, seen))
         library().flashsink_column_sums(

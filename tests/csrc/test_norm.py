@@ -18,7 +18,10 @@ def dense(starts, lengths, tokens):
 
 LAYOUTS = {
     "dense": (dense([0, 3, 70, 0], [70, 60, 0, 70], 70), torch.tensor([70, 55, 0, 1])),
-    "packed": (Layout(torch.tensor([0, 1, 1, 80]), torch.tensor([1, 0, 79, 10]), 1, 95, True), [1, 0, 75, 4]),
+    "packed": (
+        Layout(torch.tensor([0, 1, 1, 80, 82]), torch.tensor([1, 0, 79, 2, 8]), 1, 95, True),
+        [1, 0, 75, 2, 4],
+    ),
 }
 
 

@@ -199,6 +199,22 @@ def test_calibration(small, poison, launched, name, share, dtype):
 
 
 @pytest.mark.parametrize("name", ["both", "packed"])
+def test_strided_starts_and_lengths(small, name):
+    """They come out of a mask that holds several numbers a row."""
+    q, k, v, _, layout = make(name, torch.float32)
+    pairs = torch.stack([layout.starts, layout.lengths, layout.starts + 1], dim=1)
+    strided = layout._replace(starts=pairs[:, 0], lengths=pairs[:, 1])
+    results = []
+    for where, first in ((layout, layout.starts + 1), (strided, pairs[:, 2])):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, (stats,) = triton.attention(*leaves, where, causal=True, scale=0.3, counted=[first])
+        out.backward(torch.ones_like(out))
+        early = triton.run_received(q, k, stats.lse, where, causal=True, scale=0.3, first=first)
+        results.append([out.detach(), early, stats.received, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["both", "packed"])
 def test_any_strides(small, name):
     q, k, v, _, layout = make(name, torch.float32)
 

@@ -273,6 +273,9 @@ def backward(
     Padded positions get 0 and send nothing, whatever ``upstream`` (B, H, Sq, D) holds there.
     """
     q, k, v, out, lse = saved
+    # the kernels count entries, not strides: a mask that carries them has strides
+    starts, lengths = starts.contiguous(), lengths.contiguous()
+    counted = None if counted is None else counted.contiguous()
     b, h, queries, d = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -126,6 +126,8 @@ def forward(
 
     ``out`` lies in memory as (B, Sq, H, D), which is what a projection behind it wants.
     """
+    # the kernels count entries, not strides: a mask that carries them has strides
+    starts, lengths = starts.contiguous(), lengths.contiguous()
     b, h, queries, d = q.shape
     out = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)

@@ -111,6 +111,8 @@ def calibrate(
 ) -> Tensor:
     """(B, H, Sq, D): causal attention with ACT from ``attention`` = (out, lse) and ``sinks`` (B, H, Sk) bool."""
     out, lse = attention
+    # the kernels count entries, not strides: a mask that carries them has strides
+    starts, lengths = starts.contiguous(), lengths.contiguous()
     b, h, queries, d = q.shape
     result = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     tile = tiles.choose("calibrate", d, q.element_size(), q.device)

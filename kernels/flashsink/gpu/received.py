@@ -93,6 +93,9 @@ def received(
 
     ``lse`` (B, H, Sq) is float32 and contiguous; what it holds at padded queries is not looked at.
     """
+    # the kernels count entries, not strides: a mask that carries them has strides
+    starts, lengths = starts.contiguous(), lengths.contiguous()
+    counted = None if counted is None else counted.contiguous()
     b, h, queries, d = q.shape
     heads, tokens = k.shape[1], k.shape[2]
     result = torch.empty((b, h, tokens), dtype=torch.float32, device=q.device)

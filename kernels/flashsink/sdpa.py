@@ -78,6 +78,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale:
     """(out (B, H, Sq, D), lse (B, H, Sq) float32 without a graph), 0 at padded queries."""
     b, h, queries, d = q.shape
     name = os.environ.get(VENDOR_VARIABLE, "torch")
+    if name != "cudnn" and name not in VENDORS:
+        raise ValueError(f"{VENDOR_VARIABLE}: expected cudnn or one of {', '.join(VENDORS)}, got {name!r}")
     if name == "cudnn" and layout.full and queries == layout.tokens:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale

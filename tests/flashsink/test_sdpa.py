@@ -1,0 +1,134 @@
+"""The sdpa backend: layouts as sequences side by side for somebody else's attention, and our statistics on top."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+
+import flashsink
+from flashsink import reference, sdpa
+from flashsink._checks import resolve_layout
+from flashsink.gpu import attention as triton
+
+CASES = {
+    "full": (2, 4, 2, 17, 17, {}),
+    "right padding": (3, 3, 1, 17, 17, {"lengths": [17, 5, 0]}),
+    "left padding": (3, 2, 2, 17, 17, {"starts": [0, 5, 16]}),
+    "both": (3, 4, 2, 17, 17, {"starts": [2, 5, 0], "lengths": [9, 12, 3]}),
+    "one query": (3, 4, 1, 1, 17, {"starts": [0, 3, 16]}),
+    "queries at the end": (3, 2, 1, 5, 17, {"starts": [0, 3, 14], "lengths": [17, 14, 1]}),
+    "queries in padding": (2, 2, 1, 5, 17, {"lengths": [17, 14]}),
+    "packed": (1, 4, 2, 20, 20, {"cu_seqlens": [0, 1, 8, 20]}),
+    "packed with empty sequences and a tail": (1, 2, 1, 20, 20, {"cu_seqlens": [0, 0, 6, 6, 6, 17, 17]}),
+}
+
+
+def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal, scale):
+    """What a vendor does with sequences side by side: (out (T, H, D), lse (H, T)); causal ends at the last key."""
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
+    assert bounds_q[0] == bounds_k[0] == 0 and bounds_q[-1] == len(q) and bounds_k[-1] == len(k)
+    assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
+    assert bounds_k.diff().min() >= 0 and bounds_k.diff().max() <= longest_k
+    outs, lses = [], []
+    pairs = zip(bounds_q.tolist(), bounds_q.tolist()[1:], bounds_k.tolist(), bounds_k.tolist()[1:], strict=False)
+    for a, b, c, d in pairs:
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x[c:d].repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
+        if causal:
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_layout_becomes_sequences_side_by_side(monkeypatch, case, causal):
+    monkeypatch.setitem(sdpa.VENDORS, "torch", varlen)
+    b, h, hk, queries, keys, options = CASES[case]
+    layout = resolve_layout(b, keys, torch.device("cpu"), **{n: torch.tensor(x) for n, x in options.items()})
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(b, n, s, 8, generator=g) for n, s in ((h, queries), (hk, keys), (hk, keys)))
+    padding = ~layout.valid()[:, None, :, None]
+    results = []
+    for run in (lambda *x: sdpa.attend(*x, layout, causal, 0.3), None):
+        poison = 0.0 if run is None else 7.0  # NaN would reach the gradients of einsum, though of padding alone
+        leaves = [x.masked_fill(padding[:, :, keys - x.shape[2] :], poison).requires_grad_() for x in (q, k, v)]
+        if run is None:
+            out, (stats,) = reference.attention(*leaves, layout, causal=causal, scale=0.3, counted=[None])
+            lse, received = stats.lse, stats.received
+        else:
+            out, lse = run(*leaves)
+            received = triton.run_received(q, k, lse, layout, causal=causal, scale=0.3)
+        out.sin().sum().backward()
+        results.append([out.detach(), lse, received, *(x.grad for x in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_other_vendors_are_called_as_they_want_it(monkeypatch):
+    seen = []
+
+    def two(q, k, v, bounds_q, bounds_k, n_q, n_k, *, softmax_scale, causal, return_attn_probs):
+        seen.append("flash_attn")
+        assert return_attn_probs
+        return *varlen(q, k, v, bounds_q, bounds_k, n_q, n_k, causal, softmax_scale), None
+
+    def four(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
+        seen.append("flash_attn_4")
+        assert return_lse
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=two))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.SimpleNamespace(flash_attn_varlen_func=four))
+    q = torch.randn(2, 2, 6, 8)
+    layout = resolve_layout(2, 6, q.device, lengths=torch.tensor([6, 4]))
+    want = reference.attention(q, q, q, layout, causal=True, scale=0.3)[0]
+    for name in ("flash_attn", "flash_attn_4"):
+        monkeypatch.setenv(sdpa.VENDOR_VARIABLE, name)
+        torch.testing.assert_close(sdpa.attend(q, q, q, layout, True, 0.3)[0], want)
+    assert seen == ["flash_attn", "flash_attn_4"]
+
+
+def test_on_the_cpu_it_is_the_cpu_backend():
+    if flashsink.backends()["cpu"] != "usable":
+        pytest.skip(flashsink.backends()["cpu"])
+    q = torch.randn(1, 2, 9, 8)
+    results = [flashsink.attention(q, q, q, return_stats=True, backend=name) for name in ("sdpa", "cpu")]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1].received, results[1][1].received)
+
+
+def test_what_vendors_do_not_take_is_named():
+    half = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 1, 4, 64))
+    assert sdpa.refusal(half) == ""
+    assert "float32" in sdpa.refusal(types.SimpleNamespace(**vars(half) | {"dtype": torch.float32}))
+    assert "multiples of 8" in sdpa.refusal(types.SimpleNamespace(**vars(half) | {"shape": (1, 1, 4, 60)}))
+
+
+def test_an_unknown_vendor_is_refused(monkeypatch):
+    monkeypatch.setenv(sdpa.VENDOR_VARIABLE, "nobody")
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"FLASHSINK_VENDOR.*nobody"):
+        sdpa.attend(q, q, q, resolve_layout(1, 4, q.device), True, 1.0)
+
+
+def test_a_backend_named_by_the_table_falls_back_with_a_reason(caplog, monkeypatch):
+    """On a CUDA device attention that triton refuses goes to sdpa, and what both refuse to the reference."""
+    table = importlib.import_module("flashsink.backends")
+    monkeypatch.setattr(table, "_state", lambda name: "usable")
+    wide = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 4, 64))
+    table._log_once.cache_clear()
+    with caplog.at_level("INFO", logger="flashsink"):
+        assert table.select(None, "cuda", wide) == "reference"
+    assert "float64" in caplog.text and "triton" in caplog.text and "sdpa" in caplog.text
+    wide.dtype = torch.bfloat16
+    assert table.select(None, "cuda", wide) == "triton"
+    monkeypatch.setattr(table, "_state", lambda name: "usable" if name != "triton" else "no")
+    assert table.select(None, "cuda", wide) == "sdpa"

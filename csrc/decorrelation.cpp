@@ -122,29 +122,39 @@ void backward_all(const Tokens& h, const int64_t* starts, const int64_t* spans, 
 
 }  // namespace
 
-// All functions return 0, or 1 where memory is short. starts and spans are cut to the tokens there are; packed
-// starts must not fall.
-FLASHSINK_API int flashsink_decorrelation_forward(const void* h, int bf16, int64_t row_stride, int64_t token_stride,
-                                                  int64_t rows, int64_t tokens, int64_t features,
-                                                  const int64_t* starts, const int64_t* spans, int64_t sequences,
-                                                  int packed, double margin, float* total, double* scalars,
-                                                  float* bos_gradient, int threads) try {
-    const Tokens view{h, row_stride, token_stride, rows, tokens, features, packed != 0};
+// Both take the layers as tables of pointers and strides; results have the layer as first dimension (dh: a table).
+// They return 0, or 1 where memory is short. starts and spans are cut to the tokens there are; packed starts must not
+// fall.
+FLASHSINK_API int flashsink_decorrelation_forward(const void* const* layers, const int64_t* row_strides,
+                                                  const int64_t* token_strides, int64_t count, int bf16, int64_t rows,
+                                                  int64_t tokens, int64_t features, const int64_t* starts,
+                                                  const int64_t* spans, int64_t sequences, int packed, double margin,
+                                                  float* totals, double* scalars, float* bos_gradient,
+                                                  int threads) try {
     auto run = bf16 ? forward_all<Bf16> : forward_all<float>;
-    run(view, starts, spans, sequences, margin, total, scalars, bos_gradient, threads);
+    for (int64_t l = 0; l < count; ++l) {
+        const Tokens view{layers[l], row_strides[l], token_strides[l], rows, tokens, features, packed != 0};
+        run(view, starts, spans, sequences, margin, totals + l, scalars + l * rows * tokens * 2,
+            bos_gradient + l * sequences * features, threads);
+    }
     return 0;
 } catch (...) {
     return 1;
 }
 
-FLASHSINK_API int flashsink_decorrelation_backward(const void* h, int bf16, int64_t row_stride, int64_t token_stride,
+FLASHSINK_API int flashsink_decorrelation_backward(const void* const* layers, const int64_t* row_strides,
+                                                   const int64_t* token_strides, int64_t count, int bf16,
                                                    int64_t rows, int64_t tokens, int64_t features,
                                                    const int64_t* starts, const int64_t* spans, int64_t sequences,
                                                    int packed, const float* upstream, const double* scalars,
-                                                   const float* bos_gradient, void* gradient, int threads) try {
-    const Tokens view{h, row_stride, token_stride, rows, tokens, features, packed != 0};
+                                                   const float* bos_gradient, void* const* gradients,
+                                                   int threads) try {
     auto run = bf16 ? backward_all<Bf16> : backward_all<float>;
-    run(view, starts, spans, sequences, *upstream, scalars, bos_gradient, gradient, threads);
+    for (int64_t l = 0; l < count; ++l) {
+        const Tokens view{layers[l], row_strides[l], token_strides[l], rows, tokens, features, packed != 0};
+        run(view, starts, spans, sequences, upstream[l], scalars + l * rows * tokens * 2,
+            bos_gradient + l * sequences * features, gradients[l], threads);
+    }
     return 0;
 } catch (...) {
     return 1;

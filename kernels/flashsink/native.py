@@ -30,9 +30,10 @@ _PATH = Path(__file__).with_name("_native.so")
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _VIEW = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
+_LAYERS = [_POINTER, _POINTER, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
 _SIGNATURES = {
-    "flashsink_decorrelation_forward": [*_VIEW, ctypes.c_double, _POINTER, _POINTER, _POINTER, _INT],
-    "flashsink_decorrelation_backward": [*_VIEW, _POINTER, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_decorrelation_forward": [*_LAYERS, ctypes.c_double, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_decorrelation_backward": [*_LAYERS, _POINTER, _POINTER, _POINTER, _POINTER, _INT],
     "flashsink_activation_max": [*_VIEW, _POINTER, _POINTER, _INT],
     "flashsink_rms_norm_forward": [*_VIEW, *[_POINTER] * 2, *[ctypes.c_double] * 2, *[_POINTER] * 7, _INT],
     "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
@@ -95,8 +96,11 @@ def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, 
     """
     if any(layer.dtype not in DTYPES for layer in layers):
         return reference.decorrelation_sums(layers, spans, layout, margin)
-    run = torch.ops.flashsink.decorrelation_sums
-    return torch.stack([run(rows(layer), layout.starts, spans, layout.packed, margin)[0] for layer in layers])
+    # one operator for all: calling one costs as much as reading a small layer
+    run, own = torch.ops.flashsink.decorrelation_sums, [rows(layer) for layer in layers]
+    if len({layer.dtype for layer in own}) == 1:
+        return run(own, layout.starts, spans, layout.packed, margin)[0]
+    return torch.cat([run([layer], layout.starts, spans, layout.packed, margin)[0] for layer in own])
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
@@ -122,8 +126,8 @@ def rows(layer: Tensor) -> Tensor:
 # ---- operators
 
 
-def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
-    """Calls one C function; checks what it would trust. The arguments all of them begin with come first."""
+def _check(layer: Tensor, starts: Tensor, ends: Tensor, packed: bool) -> None:
+    """What the C++ side would trust."""
     if layer.dim() != 3 or layer.dtype not in DTYPES or rows(layer) is not layer:
         raise ValueError(f"layer: expected float32 or bfloat16 (B, S, C) with unit last stride, got {layer.dtype}")
     for vector in (starts, ends):
@@ -131,22 +135,47 @@ def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *
             raise ValueError(f"starts, spans: expected int64 vectors, got {tuple(vector.shape)} {vector.dtype}")
     if layer.shape[0] != (1 if packed else len(starts)):
         raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
+
+
+def _run(name: str, *arguments: Any) -> None:
+    if getattr(library(), f"flashsink_{name}")(*arguments, torch.get_num_threads()):
+        raise MemoryError(f"flashsink.{name}: no memory for its partial sums")
+
+
+def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
+    """Calls a C++ function of one layer. The arguments all of them begin with come first."""
+    _check(layer, starts, ends, packed)
     starts, ends = starts.contiguous(), ends.contiguous()
     strides = (layer.stride(0), layer.stride(1), *layer.shape)
     vectors = (starts.data_ptr(), ends.data_ptr(), len(starts), int(packed))
-    view = (layer.data_ptr(), int(layer.dtype == torch.bfloat16), *strides, *vectors)
-    if getattr(library(), f"flashsink_{name}")(*view, *more, torch.get_num_threads()):
-        raise MemoryError(f"flashsink.{name}: no memory for its partial sums")
+    _run(name, layer.data_ptr(), int(layer.dtype == torch.bfloat16), *strides, *vectors, *more)
+
+
+def _call_layers(name: str, layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, *more: Any) -> None:
+    """Calls a C++ function of all layers at once, of one shape and dtype."""
+    for layer in layers:
+        _check(layer, starts, spans, packed)
+        if layer.shape != layers[0].shape or layer.dtype != layers[0].dtype:
+            raise ValueError("layers: expected one shape and dtype")
+    starts, spans = starts.contiguous(), spans.contiguous()
+    strides = [(_SIZE * len(layers))(*(layer.stride(d) for layer in layers)) for d in (0, 1)]
+    kind = int(layers[0].dtype == torch.bfloat16)
+    vectors = (starts.data_ptr(), spans.data_ptr(), len(starts), int(packed))
+    _run(name, _pointers(layers), *strides, len(layers), kind, *layers[0].shape, *vectors, *more)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 torch.library.define(
     "flashsink::decorrelation_sums",
-    "(Tensor layer, Tensor starts, Tensor spans, bool packed, float margin) -> (Tensor, Tensor, Tensor)",
+    "(Tensor[] layers, Tensor starts, Tensor spans, bool packed, float margin) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "flashsink::decorrelation_sums_backward",
-    "(Tensor upstream, Tensor layer, Tensor starts, Tensor spans, bool packed, Tensor scalars, Tensor bos_gradient)"
-    " -> Tensor",
+    "(Tensor upstream, Tensor[] layers, Tensor starts, Tensor spans, bool packed, Tensor scalars,"
+    " Tensor bos_gradient) -> Tensor[]",
 )
 torch.library.define(
     "flashsink::activation_max", "(Tensor layer, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)"
@@ -155,52 +184,67 @@ torch.library.define(
 
 @torch.library.register_fake("flashsink::decorrelation_sums")
 def _sums_like(
-    layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, margin: float
+    layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = layer.new_empty((), dtype=torch.float32)
-    scalars = layer.new_zeros((*layer.shape[:2], 2), dtype=torch.float64)
-    return total, scalars, layer.new_empty((starts.shape[0], layer.shape[-1]), dtype=torch.float32)
+    one, count = layers[0], len(layers)
+    totals = one.new_empty((count,), dtype=torch.float32)
+    scalars = one.new_zeros((count, *one.shape[:2], 2), dtype=torch.float64)
+    return totals, scalars, one.new_empty((count, starts.shape[0], one.shape[-1]), dtype=torch.float32)
 
 
 @torch.library.impl("flashsink::decorrelation_sums", "CPU")
-def _sums(layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, margin: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, what the backward needs of every token (B, S, 2) float64, gradient of BOS (N, C) float32)."""
-    total, scalars, bos = _sums_like(layer, starts, spans, packed, margin)
-    out = (total.data_ptr(), scalars.data_ptr(), bos.data_ptr())
-    call("decorrelation_forward", layer, starts, spans, packed, margin, *out)
-    return total, scalars, bos
+def _sums(
+    layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums (L,), what the backward needs of every token (L, B, S, 2) float64, gradient of BOS (L, N, C) float32)."""
+    totals, scalars, bos = _sums_like(layers, starts, spans, packed, margin)
+    out = (totals.data_ptr(), scalars.data_ptr(), bos.data_ptr())
+    _call_layers("decorrelation_forward", layers, starts, spans, packed, margin, *out)
+    return totals, scalars, bos
 
 
 @torch.library.register_fake("flashsink::decorrelation_sums_backward")
 def _gradient_like(
-    upstream: Tensor, layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, scalars: Tensor, bos: Tensor
-) -> Tensor:
-    return layer.new_empty(layer.shape)
+    upstream: Tensor,
+    layers: Sequence[Tensor],
+    starts: Tensor,
+    spans: Tensor,
+    packed: bool,
+    scalars: Tensor,
+    bos: Tensor,
+) -> list[Tensor]:
+    return [layer.new_empty(layer.shape) for layer in layers]
 
 
 @torch.library.impl("flashsink::decorrelation_sums_backward", "CPU")
 def _gradient(
-    upstream: Tensor, layer: Tensor, starts: Tensor, spans: Tensor, packed: bool, scalars: Tensor, bos: Tensor
-) -> Tensor:
-    """(B, S, C) in the dtype of ``layer``, contiguous, 0 at tokens that do not count."""
-    gradient = _gradient_like(upstream, layer, starts, spans, packed, scalars, bos)
+    upstream: Tensor,
+    layers: Sequence[Tensor],
+    starts: Tensor,
+    spans: Tensor,
+    packed: bool,
+    scalars: Tensor,
+    bos: Tensor,
+) -> list[Tensor]:
+    """Of every layer (B, S, C) in its dtype, contiguous, 0 at tokens that do not count. upstream: (L,)."""
+    gradients = _gradient_like(upstream, layers, starts, spans, packed, scalars, bos)
     upstream, scalars, bos = upstream.float().contiguous(), scalars.contiguous(), bos.contiguous()
-    inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr())
-    call("decorrelation_backward", layer, starts, spans, packed, *inner, gradient.data_ptr())
-    return gradient
+    inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr(), _pointers(gradients))
+    _call_layers("decorrelation_backward", layers, starts, spans, packed, *inner)
+    return gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    layer, starts, spans, ctx.packed, _ = inputs
+    layers, starts, spans, ctx.packed, _ = inputs
     _, scalars, bos = output
     ctx.mark_non_differentiable(scalars, bos)
-    ctx.save_for_backward(layer, starts, spans, scalars, bos)
+    ctx.save_for_backward(starts, spans, scalars, bos, *layers)
 
 
-def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
-    layer, starts, spans, scalars, bos = ctx.saved_tensors
-    gradient = torch.ops.flashsink.decorrelation_sums_backward(upstream, layer, starts, spans, ctx.packed, scalars, bos)
-    return gradient, None, None, None, None
+def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[list[Tensor], None, None, None, None]:
+    starts, spans, scalars, bos, *layers = ctx.saved_tensors
+    run = torch.ops.flashsink.decorrelation_sums_backward
+    return run(upstream, layers, starts, spans, ctx.packed, scalars, bos), None, None, None, None
 
 
 def refuse(ctx: Any, *_: Any) -> Any:

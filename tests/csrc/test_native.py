@@ -189,6 +189,28 @@ def test_upstream_gradient_scales_and_a_second_derivative_is_refused():
         thrice.sum().backward()
 
 
+@needs_library
+@pytest.mark.parametrize("mixed", [False, True])
+def test_several_layers_are_each_what_they_are_alone(mixed):
+    """Of unlike strides and, with the op called for each, of unlike dtypes; one of them frozen."""
+    layout, spans = rows([0, 2], [9, 7], 9), torch.tensor([9, 4])
+    layers = [states(2, 9, 40, seed=seed) for seed in range(4)]
+    layers[1] = layers[1].transpose(0, 1).contiguous().transpose(0, 1)
+    layers[2] = layers[2].bfloat16() if mixed else layers[2]
+    for index in (0, 1, 2):
+        layers[index].requires_grad_()
+    factors = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    together = native.decorrelation_sums(layers, spans, layout, 0.1)
+    (together * factors).sum().backward()
+    for layer, total, factor in zip(layers, together.detach(), factors, strict=True):
+        alone, grad = ours(layer, spans, layout, 0.1)
+        assert torch.equal(total, alone)
+        if layer.requires_grad:
+            tolerance = 1e-6 if layer.dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(layer.grad, factor * grad, rtol=tolerance, atol=1e-7)
+    assert layers[3].grad is None
+
+
 # ---- activations
 
 
@@ -231,13 +253,13 @@ def test_opcheck(dtype, packed):
     spans = torch.tensor([4, 3])
     layer = states(1 if packed else 2, 9, 16, dtype=dtype)
     ops = torch.ops.flashsink
-    torch.library.opcheck(ops.decorrelation_sums.default, (layer.requires_grad_(), starts, spans, packed, 0.1))
-    layer = layer.detach()
+    leaves = [layer.clone().requires_grad_(), (2.0 * layer).requires_grad_()]
+    torch.library.opcheck(ops.decorrelation_sums.default, (leaves, starts, spans, packed, 0.1))
     torch.library.opcheck(ops.activation_max.default, (layer, starts, spans, packed))
-    _, scalars, bos = ops.decorrelation_sums(layer, starts, spans, packed, 0.1)
-    upstream = torch.tensor(2.0)
+    _, scalars, bos = ops.decorrelation_sums([layer, -layer], starts, spans, packed, 0.1)
+    upstream = torch.tensor([2.0, 3.0])
     torch.library.opcheck(
-        ops.decorrelation_sums_backward.default, (upstream, layer, starts, spans, packed, scalars, bos)
+        ops.decorrelation_sums_backward.default, (upstream, [layer, -layer], starts, spans, packed, scalars, bos)
     )
 
 
@@ -261,14 +283,16 @@ def test_operators_refuse_what_they_would_misread():
     op = torch.ops.flashsink.decorrelation_sums
     for bad in (layer.double(), layer.mT, layer[0]):
         with pytest.raises(ValueError, match="layer"):
-            op(bad, starts, spans, False, 0.0)
+            op([bad], starts, spans, False, 0.0)
     for vector in (spans.int(), spans[:1], spans[None]):
         with pytest.raises(ValueError, match="spans"):
-            op(layer, starts, vector, False, 0.0)
+            op([layer], starts, vector, False, 0.0)
     with pytest.raises(ValueError, match="starts"):
-        op(layer, starts, spans, True, 0.0)
+        op([layer], starts, spans, True, 0.0)
+    with pytest.raises(ValueError, match="layers"):
+        op([layer, layer.bfloat16()], starts, spans, False, 0.0)
     far = torch.tensor([-5, 99])  # out of range is cut, never read
-    total, _, _ = op(layer, far, torch.tensor([99, 99]), False, 0.0)
+    total, _, _ = op([layer], far, torch.tensor([99, 99]), False, 0.0)
     assert torch.isfinite(total)
 
 

@@ -159,7 +159,6 @@ def norm_backward(
     inside = column < FEATURES
     h += tl.cast(row, tl.int64) * row_stride
     flat = tl.cast(row, tl.int64) * tokens
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if LOSS:
         factor = tl.load(of_total)
     if WEIGHT:
@@ -179,7 +178,8 @@ def norm_backward(
             dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
-            dy = dy * scale
+            # from the cache every time: kept in registers it would cost those of another token
+            dy = dy * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
             mean = tl.sum(dy * x, axis=0) * (r * r / FEATURES)
             dx = r * (dy - mean * x)
             if LOSS:

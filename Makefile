@@ -31,7 +31,7 @@ test-long: install lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: install
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --budget 350
 
 # from the source tree: needs only torch, triton, transformers, numpy and pytest of PYTHON
 FROM_SOURCE = cd $(CURDIR) && PYTHONPATH=$(CURDIR)/kernels:$(CURDIR) $(PYTHON)

@@ -152,9 +152,9 @@ def torch_varlen(problem: Problem, backward: bool = True) -> Provider:
         bounds, longest = _varlen(problem)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            attend: Any = varlen_attn
             views = (x.flatten(0, 1) for x in (q, k, v))
-            out = varlen_attn(*views, bounds, bounds, longest, longest, window_size=(-1, 0))
-            return out.view(q.shape)  # type: ignore[union-attr]
+            return attend(*views, bounds, bounds, longest, longest, window_size=(-1, 0)).view(q.shape)
 
         return provider("", problem, run, backward).make()  # type: ignore[return-value]
 
@@ -199,7 +199,7 @@ def flex(problem: Problem, statistics: bool = False, backward: bool = True) -> P
     def make() -> Step:
         from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled: Any = torch.compile(flex_attention, dynamic=False)
         document = _documents(problem)
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

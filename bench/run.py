@@ -65,7 +65,7 @@ def measure(bench: Bench, names: list[str], budget: float, layers: int) -> bool:
         bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
         module = importlib.import_module(f"bench.claims.{name}")
         options = {"layers": layers} if layers and name in ("training_step", "loss_memory") else {}
-        print(f"--- {name}: {module.__doc__.splitlines()[0]}", flush=True)
+        print(f"--- {name}: {(module.__doc__ or name).splitlines()[0]}", flush=True)
         if bench.deadline <= now:
             bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict="no time left")
             continue

@@ -22,8 +22,8 @@ CLAIMS = (
 def run(bench: Bench) -> None:
     if not bench.cuda:
         problem = Problem(MODELS["smollm2-135m"], 1, 1024, bench.device, torch.float32, tuple(utterances(1024)))
-        providers = (sdpa_apart(problem), ours(problem, "cpu", "captured"))
-        bench.compare(Comparison("packed_headline", problem.shape, problem.dtype, providers))
+        apart = (sdpa_apart(problem), ours(problem, "cpu", "captured"))
+        bench.compare(Comparison("packed_headline", problem.shape, problem.dtype, apart))
         return
     packed = tuple(utterances(HEADLINE_TOKENS))
     for name in ("llama-3.2-3b", "llama-3.2-1b", "llama-3.1-8b"):

@@ -112,7 +112,8 @@ def norm_forward(
                 tl.store(over + flat + token, tl.where(counted, excess, 0.0))
                 tl.store(weights + flat + token, w)
                 tl.store(ratios + flat + token, tl.where(counted, p, 0.0))
-                gradient += push(w, q, a, x)
+                if w != 0.0:  # nothing of a token that does not count, whatever it holds
+                    gradient += w * (x - q * a)
         if LOSS:
             slot = chunk + n if PACKED else row * tl.num_programs(0) + chunk
             some = (low < high) & (start + 1 < high) & (start + span > low)

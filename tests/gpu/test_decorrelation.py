@@ -225,7 +225,7 @@ def test_runs_are_bitwise_the_same(cases):
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["starts", "packed, empty sequences and a tail"])
+@pytest.mark.parametrize("name", ["starts", "packed crowd"])
 def test_opcheck(cases, name, monkeypatch):
     monkeypatch.undo()  # the poison is not for tracing
     case = cases(name)
@@ -238,14 +238,13 @@ def test_opcheck(cases, name, monkeypatch):
     torch.library.opcheck(back, (upstream, [x.detach() for x in layers], starts, spans, packed, *kept))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(cases, dynamic, monkeypatch):
+def test_compiles_whole(cases, monkeypatch):
     monkeypatch.undo()
 
     def loss(layers, spans, layout):
         return decorrelation.decorrelation_sums([2.0 * x for x in layers], spans, layout, 0.1).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # of any size from the second on
     for name in ("starts", "long"):
         case = cases(name)
         layers = [case.states(8, seed=seed).requires_grad_() for seed in range(2)]

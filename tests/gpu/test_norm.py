@@ -225,8 +225,7 @@ def test_runs_are_bitwise_the_same(cases):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("loss", [True, False])
-@pytest.mark.parametrize("name", ["starts", "packed, empty sequences and a tail"])
+@pytest.mark.parametrize(("name", "loss"), [("starts", False), ("packed crowd", True)])
 def test_opcheck(cases, name, loss, monkeypatch):
     monkeypatch.undo()  # the poison is not for tracing
     case = cases(name)
@@ -242,15 +241,14 @@ def test_opcheck(cases, name, loss, monkeypatch):
     torch.library.opcheck(back, (torch.rand_like(out), torch.rand_like(total), *plain, *kept, True))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(cases, dynamic, monkeypatch):
+def test_compiles_whole(cases, monkeypatch):
     monkeypatch.undo()
 
     def step(h, weight, layout, spans):
         normed = norm.rms_norm(2.0 * h, weight, EPS, layout, spans, 0.1)
         return normed.out.square().sum() + normed.total, normed.max_abs
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")  # of any size from the second on
     for name in ("starts", "long"):
         case = cases(name)
         h = case.states(8).requires_grad_()

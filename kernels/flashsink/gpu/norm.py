@@ -112,7 +112,8 @@ def norm_forward(
                 tl.store(over + flat + token, tl.where(counted, excess, 0.0))
                 tl.store(weights + flat + token, w)
                 tl.store(ratios + flat + token, tl.where(counted, p, 0.0))
-                gradient += push(w, q, a, x)
+                if w != 0.0:  # nothing of a token that does not count, whatever it holds
+                    gradient += w * (x - q * a)
         if LOSS:
             slot = chunk + n if PACKED else row * tl.num_programs(0) + chunk
             some = (low < high) & (start + 1 < high) & (start + span > low)
@@ -168,8 +169,6 @@ def norm_backward(
         low, high = piece(starts, n, first, last, begin, end)
         if LOSS:
             start, span = bounds(starts, spans, n, tokens)
-            a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
-            a = a.to(tl.float32)
         for token in range(low, high):
             raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
@@ -178,14 +177,16 @@ def norm_backward(
             dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
-            # from the cache every time: kept in registers it would cost those of another token
+            # from the cache every time, as BOS below: kept in registers they would cost those of another token
             dy = dy * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
             mean = tl.sum(dy * x, axis=0) * (r * r / FEATURES)
             dx = r * (dy - mean * x)
             if LOSS:
                 w = tl.load(weights + flat + token)
                 p = tl.load(ratios + flat + token)
-                dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a)
+                counted = (token > start) & (token < start + span)
+                a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & counted, other=0.0)
+                dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a.to(tl.float32))
                 is_bos = (token == start) & (span > 1)
                 line = bos + tl.cast(n, tl.int64) * FEATURES + column
                 dx += tl.where(is_bos, factor, 0.0) * tl.load(line, mask=inside & is_bos, other=0.0)

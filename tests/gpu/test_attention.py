@@ -234,7 +234,7 @@ def test_any_strides(small, name):
 
 def test_what_the_kernels_do_not_take_is_refused_and_the_default_goes_on():
     wide = torch.randn(1, 1, 4, 264, device=DEVICE)
-    with pytest.raises(ValueError, match="backend.*triton.*head dims up to 256"):
+    with pytest.raises(ValueError, match="backend.*triton.*head dims up to 128"):
         flashsink.attention(wide, wide, wide, backend="triton")
     with pytest.raises(ValueError, match="backend.*triton.*float64"):
         flashsink.attention(*[wide[..., :8].double()] * 3, backend="triton")

@@ -20,9 +20,10 @@ from flashsink.gpu import tiles
 from flashsink.gpu.attention_backward import backward
 from flashsink.gpu.attention_forward import forward
 from flashsink.gpu.calibrate import calibrate
-from flashsink.gpu.received import received
+from flashsink.gpu.received import received as statistics_pass
 from flashsink.types import Layout, SinkStats
 
+CAPTURED_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,8 +31,9 @@ def refusal(q: Tensor) -> str:
     """Why the kernels do not take q, or ""."""
     if q.dtype not in DTYPES:
         return f"its attention takes float16, bfloat16 and float32, not {q.dtype}"
-    if q.shape[-1] > tiles.LARGEST_HEAD_DIM:
-        return f"its attention takes head dims up to {tiles.LARGEST_HEAD_DIM}, not {q.shape[-1]}"
+    largest = tiles.LARGEST_HEAD_DIM[q.element_size()]
+    if q.shape[-1] > largest:
+        return f"its attention takes head dims up to {largest} in {q.dtype}, not {q.shape[-1]}"
     return ""
 
 
@@ -255,18 +257,23 @@ def _attention_backward(
     scale: float,
     capture: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, gradient of the sink logits or empty, received or empty)."""
+    """(dq, dk, dv, gradient of the sink logits or empty, received or empty).
+
+    Beyond ``CAPTURED_HEAD_DIM`` the sums of dK and dV fill the registers; the statistics pass runs here instead.
+    """
+    where: dict[str, Any] = {"packed": packed, "causal": causal, "scale": scale}
+    apart = capture and q.shape[-1] > CAPTURED_HEAD_DIM
     dq, dk, dv, delta, received = backward(
         _adjacent(upstream),
         (q, k, v, out, lse),
         starts,
         lengths,
         first,
-        packed=packed,
-        causal=causal,
-        scale=scale,
-        capture=capture,
+        **where,
+        capture=capture and not apart,
     )
+    if apart:
+        received = statistics_pass(q, k, lse, starts, lengths, first, **where)
     empty = lse.new_empty(0)
     sink = empty
     if sink_logits is not None:
@@ -320,7 +327,7 @@ def _received(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    return received(q, k, lse, starts, lengths, first, packed=packed, causal=causal, scale=scale)
+    return statistics_pass(q, k, lse, starts, lengths, first, packed=packed, causal=causal, scale=scale)
 
 
 @torch.library.register_fake("flashsink::triton_calibrate")

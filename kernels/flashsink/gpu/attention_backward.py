@@ -23,6 +23,7 @@ from flashsink.gpu.device import (
     load_all,
     load_rows,
     locate,
+    precision,
     product,
     query_tile,
     slots,
@@ -31,7 +32,7 @@ from flashsink.gpu.device import (
 )
 from flashsink.gpu.launch import Tile, launch
 
-DELTA = Tile({"BLOCK_M": 32}, 4, 1)
+DELTA = Tile({"BLOCK_M": 16}, 4, 1)
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def query_range(low, high, first, last, offset, BLOCK_M: tl.constexpr, CAUSAL: t
 def _kv_step(
     dk, dv, received, k_tile, v_tile, key, q, upstream, lse, delta, m, offset, high, counted, q_token, up_token, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAPTURE: tl.constexpr,
-    COUNTED: tl.constexpr, IEEE: tl.constexpr,
+    COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries; a query behind ``high`` has lse = inf, so its probabilities are 0 without a mask."""
     position = m + tl.arange(0, BLOCK_M)
@@ -90,7 +91,7 @@ def _kv_step(
     up_tile = load_all(upstream, index, up_token, D, BLOCK_D)
     lse_row = tl.load(lse + index, mask=seen, other=float("inf")) * LOG2E
     delta_row = tl.load(delta + index, mask=seen, other=0.0)
-    p = tl.exp2(product(k_tile, tl.trans(q_tile), IEEE) * scale - lse_row[None, :])
+    p = tl.exp2(product(k_tile, tl.trans(q_tile), PRECISION) * scale - lse_row[None, :])
     if MASKED:
         p = tl.where(position[None, :] >= key[:, None], p, 0.0)
     if CAPTURE:
@@ -98,9 +99,9 @@ def _kv_step(
             received += tl.sum(tl.where((position >= counted)[None, :], p, 0.0), 1)
         else:
             received += tl.sum(p, 1)
-    dv += product(p.to(up_tile.dtype), up_tile, IEEE)
-    ds = p * (product(v_tile, tl.trans(up_tile), IEEE) - delta_row[None, :])
-    dk += product(ds.to(q_tile.dtype), q_tile, IEEE)
+    dv += product(p.to(up_tile.dtype), up_tile, PRECISION)
+    ds = p * (product(v_tile, tl.trans(up_tile), PRECISION) - delta_row[None, :])
+    dk += product(ds.to(q_tile.dtype), q_tile, PRECISION)
     return dk, dv, received
 
 
@@ -109,7 +110,7 @@ def _kv_blocks(
     dk, dv, k_tile, v_tile, key, valid, first_block, blocks, q, upstream, lse, delta, received, offset, high, counted,
     queries, tokens, q_head, q_token, up_head, up_token, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, COUNTED: tl.constexpr, IEEE: tl.constexpr,
+    MASKED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``blocks`` blocks of queries from ``first_block`` on, of all heads of the group in one loop: with a loop in a
     loop the sums dk and dv spill. After a head's last block its column sums are added to ``received``."""
@@ -119,7 +120,7 @@ def _kv_blocks(
         dk, dv, mass = _kv_step(
             dk, dv, mass, k_tile, v_tile, key, q + member * q_head, upstream + member * up_head,
             lse + member * queries, delta + member * queries, first_block + i % blocks * BLOCK_M, offset, high,
-            counted, q_token, up_token, scale, D, BLOCK_D, BLOCK_M, MASKED, received is not None, COUNTED, IEEE,
+            counted, q_token, up_token, scale, D, BLOCK_D, BLOCK_M, MASKED, received is not None, COUNTED, PRECISION,
         )  # fmt: skip
         if received is not None:  # noqa: SIM102  known when the kernel is compiled, the next is not
             if (i + 1) % blocks == 0:
@@ -141,7 +142,7 @@ def gradient_kv_kernel(
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, up_row, up_head, up_token,
     dk_row, dk_head, dk_token, dv_row, dv_head, dv_token,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row, origin, count, low, high, n, tile = locate(
@@ -153,8 +154,9 @@ def gradient_kv_kernel(
     offset = tokens - queries
     begin, full = query_range(low, high, first, last, offset, BLOCK_M, CAUSAL)
     row64, head64 = row.to(tl.int64), head.to(tl.int64)
-    k_tile = load_rows(k + row64 * k_row + head64 * k_head, key, k_token, valid, D, BLOCK_D)
-    v_tile = load_rows(v + row64 * v_row + head64 * v_head, key, v_token, valid, D, BLOCK_D)
+    near = tl.minimum(key, tokens - 1)  # what a row that is not valid holds stays in that row
+    k_tile = load_all(k + row64 * k_row + head64 * k_head, near, k_token, D, BLOCK_D)
+    v_tile = load_all(v + row64 * v_row + head64 * v_head, near, v_token, D, BLOCK_D)
     since = 0
     if counted is not None:
         since = tl.load(counted + n).to(tl.int32)
@@ -177,14 +179,14 @@ def gradient_kv_kernel(
         dk_acc, dv_acc = _kv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, key, valid, begin, tl.cdiv(full - begin, BLOCK_M), q, upstream, lse, delta,
             received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token, scale * LOG2E,
-            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, True, counted is not None, IEEE,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, True, counted is not None, PRECISION,
         )  # fmt: skip
         if received is not None:
             tl.debug_barrier()  # the second half adds to what the first has stored
     dk_acc, dv_acc = _kv_blocks(
         dk_acc, dv_acc, k_tile, v_tile, key, valid, full, tl.cdiv(tl.maximum(high - full, 0), BLOCK_M), q, upstream,
         lse, delta, received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token,
-        scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, counted is not None, IEEE,
+        scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, counted is not None, PRECISION,
     )  # fmt: skip
     dk_acc = tl.where(valid[:, None], dk_acc * scale, 0.0)
     dv_acc = tl.where(valid[:, None], dv_acc, 0.0)
@@ -196,17 +198,17 @@ def gradient_kv_kernel(
 def _q_step(
     dq, q_tile, up_tile, lse_row, delta_row, k, v, k_token, v_token, n, high, position, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = n + tl.arange(0, BLOCK_N)
     near = tl.minimum(key, high - 1) if MASKED else key
     k_tile = load_all(k, near, k_token, D, BLOCK_D)
     v_tile = load_all(v, near, v_token, D, BLOCK_D)
-    p = tl.exp2(product(q_tile, tl.trans(k_tile), IEEE) * scale - lse_row[:, None])
+    p = tl.exp2(product(q_tile, tl.trans(k_tile), PRECISION) * scale - lse_row[:, None])
     if MASKED:
         p = tl.where(visible(key, position, high, CAUSAL), p, 0.0)
-    ds = p * (product(up_tile, tl.trans(v_tile), IEEE) - delta_row[:, None])
-    return dq + product(ds.to(k_tile.dtype), k_tile, IEEE)
+    ds = p * (product(up_tile, tl.trans(v_tile), PRECISION) - delta_row[:, None])
+    return dq + product(ds.to(k_tile.dtype), k_tile, PRECISION)
 
 
 @triton.jit
@@ -219,7 +221,7 @@ def gradient_q_kernel(
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, up_row, up_head, up_token,
     dq_row, dq_head, dq_token,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row, origin, count, low, high, _, tile = locate(
@@ -245,12 +247,12 @@ def gradient_q_kernel(
     for n in range(low, full, BLOCK_N):
         acc = _q_step(
             acc, q_tile, up_tile, lse_row, delta_row, k, v, k_token, v_token, n, high, position, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, False, IEEE,
+            D, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         acc = _q_step(
             acc, q_tile, up_tile, lse_row, delta_row, k, v, k_token, v_token, n, high, position, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, True, IEEE,
+            D, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
     acc = tl.where(valid[:, None], acc * scale, 0.0)
     store_rows(dq + row64 * dq_row + own * dq_head, index, dq_token, acc, inside, D, BLOCK_D)
@@ -295,7 +297,7 @@ def backward(
         "k_row": k.stride(0), "k_head": k.stride(1), "k_token": k.stride(2),
         "v_row": v.stride(0), "v_head": v.stride(1), "v_token": v.stride(2), **up,
         "GROUP": h // heads, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
-        "IEEE": q.dtype == torch.float32,
+        "PRECISION": precision(d),
     }  # fmt: skip
     tile = tiles.choose("gradient_kv", d, q.element_size(), q.device)
     launch(

@@ -21,6 +21,7 @@ from flashsink.gpu.device import (
     load_all,
     load_rows,
     locate,
+    precision,
     product,
     query_tile,
     slots,
@@ -34,20 +35,20 @@ from flashsink.gpu.launch import launch
 def _step(
     acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: rescales the sums by the new maximum and adds."""
     key = n + tl.arange(0, BLOCK_N)
     near = tl.minimum(key, high - 1) if MASKED else key
     k_tile = load_all(k, near, k_token, D, BLOCK_D)
-    s = product(q_tile, tl.trans(k_tile), IEEE) * scale
+    s = product(q_tile, tl.trans(k_tile), PRECISION) * scale
     if MASKED:
         s = tl.where(visible(key, position, high, CAUSAL), s, -float("inf"))
     new = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     shrink = tl.exp2(top - new)
     v_tile = load_all(v, near, v_token, D, BLOCK_D)
-    acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, IEEE)
+    acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, PRECISION)
     return acc, total * shrink + tl.sum(p, 1), new
 
 
@@ -64,7 +65,7 @@ def forward_kernel(
     sequences, queries, tokens, scale,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row, origin, count, low, high, _, tile = locate(
@@ -88,12 +89,12 @@ def forward_kernel(
     for n in range(low, full, BLOCK_N):
         acc, total, top = _step(
             acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, False, IEEE,
+            D, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for n in range(full, end, BLOCK_N):
         acc, total, top = _step(
             acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, True, IEEE,
+            D, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
     if sink_logits is not None:
         sink = tl.load(sink_logits + member).to(tl.float32) * LOG2E
@@ -145,6 +146,6 @@ def forward(
         v_row=v.stride(0), v_head=v.stride(1), v_token=v.stride(2),
         out_row=out.stride(0), out_head=out.stride(1), out_token=out.stride(2),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
-        IEEE=q.dtype == torch.float32,
+        PRECISION=precision(d),
     )  # fmt: skip
     return out, lse

@@ -1,7 +1,7 @@
 """The ``triton`` backend: NVIDIA sm_80, sm_90 and sm_100, and CPU tensors under TRITON_INTERPRET=1.
 
-Attention takes float16, bfloat16 and float32 and head dims up to 256; everything else float16, bfloat16 and float32
-(float64 goes to the reference).
+Attention takes float16 and bfloat16 with head dims up to 256, and float32 up to 128; everything else takes all three
+(float64 goes to the reference) and up to 8192 features.
 """
 
 from __future__ import annotations

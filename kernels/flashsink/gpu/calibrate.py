@@ -13,14 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink.gpu import tiles
-from flashsink.gpu.device import LOG2E, key_range, load_all, load_rows, locate, product, query_tile, store_rows
+from flashsink.gpu.device import (
+    LOG2E,
+    key_range,
+    load_all,
+    load_rows,
+    locate,
+    precision,
+    product,
+    query_tile,
+    store_rows,
+)
 from flashsink.gpu.launch import launch
 
 
 @triton.jit
 def _column_block(
     q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, IEEE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(mass (BLOCK_M,), P V (BLOCK_M, BLOCK_D)) of the sink columns of a block, or of the others."""
     key = n + tl.arange(0, BLOCK_N)
@@ -31,9 +41,9 @@ def _column_block(
     near = tl.minimum(key, high - 1)
     k_tile = load_all(k, near, k_token, D, BLOCK_D)
     v_tile = load_all(v, near, v_token, D, BLOCK_D)
-    p = tl.exp2(product(q_tile, tl.trans(k_tile), IEEE) * scale - lse_row[:, None])
+    p = tl.exp2(product(q_tile, tl.trans(k_tile), PRECISION) * scale - lse_row[:, None])
     p = tl.where(chosen[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
-    return tl.sum(p, 1), product(p.to(v_tile.dtype), v_tile, IEEE)
+    return tl.sum(p, 1), product(p.to(v_tile.dtype), v_tile, PRECISION)
 
 
 @triton.jit
@@ -47,7 +57,7 @@ def calibrate_kernel(
     queries, tokens, scale, beta, least,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token,
     result_row, result_head, result_token,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -72,7 +82,7 @@ def calibrate_kernel(
         if tl.max(here.to(tl.int32)) > 0:
             a, b = _column_block(
                 q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale * LOG2E,
-                D, BLOCK_D, BLOCK_N, True, IEEE,
+                D, BLOCK_D, BLOCK_N, True, PRECISION,
             )  # fmt: skip
             mass += a
             sunk += b
@@ -83,7 +93,7 @@ def calibrate_kernel(
         for n in range(low, end, BLOCK_N):
             a, b = _column_block(
                 q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale * LOG2E,
-                D, BLOCK_D, BLOCK_N, False, IEEE,
+                D, BLOCK_D, BLOCK_N, False, PRECISION,
             )  # fmt: skip
             rest += a
             kept += b
@@ -128,6 +138,6 @@ def calibrate(
         v_row=v.stride(0), v_head=v.stride(1), v_token=v.stride(2),
         out_row=out.stride(0), out_head=out.stride(1), out_token=out.stride(2),
         result_row=result.stride(0), result_head=result.stride(1), result_token=result.stride(2),
-        GROUP=h // k.shape[1], D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), IEEE=q.dtype == torch.float32,
+        GROUP=h // k.shape[1], D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(d),
     )  # fmt: skip
     return result

@@ -21,6 +21,12 @@ def slots(tokens: int, sequences: int, group: int, block: int, packed: bool) -> 
     return triton.cdiv(tokens * group, block)
 
 
+def precision(head_dim: int) -> str:
+    """How float32 products are made. Exactly, without tensor cores, for small head dims; for larger ones that spills
+    hundreds of registers, so there each is the sum of three tf32 products, which keeps 21 bits of 24."""
+    return "ieee" if head_dim <= 64 else "tf32x3"
+
+
 @triton.jit
 def _bounds(starts, lengths, n, tokens):
     """[low, high) of sequence n, cut to the tokens there are: values on a GPU are not checked on the host."""
@@ -92,12 +98,9 @@ def store_rows(base, index, stride, value, mask, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def product(a, b, IEEE: tl.constexpr):
-    """a b with float32 sums; float32 inputs are multiplied as such (tf32 would lose 13 bits)."""
-    if IEEE:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
+def product(a, b, PRECISION: tl.constexpr):
+    """a b with float32 sums; ``PRECISION`` says how float32 inputs are multiplied."""
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

@@ -13,21 +13,21 @@ from torch import Tensor
 
 from flashsink.gpu import tiles
 from flashsink.gpu.attention_backward import key_tile, query_range
-from flashsink.gpu.device import LOG2E, load_all, load_rows, locate, product, slots
+from flashsink.gpu.device import LOG2E, load_all, load_rows, locate, precision, product, slots
 from flashsink.gpu.launch import launch
 
 
 @triton.jit
 def _step(
     mass, k_tile, key, q, lse, m, offset, high, q_token, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, IEEE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     position = m + tl.arange(0, BLOCK_M)
     seen = position < high
     index = tl.minimum(position, high - 1) - offset
     q_tile = load_all(q, index, q_token, D, BLOCK_D)
     lse_row = tl.load(lse + index, mask=seen, other=float("inf")) * LOG2E
-    p = tl.exp2(product(k_tile, tl.trans(q_tile), IEEE) * scale - lse_row[None, :])
+    p = tl.exp2(product(k_tile, tl.trans(q_tile), PRECISION) * scale - lse_row[None, :])
     if MASKED:
         p = tl.where(position[None, :] >= key[:, None], p, 0.0)
     return mass + tl.sum(p, 1)
@@ -43,7 +43,7 @@ def received_kernel(
     counted,  # (N,) int64, position of the first query that counts; or None
     sequences, queries, tokens, scale, q_row, q_head, q_token, k_row, k_head, k_token,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    IEEE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row, origin, count, low, high, n, tile = locate(
@@ -66,12 +66,12 @@ def received_kernel(
         for m in range(begin, full, BLOCK_M):
             mass = _step(
                 mass, k_tile, key, q_own, lse_own, m, offset, high, q_token, scale * LOG2E,
-                D, BLOCK_D, BLOCK_M, True, IEEE,
+                D, BLOCK_D, BLOCK_M, True, PRECISION,
             )  # fmt: skip
         for m in range(full, high, BLOCK_M):
             mass = _step(
                 mass, k_tile, key, q_own, lse_own, m, offset, high, q_token, scale * LOG2E,
-                D, BLOCK_D, BLOCK_M, False, IEEE,
+                D, BLOCK_D, BLOCK_M, False, PRECISION,
             )  # fmt: skip
         place = (row64 * heads + own) * tokens + key
         tl.store(received + place, tl.where(valid, mass, 0.0), mask=inside)
@@ -109,6 +109,6 @@ def received(
         q_row=q.stride(0), q_head=q.stride(1), q_token=q.stride(2),
         k_row=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
         GROUP=h // heads, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
-        IEEE=q.dtype == torch.float32,
+        PRECISION=precision(d),
     )  # fmt: skip
     return result

@@ -15,7 +15,7 @@ import torch
 
 from flashsink.gpu.launch import Tile
 
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = {2: 256, 4: 128}  # by bytes of an element; larger float32 rows spill in the smallest tile
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -30,7 +30,7 @@ HALF: dict[str, dict[int, Entries]] = {
     "forward": {
         80: [(64, _tile(128, 32, 8, 3)), (128, _tile(128, 32, 8, 3)), (256, _tile(64, 32, 8, 2))],
         90: [(64, _tile(128, 128, 8, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
-        100: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 128, 8, 2)), (256, _tile(64, 64, 8, 2))],
+        100: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
     },
     "gradient_kv": {
         80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
@@ -43,7 +43,7 @@ HALF: dict[str, dict[int, Entries]] = {
         100: [(64, _tile(128, 64, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 1))],
     },
     "received": {
-        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 64, 4, 3)), (256, _tile(64, 64, 8, 2))],
+        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(32, 64, 4, 2)), (256, _tile(64, 64, 8, 2))],
         90: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 128, 8, 2))],
         100: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 64, 8, 2))],
     },
@@ -54,8 +54,8 @@ HALF: dict[str, dict[int, Entries]] = {
     },
 }
 
-# float32 is multiplied without tensor cores, exactly; the same tiles everywhere
-SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1)), (256, _tile(16, 16, 8, 1))]
+# float32, the same everywhere (device.precision says how it is multiplied)
+SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
 
 # What make gpu-tune tries, for two-byte elements.
 CANDIDATES: dict[str, list[Tile]] = {

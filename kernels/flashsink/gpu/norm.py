@@ -376,7 +376,7 @@ def _gradients(
     rows, tokens, features = h.shape
     tile = _norm_tile(rows, tokens, features)
     # BOS stays in registers but where the compile report has spills with it
-    tile.blocks["HOLD"] = h.element_size() == 2 or features < tile.blocks["BLOCK_C"]
+    tile.blocks["HOLD"] = h.element_size() == 2 or features not in (4096, 8192)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
     of_weight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)

@@ -275,3 +275,11 @@ def test_checkpointing(cases):
         leaf = h.clone().requires_grad_()
         gradients.append(torch.autograd.grad(call(leaf), leaf)[0])
     assert torch.equal(*gradients)
+
+
+def test_bos_from_the_cache_is_the_same(device):
+    """Rows of 4096 float32 do not keep BOS in registers."""
+    starts = torch.tensor([0, 3], device=device)
+    layout = Layout(starts, torch.tensor([3, 2], device=device), 1, 6, True)
+    h = torch.randn(1, 6, 4096, generator=torch.Generator().manual_seed(1)).to(device) + 0.5
+    agree(h, weight_of(h), layout, torch.tensor([2, 2], device=device), 0.1, 1000.0)

@@ -150,7 +150,7 @@ def norm_backward(
     gradient, of_weight,  # (B, S, C) contiguous, (B, chunks, C) float32
     row_stride, token_stride, tokens, sequences,
     FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, WEIGHT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    HOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B): both gradients are added in float32 and rounded once. ``of_weight`` (B, chunks, C)."""
     chunk, row = tl.program_id(0), tl.program_id(1)
@@ -169,6 +169,9 @@ def norm_backward(
         low, high = piece(starts, n, first, last, begin, end)
         if LOSS:
             start, span = bounds(starts, spans, n, tokens)
+            line = h + tl.cast(start, tl.int64) * token_stride + column
+            if HOLD:
+                a = tl.load(line, mask=inside & (span > 1), other=0.0).to(tl.float32)
         for token in range(low, high):
             raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
             x = raw.to(tl.float32)
@@ -177,19 +180,20 @@ def norm_backward(
             dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
             if WEIGHT:
                 weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
-            # from the cache every time, as BOS below: kept in registers they would cost those of another token
+            # from the cache every time: kept in registers it would cost those of another token
             dy = dy * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
             mean = tl.sum(dy * x, axis=0) * (r * r / FEATURES)
             dx = r * (dy - mean * x)
             if LOSS:
                 w = tl.load(weights + flat + token)
                 p = tl.load(ratios + flat + token)
-                counted = (token > start) & (token < start + span)
-                a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & counted, other=0.0)
-                dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a.to(tl.float32))
+                if not HOLD:
+                    counted = (token > start) & (token < start + span)
+                    a = tl.load(line, mask=inside & counted, other=0.0).to(tl.float32)
+                dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a)
                 is_bos = (token == start) & (span > 1)
-                line = bos + tl.cast(n, tl.int64) * FEATURES + column
-                dx += tl.where(is_bos, factor, 0.0) * tl.load(line, mask=inside & is_bos, other=0.0)
+                sums = bos + tl.cast(n, tl.int64) * FEATURES + column
+                dx += tl.where(is_bos, factor, 0.0) * tl.load(sums, mask=inside & is_bos, other=0.0)
             tl.store(gradient + place, dx, mask=inside)
     if WEIGHT:
         slot = tl.cast(row, tl.int64) * tl.num_programs(0) + chunk
@@ -371,6 +375,8 @@ def _gradients(
     gradient = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     rows, tokens, features = h.shape
     tile = _norm_tile(rows, tokens, features)
+    # BOS stays in registers but where the compile report has spills with it
+    tile.blocks["HOLD"] = h.element_size() == 2 or features not in (4096, 8192)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
     of_weight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)

@@ -57,7 +57,7 @@ def attention_cases() -> Iterator[Case]:
         yield attention_case(dim, torch.bfloat16, packed=True)
         yield attention_case(dim, torch.bfloat16, options=True)
     yield attention_case(128, torch.float16)
-    for dim in (64, 128, 256):
+    for dim in (64, 128):
         yield attention_case(dim, torch.float32)
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
         yield calibrated_case(dim, dtype)

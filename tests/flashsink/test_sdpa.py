@@ -123,7 +123,9 @@ def test_a_backend_named_by_the_table_falls_back_with_a_reason(caplog, monkeypat
     """On a CUDA device attention that triton refuses goes to sdpa, and what both refuse to the reference."""
     table = importlib.import_module("flashsink.backends")
     monkeypatch.setattr(table, "_state", lambda name: "usable")
-    wide = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 4, 64), element_size=lambda: 2)
+    wide = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 4, 64), element_size=lambda: 2
+    )
     table._log_once.cache_clear()
     with caplog.at_level("INFO", logger="flashsink"):
         assert table.select(None, "cuda", wide) == "reference"

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Largest |h| of every token and the lowest feature that reaches it, for all layers in one Triton launch.
 
 Dimensions: L layers, B rows, S tokens, C features, N sequences (N = B in dense layout).

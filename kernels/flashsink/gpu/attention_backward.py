@@ -176,6 +176,8 @@ def gradient_kv_kernel(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if CAUSAL:
+        if BLOCK_D > 128:
+            full = high  # a mask for all: a second loop would spill, and such rows are bound by products anyway
         dk_acc, dv_acc = _kv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, key, valid, begin, tl.cdiv(full - begin, BLOCK_M), q, upstream, lse, delta,
             received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token, scale * LOG2E,
@@ -183,11 +185,12 @@ def gradient_kv_kernel(
         )  # fmt: skip
         if received is not None:
             tl.debug_barrier()  # the second half adds to what the first has stored
-    dk_acc, dv_acc = _kv_blocks(
-        dk_acc, dv_acc, k_tile, v_tile, key, valid, full, tl.cdiv(tl.maximum(high - full, 0), BLOCK_M), q, upstream,
-        lse, delta, received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token,
-        scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, counted is not None, PRECISION,
-    )  # fmt: skip
+    if BLOCK_D <= 128 or not CAUSAL:
+        dk_acc, dv_acc = _kv_blocks(
+            dk_acc, dv_acc, k_tile, v_tile, key, valid, full, tl.cdiv(tl.maximum(high - full, 0), BLOCK_M), q,
+            upstream, lse, delta, received, offset, high, since, queries, tokens, q_head, q_token, up_head, up_token,
+            scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, counted is not None, PRECISION,
+        )  # fmt: skip
     dk_acc = tl.where(valid[:, None], dk_acc * scale, 0.0)
     dv_acc = tl.where(valid[:, None], dv_acc, 0.0)
     store_rows(dk + row64 * dk_row + head64 * dk_head, key, dk_token, dk_acc, inside, D, BLOCK_D)

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The decorrelation loss of all layers in one Triton launch forward and one backward.
 
 Mathematics (definition 4, the same as csrc/decorrelation.cpp): with a = h at BOS, d = <a, h>, A = |a|^2 and

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """RMSNorm that also finds this layer's decorrelation sum and largest activations, in the one read of h it needs anyway.
 
 The mathematics is in :mod:`flashsink.gpu.decorrelation` and :mod:`flashsink.reference`. A row of S tokens is cut into

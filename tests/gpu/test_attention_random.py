@@ -75,7 +75,7 @@ def run(data):
         check(*inputs, cuts)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_problems(data):
     run(data)

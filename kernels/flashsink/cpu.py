@@ -140,4 +140,4 @@ def _sink_stats(
     received = torch.ops.flashsink.received(
         q, k, lse, layout.starts, layout.lengths, first, layout.packed, causal, scale
     )
-    return SinkStats(received, layout.query_counts(q.shape[2], causal, first), lse)
+    return SinkStats(received, layout.queries_later(q.shape[2], causal, first), lse)

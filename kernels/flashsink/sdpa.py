@@ -67,7 +67,7 @@ def attention(
     out, lse = attend(q, k, v, layout, causal, scale)
     stats = [
         SinkStats(
-            _received(q, k, lse, layout, causal, scale, first), layout.query_counts(q.shape[2], causal, first), lse
+            _received(q, k, lse, layout, causal, scale, first), layout.queries_later(q.shape[2], causal, first), lse
         )
         for first in counted
     ]

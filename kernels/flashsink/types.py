@@ -5,6 +5,7 @@ Dimensions: B rows, H query heads, Sq queries, Sk keys, L layers, S tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,13 +22,15 @@ class SinkStats:
         queries: (B, Sk) int64, the number of those queries.
         lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
 
-    ``received`` may be handed over as a function that finds it out when it is first read (and then forgets what it
-    needed for that; :meth:`wait_for_backward` lets it forget at once).
+    ``received`` and ``queries`` may be handed over as functions that find them out when they are first read (and then
+    forget what they needed for that; :meth:`wait_for_backward` lets ``received`` forget at once).
     """
 
-    def __init__(self, received: Tensor | Callable[[], Tensor], queries: Tensor, lse: Tensor) -> None:
+    def __init__(
+        self, received: Tensor | Callable[[], Tensor], queries: Tensor | Callable[[], Tensor], lse: Tensor
+    ) -> None:
         self._received = received
-        self.queries = queries
+        self._queries = queries
         self.lse = lse
 
     @property
@@ -35,6 +38,12 @@ class SinkStats:
         if not isinstance(self._received, Tensor):
             self._received = self._received()
         return self._received
+
+    @property
+    def queries(self) -> Tensor:
+        if not isinstance(self._queries, Tensor):
+            self._queries = self._queries()
+        return self._queries
 
     def wait_for_backward(self) -> None:
         """From now on only the backward can say what ``received`` is; nothing is held for the statistics pass."""
@@ -127,6 +136,13 @@ class Layout(NamedTuple):
     def valid(self) -> Tensor:
         """(rows, tokens) bool: real tokens."""
         return self.segments() >= 0
+
+    def queries_later(self, queries: int, causal: bool, first: Tensor | None = None) -> Tensor | Callable[[], Tensor]:
+        """:meth:`query_counts` for :class:`SinkStats`: a dozen small operations that wait until somebody reads them,
+        but for a graph being compiled, which can hand over tensors only."""
+        if torch.compiler.is_compiling():
+            return self.query_counts(queries, causal, first)
+        return functools.partial(self.query_counts, queries, causal, first)
 
     def query_counts(self, queries: int, causal: bool, first: Tensor | None = None) -> Tensor:
         """(rows, tokens) int64: how many queries see a key, of those at positions >= ``first`` (one entry a row or

@@ -76,11 +76,11 @@ def attention(
     lse = lse.detach()
     if pending is not None:
         pending.lse = lse
-        return out, [SinkStats(pending, layout.query_counts(q.shape[2], causal, counted[0]), lse)]
+        return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0]), lse)]
     stats = [
         SinkStats(
             run_received(q, k, lse, layout, causal=causal, scale=scale, first=first),
-            layout.query_counts(q.shape[2], causal, first),
+            layout.queries_later(q.shape[2], causal, first),
             lse,
         )
         for first in counted

@@ -109,6 +109,8 @@ def resolve_layout(
             steps = bounds.diff()
             if bounds[0] != 0 or bounds[-1] > tokens or bool((steps < 0).any()):
                 raise ValueError(f"cu_seqlens: expected to rise from 0 to at most {tokens}, got {bounds.tolist()}")
+        # unchecked values on a GPU are cut, so that no kernel leaves its tensors
+        bounds = torch.cat([bounds.new_zeros(1), bounds[1:].clamp(0, tokens).cummax(0).values])
         return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
     start = (
         torch.zeros(rows, dtype=torch.long, device=device)

@@ -8,7 +8,7 @@ What runs where, always the same for the same arguments:
 - ``attention`` with ``sink_logits``: the same, rescaled, where no gradient is needed. Torch's log-sum-exp carries
   none, so the reference computes where one is.
 - ``calibrated_attention``: two sets of keys, attention over all but the sinks by torch's kernel and a skinny product
-  for the sinks, where no gradient is needed (it needs the log-sum-exp too); else the reference.
+  for the sinks, in dense rows where no gradient is needed (it needs the log-sum-exp too); else the reference.
 - float64, no queries at all, and a graph being compiled (values decide what runs here): the reference.
 - ``decorrelation_sums``, ``activation_stats`` and ``rms_norm``: see :mod:`flashsink.native` and
   :mod:`flashsink.native_norm`.
@@ -76,7 +76,8 @@ def calibrated_attention(
     (log-sum-exp r, and s that of the sinks), ACT is beta o_S + (1 - beta m) o_R with m = e^s / (e^r + e^s). Equal to
     c o + (beta - c) o_S with c = (1 - beta m) / (1 - m), but nothing cancels where m is near 1.
     """
-    if q.dtype == torch.float64 or q.numel() == 0 or _needs_gradient(q, k, v) or torch.compiler.is_compiling():
+    apart = layout.packed or q.dtype == torch.float64 or q.numel() == 0 or torch.compiler.is_compiling()
+    if apart or _needs_gradient(q, k, v):
         return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
     chosen = sinks & (layout.offsets() > 0)[:, None, :]
     most = int(chosen.sum(dim=-1).max())

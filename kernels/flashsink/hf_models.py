@@ -49,6 +49,9 @@ def epsilon(norm: Any) -> float | None:
     the multiplication by the weight before the rounding) are left alone.
     """
     name = type(norm).__name__
+    if hasattr(norm, "_hf_hook"):
+        logger.info("%s moves with accelerate's hooks: the states are read once more instead", name)
+        return None
     if name not in _LLAMA_NORMS or not hasattr(norm, "variance_epsilon"):
         logger.info("%s is not Llama's RMSNorm: the states are read once more instead", name)
         return None

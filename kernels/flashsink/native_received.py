@@ -15,7 +15,7 @@ from torch import Tensor
 from flashsink.native import library, rows
 
 TILE = 64  # queries of a tile
-PRODUCTS = 1 << 18  # products held at once (1 MB, what fits a core's cache), more only where one head's tile is larger
+PRODUCTS = 1 << 19  # products held at once (2 MB: two cores' caches), more only where one head's tile is larger
 SLACK = 64  # floats that csrc/received.cpp may read behind a tile
 
 

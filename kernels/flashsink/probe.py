@@ -177,6 +177,9 @@ class Probe:
         for layer in self._layers:
             if getattr(layer.self_attn, _MARK, None) is not None:
                 raise ValueError("model: a probe is attached already; detach it first")
+        devices = {str(p.device) for layer in self._layers for p in layer.parameters()}
+        if len(devices) > 1:
+            raise ValueError(f"model: expected all layers on one device, got {', '.join(sorted(devices))}")
         for index, layer in enumerate(self._layers):
             setattr(layer.self_attn, _MARK, self)
             self._undo.append(layer.register_forward_hook(functools.partial(self._observe_layer, index)).remove)
@@ -411,6 +414,7 @@ def _attend(
         raise ValueError(f"attention_dropout: expected 0, got {kwargs['dropout']}")
     if kwargs.get("softcap") is not None:
         raise ValueError(f"softcap: expected None, got {kwargs['softcap']}")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
     scaling = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     probe = getattr(module, _MARK, None)

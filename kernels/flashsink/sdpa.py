@@ -85,6 +85,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale:
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return out, lse.detach().reshape(b, h, queries)
+    if torch.is_grad_enabled() and not layout.full:  # or NaN in padding would reach the gradients of padding
+        padding = ~layout.valid()[:, None, :, None]
+        k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+        q = q.masked_fill(padding[:, :, layout.tokens - queries :], 0.0)
     bounds_q, bounds_k, longest_q, longest_k = pieces(layout, queries)
     flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(-1, x.shape[1], d) for x in (q, k, v))
     vendor = VENDORS[name if name != "cudnn" else "torch"]
@@ -116,7 +120,8 @@ def pieces(layout: Layout, queries: int) -> tuple[Tensor, Tensor, int, int]:
     longest = layout.tokens
     if not torch.compiler.is_compiling() and not (edges.is_cuda and torch.cuda.is_current_stream_capturing()):
         longest = max(int(edges.diff().max()), 1)
-    return own.int(), edges.int(), min(longest, queries), longest
+    # never 1: FlashAttention folds grouped heads of single queries into rows, and there are more sequences than rows
+    return own.int(), edges.int(), max(min(longest, queries), 2), longest
 
 
 def calibrated_attention(

@@ -210,3 +210,16 @@ def test_wrong_arguments(tiny, argument, options):
     with pytest.raises(ValueError, match=argument):
         probe.calibrate(**options)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@torch.no_grad()
+def test_packed_sequences_are_calibrated_each_for_itself(model):
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    ids = torch.randint(3, 60, (1, 12))
+    probe = flashsink.attach(model)
+    probe.calibrate(heads, beta=0.4, threshold=0.15)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    for first, end in ((0, 5), (5, 12)):
+        alone = model(input_ids=ids[:, first:end], use_cache=False).logits
+        torch.testing.assert_close(packed[:, first:end], alone, rtol=1e-4, atol=1e-4)

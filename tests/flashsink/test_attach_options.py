@@ -335,3 +335,22 @@ def test_a_bfloat16_model_is_measured_in_float32(tiny, oracle):
     want = oracle.decorrelation(got.hidden_states[1:-1], [8, 8])
     torch.testing.assert_close(probe.decorrelation_loss.double(), want, rtol=1e-5, atol=0)
     torch.testing.assert_close(probe.sinks[0].received.sum(-1), torch.full((2, 4), 8.0))
+
+
+def test_autocast(tiny):
+    """Rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    model = tiny("llama").train()
+    ids = torch.randint(3, 60, (2, 9))
+    probe = flashsink.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    (out.loss + probe.decorrelation_loss).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_model_on_two_devices_is_refused(tiny):
+    model = tiny("llama")
+    model.model.layers[2].to("meta")
+    with pytest.raises(ValueError, match="model.*one device.*meta"):
+        flashsink.attach(model)
+    assert flashsink.attach(tiny("llama")) is not None

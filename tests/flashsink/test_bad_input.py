@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashsink
+from flashsink import _checks
 
 B, H, HK, S, D = 2, 4, 2, 6, 8
 NAMES = {"reference", "cpu", "sdpa", "triton"}
@@ -254,3 +255,13 @@ def test_importing_flashsink_imports_neither_transformers_nor_avsr():
     code = "import sys, flashsink; print(sorted({'transformers', 'peft', 'avsr', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("bounds", [[3, 5, 9], [0, 7, 4, 30], [-2, 2, 2, -5], [0, 0, 0]])
+def test_bounds_that_nobody_checks_are_cut_to_the_tokens_there_are(monkeypatch, bounds):
+    """As on a GPU, where looking at values would synchronise: no kernel may leave its tensors."""
+    monkeypatch.setattr(_checks, "check_values", lambda *_: False)
+    layout = _checks.resolve_layout(1, 9, torch.device("cpu"), cu_seqlens=torch.tensor(bounds))
+    assert layout.starts[0] == 0 and bool((layout.lengths >= 0).all())
+    assert torch.equal(layout.starts[1:], (layout.starts + layout.lengths)[:-1])
+    assert int((layout.starts + layout.lengths).max()) <= 9

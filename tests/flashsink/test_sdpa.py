@@ -58,7 +58,7 @@ def test_every_layout_becomes_sequences_side_by_side(monkeypatch, case, causal):
     padding = ~layout.valid()[:, None, :, None]
     results = []
     for run in (lambda *x: sdpa.attend(*x, layout, causal, 0.3), None):
-        poison = 0.0 if run is None else 7.0  # NaN would reach the gradients of einsum, though of padding alone
+        poison = 0.0 if run is None else float("nan")
         leaves = [x.masked_fill(padding[:, :, keys - x.shape[2] :], poison).requires_grad_() for x in (q, k, v)]
         if run is None:
             out, (stats,) = reference.attention(*leaves, layout, causal=causal, scale=0.3, counted=[None])

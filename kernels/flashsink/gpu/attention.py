@@ -109,8 +109,8 @@ def calibrated_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`: attention and its correction. ACT is a method of inference:
-    where a gradient is asked for, the reference runs."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    where a gradient is asked for, and in packed rows, the reference runs."""
+    if layout.packed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
     q, k, v = (_adjacent(x) for x in (q, k, v))
     starts, lengths = layout.starts, layout.lengths
@@ -222,6 +222,8 @@ def _attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    # also here: a compiler may hand over other strides than it was given
+    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
     return forward(q, k, v, sink_logits, starts, lengths, packed=packed, causal=causal, scale=scale)
 
 
@@ -265,7 +267,7 @@ def _attention_backward(
     apart = capture and q.shape[-1] > CAPTURED_HEAD_DIM
     dq, dk, dv, delta, received = backward(
         _adjacent(upstream),
-        (q, k, v, out, lse),
+        (_adjacent(q), _adjacent(k), _adjacent(v), _adjacent(out), lse.contiguous()),
         starts,
         lengths,
         first,

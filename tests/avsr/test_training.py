@@ -73,9 +73,26 @@ def test_off_means_not_computed(tiny_recipe: Recipe, tmp_path: Path, monkeypatch
         raise AssertionError("computed")
 
     for backend in ("reference", "cpu"):
-        monkeypatch.setattr(f"flashsink.{backend}.decorrelation_sums", refuse)
+        for name in ("decorrelation_sums", "rms_norm"):
+            monkeypatch.setattr(f"flashsink.{backend}.{name}", refuse)
     folder = run(tiny_recipe(tmp_path, **{"loss.decorrelation": 0.0}))
     assert all("decorrelation" not in row for row in read_metrics(folder))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_loss_works_with_other_attention(tiny_recipe: Recipe, tmp_path: Path, attention: str) -> None:
+    rows = []
+    for name in ("flashsink", attention):
+        settings = {"model.llm.attention": name, "loss.decorrelation": 1.0, "training.steps": 2}
+        rows.append(read_metrics(run(tiny_recipe(tmp_path / name, **settings))))
+    for ours, theirs in zip(*rows, strict=True):
+        for key in ("ce", "decorrelation", "grad_norm"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3)
+
+
+def test_an_unknown_attention_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.llm\.attention.*flash_attention_2.*'quick'"):
+        run(tiny_recipe(tmp_path, **{"model.llm.attention": "quick"}))
 
 
 def test_training_lowers_the_loss(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def resolve_layout(
         # unchecked values on a GPU are cut, so that no kernel leaves its tensors
         bounds = torch.cat([bounds.new_zeros(1), bounds[1:].clamp(0, tokens).cummax(0).values])
         return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
+    if starts is None and lengths is None:
+        start = torch.zeros(rows, dtype=torch.long, device=device)
+        return Layout(start, torch.full_like(start, tokens), rows, tokens, False, True)
     start = (
         torch.zeros(rows, dtype=torch.long, device=device)
         if starts is None
@@ -125,17 +128,16 @@ def resolve_layout(
             raise ValueError(f"lengths: expected 0..{tokens} with starts + lengths <= {tokens}, got {length.tolist()}")
     start = start.clamp(0, tokens)
     length = torch.minimum(length.clamp(min=0), tokens - start)
-    return Layout(start, length, rows, tokens, False, starts is None and lengths is None)
+    return Layout(start, length, rows, tokens, False)
 
 
 def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor:
     spans = index_vector("spans", spans, layout.lengths.shape[0], layout.lengths.device)
-    if check_values(layout.lengths.device, validate) and (
-        bool((spans < 0).any()) or bool((spans > layout.lengths).any())
-    ):
-        raise ValueError(
-            f"spans: expected 0 to the row's number of tokens {layout.lengths.tolist()}, got {spans.tolist()}"
-        )
+    if check_values(layout.lengths.device, validate):
+        given, most = spans.tolist(), layout.lengths.tolist()  # on the CPU cheaper than a few small operations
+        if any(not 0 <= span <= length for span, length in zip(given, most, strict=True)):
+            raise ValueError(f"spans: expected 0 to the row's number of tokens {most}, got {given}")
+        return spans
     return torch.minimum(spans.clamp(min=0), layout.lengths)
 
 

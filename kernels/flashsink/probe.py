@@ -110,7 +110,11 @@ class Probe:
 
     @property
     def sinks(self) -> list[SinkStats]:
-        """Attention received in every layer, L records. With ACT: before its correction."""
+        """Attention received in every layer, L records. With ACT: before its correction.
+
+        Read it after the backward: on the triton backend ``received`` then costs nothing, before it a pass runs, and
+        under activation checkpointing it is known only then. A compiled model runs the pass within its graph.
+        """
         forward = self._last("attention")
         if not forward.sinks:
             raise RuntimeError("sinks: the last forward was skipped by stats_every")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import ledger, report
 from bench.shapes import HEADLINE_TOKENS, utterances
@@ -50,6 +51,14 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
     path.write_text("claim,ratio\na,1\n")
     with pytest.raises(ValueError, match="columns"):
         ledger.append([row(claim="a")], path)
+
+
+def test_the_commit_without_git_and_as_given(monkeypatch):
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert ledger.origin(torch.device("cpu"))["commit"] == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "1234567")
+    assert ledger.origin(torch.device("cpu"))["commit"] == "1234567"
 
 
 def test_the_committed_ledger_is_readable():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.ledger import Row, origin, quantiles, verdict
+from bench.ledger import HOST_BOUND, Row, origin, quantiles, verdict
 
 Step = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
@@ -299,7 +299,7 @@ def report(bench: Bench, comparison: Comparison, samples: dict[str, Sample]) -> 
             target = comparison.target if name == best else ""
             columns |= {"target": target, "verdict": verdict(target, float(columns["ratio"]))}
         if not comparison.graph and sample.host_bound():
-            columns["note"] = "; ".join(filter(None, [comparison.note, "host-bound"]))
+            columns["note"] = "; ".join(filter(None, [comparison.note, HOST_BOUND]))
         bench.row(comparison, name, **columns)
     if comparison.memory is not None and best is not None and rival is not None:
         upper, lower = (best, rival) if comparison.upper == "ours" else (rival, best)

@@ -21,6 +21,7 @@ FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
 FIELDS += ["metric", "against", "ratio_p20", "ratio", "ratio_p80", "target", "verdict", "note"]
 
 Row = dict[str, str]
+HOST_BOUND = "host-bound"  # ends the note of a step in which the device waited for the host
 
 
 def read(path: Path = LEDGER) -> list[Row]:

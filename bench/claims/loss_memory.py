@@ -60,6 +60,6 @@ def measure(bench: Bench, setting: Setting) -> None:
         "ratio": f"{ratio:.4g}",
         "target": target,
         "verdict": verdict(target, ratio) if ratio >= 0 else "error: less memory with the loss than without it",
-        "note": f"{(peaks[1] - peaks[0]) / 2**20:.3f} MiB more at the peak / {states / 2**20:.1f} MiB of states",
+        "note": f"more at the peak / {states / 2**20:.1f} MiB of states",
     }
     bench.row(comparison, "flashsink, loss", **columns)

@@ -90,6 +90,8 @@ def test_a_cell_holds_the_newest_row_of_every_shape():
         {**cpu, "shape": "c", "ratio": "9", "verdict": "report", "target": ""},
     )
     assert measured(*rows) == "1.1..1.3 (<= 1.15: met in 1 of 2)"
+    noted = {**cpu, "shape": "a", "ratio": "1.2", "verdict": "missed", "note": "host-bound"}
+    assert measured(*rows, noted) == "1.2..1.3 (<= 1.15: missed)"
     assert measured(*rows, column="gpu") == report.NOT_MEASURED
     assert measured({**cpu, "device": "NVIDIA H200", "ratio": "1.02", "verdict": "met"}, column="gpu") == (
         "1.02 (<= 1.15: met)"

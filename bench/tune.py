@@ -160,6 +160,8 @@ def times(kernel: str, problem: Problem, given: list[Tile], seconds: float, end:
             runner.warm(problem.device, 1)
             if problem.device.type == "cuda":
                 runner.capture()
+            else:
+                runner.estimate(problem.device)
             steps[label(tile)] = runner
         except Exception as error:
             print(f"{kernel} {problem.shape} {label(tile)}: {one_line(error)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -69,7 +69,8 @@ def test_no_candidate_is_begun_in_the_last_seconds(capsys):
     assert capsys.readouterr().out.count("no time left") == 2
 
 
-def test_jobs_that_are_late_say_so():
+def test_jobs_that_are_late_say_so(monkeypatch):
+    monkeypatch.setattr(tune, "compiled", lambda job: time.sleep(0.5))
     job = Job("nothing", "there", (), (), (), (), 90)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    with ThreadPool(1) as pool:
         assert tune.compile_in(pool, 0.0)([job]) == {job: "not compiled in time"}

@@ -82,12 +82,12 @@ def compile_in(pool: Pool, end: float) -> Compile:
 
 def compiling(kernels: list[str], problem: Problem, compile_all: Compile) -> dict[str, list[Tile]]:
     """For every kernel the candidates that can be used, the tile in use now first; the others are named."""
-    jobs = {
-        (kernel, tile): jobs_of(kernel, problem, tile) for kernel in kernels for tile in candidates(kernel, problem)
-    }
-    done = compile_all(dict.fromkeys(job for some in jobs.values() for job in some))
+    jobs = [
+        (kernel, tile, jobs_of(kernel, problem, tile)) for kernel in kernels for tile in candidates(kernel, problem)
+    ]
+    done = compile_all(dict.fromkeys(job for *_, some in jobs for job in some))
     sound: dict[str, list[Tile]] = {kernel: [] for kernel in kernels}
-    for (kernel, tile), some in jobs.items():
+    for kernel, tile, some in jobs:
         results = [done[job] for job in some]
         faults = [fault for x in results for fault in ([x] if isinstance(x, str) else faults_of(x, False))]
         if faults:
@@ -125,14 +125,12 @@ def capability(device: torch.device) -> int:
 
 
 def problems() -> list[Problem]:
-    """The headline and rows of 1k and 4k tokens, for head dims 64 and 128."""
-    found, device = [], torch.device("cuda")
+    """For head dims 128 and 64 first the headline, then rows of 1k and of 4k tokens."""
+    device, models = torch.device("cuda"), [MODELS[name] for name in ("llama-3.2-3b", "llama-3.2-1b")]
     packed = tuple(utterances(HEADLINE_TOKENS))
-    for name in ("llama-3.2-1b", "llama-3.2-3b"):
-        model = MODELS[name]
-        found.append(Problem(model, 1, HEADLINE_TOKENS, device, torch.bfloat16, packed))
-        for tokens in (1024, 4096):
-            found.append(Problem(model, HEADLINE_TOKENS // tokens, tokens, device, torch.bfloat16))
+    found = [Problem(model, 1, HEADLINE_TOKENS, device, torch.bfloat16, packed) for model in models]
+    for tokens in (1024, 4096):
+        found += [Problem(model, HEADLINE_TOKENS // tokens, tokens, device, torch.bfloat16) for model in models]
     return found
 
 

@@ -22,7 +22,8 @@ from bench.shapes import Model
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention layer. ``lengths`` makes it a packed row; else ``rows`` full rows of ``tokens``."""
+    """One attention layer. ``lengths`` makes it a packed row; else ``rows`` rows of ``tokens``, all of them full, or
+    padded on the right behind ``valid`` tokens (which only ours know of)."""
 
     model: Model
     rows: int
@@ -30,13 +31,15 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     lengths: tuple[int, ...] | None = None
+    valid: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> str:
         model = self.model
         heads = f"{model.name} H{model.heads}/{model.kv_heads} D{model.dim}"
         if self.lengths is None:
-            return f"{heads} B{self.rows} S{self.tokens}"
+            padded = "" if self.valid is None else f" padded to {min(self.valid)}.."
+            return f"{heads} B{self.rows} S{self.tokens}{padded}"
         return f"{heads} packed {self.tokens}, {len(self.lengths)} x {min(self.lengths)}..{max(self.lengths)}"
 
     def bounds(self) -> Tensor:
@@ -45,13 +48,19 @@ class Problem:
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
         return ends.to(device=self.device, dtype=torch.int32)
 
+    def layout(self) -> dict[str, Tensor]:
+        """How flashsink is told of it."""
+        if self.lengths is not None:
+            return {"cu_seqlens": self.bounds()}
+        return {} if self.valid is None else {"lengths": torch.tensor(self.valid, device=self.device)}
+
     def tensors(self, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the output's gradient, (B, S, H or Hk, D)."""
-        torch.manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         made = []
         for heads in (self.model.heads, self.model.kv_heads, self.model.kv_heads, self.model.heads):
             size = (self.rows, self.tokens, heads, self.model.dim)
-            made.append(torch.randn(size, device=self.device, dtype=self.dtype))
+            made.append(torch.randn(size, generator=generator, device=self.device, dtype=self.dtype))
         return tuple(x.requires_grad_(grad and i < 3) for i, x in enumerate(made))  # type: ignore[return-value]
 
 
@@ -68,10 +77,12 @@ def provider(
                 result = run(q, k, v)
             out, after = result if isinstance(result, tuple) else (result, None)
             if backward:
-                q.grad = k.grad = v.grad = None
                 # not autograd.grad with inputs: what is captured leaves the backward as another leaf's gradient
                 out.backward(gradient)
-            return out, q.grad, k.grad, v.grad, None if after is None else after()
+            gradients = q.grad, k.grad, v.grad
+            # nothing of this step may be freed in the next one, whose peak would then seem lower
+            q.grad = k.grad = v.grad = None
+            return out, *gradients, None if after is None else after()
 
         return step
 
@@ -81,8 +92,7 @@ def provider(
 def ours(problem: Problem, backend: str, statistics: str = "", backward: bool = True, ours: bool = True) -> Provider:
     """flashsink. ``statistics``: "" for none, "captured" to read them after the backward, "pass" before it."""
     state = flashsink.backends().get(backend, "unknown")
-    bounds = None if problem.lengths is None else problem.bounds()
-    options: dict[str, Any] = {"backend": backend, "cu_seqlens": bounds}
+    options: dict[str, Any] = {"backend": backend, **problem.layout()}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if state != "usable":

@@ -109,18 +109,22 @@ def collect(cases: Iterable[Case]) -> list[Entry]:
     return list(entries)
 
 
-def _entry(case: Case, launch: Any, capability: int) -> Entry:
+def job_of(launch: Any, capability: int) -> Job:
+    """What ``launch`` would compile."""
     signature, constants, attributes = specialise(launch, capability)
-    tile = launch.tile
-    job = Job(
+    return Job(
         launch.kernel.fn.__module__,
         launch.kernel.fn.__qualname__,
         tuple((name, kind) for name, kind in signature.items()),
         tuple(sorted(constants.items(), key=lambda item: item[0])),
         tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
-        (("num_warps", tile.warps), ("num_stages", tile.stages)),
+        (("num_warps", launch.tile.warps), ("num_stages", launch.tile.stages)),
         capability,
     )
+
+
+def _entry(case: Case, launch: Any, capability: int) -> Entry:
+    tile, job = launch.tile, job_of(launch, capability)
     # what tells two launches of one kernel in one case apart: flags and head dims
     own = [(n, v) for n, v in launch.arguments.items() if _is_flag(launch.kernel, n)]
     variant = " ".join(f"{name}={value}" for name, value in own)
@@ -224,9 +228,9 @@ def measure(entries: Sequence[Entry], processes: int) -> tuple[list[Row], list[s
     jobs = list(dict.fromkeys(entry.job for entry in entries))
     if processes > 1 and len(jobs) > 1:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            made = pool.map(_compiled, jobs, chunksize=1)
+            made = pool.map(compiled, jobs, chunksize=1)
     else:
-        made = [_compiled(job) for job in jobs]
+        made = [compiled(job) for job in jobs]
     found = dict(zip(jobs, made, strict=True))
     rows, faults = [], []
     for entry in entries:
@@ -245,7 +249,8 @@ def _order(row: Row) -> tuple[Any, ...]:
     return tuple(int(row[field]) if row[field].isdigit() else row[field] for field in FIELDS[:5]) + tuple(row.values())
 
 
-def _compiled(job: Job) -> Row | str:
+def compiled(job: Job) -> Row | str:
+    """The numbers of one kernel, or why it does not compile."""
     try:
         return compile_job(job)
     except Exception as error:

@@ -1,8 +1,9 @@
-"""``make gpu``: everything on a GPU in under nine minutes. Correctness in bf16 first, then every claim, then whole
-steps, one table last. Rows, table and logs stay in ``runs/bench/`` and, where it is set, in ``$OUT``.
+"""``make gpu``: everything on a GPU in under nine minutes. First the check of what is timed and the kernels' tests,
+then every claim and whole steps, one table last. Rows, table and logs stay in ``$OUT`` where it is set, else in
+``runs/bench/``; they are written as they come.
 
 Claims run in a process of their own. Where that loses the device (a kernel that reads out of bounds breaks the CUDA
-context) or hangs, the claims that are left go on in a new one.
+context), hangs or stays silent, the claims that are left go on in a new one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import csv
 import datetime
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,13 +22,15 @@ import torch
 if not __package__:  # run as a script: the repository root is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import ledger
+from bench import correct, ledger
 from bench.claims import MODULES
 from bench.ledger import Row
+from bench.processes import watched
 from bench.run import line
 
-WHOLE = 530.0  # seconds for everything
-CORRECTNESS = 150.0  # of them at most for the tests
+WHOLE = 500.0  # seconds for everything, as of the start of this process
+CHECK, TESTS = 130.0, 100.0  # of them at most for the check and for the tests
+QUIET = 90.0  # seconds without output after which a claim is given up
 
 
 def main() -> int:
@@ -41,18 +42,31 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu: there is no CUDA device here; make bench measures the CPU set", file=sys.stderr)
         return 2
-    end = time.monotonic() + arguments.whole
-    folder = ledger.ROOT / "runs" / "bench" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    end = time.monotonic() + arguments.whole - age()
+    place = Path(os.environ.get("OUT") or ledger.ROOT / "runs" / "bench")
+    folder = place / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
-    print(environment())
-    if not arguments.no_tests and not correct(folder, end):
-        print("make gpu: the kernels are not correct here (see above); nothing was timed", file=sys.stderr)
-        keep(folder)
+    print(environment(), flush=True)
+    torch.cuda.empty_cache()  # what the lines above took belongs to the processes below
+    good, tests = True, "tests/gpu: not run"
+    if not arguments.no_tests:
+        good = correct.check(folder, min(CHECK, end - time.monotonic()))
+        tests = correct.tests(folder, min(TESTS, end - time.monotonic()))
+    if not good:
+        print("make gpu: what would be timed is not correct here (see above); nothing was timed", file=sys.stderr)
         return 1
-    rows = claims(folder, arguments.names or list(MODULES), end)
-    finish(folder, rows)
-    keep(folder)
+    finish(folder, claims(folder, arguments.names or list(MODULES), end), tests)
     return 0
+
+
+def age() -> float:
+    """Seconds since this process began, its imports included; 0 where the system does not say."""
+    try:
+        began = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+    return seconds if 0 <= seconds < WHOLE else 0.0
 
 
 def environment() -> str:
@@ -89,49 +103,30 @@ def _seconds(step: object) -> float:
     return float(triton.testing.do_bench(step, return_mode="median")) / 1e3
 
 
-def correct(folder: Path, end: float) -> bool:
-    """Whether the tests of the kernels pass on this GPU; what they print is shown and kept."""
-    tests = [name for name in ("tests/flashsink", "tests/gpu") if (ledger.ROOT / name).is_dir()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", *tests, "-m", "not smollm and not slow"]
-    command += ["-p", "no:cacheprovider"]
-    left = min(CORRECTNESS, end - time.monotonic())
-    try:
-        done = subprocess.run(command, cwd=ledger.ROOT, capture_output=True, text=True, timeout=left, check=False)
-        text, passed = done.stdout + done.stderr, done.returncode == 0
-    except subprocess.TimeoutExpired as expired:
-        # -x ends at the first failure, so there was none; the rest of the time belongs to the claims
-        output, passed = expired.stdout or b"", True
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        text += f"\nthe tests were stopped after {left:.0f} s, without a failure so far\n"
-    (folder / "tests.log").write_text(text, encoding="utf-8")
-    print(text if not passed else "\n".join(text.splitlines()[-3:]), flush=True)
-    return passed
-
-
 def claims(folder: Path, names: list[str], end: float) -> list[Row]:
-    """Runs the claims and gives all rows; see the module for what happens to those that break the device."""
-    store, left = folder / "rows.jsonl", list(names)
+    """Runs the claims and gives all rows; see the module for what happens to those that break the device or hang."""
+    store, left, broken = folder / "rows.jsonl", list(names), []
     while left and end - time.monotonic() > 10:
         budget = end - time.monotonic() - 8
         command = [sys.executable, "-m", "bench.run", *left, "--dry", "--budget", str(budget), "--rows", str(store)]
-        seen = len(_rows(store))
-        try:
-            code = subprocess.run(command, cwd=ledger.ROOT, timeout=budget + 6, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = 4
-        if code == 0:
-            return _rows(store)
-        # rows of a module come in order: the last that reported is where it broke
-        reported = {row["claim"] for row in _rows(store)[seen:]}
-        broken = max((i for i, name in enumerate(left) if _claims_of(name) & reported), default=0)
-        left = left[broken + 1 :]
-        print(f"make gpu: the process ended with {code}; going on with {', '.join(left) or 'nothing'}", flush=True)
-    rows = _rows(store)
+        ended = watched(command, folder / "claims.log", budget + 6, QUIET)
+        if ended.code == 0:
+            left = []
+            break
+        # modules come in order: the last that began is where it broke
+        index = max((left.index(name) for name in _started(store) if name in left), default=0)
+        why = ended.reason or f"the process ended with {ended.code}"
+        broken += [_row(claim, f"error: {why}") for claim in sorted(_claims_of(left[index]))]
+        print(f"make gpu: {left[index]}: {why}; going on with {', '.join(left[index + 1 :]) or 'nothing'}", flush=True)
+        left = left[index + 1 :]
+    late = [_row(claim, "no time left") for name in left for claim in sorted(_claims_of(name))]
+    return [*_rows(store), *broken, *late]
+
+
+def _row(claim: str, verdict: str) -> Row:
+    """A row that stands for a claim as a whole."""
     origin = ledger.origin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for name in left:
-        for claim in sorted(_claims_of(name)):
-            rows.append({**origin, "claim": claim, "provider": "all", "shape": "all", "verdict": "no time left"})
-    return rows
+    return {**origin, "claim": claim, "provider": "all", "shape": "all", "verdict": verdict}
 
 
 def _claims_of(module: str) -> set[str]:
@@ -141,13 +136,26 @@ def _claims_of(module: str) -> set[str]:
 
 
 def _rows(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return [entry for entry in _entries(path) if "claim" in entry]
 
 
-def finish(folder: Path, rows: list[Row]) -> None:
-    """The ledger, ``rows.csv``, ``rows.json`` and the table, which is printed last."""
+def _started(path: Path) -> list[str]:
+    return [entry["started"] for entry in _entries(path) if "started" in entry]
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
+    """What :mod:`bench.run` has written so far; a process that was killed may leave half a line."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def finish(folder: Path, rows: list[Row], tests: str) -> None:
+    """The ledger, ``rows.csv``, ``rows.json`` and the table, which is printed last, with the line about the tests."""
     ledger.append(rows)
     with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ledger.FIELDS, restval="", lineterminator="\n")
@@ -158,16 +166,10 @@ def finish(folder: Path, rows: list[Row]) -> None:
     text = "\n".join(line({field: row.get(field, "") for field in ledger.FIELDS}) for row in judged)
     met = sum(row["verdict"] == "met" for row in rows)
     missed = sum(row["verdict"] == "missed" for row in rows)
-    text += f"\n{met} met, {missed} missed, {len(judged) - met - missed} without a number; all rows in {folder}"
+    rest = len(judged) - met - missed
+    text += f"\n{tests}\n{met} met, {missed} missed, {rest} without a number; all rows in {folder}"
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
-
-
-def keep(folder: Path) -> None:
-    """A copy in ``$OUT``, which a machine that is lent for a command gives back."""
-    out = os.environ.get("OUT")
-    if out:
-        shutil.copytree(folder, Path(out) / folder.name, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from bench.ledger import Row, origin, quantiles, verdict
+from bench.ledger import HOST_BOUND, Row, origin, quantiles, verdict
 
 Step = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
+HOST_SHARE = 0.9  # of the device's time: beyond it a step is bound by the host
+LONG_STEP = 2e-3  # seconds; the kernels of longer ones may fill the queue, in which the host then waits
 SHORTEST_SAMPLE = 2e-3  # seconds; on a CPU shorter steps are repeated within a sample
 
 
@@ -70,9 +73,15 @@ class Sample:
 
     times: list[float] = field(default_factory=list)
     peak: float = 0.0
+    host: list[float] = field(default_factory=list)  # CUDA: seconds until the step was in the queue
 
     def median(self) -> float:
         return quantiles(self.times)[1]
+
+    def host_bound(self) -> bool:
+        """Whether the device had to wait for the host, so that the time is that of starting kernels."""
+        time = self.median()
+        return bool(self.host) and time < LONG_STEP and quantiles(self.host)[1] > HOST_SHARE * time
 
 
 @dataclass
@@ -192,12 +201,24 @@ class Runner:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            # kept: the graph writes to this memory in every replay
-            self.result = step()
+        try:
+            with torch.cuda.graph(graph):
+                # kept: the graph writes to this memory in every replay
+                self.result: Any = step()
+        except Exception:
+            renew_generator()
+            raise
         self.step = graph.replay
         self.step()
         torch.cuda.synchronize()
+
+
+def renew_generator() -> None:
+    """Gives the CUDA device's default generator a new state: the old one still takes itself for one that is being
+    captured after a capture that failed, and refuses to draw."""
+    default = torch.cuda.default_generators[torch.cuda.current_device()]
+    with contextlib.suppress(RuntimeError):  # a lost device is found elsewhere
+        default.graphsafe_set_state(torch.Generator("cuda").manual_seed(0).graphsafe_get_state())
 
 
 def rounds_cpu(
@@ -238,8 +259,10 @@ def rounds_cuda(
                     dirt.zero_()
                 marks.append((name, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
                 marks[-1][1].record()
+                began = time.perf_counter()
                 with nvtx(name, True):
                     runner.step()
+                samples[name].host.append(time.perf_counter() - began)
                 marks[-1][2].record()
             done += 1
         torch.cuda.synchronize()
@@ -275,6 +298,8 @@ def report(bench: Bench, comparison: Comparison, samples: dict[str, Sample]) -> 
             columns["against"] = other
             target = comparison.target if name == best else ""
             columns |= {"target": target, "verdict": verdict(target, float(columns["ratio"]))}
+        if not comparison.graph and sample.host_bound():
+            columns["note"] = "; ".join(filter(None, [comparison.note, HOST_BOUND]))
         bench.row(comparison, name, **columns)
     if comparison.memory is not None and best is not None and rival is not None:
         upper, lower = (best, rival) if comparison.upper == "ours" else (rival, best)

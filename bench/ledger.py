@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
 FIELDS += ["metric", "against", "ratio_p20", "ratio", "ratio_p80", "target", "verdict", "note"]
 
 Row = dict[str, str]
+HOST_BOUND = "host-bound"  # ends the note of a step in which the device waited for the host
 
 
 def read(path: Path = LEDGER) -> list[Row]:
@@ -90,8 +92,17 @@ def device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
+    """``$BENCH_COMMIT``, for a tree that was copied without its history; else what git says."""
+    given = os.environ.get("BENCH_COMMIT", "").strip()
+    if given:
+        return given
+
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(ROOT), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # the ledger and the log change with every run; all else that differs from the commit makes it "dirty"

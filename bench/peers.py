@@ -20,10 +20,21 @@ LOG2E = 1.4426950408889634
 
 # FlagAttention has tiles for sm_80 and sm_86 alone; every other device gets this one (q block, k block)
 AS_SHIPPED = Tile({"BLOCK_M": 32, "BLOCK_N": 32}, warps=4, stages=1)
-TUNED = (
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=2),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=2),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=2),
+# of those that gpu.tiles tries for our pass; on sm_90 none of them spills for head dims 64 and 128, and all have wgmma
+TUNED = tuple(
+    Tile({"BLOCK_M": m, "BLOCK_N": n}, warps=warps, stages=stages)
+    for m, n, warps, stages in (
+        (64, 64, 4, 3),
+        (64, 64, 8, 3),
+        (64, 128, 4, 3),
+        (64, 128, 8, 3),
+        (64, 128, 8, 4),
+        (128, 64, 4, 3),
+        (128, 64, 8, 3),
+        (128, 128, 4, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    )
 )
 
 

@@ -12,7 +12,7 @@ if not __package__:  # run as a script: the repository root is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import ledger
-from bench.ledger import Row
+from bench.ledger import HOST_BOUND, Row
 
 README = ledger.ROOT / "bench" / "README.md"
 BEGIN, END = "<!-- claims: made by bench/report.py -->", "<!-- claims end -->"
@@ -52,7 +52,8 @@ def measured(rows: Sequence[Row], claim: str, column: str) -> str:
     for row in rows:
         if row["claim"] == claim and row["verdict"] and any(part in row["device"] for part in DEVICES[column]):
             # peers stand in the ledger too; what has no target counts where nothing of the claim has one
-            key = tuple(row[field] for field in ("metric", "target", "shape", "dtype", "note"))
+            note = row["note"].removesuffix(HOST_BOUND).removesuffix("; ")
+            key = (*(row[field] for field in ("metric", "target", "shape", "dtype")), note)
             if row["ratio"] and "flashsink" in row["provider"]:
                 newest[key] = row
     with_target = {key: row for key, row in newest.items() if row["target"]}

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from bench.harness import Bench, Comparison, DeviceLost, one_line
 from bench.ledger import Row
 
 # how a time budget is shared out; all others have 1
-WEIGHTS = {"training_step": 3.0, "attention_statistics": 1.5, "long_rows": 1.5}
+WEIGHTS = {"training_step": 4.0, "attention_statistics": 3.0, "packed_headline": 2.0, "long_rows": 1.5}
 
 
 def main() -> int:
@@ -33,7 +34,9 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--layers", type=int, default=0, help="of the models whose steps are measured; 0 = all")
     parser.add_argument("--dry", action="store_true", help="print, but leave the ledger alone")
-    parser.add_argument("--rows", type=Path, help="also append every row to this file, a JSON object a line")
+    parser.add_argument(
+        "--rows", type=Path, help="also append to this file what starts and every row, a JSON object a line"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(MODULES)
     if unknown:
@@ -41,23 +44,30 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
 
-    def emit(row: Row) -> None:
-        rows.append(row)
-        print(line(row), flush=True)
+    def keep(row: Row) -> None:
         if arguments.rows is not None:
             with arguments.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def emit(row: Row) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+        keep(row)
+
     bench = Bench(device, arguments.seconds or (0.25 if device.type == "cuda" else 1.5), emit)
-    lost = measure(bench, arguments.names or list(MODULES), arguments.budget, arguments.layers)
+    names = arguments.names or list(MODULES)
+    lost = measure(bench, names, arguments.budget, arguments.layers, lambda name: keep({"started": name}))
     if not arguments.dry:
         ledger.append(rows)
     return 3 if lost else 0
 
 
-def measure(bench: Bench, names: list[str], budget: float, layers: int) -> bool:
-    """Runs the modules one after another, each with its share of the time that is left. Returns whether the device
-    was lost on the way; a module that began is then over, and prints a line that says so."""
+def measure(
+    bench: Bench, names: list[str], budget: float, layers: int, started: Callable[[str], None] = lambda name: None
+) -> bool:
+    """Runs the modules one after another, each with its share of the time that is left, and tells ``started`` of each.
+    Returns whether the device was lost on the way; a module that began is then over, and prints a line that says so.
+    """
     end = time.monotonic() + budget
     for index, name in enumerate(names):
         weights = [WEIGHTS.get(other, 1.0) for other in names[index:]]
@@ -65,6 +75,7 @@ def measure(bench: Bench, names: list[str], budget: float, layers: int) -> bool:
         bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
         module = importlib.import_module(f"bench.claims.{name}")
         options = {"layers": layers} if layers and name in ("training_step", "loss_memory") else {}
+        started(name)
         print(f"--- {name}: {(module.__doc__ or name).splitlines()[0]}", flush=True)
         if bench.deadline <= now:
             bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict="no time left")

@@ -7,6 +7,7 @@ those of a projector do. Dimensions: N utterances; one packed row of T tokens or
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 import flashsink
 from bench.peers import reference_decorrelation
 from bench.shapes import Model
+from flashsink import hf_models
+from flashsink.backends import implementation
+from flashsink.types import Layout
 
 RANK = 16
 NEVER = 10**9  # stats_every: only the first forward, which is warm-up, records statistics
@@ -95,7 +99,9 @@ class Variant:
         probe: options of ``flashsink.attach``; None = not attached.
         weight: of the decorrelation loss; None = no such loss.
         reference: the reference's way: hidden states collected, its own loss, logits of all tokens.
-        liger: with Liger's kernels for rotary embedding and SwiGLU where importable; "norm" also its RMSNorm.
+        norm: "fast" for Liger's kernels (RMSNorm, rotary embedding, SwiGLU) where importable, else torch's fused
+            RMSNorm; "ours" for our norm without the loss where ``attach`` would put the one with it, else as "fast";
+            "" for the norm of transformers.
         optimizer: step the adapters too.
     """
 
@@ -103,13 +109,13 @@ class Variant:
     probe: dict[str, Any] | None = None
     weight: float | None = None
     reference: bool = False
-    liger: str = ""
+    norm: str = "fast"
     optimizer: bool = True
 
 
-OURS = Variant(probe={}, weight=1.0, liger="yes")
-WITHOUT = Variant(probe={"decorrelation": False, "activations": False, "stats_every": NEVER}, liger="yes")
-REFERENCE = Variant("eager", weight=1.0, reference=True)
+OURS = Variant(probe={}, weight=1.0)
+WITHOUT = Variant(probe={"decorrelation": False, "activations": False, "stats_every": NEVER})
+REFERENCE = Variant("eager", weight=1.0, reference=True, norm="")
 
 
 def make_step(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -191,8 +197,10 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Any:
             add_lora(model)
     finally:
         torch.set_default_dtype(before)
-    if variant.liger and setting.device.type == "cuda":
-        _apply_liger(model, norm=variant.liger == "norm")
+    if variant.norm:
+        fast_kernels(model, setting.device)
+    if variant.norm == "ours":
+        our_norms(model, setting)
     if shared:
         model.load_state_dict(shared, assign=True)
         model.tie_weights()
@@ -238,15 +246,53 @@ def liger() -> str:
     return "Liger"
 
 
-def _apply_liger(model: Any, norm: bool) -> None:
-    if not liger():
-        return
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+def norm_name(device: torch.device) -> str:
+    """The norm of every variant but the reference's, where it is not ours."""
+    return "Liger's RMSNorm" if device.type == "cuda" and liger() else "torch's rms_norm"
 
+
+def fast_kernels(model: Any, device: torch.device) -> None:
+    """Liger's kernels, or torch's rms_norm in the place of transformers' chain of small operations: ours are to stand
+    against steps that have fused norms, too."""
+    if device.type == "cuda" and liger():
+        _apply_liger(model)
+        return
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            hf_models.patch(module, functools.partial(_torch_norm, module))
+
+
+def _torch_norm(norm: Any, h: Tensor) -> Tensor:
+    return F.rms_norm(h, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def our_norms(model: Any, setting: Setting) -> None:
+    """Our norm, without the loss, where :func:`flashsink.attach` puts the one with it. Dense rows without padding."""
+    rows, tokens = len(setting.lengths), max(setting.lengths)
+    starts = torch.zeros(rows, dtype=torch.long, device=setting.device)
+    layout = Layout(starts, starts + tokens, rows, tokens, False)
+    run = implementation(None, setting.device.type)
+    decoder, layers = hf_models.find_decoder(model)
+    for norm in hf_models.norms_of_outputs(decoder, layers)[:-1]:  # the last layer's output has no loss
+
+        def forward(h: Tensor, norm: Any = norm) -> Tensor:
+            return run.rms_norm(h, norm.weight, norm.variance_epsilon, layout, None, 0.0).out
+
+        hf_models.patch(norm, forward)
+
+
+def _apply_liger(model: Any) -> None:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    classes = {name: getattr(modeling_llama, name) for name in ("LlamaRMSNorm", "LlamaMLP")}
     # its rotary embedding is patched into the module of transformers, so all variants of this process have it
     apply_liger_kernel_to_llama(
-        rope=True, swiglu=True, rms_norm=norm, cross_entropy=False, fused_linear_cross_entropy=False, model=model
+        rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
+    # this model is patched; the next one, the reference's perhaps, is to begin as transformers has it
+    for name, own in classes.items():
+        setattr(modeling_llama, name, own)
 
 
 def _register_varlen(bounds: Tensor | None, longest: int) -> None:

@@ -1,15 +1,20 @@
 """``make gpu-tune``: times the candidate tiles of every attention kernel and proposes entries for the table.
 
-A step that runs the kernel is timed with each candidate in turn, all side by side in one process; the rest of the
-step is the same for all of them, so the difference is the kernel's. A candidate that does not compile, or does not fit
-into the device, is named and left out.
+All candidates of a problem are first compiled, in parallel and into Triton's cache; those that spill registers, do not
+fit into the device or do not compile are named and left out. A step that runs the kernel is then timed with each of the
+others in turn, as replays of CUDA graphs, all side by side in one process; the rest of the step is the same for all of
+them, so the difference is the kernel's.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import torch
@@ -18,14 +23,18 @@ if not __package__:  # run as a script: the repository root is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.attention import Problem, ours
-from bench.harness import Provider, Runner, Sample, Step, one_line, rounds_cuda
+from bench.compile_report import CAPABILITIES, Job, Row, compiled, faults_of, job_of
+from bench.harness import Provider, Runner, Sample, Step, one_line, rounds_cpu, rounds_cuda
 from bench.shapes import HEADLINE_TOKENS, MODELS, utterances
 from flashsink.gpu import tiles
-from flashsink.gpu.launch import Tile
+from flashsink.gpu.launch import Launch, Tile, observe
 
 # the step in which a kernel runs: statistics, and whether there is a backward
 STEPS = {"forward": ("", False), "received": ("pass", False)}
 BACKWARD = ("captured", True)
+SPARE = 40.0  # seconds before the end at which no further candidate is begun
+
+Compile = Callable[[Iterable[Job]], dict[Job, Row | str]]
 
 
 def main() -> int:
@@ -33,29 +42,95 @@ def main() -> int:
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(tiles.CANDIDATES))
     parser.add_argument("--seconds", type=float, default=0.3, help="for the rounds of one kernel at one shape")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds for everything")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("make gpu-tune: there is no CUDA device here", file=sys.stderr)
         return 2
     end = time.monotonic() + arguments.budget
-    for kernel in arguments.kernels or list(tiles.CANDIDATES):
-        for problem in problems():
-            if time.monotonic() > end:
-                print(f"{kernel} {problem.shape}: no time left")
-                continue
-            print(proposal(kernel, problem, times(kernel, problem, arguments.seconds, end)), flush=True)
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        sweep(arguments.kernels or list(tiles.CANDIDATES), problems(), arguments.seconds, end, compile_in(pool, end))
     return 0
 
 
+def sweep(kernels: list[str], given: list[Problem], seconds: float, end: float, compile_all: Compile) -> None:
+    """Prints proposals: all kernels for one problem after another, the most important problem first."""
+    for problem in given:
+        if time.monotonic() > end - SPARE:
+            print(f"{problem.shape}: no time left")
+            continue
+        sound = compiling(kernels, problem, compile_all)
+        for kernel in kernels:
+            print(proposal(kernel, problem, times(kernel, problem, sound[kernel], seconds, end)), flush=True)
+
+
+def compile_in(pool: Pool, end: float) -> Compile:
+    """Compiles jobs in the processes of ``pool``; what is not done ``SPARE`` seconds before the end says so."""
+
+    def run(jobs: Iterable[Job]) -> dict[Job, Row | str]:
+        waiting: dict[Job, AsyncResult[Row | str]] = {job: pool.apply_async(compiled, (job,)) for job in jobs}
+        found: dict[Job, Row | str] = {}
+        for job, result in waiting.items():
+            try:
+                found[job] = result.get(max(end - SPARE - time.monotonic(), 0.0))
+            except multiprocessing.TimeoutError:
+                found[job] = "not compiled in time"
+        return found
+
+    return run
+
+
+def compiling(kernels: list[str], problem: Problem, compile_all: Compile) -> dict[str, list[Tile]]:
+    """For every kernel the candidates that can be used, the tile in use now first; the others are named."""
+    jobs = [
+        (kernel, tile, jobs_of(kernel, problem, tile)) for kernel in kernels for tile in candidates(kernel, problem)
+    ]
+    done = compile_all(dict.fromkeys(job for *_, some in jobs for job in some))
+    sound: dict[str, list[Tile]] = {kernel: [] for kernel in kernels}
+    for kernel, tile, some in jobs:
+        results = [done[job] for job in some]
+        faults = [fault for x in results for fault in ([x] if isinstance(x, str) else faults_of(x, False))]
+        if faults:
+            print(f"{kernel} {problem.shape} {label(tile)}: {'; '.join(faults)}", flush=True)
+        else:
+            sound[kernel].append(tile)
+    return sound
+
+
+def candidates(kernel: str, problem: Problem) -> list[Tile]:
+    return list({label(tile): tile for tile in [in_use(kernel, problem), *tiles.CANDIDATES[kernel]]}.values())
+
+
+def jobs_of(kernel: str, problem: Problem, tile: Tile) -> list[Job]:
+    """What the step of ``kernel`` would compile for it with ``tile``; nothing is run."""
+    seen: list[Launch] = []
+
+    def note(launch: Launch) -> bool:
+        if launch.kernel.fn.__name__ == f"{kernel}_kernel":
+            seen.append(launch)
+        return False
+
+    with observe(note):
+        tiled(_step(kernel, problem), kernel, tile)()
+    return list(dict.fromkeys(job_of(launch, capability(problem.device)) for launch in seen))
+
+
+def capability(device: torch.device) -> int:
+    """That of the device, so that a launch finds in Triton's cache what was compiled for it."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor in CAPABILITIES:
+            return 10 * major + minor
+    return tiles.architecture(device)
+
+
 def problems() -> list[Problem]:
-    """The headline and rows of 1k and 4k tokens, for head dims 64 and 128."""
-    found, device = [], torch.device("cuda")
+    """For head dims 128 and 64 first the headline, then rows of 1k and of 4k tokens."""
+    device, models = torch.device("cuda"), [MODELS[name] for name in ("llama-3.2-3b", "llama-3.2-1b")]
     packed = tuple(utterances(HEADLINE_TOKENS))
-    for name in ("llama-3.2-1b", "llama-3.2-3b"):
-        model = MODELS[name]
-        found.append(Problem(model, 1, HEADLINE_TOKENS, device, torch.bfloat16, packed))
-        for tokens in (1024, 4096):
-            found.append(Problem(model, HEADLINE_TOKENS // tokens, tokens, device, torch.bfloat16))
+    found = [Problem(model, 1, HEADLINE_TOKENS, device, torch.bfloat16, packed) for model in models]
+    for tokens in (1024, 4096):
+        found += [Problem(model, HEADLINE_TOKENS // tokens, tokens, device, torch.bfloat16) for model in models]
     return found
 
 
@@ -64,21 +139,34 @@ def provider(kernel: str, problem: Problem) -> Provider:
     return ours(problem, "triton", statistics, backward)
 
 
-def times(kernel: str, problem: Problem, seconds: float, end: float) -> dict[str, Sample]:
-    """Samples of all candidates that run, by :func:`label`; the tile in use now is among them."""
+def _step(kernel: str, problem: Problem) -> Step:
     made = provider(kernel, problem).make()
     assert not isinstance(made, tuple)
+    return made
+
+
+def times(kernel: str, problem: Problem, given: list[Tile], seconds: float, end: float) -> dict[str, Sample]:
+    """Samples of those of the ``given`` tiles that run, by :func:`label`."""
+    step = _step(kernel, problem)
     steps: dict[str, Runner] = {}
-    for name, tile in {label(tile): tile for tile in [in_use(kernel, problem), *tiles.CANDIDATES[kernel]]}.items():
+    for tile in given:
+        if time.monotonic() > end - SPARE:
+            print(f"{kernel} {problem.shape}: no time for {len(given) - len(steps)} tiles from {label(tile)} on")
+            break
         try:
-            runner = Runner(None, tiled(made, kernel, tile))
-            runner.warm(problem.device, 2)
-            steps[name] = runner
+            runner = Runner(None, tiled(step, kernel, tile))
+            runner.warm(problem.device, 1)
+            if problem.device.type == "cuda":
+                runner.capture()
+            else:
+                runner.estimate(problem.device)
+            steps[label(tile)] = runner
         except Exception as error:
-            print(f"{kernel} {problem.shape} {name}: {one_line(error)}")
+            print(f"{kernel} {problem.shape} {label(tile)}: {one_line(error)}")
             torch.cuda.synchronize()  # a lost device ends the run here
     samples = {name: Sample() for name in steps}
-    rounds_cuda(steps, samples, seconds, 5, True, end)
+    rounds = rounds_cuda if problem.device.type == "cuda" else rounds_cpu
+    rounds(steps, samples, seconds, 5, True, end)
     return samples
 
 

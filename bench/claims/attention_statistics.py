@@ -38,7 +38,8 @@ def run(bench: Bench) -> None:
         problem = Problem(MODELS[name], rows, tokens, bench.device, torch.bfloat16)
         for backend in usable("triton", "sdpa"):
             statistics, target = ("captured", "<= 1.03") if backend == "triton" else ("pass", "<= 1.15")
-            compare(bench, problem, backend, statistics, target)
+            for graph in (True, False):
+                compare(bench, problem, backend, statistics, target, graph)
 
 
 def compare(bench: Bench, problem: Problem, backend: str, statistics: str, target: str, graph: bool = False) -> None:

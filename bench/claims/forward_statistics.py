@@ -29,7 +29,9 @@ def run(bench: Bench) -> None:
         for backend in usable("triton", "sdpa"):
             for tokens in (1024, 4096):
                 rows = HEADLINE_TOKENS // tokens
-                compare(bench, Problem(MODELS[name], rows, tokens, bench.device, torch.bfloat16), backend, target)
+                problem = Problem(MODELS[name], rows, tokens, bench.device, torch.bfloat16)
+                for graph in (True, False):
+                    compare(bench, problem, backend, target, graph)
             problem = Problem(MODELS[name], 1, HEADLINE_TOKENS, bench.device, torch.bfloat16, packed)
             compare(bench, problem, backend, target)
             compare(bench, problem, backend, target, graph=True)

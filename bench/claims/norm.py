@@ -33,9 +33,10 @@ def compare(
     bench: Bench, hidden: int, rows: int, tokens: int, dtype: torch.dtype, target: str, graph: bool = False
 ) -> None:
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-        torch.manual_seed(0)
-        h = torch.randn(rows, tokens, hidden, device=bench.device, dtype=dtype, requires_grad=True)
-        return h, torch.randn_like(h)
+        generator = torch.Generator(bench.device).manual_seed(0)
+        size, options = (rows, tokens, hidden), {"device": bench.device, "dtype": dtype}
+        h, gradient = (torch.randn(size, generator=generator, **options) for _ in range(2))
+        return h.requires_grad_(), gradient
 
     name, norm = plain_rms_norm(hidden, EPS, dtype, bench.device)
 

@@ -41,11 +41,13 @@ def run(bench: Bench, layers: int = 0) -> None:
         model, lengths, fast = MODELS["smollm2-135m"], (120, 96, 88, 64), torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = torch.bfloat16 if fast else torch.float32
         setting = Setting(model, layers or CPU_LAYERS, lengths, False, bench.device, dtype)
-        three(bench, setting, Variant("sdpa"), "HF sdpa, label-only logits", ("", "", ""), None)
+        name = f"HF sdpa, label-only logits, {steps.norm_name(bench.device)}"
+        three(bench, setting, Variant("sdpa"), name, ("", "", ""), None)
         return
     model = MODELS["llama-3.2-3b"]
-    public = Variant("varlen", liger="norm")
-    name = " + ".join(["HF", *filter(None, [steps.liger()]), "varlen flash", "packing", "label-only logits"])
+    public = Variant("varlen")
+    parts = ["HF", *filter(None, [steps.liger()]), "varlen flash", "packing", "label-only logits"]
+    name = " + ".join([*parts, steps.norm_name(bench.device)])
     setting = Setting(model, layers or model.layers, tuple(utterances(8192)), True, bench.device, torch.bfloat16)
     short = dataclasses.replace(setting, lengths=tuple(utterances(4096)))
     three(bench, setting, public, name, ("<= 1.02", "<= 1.02", ">= 3"), ">= 2", short)
@@ -63,7 +65,8 @@ def three(
     """``short``: a smaller batch for the reference, whose logits of all tokens would not fit."""
     shared: dict[str, Tensor] = {}
     ours = provider("flashsink, loss and statistics", setting, OURS, shared, True)
-    plain = provider("flashsink attention, without both", setting, WITHOUT, shared)
+    without = f"flashsink attention, without both, {steps.norm_name(bench.device)}"
+    plain = provider(without, setting, WITHOUT, shared)
     peer = provider(public_name, setting, public, shared)
     dtype, shape = setting.dtype, setting.shape
     samples = bench.compare(Comparison("step_statistics", shape, dtype, (plain, ours), "ours", targets[0], flush=False))
@@ -74,8 +77,10 @@ def three(
     theirs = provider("reference: eager, padded, all hidden states and logits", small.padded(), REFERENCE, shared)
     # on a CPU the number alone
     memory = "" if memory is None else memory
+    note = "memory beyond what is there before the step: weights, optimizer states and inputs are not counted"
+    providers = (theirs, ours)
     bench.compare(
-        Comparison("step_reference", small.shape, dtype, (theirs, ours), "peer", targets[2], memory, flush=False)
+        Comparison("step_reference", small.shape, dtype, providers, "peer", targets[2], memory, flush=False, note=note)
     )
 
 

@@ -48,6 +48,20 @@ def test_the_peer_can_stand_above_and_a_factor_applies(bench, rows):
     assert rows[1]["verdict"] == "met"
 
 
+def test_small_steps_that_wait_for_the_host_say_so(bench, rows):
+    samples = {
+        "peer": Sample([1e-3], host=[0.5e-3]),
+        "flashsink": Sample([1e-3], host=[0.99e-3]),
+        "long": Sample([1.0], host=[1.0]),
+    }
+    providers = step("peer"), step("long"), step("flashsink", True)
+    report(bench, comparison(*providers, note="forward only"), samples)
+    assert [row["note"] for row in rows] == ["forward only", "forward only", "forward only; host-bound"]
+    rows.clear()
+    report(bench, comparison(*providers, graph=True), samples)
+    assert [row["note"] for row in rows] == [""] * 3
+
+
 def test_the_best_of_ours_stands_against_the_best_peer(bench, rows):
     times = {"slow peer": 4.0, "peer": 2.0, "slow": 6.0, "fast": 1.0}
     providers = [step(name, name in ("slow", "fast")) for name in times]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import ledger, report
 from bench.shapes import HEADLINE_TOKENS, utterances
@@ -52,6 +53,14 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
         ledger.append([row(claim="a")], path)
 
 
+def test_the_commit_without_git_and_as_given(monkeypatch):
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert ledger.origin(torch.device("cpu"))["commit"] == "unknown"
+    monkeypatch.setenv("BENCH_COMMIT", "1234567")
+    assert ledger.origin(torch.device("cpu"))["commit"] == "1234567"
+
+
 def test_the_committed_ledger_is_readable():
     rows = ledger.read()
     assert ledger.LEDGER.read_text().splitlines()[0].split(",") == ledger.FIELDS
@@ -81,6 +90,8 @@ def test_a_cell_holds_the_newest_row_of_every_shape():
         {**cpu, "shape": "c", "ratio": "9", "verdict": "report", "target": ""},
     )
     assert measured(*rows) == "1.1..1.3 (<= 1.15: met in 1 of 2)"
+    noted = {**cpu, "shape": "a", "ratio": "1.2", "verdict": "missed", "note": "host-bound"}
+    assert measured(*rows, noted) == "1.2..1.3 (<= 1.15: missed)"
     assert measured(*rows, column="gpu") == report.NOT_MEASURED
     assert measured({**cpu, "device": "NVIDIA H200", "ratio": "1.02", "verdict": "met"}, column="gpu") == (
         "1.02 (<= 1.15: met)"

@@ -7,6 +7,7 @@ import torch
 
 import flashsink
 from bench import attention, peers
+from bench.harness import peak_memory
 from bench.shapes import MODELS, Model
 from bench.steps import Lora, Setting, flops
 
@@ -65,6 +66,20 @@ def test_packed_attentions_agree():
     torch.testing.assert_close(other, out, rtol=1e-4, atol=1e-5)
     for a, b in zip(given, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_a_step_keeps_no_gradients_for_the_next_one(backend):
+    problem = attention.Problem(TINY, 2, 40, CPU, torch.float32)
+    step = (attention.ours(problem, backend) if backend else attention.sdpa(problem, "MATH")).make()
+    first, second = (peak_memory(step, CPU) for _ in range(2))
+    assert first == second >= sum(x.numel() * 4 for x in problem.tensors(True)[:3])
+
+
+def test_padding_is_told_to_ours():
+    problem = attention.Problem(TINY, 2, 40, CPU, torch.float32, valid=(40, 9))
+    out = result(attention.ours(problem, "reference"))[0]
+    assert not out[1, 9:].any() and out[1, :9].any() and "padded to 9" in problem.shape
 
 
 def test_a_fresh_adapter_changes_nothing():

@@ -45,6 +45,34 @@ def test_a_step_trains_with_loss_and_statistics():
     assert with_loss[0] > without[0] + 1e-3, "the loss must be part of the step"
 
 
+def test_only_the_reference_has_the_norm_of_transformers(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def slow(self, h):
+        raise AssertionError
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", slow)
+    shared = {}
+    for variant in (steps.OURS, steps.WITHOUT, steps.Variant("sdpa"), loss_memory.WITH, loss_memory.WITHOUT):
+        losses(PACKED.padded() if variant.norm == "ours" else PACKED, variant, shared, 1)
+    with pytest.raises(AssertionError):
+        losses(PACKED.padded(), steps.REFERENCE, shared, 1)
+
+
+def test_our_norm_without_the_loss_is_the_same_norm():
+    setting, shared = dataclasses.replace(PACKED, lengths=(12, 12), packed=False), {}
+    with_loss = losses(setting, dataclasses.replace(loss_memory.WITH, weight=None), shared, 1)
+    assert losses(setting, loss_memory.WITHOUT, shared, 1) == pytest.approx(with_loss, rel=1e-6)
+
+
+def test_less_memory_with_the_loss_is_an_error(monkeypatch):
+    rows, peaks = [], iter([200.0, 100.0])
+    monkeypatch.setattr(loss_memory, "peak_memory", lambda step, device: next(peaks))
+    setting = dataclasses.replace(PACKED, lengths=(12, 12), packed=False)
+    loss_memory.measure(Bench(torch.device("cpu"), 0.0, rows.append), setting)
+    assert rows[0]["verdict"].startswith("error: less memory")
+
+
 @pytest.mark.parametrize("module", [training_step, loss_memory])
 def test_the_claims_run_on_the_cpu(module, monkeypatch):
     rows = []

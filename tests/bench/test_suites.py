@@ -15,6 +15,7 @@ from bench import attention, gpu, ledger, run
 from bench.claims import MODULES
 from bench.claims.flag_attention import own_pass
 from bench.harness import Bench
+from bench.processes import Ended
 from bench.shapes import Model
 
 CPU = torch.device("cpu")
@@ -77,24 +78,28 @@ def test_the_pass_alone_is_the_pass_alone():
     assert names == ["received_kernel"] * 2
 
 
-def test_claims_go_on_after_one_that_lost_the_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "reason"), [(3, ""), (None, "no output for 90 s")])
+def test_claims_go_on_after_one_that_lost_the_device_or_is_silent(tmp_path, monkeypatch, code, reason):
     asked = []
 
-    def process(command, **options):
+    def process(command, log, seconds, quiet):
         names = [word for word in command[3:] if word in MODULES]
         asked.append(names)
         with open(command[command.index("--rows") + 1], "a") as file:
             for name in names:
+                file.write(json.dumps({"started": name}) + "\n")
+                if name == "norm" and len(asked) == 1:
+                    file.write('{"claim": "no')  # killed in the middle of a line
+                    return Ended(code, reason, "")
                 row = {"claim": importlib.import_module(f"bench.claims.{name}").CLAIMS[0].name, "verdict": "report"}
                 file.write(json.dumps(row) + "\n")
-                if name == "norm" and len(asked) == 1:
-                    return SimpleNamespace(returncode=3)
-        return SimpleNamespace(returncode=0)
+        return Ended(0, "", "")
 
-    monkeypatch.setattr(gpu.subprocess, "run", process)
+    monkeypatch.setattr(gpu, "watched", process)
     rows = gpu.claims(tmp_path, ["decorrelation", "norm", "long_rows"], float("inf"))
     assert asked == [["decorrelation", "norm", "long_rows"], ["long_rows"]]
-    assert [row["claim"] for row in rows] == ["decorrelation_eager", "norm", "long_rows"]
+    assert [row["claim"] for row in rows] == ["decorrelation_eager", "long_rows", "norm"]
+    assert rows[-1]["verdict"] == f"error: {reason or 'the process ended with 3'}"
 
 
 def test_claims_without_time_say_so(tmp_path, monkeypatch):
@@ -111,12 +116,22 @@ def test_a_claim_that_raises_is_a_row(monkeypatch):
 
     module = SimpleNamespace(__doc__="A claim.", CLAIMS=[SimpleNamespace(name="norm")], run=fails)
     monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
-    bench = Bench(CPU, 0.0, rows.append)
-    assert run.measure(bench, ["norm", "long_rows"], float("inf"), 0) is False
+    bench, started = Bench(CPU, 0.0, rows.append), []
+    assert run.measure(bench, ["norm", "long_rows"], float("inf"), 0, started.append) is False
+    assert started == ["norm", "long_rows"]
     assert [row["verdict"] for row in rows] == ["error: RuntimeError: broken"] * 2
 
 
-@pytest.mark.parametrize("module", ["bench.gpu", "bench.tune"])
+def test_the_table_ends_with_the_tests_and_all_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.ledger, "append", lambda rows: None)
+    row = {"claim": "norm", "shape": "all", "provider": "all", "target": "", "verdict": "error: x"}
+    gpu.finish(tmp_path, [row], "tests/gpu: 3 passed, 1 failed")
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == "tests/gpu: 3 passed, 1 failed" and "0 met, 0 missed, 1 without a number" in last[1]
+    assert 0 <= gpu.age() < gpu.WHOLE
+
+
+@pytest.mark.parametrize("module", ["bench.gpu", "bench.tune", "bench.check"])
 def test_without_a_gpu_there_is_one_line_and_a_failure(module):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -70,7 +70,7 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(params=[torch.float32, torch.float16] + ([] if launch.INTERPRETED else [torch.bfloat16]))
+@pytest.fixture(params=([] if launch.INTERPRETED else [torch.bfloat16]) + [torch.float32, torch.float16], ids=str)
 def dtype(request):
     return request.param
 

@@ -5,6 +5,7 @@ Dimensions: B rows, H query and Hk key heads, S tokens, D head dim, C features.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,12 +162,8 @@ def _causal(a: Tensor) -> Tensor:
 def plain_rms_norm(hidden: int, eps: float, dtype: torch.dtype, device: torch.device) -> tuple[str, Any]:
     """(name, module or function of h) of the norm that ours is held against: Liger's, or torch's without it."""
     weight = torch.ones(hidden, dtype=dtype, device=device)
-    if device.type == "cuda":
-        try:
-            from liger_kernel.transformers.rms_norm import LigerRMSNorm
-        except ImportError:
-            pass
-        else:
-            module = LigerRMSNorm(hidden, eps=eps).to(device=device, dtype=dtype).requires_grad_(False)
-            return "Liger RMSNorm", module
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers.rms_norm import LigerRMSNorm
+
+        return "Liger RMSNorm", LigerRMSNorm(hidden, eps=eps).to(device=device, dtype=dtype).requires_grad_(False)
     return "torch rms_norm", lambda h: F.rms_norm(h, (hidden,), weight, eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_random_problems(problem):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=2000, **SETTINGS)
+@settings(max_examples=int(os.environ.get("FLASHSINK_FUZZ", "2000")), **SETTINGS)
 @given(problem=problems())
 def test_very_many_random_problems(problem):
     check(problem)

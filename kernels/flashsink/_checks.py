@@ -137,7 +137,7 @@ def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor
         given, most = spans.tolist(), layout.lengths.tolist()  # on the CPU cheaper than a few small operations
         if any(not 0 <= span <= length for span, length in zip(given, most, strict=True)):
             raise ValueError(f"spans: expected 0 to the row's number of tokens {most}, got {given}")
-        return spans
+        return spans.clone()  # whoever owns it may change it before the backward
     return torch.minimum(spans.clamp(min=0), layout.lengths)
 
 

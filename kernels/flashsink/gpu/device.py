@@ -81,7 +81,7 @@ def load_rows(base, index, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexpr)
 @triton.jit
 def load_all(base, index, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """:func:`load_rows` without a mask over rows. For the inner loops, which repeat the last valid row instead:
-    its probability is 0, and a predicate for every element would cost registers."""
+    its probability is 0."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
     if D == BLOCK_D:

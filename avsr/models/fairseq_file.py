@@ -82,8 +82,7 @@ def convert_fairseq(path: Path) -> Path:
     target = cache_folder() / "models" / f"{path.stem}-{key}"
     if (target / "config.json").is_file():
         return target
-    state = read_fairseq(path)
-    config = check_state(state, path)
+    config, state = read_fairseq(path)
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     try:
         part.mkdir(parents=True, exist_ok=True)
@@ -100,8 +99,9 @@ def convert_fairseq(path: Path) -> Path:
     return target
 
 
-def read_fairseq(path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors out of a fairseq checkpoint, floats as float32, without what only pre-training needs.
+def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
+    """The encoder's sizes and tensors out of a fairseq checkpoint, floats as float32, without what only
+    pre-training needs.
 
     Raises:
         UserError: see :func:`load_avhubert`.
@@ -120,8 +120,9 @@ def read_fairseq(path: Path) -> dict[str, Tensor]:
         if not _TRAINING_ONLY.match(key):
             tensor = tensor.detach()
             state[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().clone()
-    _check_options(checkpoint.get("cfg"), state, path)
-    return state
+    config = check_state(state, path)
+    _check_options(checkpoint.get("cfg"), config, path)
+    return config, state
 
 
 def check_state(state: Mapping[str, Tensor], where: Path | str) -> AVHubertConfig:
@@ -170,14 +171,17 @@ def _shape(state: Mapping[str, Tensor], key: str, where: Path | str) -> tuple[in
     return tuple(state[key].shape)
 
 
-def _check_options(cfg: Any, state: Mapping[str, Tensor], path: Path) -> None:
+def _check_options(cfg: Any, config: AVHubertConfig, path: Path) -> None:
     """Refuses the variants of the architecture that shapes do not tell apart."""
     options = cfg.get("model") if isinstance(cfg, Mapping) else None
     if not isinstance(options, Mapping):
         return
-    expected = {"layer_norm_first": True, "modality_fuse": "concat", "sub_encoder_layers": 0}
-    if "post_extract_proj.weight" in state:
-        expected["encoder_attention_heads"] = len(state["post_extract_proj.weight"]) // HEAD
+    expected = {
+        "layer_norm_first": True,
+        "modality_fuse": "concat",
+        "sub_encoder_layers": 0,
+        "encoder_attention_heads": config.width // HEAD,
+    }
     for key, value in expected.items():
         if key in options and options[key] != value:
             raise UserError(f"{path}: its cfg.model.{key} is {options[key]!r}; only {value!r} is supported")

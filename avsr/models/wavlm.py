@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +89,9 @@ class WavLMEncoder(FrozenEncoder):
         if min(counts) == waves.shape[1]:
             return self.model(waves).last_hidden_state
         mask = torch.arange(waves.shape[1], device=waves.device) < lengths.to(waves.device)[:, None]
-        return self.model(waves * mask, attention_mask=mask.long()).last_hidden_state
+        with warnings.catch_warnings():  # transformers gives torch a bool mask beside a float one
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            return self.model(waves * mask, attention_mask=mask.long()).last_hidden_state
 
 
 def _load(name: str) -> Any:

@@ -271,9 +271,7 @@ def test_the_front_end_in_chunks_is_the_front_end(
     assert not whole[1].any() and not whole[0, 5:].any() and whole[0, :5].any(dim=1).all()
 
 
-def test_a_missing_modality_is_a_half_of_zeros(
-    make_encoder: Callable[..., AVHubertEncoder], network: AVHubert
-) -> None:
+def test_a_missing_modality_is_a_half_of_zeros(make_encoder: Callable[..., AVHubertEncoder], network: AVHubert) -> None:
     """Fused clips that lack one side are what the encoder of the other side alone makes of them, in any batch."""
     fused, hearing, seeing = make_encoder("fused"), make_encoder("audio"), make_encoder("video")
     both, sound, sight = clip(640 * 7, 7, 1), clip(640 * 7, None, 2), clip(None, 9, 3)

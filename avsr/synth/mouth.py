@@ -94,7 +94,7 @@ def _draw_speaker(generator: np.random.Generator) -> _Speaker:
         skin=skin,
         lip=draw(0.42, 0.66),
         teeth=draw(195, 235),
-        tongue=draw(0.45, 0.6) * skin,
+        tongue=draw(0.5, 0.65) * skin,
         jaw=draw(34, 40),
         face=_draw_face(generator),
     )
@@ -104,21 +104,27 @@ def _draw_face(generator: np.random.Generator) -> np.ndarray:
     """Skin with uneven tone, the shadow of the nose, the furrows beside the mouth and perhaps a beard."""
     size = SIZE + 2 * _MARGIN
     y, x = np.mgrid[:size, :size].astype(np.float32) - np.float32(size / 2 - 0.5)
-    face = np.ones((size, size), np.float32)
-    for _ in range(6):
-        direction, phase, wave = generator.uniform(0, np.pi), generator.uniform(0, 2 * np.pi), generator.uniform(12, 60)
-        face += 0.02 * np.sin((x * np.cos(direction) + y * np.sin(direction)) * (2 * np.pi / wave) + phase)
-    face += 0.012 * generator.standard_normal((size, size), np.float32)
+    face = 1 + 0.035 * _patches(generator, size, 9) + 0.02 * _patches(generator, size, 28)
+    face += 0.01 * generator.standard_normal((size, size), np.float32)
     nose, wing = generator.uniform(34, 40), generator.uniform(7, 10)
+    depth, spread = generator.uniform(0.05, 0.16), generator.uniform(30, 35)
     for side in (-1, 1):
         face -= 0.5 * np.exp(-(((x - side * wing) / 3.6) ** 2) - ((y + nose) / 2.6) ** 2)
-        furrow = side * x - 31 - 0.25 * (y + 12)
-        face -= generator.uniform(0.04, 0.14) * np.exp(-((furrow / 2.5) ** 2)) * (y > -40) * np.clip(1 - y / 20, 0, 1)
-    face -= 0.10 * np.exp(-((x / 3.0) ** 2)) * (y < -8) * (y > -nose)
+        furrow = side * x - spread + 0.004 * (y - 8) ** 2  # from beside the nose to beside the corners
+        face -= depth * np.exp(-((furrow / 3.5) ** 2) - ((y + 14) / 16) ** 2)
+    face -= 0.07 * np.exp(-((x / 3.5) ** 2) - ((y + 0.5 * nose + 6) / 8) ** 2)  # the groove under the nose
     if generator.uniform() < 0.3:
         hair = np.clip((np.hypot(x / 1.1, y + 6) - 20) / 10, 0, 1) * np.clip((y + 24) / 8, 0, 1)
         face -= generator.uniform(0.15, 0.4) * hair * (0.8 + 0.5 * generator.uniform(-1, 1, (size, size)))
     return np.clip(face, 0.2, 1.3).astype(np.float32)
+
+
+def _patches(generator: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """(size, size) of smooth noise: one random number a cell, interpolated between them."""
+    place = np.linspace(0, cells - 1, size)[:, None]
+    blend = np.maximum(1 - np.abs(place - np.arange(cells)[None]), 0)
+    smooth: np.ndarray = (blend @ generator.standard_normal((cells, cells)) @ blend.T).astype(np.float32)
+    return smooth
 
 
 def _draw_clip(generator: np.random.Generator, frames: int) -> _Clip:

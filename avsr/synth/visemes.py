@@ -44,7 +44,7 @@ _TABLE: dict[str, _Viseme] = {
     "TDN": _Viseme((0.24, 0.15, 0.00, 0.70, 0.75, 0.0, 0.0), 1.5, 0.3, 2.0),
     "SZ": _Viseme((0.16, 0.45, 0.00, 1.00, 0.10, 0.0, 0.0), 2.5, 0.8, 3.0),
     "SH": _Viseme((0.26, -0.40, 0.75, 1.00, 0.10, 0.0, 0.0), 2.0, 3.0, 3.0),
-    "L": _Viseme((0.40, 0.10, 0.00, 0.40, 1.00, 0.0, 0.0), 1.5, 0.3, 4.0),
+    "L": _Viseme((0.44, 0.10, 0.00, 0.25, 1.00, 0.0, 0.0), 1.5, 0.3, 4.0),
     "R": _Viseme((0.24, -0.35, 0.50, 0.30, 0.30, 0.0, 0.0), 1.2, 1.2, 1.5),
     "W": _Viseme((0.06, -0.90, 1.00, 0.00, 0.00, 0.0, 0.0), 3.0, 4.0, 2.0),
     "KGH": _Viseme((0.30, 0.00, 0.00, 0.30, 0.30, 0.0, 0.0), 0.1, 0.1, 0.1),
@@ -64,45 +64,45 @@ _TABLE: dict[str, _Viseme] = {
 VISEMES: tuple[str, ...] = tuple(_TABLE)
 REST = VISEMES.index("rest")
 
-# eSpeak NG's mnemonics without stress marks. Two or three targets follow each other in a diphthong.
-_PHONEMES: dict[str, str] = {
-    **dict.fromkeys(("_", "_:", "_|", "_!", "_^_"), "rest"),
-    **dict.fromkeys("p b m m-".split(), "PBM"),
-    **dict.fromkeys("f v".split(), "FV"),
-    **dict.fromkeys("T D".split(), "TH"),
-    **dict.fromkeys("t d n n- t# t2 t[ d[ d#".split(), "TDN"),
-    **dict.fromkeys("s z".split(), "SZ"),
-    **dict.fromkeys("S Z tS dZ".split(), "SH"),
-    **dict.fromkeys("l l# l-".split(), "L"),
-    **dict.fromkeys("r r- R".split(), "R"),
-    **dict.fromkeys("w w# W".split(), "W"),
-    **dict.fromkeys("k g N h x ?".split(), "KGH"),
-    **dict.fromkeys("A: A@ aa A".split(), "AA"),
-    **dict.fromkeys("a".split(), "AE"),
-    **dict.fromkeys("V".split(), "AH"),
-    **dict.fromkeys("E".split(), "EH"),
-    **dict.fromkeys("I I2 I#".split(), "IH"),
-    **dict.fromkeys("i i: j".split(), "IY"),
-    **dict.fromkeys("3 3: IR VR".split(), "ER"),
-    **dict.fromkeys("@ @2 @5 @- a#".split(), "AX"),
-    **dict.fromkeys("O: O2 0 O@ o@ O".split(), "AO"),
-    "U": "UH",
-    "u:": "UW",
-    "u": "UW",
-    "eI": "EH IY",
-    **dict.fromkeys("aI aI2".split(), "AA IY"),
-    "aU": "AA UW",
-    "OI": "AO IY",
-    "oU": "OH UW",
-    "i@": "IY AX",
-    "i@3": "IY ER",
-    "e@": "EH AX",
-    "U@": "UH AX",
-    "@L": "AX L",
-    "aI@": "AA IY AX",
-    "aI3": "AA IY ER",
-    "aU@": "AA UW AX",
+# eSpeak NG's mnemonics without stress marks, by viseme; two or three visemes follow each other in a diphthong.
+_SOUNDS: dict[str, str] = {
+    "rest": "_ _: _| _! _^_",
+    "PBM": "p b m m-",
+    "FV": "f v",
+    "TH": "T D",
+    "TDN": "t d n n- t# t2 t[ d# d[",
+    "SZ": "s z",
+    "SH": "S Z tS dZ",
+    "L": "l l# l-",
+    "R": "r r- R",
+    "W": "w w# W",
+    "KGH": "k g N h x ?",
+    "AA": "A: A@ aa A",
+    "AE": "a",
+    "AH": "V",
+    "EH": "E",
+    "IH": "I I2 I#",
+    "IY": "i i: j",
+    "ER": "3 3: IR VR",
+    "AX": "@ @2 @5 @- a#",
+    "AO": "O: O2 0 O@ o@ O",
+    "UH": "U",
+    "UW": "u u:",
+    "EH IY": "eI",
+    "AA IY": "aI aI2",
+    "AA UW": "aU",
+    "AO IY": "OI",
+    "OH UW": "oU",
+    "IY AX": "i@",
+    "IY ER": "i@3",
+    "EH AX": "e@",
+    "UH AX": "U@",
+    "AX L": "@L",
+    "AA IY AX": "aI@",
+    "AA IY ER": "aI3",
+    "AA UW AX": "aU@",
 }
+_PHONEMES = {mnemonic: names.split() for names, mnemonics in _SOUNDS.items() for mnemonic in mnemonics.split()}
 
 LEAD = 0.02  # seconds by which the mouth is ahead of the sound
 _SIGMA = 0.025  # seconds, of the Gaussian in time
@@ -150,7 +150,7 @@ def visemes_of(mnemonic: str) -> list[str]:
         return []
     for end in range(len(bare), 0, -1):
         if bare[:end] in _PHONEMES:
-            return _PHONEMES[bare[:end]].split()
+            return _PHONEMES[bare[:end]]
     return ["KGH"]
 
 
@@ -163,8 +163,8 @@ def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
         which[np.searchsorted(grid, start) : np.searchsorted(grid, end)] = viseme
     targets = np.array([viseme.targets for viseme in _TABLE.values()])
     dominance = np.empty_like(targets)
-    for row, viseme in zip(dominance, _TABLE.values(), strict=True):
-        row[_JAW], row[_LIPS], row[_INNER] = viseme.jaw, viseme.lips, viseme.inner
+    for row, held in zip(dominance, _TABLE.values(), strict=True):
+        row[_JAW], row[_LIPS], row[_INNER] = held.jaw, held.lips, held.inner
     middles = (np.arange(frames) + 0.5) / FRAMES_PER_SECOND + LEAD
     near = np.exp(-0.5 * ((middles[:, None] - grid[None]) / _SIGMA) ** 2)
     weights = dominance[which]

@@ -16,7 +16,6 @@ from avsr.data.features import FeatureStore
 from avsr.data.noise import make_babble
 from avsr.data.transforms import Transforms
 from avsr.errors import UserError
-from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import LoadedLLM, load_llm
 from avsr.models.speech_llm import SpeechLLM
@@ -42,10 +41,8 @@ def build_store(config: Config, device: torch.device, tasks: Sequence[str] = ())
     """The encoders of all streams, with noise and transforms; ``tasks`` (default: the model's own) say what is read."""
     encoders = {}
     for name, part in config.model.streams.items():
+        torch.manual_seed(config.training.seed)  # of its adapters
         encoders[name] = build_encoder(part.encoder, name, device)
-        if part.encoder.lora.rank:
-            torch.manual_seed(config.training.seed)
-            add_encoder_lora(encoders[name], part.encoder.lora)
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
     transforms = Transforms(config.augment, make_babble(config), config.training.seed)

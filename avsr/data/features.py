@@ -113,7 +113,7 @@ class FeatureStore:
             if path is None:
                 out[name] = inputs
                 continue
-            features = self.encoders[name].encode([inputs])[0].half().cpu()
+            features = self.encoders[name].run([inputs])[0].half().cpu()
             _save(path, features)
             out[name] = features.float()
         return out
@@ -144,7 +144,7 @@ class FeatureStore:
             encoder = self.encoders[name]
             lacking = [u for u in todo if not self._path(name, u, view).is_file()]
             inputs = [encoder.prepare(seen[u.id]) for u in lacking]
-            for utterance, features in zip(lacking, encoder.encode(inputs), strict=True):
+            for utterance, features in zip(lacking, encoder.run(inputs), strict=True):
                 _save(self._path(name, utterance, view), features.half().cpu())
 
     def _missing(self, utterance: Utterance, view: View) -> bool:

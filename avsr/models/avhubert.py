@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.avhubert_inputs import AUDIO, SIDE, VIDEO, audio_features, audio_frames, video_features
+from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.fairseq_file import load_avhubert
-from avsr.models.frozen import FrozenEncoder, fingerprint
-
-if TYPE_CHECKING:
-    from avsr.data.clip import Clip
 
 _NEEDS = {
     "audio": frozenset({"audio"}),
@@ -25,7 +21,7 @@ _NEEDS = {
 }
 
 
-class AVHubertEncoder(FrozenEncoder):
+class AVHubertEncoder(SpeechEncoder):
     """AV-HuBERT over one modality or over both, with LoRA where ``config.lora`` asks for it.
 
     A fused clip has as many frames as its mouth video; its sound is cut or filled up to them. A fused clip that
@@ -44,7 +40,7 @@ class AVHubertEncoder(FrozenEncoder):
         super().__init__()
         if stream not in _NEEDS:
             raise UserError(f"AV-HuBERT's stream: expected one of {', '.join(_NEEDS)}, got {stream!r}")
-        model = load_avhubert(config.name)
+        model = load_avhubert(str(config.name))
         if model.config.audio != AUDIO:
             raise UserError(f"{config.name}: reads {model.config.audio} audio features, expected {AUDIO}")
         self.stream = stream
@@ -53,7 +49,7 @@ class AVHubertEncoder(FrozenEncoder):
         self.width = model.config.width
         self.identity = f"avhubert {config.name} {fingerprint(model)} {stream}"
         self.model = model.to(device)
-        add_encoder_lora(self.model, config.lora)  # type: ignore[attr-defined]
+        add_encoder_lora(self.model, config.lora)
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avsr.data.clip import Clip
+from avsr.models.encoder_lora import set_lora_mode
 
 
 class SpeechEncoder(nn.Module):
@@ -45,13 +46,22 @@ class SpeechEncoder(nn.Module):
         """(B, T, K) inputs, zero-padded behind ``lengths`` (B,) -> (B, T, D)."""
         raise NotImplementedError
 
+    def feature_count(self, rows: int) -> int:
+        """Features of an input of so many rows: as many, unless the encoder says otherwise."""
+        return rows
+
     def train(self, mode: bool = True) -> SpeechEncoder:
-        """Stays in eval mode: dropout, layer drop and batch statistics of a pretrained encoder are not for training."""
+        """Stays in eval mode, but for the adapters' dropout: layer drop and batch statistics are not for training."""
         super().train(False)
+        set_lora_mode(self, mode)
         return self
 
+    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """(T, D) float32 features of every clip, as if it had been encoded alone."""
+        return self.run([self.prepare(clip) for clip in clips])
+
     @torch.no_grad()
-    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Prepared (T, K) inputs -> (T, D) float32 each, in batches of like length."""
         device = next(self.parameters()).device
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
@@ -61,7 +71,7 @@ class SpeechEncoder(nn.Module):
             lengths = torch.tensor([len(inputs[i]) for i in part], device=device)
             padded = nn.utils.rnn.pad_sequence([inputs[i] for i in part], batch_first=True).to(device)
             for index, row, length in zip(part, self(padded, lengths), lengths.tolist(), strict=True):
-                out[index] = row[:length].float()
+                out[index] = row[: self.feature_count(length)].float()
         return [out[i] for i in range(len(inputs))]
 
 

@@ -18,9 +18,9 @@ def build_encoder(config: EncoderConfig, stream: str, device: torch.device | str
     if config.kind == "whisper":
         return Whisper(config, device)
     if config.kind == "wavlm":
-        from avsr.models.wavlm import WavLM
+        from avsr.models.wavlm import WavLMEncoder
 
-        return WavLM(config, device)
+        return WavLMEncoder(config, device)
     if config.kind == "visual":
         from avsr.models.visual import VisualEncoder
 

@@ -96,6 +96,7 @@ class SpeechLLM(nn.Module):
         self.encoders = nn.ModuleDict(trained)
         # a plain dict: what is frozen is neither cast nor partitioned by the engine
         self._frozen = {name: e for name, e in (encoders or {}).items() if name not in trained}
+        self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
@@ -199,7 +200,7 @@ class SpeechLLM(nn.Module):
     def span_tokens(self, batch: Batch) -> list[int]:
         """Number of prompt tokens of every utterance, known without a forward."""
         return [
-            self._fixed(task) + sum(self._tokens(m, int(batch.lengths[m][b])) for m in TASKS[task])
+            self._fixed(task) + sum(self._tokens(m, self._features(m, int(batch.lengths[m][b]))) for m in TASKS[task])
             for b, task in enumerate(batch.tasks)
         ]
 
@@ -212,6 +213,10 @@ class SpeechLLM(nn.Module):
         if tokens + 1 > self.max_positions - self._fixed(self.config.task) - speech:
             return f"and its transcript of {tokens} tokens do not fit the model's {self.max_positions} positions"
         return ""
+
+    def _features(self, name: str, rows: int) -> int:
+        """Features of an input of so many rows."""
+        return self._counts[name](rows) if name in self._counts else rows
 
     def _rate(self, name: str) -> int:
         return self.config.streams[name].compression.rate
@@ -244,7 +249,7 @@ class SpeechLLM(nn.Module):
         for row, utterance, task, length in zip(
             tokens, batch.utterances, batch.tasks, batch.lengths[name].tolist(), strict=True
         ):
-            count = self._tokens(name, length)
+            count = self._tokens(name, self._features(name, length))
             if count < 1 and name in TASKS[task]:
                 raise UserError(f"{utterance.where}: {utterance.id!r} is shorter than one token at this rate")
             rows.append(row[:count])

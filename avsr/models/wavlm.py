@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,19 +14,17 @@ from transformers import AutoConfig, WavLMModel
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
 from avsr.errors import UserError
+from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.encoder_lora import add_encoder_lora
-from avsr.models.frozen import FrozenEncoder, fingerprint
 from avsr.models.sources import resolve
-
-if TYPE_CHECKING:
-    from avsr.data.clip import Clip
 
 SAMPLE_RATE = 16_000
 _LENT = {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
-class WavLMEncoder(FrozenEncoder):
+class WavLMEncoder(SpeechEncoder):
     """WavLM's last layer. The input of a clip is its waveform, (samples, 1), and lengths are samples.
 
     There is no longest clip, but attention is computed in full: its memory grows with the square of the length
@@ -42,8 +40,8 @@ class WavLMEncoder(FrozenEncoder):
 
     def __init__(self, config: EncoderConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        model = _load(config.name)
-        self._normalise = config.normalise is not False  # type: ignore[attr-defined]
+        model = _load(str(config.name))
+        self._normalise = config.normalise is not False
         # a norm over time would see the padding, so such clips (BASE) go one by one
         self._alone = model.config.feat_extract_norm == "group"
         self._convolutions = list(zip(model.config.conv_kernel, model.config.conv_stride, strict=True))
@@ -52,7 +50,7 @@ class WavLMEncoder(FrozenEncoder):
         self.frames_per_second = SAMPLE_RATE // math.prod(stride for _, stride in self._convolutions)
         self.identity = f"wavlm {config.name} {fingerprint(model)} normalise={self._normalise}"
         self.model = model.to(device)
-        lora = config.lora  # type: ignore[attr-defined]
+        lora = config.lora
         if lora.rank and (lent := sorted(_LENT & set(lora.targets))):
             raise UserError(
                 f"lora.targets: WavLM's attention reads the weights of {', '.join(lent)} without calling these "
@@ -62,6 +60,11 @@ class WavLMEncoder(FrozenEncoder):
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:
+        return self.feature_count(samples)
+
+    def feature_count(self, rows: int) -> int:
+        """Frames of the convolutions over so many samples."""
+        samples = rows
         for kernel, stride in self._convolutions:
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
         return samples

@@ -30,7 +30,7 @@ class SoundStore(FeatureStore):
 
     def sound(self, utterance: Utterance) -> Tensor:
         rows = self.load(utterance)["audio"]
-        return self.encoders["audio"].encode([rows])[0].half().float() if self.inside else rows
+        return self.encoders["audio"].run([rows])[0].half().float() if self.inside else rows
 
     def count(self, utterance: Utterance) -> int:
         return self.frames(utterance)["audio"]
@@ -58,7 +58,7 @@ def forbid_encoding(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> Non
     def encode(waves: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(store.encoders["audio"], "encode", encode)
+    monkeypatch.setattr(store.encoders["audio"], "run", encode)
 
 
 def files(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ def speech_like(samples: int, seed: int) -> torch.Tensor:
 
 
 def encode(encoder: Whisper, waves: list[torch.Tensor]) -> list[torch.Tensor]:
-    return encoder.encode([encoder.prepare(Clip(wave)) for wave in waves])
+    return encoder.encode([Clip(wave) for wave in waves])
 
 
 def hugging_face(folder: Path, wave: torch.Tensor) -> torch.Tensor:

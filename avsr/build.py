@@ -60,16 +60,29 @@ def build_model(config: Config, store: FeatureStore, device: torch.device) -> tu
 
 
 def find_checkpoint(run: str | Path, which: str = "best") -> Path:
-    """The folder of a run's checkpoint, ``which`` = best or last.
+    """The folder of a run's checkpoint: ``which`` = best (last where there is none), last, average or step-NNNNNN.
 
     Raises:
-        UserError: the run has none.
+        UserError: the run has none, or none of this name; the message lists what there is.
     """
-    for name in (which, "last"):
-        folder = Path(run) / "checkpoints" / name
-        if (folder / WEIGHTS).is_file():
-            return folder
-    raise UserError(f"{run} has no checkpoint in {Path(run) / 'checkpoints'}; train it first")
+    checkpoints = Path(run) / "checkpoints"
+    there = sorted(path.parent.name for path in checkpoints.glob(f"*/{WEIGHTS}") if not path.parent.suffix)
+    for name in (which, "last") if which == "best" else (which,):
+        if name in there:
+            return checkpoints / name
+    if there:
+        raise UserError(f"{run} has no checkpoint {which!r}; there are: {', '.join(there)}")
+    raise UserError(f"{run} has no checkpoint in {checkpoints}; train it first")
+
+
+def step_checkpoints(run: str | Path) -> list[Path]:
+    """The folders ``checkpoints/step-NNNNNN`` of a run, oldest first."""
+    found = {}
+    for path in (Path(run) / "checkpoints").glob(f"step-*/{WEIGHTS}"):
+        number = path.parent.name.removeprefix("step-")
+        if number.isdecimal():
+            found[int(number)] = path.parent
+    return [found[step] for step in sorted(found)]
 
 
 def load_weights(model: SpeechLLM, folder: Path) -> None:

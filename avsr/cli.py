@@ -11,8 +11,14 @@ from avsr.errors import EXIT_USER, UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command: train, evaluate, transcribe, analyze, synth or doctor."""
-    arguments = _parser().parse_args(argv)
+    """Runs one command: train, evaluate, transcribe, analyze, average, synth or doctor."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse does not find positional arguments that stand behind an option
+    if any(text.startswith("-") for text in rest) or rest and not hasattr(arguments, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -62,6 +68,12 @@ def _analyze(arguments: argparse.Namespace) -> None:
     print(analyze(runs, overrides, arguments.out))
 
 
+def _average(arguments: argparse.Namespace) -> None:
+    from avsr.average import average
+
+    print(average(arguments.run, arguments.last))
+
+
 def _doctor(arguments: argparse.Namespace) -> None:
     from avsr.doctor import report
 
@@ -86,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(train, _train)
     evaluate = commands.add_parser("evaluate", help="decode and score a run's test sets")
     evaluate.add_argument("run", help="the run folder")
-    evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    evaluate.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
     _add(evaluate, _evaluate)
     transcribe = commands.add_parser("transcribe", help="print one line of text a sound file")
     transcribe.add_argument("run", help="the run folder")
@@ -96,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("runs", nargs="+", metavar="RUN", help="run folders, and key=value overrides")
     analyze.add_argument("--out", help="folder of the report (default: the first run)")
     analyze.set_defaults(run_command=_analyze)
+    average = commands.add_parser("average", help="write the mean of a run's newest checkpoints as checkpoints/average")
+    average.add_argument("run", help="the run folder, trained with training.keep_last")
+    average.add_argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)")
+    average.set_defaults(run_command=_average)
     doctor = commands.add_parser("doctor", help="print versions, devices, backends and what is missing")
     doctor.set_defaults(run_command=_doctor)
     synth = commands.add_parser("synth", help="make a corpus of synthetic speech")

@@ -178,8 +178,8 @@ class TrainingConfig:
     seed: int = 42
     validate_every: int = 100  # steps
     save_every: int = 0  # steps; 0 = with every validation
+    keep_last: int = 0  # newest saves kept as checkpoints/step-NNNNNN, for `avsr average`
     gradient_norms_every: int = 0  # steps between norms of both loss terms alone; 0 = never
-    keep_last: int = 0  # adapters of so many saves are kept as checkpoints/step-NNNNNN, for averaging
     # Weights of the tasks drawn for every clip of an audiovisual model (modality dropout); empty = its own task
     tasks: dict[str, float] = field(default_factory=dict)
 
@@ -193,9 +193,9 @@ class DeepSpeedConfig:
 @dataclass
 class DecodeConfig:
     beams: int = 1
-    nbest: int = 1  # hypotheses kept of every utterance, at most beams
+    nbest: int = 1  # hypotheses of an utterance in hypotheses.jsonl; at most beams
     batch: int = 16
-    length_penalty: float = 1.0
+    length_penalty: float = 1.0  # a hypothesis' score is its log-probability / tokens ** length_penalty
     base_tokens: int = 8  # budget = base_tokens + tokens_per_second * duration
     tokens_per_second: float = 12.0
     normaliser: str = "plain"  # plain | whisper
@@ -319,6 +319,10 @@ def _check_values(config: Config, name: str) -> None:
             raise UserError(f"{key}: expected more than 0, got {values[key]}")
     if len(config.training.betas) != 2 or not all(0 <= beta < 1 for beta in config.training.betas):
         raise UserError(f"training.betas: expected two numbers in [0, 1), got {config.training.betas}")
+    if config.decode.nbest > config.decode.beams:
+        raise UserError(
+            f"decode.nbest: expected at most decode.beams = {config.decode.beams}, got {config.decode.nbest}"
+        )
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
     if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):
@@ -348,5 +352,3 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
         raise UserError(
             "augment.views: a cache holds a number of versions of every clip: say how many, or set data.cache=null"
         )
-    if config.decode.nbest > config.decode.beams:
-        raise UserError(f"decode.nbest: {config.decode.nbest} hypotheses need as many decode.beams")

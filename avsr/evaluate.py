@@ -17,7 +17,8 @@ from avsr.data.manifest import Utterance
 from avsr.data.noise import CLEAN
 from avsr.data.transforms import View
 from avsr.errors import UserError
-from avsr.evaluation.decode import transcribe
+from avsr.evaluation.breakdown import by_length, by_speaker
+from avsr.evaluation.decode import Hypothesis, transcribe
 from avsr.evaluation.wer import Score, alignment, normaliser, score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.progress import ProgressBar
@@ -28,25 +29,30 @@ WORST = 20  # utterances shown in errors.txt
 def decode_set(
     model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str
 ) -> tuple[Score, list[dict[str, Any]]]:
-    """Decodes a dataset: its score and a row an utterance (set, id, speaker, reference, hypothesis)."""
+    """Decodes a dataset: its score and a row an utterance (set, id, speaker, seconds, reference, hypothesis; with
+    ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
     examples = [dataset[i] for i in range(len(dataset))]
-    texts: dict[int, str] = {}
+    found: dict[int, list[Hypothesis]] = {}
     with ProgressBar(f"decode {name}", len(examples)) as bar:
-        for index, text in transcribe(model, examples, config.decode):
-            texts[index] = text
+        for index, best in transcribe(model, examples, config.decode):
+            found[index] = best
             bar.advance()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "set": name,
             "id": example.utterance.id,
             "speaker": example.utterance.speaker,
+            "seconds": example.utterance.duration,
             "reference": example.utterance.text,
-            "hypothesis": texts[index],
+            "hypothesis": found[index][0].text,
         }
         for index, example in enumerate(examples)
     ]
-    references = [str(row["reference"]) for row in rows]
-    return score(references, [texts[i] for i in range(len(rows))], normaliser(config.decode.normaliser)), rows
+    if config.decode.nbest > 1:
+        for index, row in enumerate(rows):
+            row["nbest"] = [hypothesis._asdict() for hypothesis in found[index]]
+    references, hypotheses = [row["reference"] for row in rows], [row["hypothesis"] for row in rows]
+    return score(references, hypotheses, normaliser(config.decode.normaliser)), rows
 
 
 def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
@@ -87,10 +93,13 @@ def evaluate_model(config: Config, model: SpeechLLM, sets: dict[str, SpeechDatas
     """As :func:`evaluate`, with what is loaded already."""
     scores: dict[str, Score] = {}
     rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    normalise = normaliser(config.decode.normaliser)
     for name, dataset in sets.items():
         scores[name], part = decode_set(model, dataset, config, name)
+        parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
+        result[name] = {**asdict(scores[name]), **parts}
         rows += part
-    result = {name: asdict(value) for name, value in scores.items()}
     decoding = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
     try:
         (folder / "metrics.json").write_text(json.dumps({**result, "decoding": decoding}, indent=2) + "\n")
@@ -132,8 +141,8 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
             examples.append((index, _example(name, task, model, store)))
         except UserError as error:
             results[index] = error
-    for place, text in transcribe(model, [example for _, example in examples], config.decode):
-        results[examples[place][0]] = text
+    for place, hypotheses in transcribe(model, [example for _, example in examples], config.decode):
+        results[examples[place][0]] = hypotheses[0].text
     return [(name, results[index]) for index, name in enumerate(files)]
 
 

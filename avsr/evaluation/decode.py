@@ -1,9 +1,15 @@
-"""Batched greedy and beam decoding: deterministic, with a token budget from the audio's length."""
+"""Batched greedy and beam decoding: deterministic, with a token budget from the audio's length, and n-best lists.
+
+The score of a hypothesis of n text tokens is that of transformers' beam search: the sum of the log-probabilities
+of its tokens and of the end token behind them, divided by ``(n + 1) ** length_penalty``. A text that its budget
+ends gets that end token for free (log-probability 0), and it still counts in n + 1.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +20,24 @@ from avsr.data.batches import Batch, Example, collate
 from avsr.models.speech_llm import SpeechLLM
 
 
+class Hypothesis(NamedTuple):
+    """A decoded text and its score (see the module), of natural logarithms."""
+
+    text: str
+    score: float
+
+
 def token_budget(config: DecodeConfig, seconds: float) -> int:
     """Most new tokens for a clip: base_tokens + tokens_per_second x seconds."""
     return config.base_tokens + math.ceil(config.tokens_per_second * seconds)
 
 
 @torch.no_grad()
-def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> list[str]:
-    """The text of every utterance of ``batch``.
+def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> list[list[Hypothesis]]:
+    """The ``config.nbest`` best hypotheses of every utterance of ``batch``, best first.
 
     Rows are padded on the left, so a hypothesis does not depend on the others of its batch; each is cut at its
-    own budget.
+    own budget. Hypotheses differ in their tokens; two may still spell the same text.
     """
     model.eval()
     rows = model.assemble(batch, with_text=False, left=True)
@@ -35,6 +48,7 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
     generation = GenerationConfig(
         do_sample=False,
         num_beams=config.beams,
+        num_return_sequences=config.nbest,
         length_penalty=config.length_penalty,
         max_new_tokens=max(budgets) + 1,
         eos_token_id=model.eos,
@@ -42,13 +56,21 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
         bos_token_id=model.bos,
         use_cache=True,
     )
+    trace = _Trace(config.beams, model.eos)
     ids = model.llm.generate(
         inputs_embeds=rows.embeddings,
         attention_mask=rows.mask,
         generation_config=generation,
-        logits_processor=LogitsProcessorList([_OwnBudget(budgets, config.beams, model.eos)]),
+        logits_processor=LogitsProcessorList([_OwnBudget(budgets, config.beams, model.eos), trace]),
     )
-    return [_text(model, row[:budget]) for row, budget in zip(ids.tolist(), budgets, strict=True)]
+    found: list[list[Hypothesis]] = [[] for _ in budgets]
+    for place, row in enumerate(ids.tolist()):
+        utterance = place // config.nbest
+        tokens = _until(row[: budgets[utterance]], model.eos)
+        text = str(model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        score = trace.log_probability(utterance, tokens) / (len(tokens) + 1) ** config.length_penalty
+        found[utterance].append(Hypothesis(text, score))
+    return found
 
 
 class _OwnBudget(LogitsProcessor):
@@ -66,16 +88,60 @@ class _OwnBudget(LogitsProcessor):
         return scores
 
 
-def transcribe(model: SpeechLLM, examples: Sequence[Example], config: DecodeConfig) -> Iterator[tuple[int, str]]:
-    """Yields (index, text) batch by batch, utterances of like length together."""
+class _Trace(LogitsProcessor):
+    """Watches a search and knows the log-probability of every text that it considered.
+
+    transformers hands out scores only together with the logits of all steps, which for 15 beams of a
+    vocabulary of 128,000 are gigabytes. Here a step leaves three small tensors: the rows' tokens so far (R, t),
+    their log-probability (R,) and that of an end token behind them (R,).
+    """
+
+    def __init__(self, beams: int, eos: int) -> None:
+        self._beams, self._eos = beams, eos
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._last = torch.empty(0)  # (R, vocabulary) log-probabilities of the latest step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        log_probs = scores.float().log_softmax(dim=-1)
+        if self._steps:
+            before, totals, _ = self._steps[-1]
+            parents = self._rows(input_ids[:, :-1], before)
+            totals = totals[parents] + self._last[parents, input_ids[:, -1]]
+        else:
+            totals = log_probs.new_zeros(len(log_probs))
+        self._steps.append((input_ids.clone(), totals, log_probs[:, self._eos]))
+        self._last = log_probs
+        return scores
+
+    def log_probability(self, utterance: int, tokens: list[int]) -> float:
+        """Of ``tokens`` and the end token: a text that the search considered for this utterance of the batch."""
+        ids, totals, ends = self._steps[len(tokens)]
+        own = slice(utterance * self._beams, (utterance + 1) * self._beams)
+        same = (ids[own] == torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).all(dim=-1)
+        row = own.start + int(same.nonzero()[0])
+        return float(totals[row] + ends[row])
+
+    def _rows(self, prefixes: Tensor, ids: Tensor) -> Tensor:
+        """(R,) row of ``ids`` (R, t) that holds each prefix (R, t), among the beams of the same utterance.
+
+        Rows may hold the same tokens (at the start all do); their sums are then the same.
+        """
+        shape = (len(ids) // self._beams, self._beams, ids.shape[1])
+        same = (prefixes.reshape(shape)[:, :, None] == ids.reshape(shape)[:, None]).all(dim=-1)
+        first = torch.arange(0, len(ids), self._beams, device=ids.device)
+        return (same.long().argmax(dim=-1) + first[:, None]).flatten()
+
+
+def transcribe(
+    model: SpeechLLM, examples: Sequence[Example], config: DecodeConfig
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """Yields (index, hypotheses, best first) batch by batch, utterances of like length together."""
     order = sorted(range(len(examples)), key=lambda i: (examples[i].utterance.duration, i))
     for first in range(0, len(order), config.batch):
         part = order[first : first + config.batch]
-        texts = transcribe_batch(model, collate([examples[i] for i in part]), config)
-        yield from zip(part, texts, strict=True)
+        found = transcribe_batch(model, collate([examples[i] for i in part]), config)
+        yield from zip(part, found, strict=True)
 
 
-def _text(model: SpeechLLM, ids: list[int]) -> str:
-    if model.eos in ids:
-        ids = ids[: ids.index(model.eos)]
-    return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids

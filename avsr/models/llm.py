@@ -129,8 +129,8 @@ def convert_gguf(path: Path) -> Path:
 
 def _special(tokenizer: Any, named: str | None, own: int | None, key: str) -> int:
     if named is not None:
-        index = tokenizer.convert_tokens_to_ids(named)
-        if index is None or index == tokenizer.unk_token_id:
+        index = tokenizer.get_vocab().get(named)  # it may be the unknown token itself, as Qwen2's <|endoftext|>
+        if index is None:
             raise UserError(f"{key}: the tokenizer has no token {named!r}")
         return int(index)
     if own is None:

@@ -1,6 +1,7 @@
 """Checkpoints: adapter, projector and delimiters as safetensors with their config, and what a resume needs.
 
-``checkpoints/last`` also holds the engine's optimizer state; ``checkpoints/best`` is for use alone.
+``checkpoints/last`` also holds the engine's optimizer state; ``checkpoints/best`` and the ``training.keep_last``
+newest ``checkpoints/step-NNNNNN`` are for use alone.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avsr.build import WEIGHTS, load_weights
+from avsr.build import WEIGHTS, load_weights, step_checkpoints
 from avsr.composing import differences
 from avsr.config import Config, read_run_config, to_yaml
 from avsr.errors import UserError
@@ -26,7 +28,7 @@ from avsr.models.speech_llm import SpeechLLM
 STATE = "state.json"
 _TAG = "engine"
 # A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps.
-_FREE = ("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test")
+_FREE = ("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_last")
 
 
 @dataclass
@@ -56,7 +58,8 @@ def gather_state(model: SpeechLLM) -> dict[str, Tensor]:
 
 
 def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> None:
-    """Writes ``checkpoints/last`` and, when ``best``, ``checkpoints/best``. All ranks call it.
+    """Writes ``checkpoints/last``, when ``best`` ``checkpoints/best``, and with ``training.keep_last``
+    ``checkpoints/step-NNNNNN``, of which older ones go. All ranks call it.
 
     Each folder is written beside and then swapped in, so that an interrupted save leaves the old one.
 
@@ -69,7 +72,7 @@ def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> None
     if dist.get_rank() == 0:
         try:
             shutil.rmtree(folder / "last.part", ignore_errors=True)
-            _write(folder / "last.part", state, config, progress)
+            _write(folder / "last.part", state, config, asdict(progress))
         except OSError as error:
             failure = f"cannot save a checkpoint in {folder}: {error}"
     agree(failure)
@@ -79,9 +82,11 @@ def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> None
         try:
             _swap(folder / "last.part", folder / "last")
             if best:
-                shutil.rmtree(folder / "best.part", ignore_errors=True)
-                _write(folder / "best.part", state, config, progress)
-                _swap(folder / "best.part", folder / "best")
+                publish(folder / "best", state, config, asdict(progress))
+            if config.training.keep_last:
+                publish(folder / f"step-{progress.step:06d}", state, config, asdict(progress))
+                for old in step_checkpoints(config.run)[: -config.training.keep_last]:
+                    shutil.rmtree(old)
         except OSError as error:
             failure = f"cannot save a checkpoint in {folder}: {error}"
     agree(failure)
@@ -144,11 +149,29 @@ def load_engine(engine: Any, config: Config) -> None:
         raise UserError(f"resume: {folder} holds no optimizer state")
 
 
-def _write(folder: Path, state: dict[str, Tensor], config: Config, progress: Progress) -> None:
+def publish(folder: Path, state: dict[str, Tensor], config: Config, record: Mapping[str, Any]) -> None:
+    """Writes a checkpoint without optimizer state at once: never is there half of one under the name of ``folder``.
+
+    Args:
+        folder: an earlier one is replaced.
+        state: the tensors of :meth:`SpeechLLM.own_state`, on CPU.
+        config: saved beside them.
+        record: what state.json says; ``step`` must be in it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    _write(part, state, config, record)
+    _swap(part, folder)
+
+
+def _write(folder: Path, state: dict[str, Tensor], config: Config, record: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
-    save_file(state, str(folder / WEIGHTS), metadata={"format": "pt", "step": str(progress.step)})
+    save_file(state, str(folder / WEIGHTS), metadata={"format": "pt", "step": str(record["step"])})
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (folder / STATE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(dict(record)), encoding="utf-8")
 
 
 def _swap(new: Path, place: Path) -> None:

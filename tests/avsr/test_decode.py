@@ -79,7 +79,7 @@ def naive(model: SpeechLLM, example: Example, budget: int) -> str:
 
 
 def decode(model: SpeechLLM, examples: list[Example], config: DecodeConfig) -> list[str]:
-    return transcribe_batch(model, collate(examples), config)
+    return [hypotheses[0].text for hypotheses in transcribe_batch(model, collate(examples), config)]
 
 
 def test_greedy_is_the_most_likely_token_again_and_again(model: SpeechLLM, examples: list[Example]) -> None:
@@ -129,7 +129,7 @@ def test_transcribe_gives_every_index_once(model: SpeechLLM, examples: list[Exam
     config = DecodeConfig(batch=2, base_tokens=6, tokens_per_second=10.0)
     found = list(transcribe(model, examples, config))
     assert sorted(index for index, _ in found) == list(range(len(examples)))
-    assert [text for _, text in sorted(found)] == decode(model, examples, config)
+    assert [best[0].text for _, best in sorted(found)] == decode(model, examples, config)
     assert list(transcribe(model, [], config)) == []
 
 

@@ -1,0 +1,73 @@
+"""Error rates by speaker and by length, from the rows of ``hypotheses.jsonl``."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from avsr.evaluation.wer import plain, score
+
+WORD_BINS: dict[float, str] = {0: "0", 5: "1-5", 10: "6-10", 20: "11-20"}  # upper end, counted in; then "21+"
+SECOND_BINS = {2.0: "0-2", 4.0: "2-4", 8.0: "4-8", 16.0: "8-16"}  # then "16+"
+
+Row = Mapping[str, Any]
+Part = dict[str, float | int | None]
+
+
+def by_speaker(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> dict[str, Part]:
+    """wer, words and utterances of every speaker, by name; rows without a speaker go under "unknown".
+
+    Args:
+        rows: with keys reference, hypothesis and speaker.
+        normalise: applied to both texts.
+
+    Returns:
+        ``{speaker: {"wer", "words", "utterances"}}``; wer is None where the references have no word.
+    """
+    groups = _grouped(rows, lambda row: str(row.get("speaker") or "unknown"))
+    return {name: _part(groups[name], normalise) for name in sorted(groups)}
+
+
+def by_length(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> dict[str, dict[str, Part]]:
+    """wer, words and utterances by the reference's words and by the clip's seconds; empty bins are left out.
+
+    Args:
+        rows: with keys reference, hypothesis and seconds.
+        normalise: applied to both texts, also before words are counted.
+
+    Returns:
+        ``{"words": {"1-5": part, ..., "21+": part}, "seconds": {"0-2": part, ..., "16+": part}}``, with parts as
+        in :func:`by_speaker`. A bin holds its upper end.
+    """
+    return {
+        "words": _bins(rows, lambda row: len(normalise(row["reference"]).split()), WORD_BINS, "21+", normalise),
+        "seconds": _bins(rows, lambda row: row["seconds"], SECOND_BINS, "16+", normalise),
+    }
+
+
+def _bins(
+    rows: Sequence[Row],
+    measure: Callable[[Row], float],
+    bins: Mapping[float, str],
+    above: str,
+    normalise: Callable[[str], str],
+) -> dict[str, Part]:
+    edges, names = list(bins), [*bins.values(), above]
+    groups = _grouped(rows, lambda row: names[bisect_left(edges, measure(row))])
+    return {name: _part(groups[name], normalise) for name in names if name in groups}
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _part(rows: Sequence[Row], normalise: Callable[[str], str]) -> Part:
+    references = [row["reference"] for row in rows]
+    if not any(normalise(reference) for reference in references):
+        return {"wer": None, "words": 0, "utterances": len(rows)}
+    found = score(references, [row["hypothesis"] for row in rows], normalise)
+    return {"wer": found.wer, "words": found.words, "utterances": found.utterances}

@@ -9,6 +9,7 @@ their width from its neighbours. The numbers are drawn by hand, after the usual 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,16 +39,16 @@ class _Viseme(NamedTuple):
 
 _TABLE: dict[str, _Viseme] = {
     "rest": _Viseme((0.02, 0.00, 0.00, 0.00, 0.00, 0.0, 0.0), 0.8, 0.5, 1.0),
-    "PBM": _Viseme((-0.25, 0.00, 0.00, 0.00, 0.00, 0.0, 0.0), 4.0, 0.3, 1.0),
+    "PBM": _Viseme((-0.25, 0.00, 0.00, 0.00, 0.00, 0.0, 0.0), 4.0, 0.05, 1.0),
     "FV": _Viseme((0.14, 0.10, 0.00, 0.90, 0.00, 0.0, 1.0), 4.0, 0.6, 5.0),
     "TH": _Viseme((0.30, 0.10, 0.00, 0.50, 0.60, 1.0, 0.0), 2.0, 0.5, 5.0),
-    "TDN": _Viseme((0.24, 0.15, 0.00, 0.70, 0.75, 0.0, 0.0), 1.5, 0.3, 2.0),
-    "SZ": _Viseme((0.16, 0.45, 0.00, 1.00, 0.10, 0.0, 0.0), 2.5, 0.8, 3.0),
+    "TDN": _Viseme((0.24, 0.15, 0.00, 0.70, 0.75, 0.0, 0.0), 1.5, 0.15, 2.0),
+    "SZ": _Viseme((0.16, 0.45, 0.00, 1.00, 0.10, 0.0, 0.0), 2.5, 0.4, 3.0),
     "SH": _Viseme((0.26, -0.40, 0.75, 1.00, 0.10, 0.0, 0.0), 2.0, 3.0, 3.0),
-    "L": _Viseme((0.44, 0.10, 0.00, 0.25, 1.00, 0.0, 0.0), 1.5, 0.3, 4.0),
+    "L": _Viseme((0.44, 0.10, 0.00, 0.25, 1.00, 0.0, 0.0), 1.5, 0.15, 4.0),
     "R": _Viseme((0.24, -0.35, 0.50, 0.30, 0.30, 0.0, 0.0), 1.2, 1.2, 1.5),
     "W": _Viseme((0.06, -0.90, 1.00, 0.00, 0.00, 0.0, 0.0), 3.0, 4.0, 2.0),
-    "KGH": _Viseme((0.30, 0.00, 0.00, 0.30, 0.30, 0.0, 0.0), 0.1, 0.1, 0.1),
+    "KGH": _Viseme((0.30, 0.00, 0.00, 0.30, 0.30, 0.0, 0.0), 0.1, 0.05, 0.1),
     "AA": _Viseme((1.00, 0.00, 0.00, 0.20, 0.15, 0.0, 0.0)),
     "AE": _Viseme((0.80, 0.45, 0.00, 0.60, 0.30, 0.0, 0.0)),
     "AH": _Viseme((0.62, 0.05, 0.00, 0.30, 0.25, 0.0, 0.0)),
@@ -106,7 +107,6 @@ _PHONEMES = {mnemonic: names.split() for names, mnemonics in _SOUNDS.items() for
 
 LEAD = 0.02  # seconds by which the mouth is ahead of the sound
 _SIGMA = 0.025  # seconds, of the Gaussian in time
-_STEP = 0.005  # seconds, of the grid that the targets are placed on
 
 
 class Timed(Protocol):
@@ -156,17 +156,14 @@ def visemes_of(mnemonic: str) -> list[str]:
 
 def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     """(frames, len(PARAMETERS)) float64: the mouth in the middle of each frame of 40 ms."""
-    margin = 4 * _SIGMA
-    grid = np.arange(-margin, frames / FRAMES_PER_SECOND + margin + LEAD, _STEP)
-    which = np.full(len(grid), REST)
-    for viseme, start, end in _segments(phonemes):
-        which[np.searchsorted(grid, start) : np.searchsorted(grid, end)] = viseme
     targets = np.array([viseme.targets for viseme in _TABLE.values()])
     dominance = np.empty_like(targets)
     for row, held in zip(dominance, _TABLE.values(), strict=True):
         row[_JAW], row[_LIPS], row[_INNER] = held.jaw, held.lips, held.inner
+    which, starts, ends = (np.array(part) for part in zip(*_covered(_segments(phonemes)), strict=True))
     middles = (np.arange(frames) + 0.5) / FRAMES_PER_SECOND + LEAD
-    near = np.exp(-0.5 * ((middles[:, None] - grid[None]) / _SIGMA) ** 2)
+    # (frames, segments): the share of a Gaussian around the frame's middle that falls into each segment
+    near = _normal_below(ends[None] - middles[:, None]) - _normal_below(starts[None] - middles[:, None])
     weights = dominance[which]
     track: np.ndarray = (near @ (weights * targets[which])) / (near @ weights)
     return track
@@ -198,3 +195,20 @@ def _segments(phonemes: Sequence[Timed]) -> list[tuple[int, float, float]]:
             (VISEMES.index(name), start, end) for name, start, end in zip(names, edges, edges[1:], strict=False)
         ]
     return segments
+
+
+def _covered(segments: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """The segments with rest before, between and behind them."""
+    covered, time = [], -math.inf
+    for viseme, start, end in [*segments, (REST, math.inf, math.inf)]:
+        if start > time:
+            covered.append((REST, time, start))
+        covered.append((viseme, start, end))
+        time = max(time, end)
+    return covered
+
+
+def _normal_below(seconds: np.ndarray) -> np.ndarray:
+    """The share of a Gaussian of ``_SIGMA`` around zero that lies below each of these times."""
+    share: np.ndarray = 0.5 + 0.5 * np.vectorize(math.erf, otypes=[float])(seconds / (_SIGMA * math.sqrt(2)))
+    return share

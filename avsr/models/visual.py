@@ -266,7 +266,8 @@ def load_visual(folder: Path) -> VisualModel:
     for name in sorted(own.keys() | found.keys()):
         if own.get(name) != found.get(name):
             raise UserError(
-                f"{path} does not fit {CONFIG}: {name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
+                f"{path} does not fit {CONFIG}: "
+                f"{name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
             )
     model.load_state_dict(state)
     return model.eval()

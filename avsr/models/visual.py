@@ -317,7 +317,7 @@ class _ResidualFrame(nn.Module):
 
 
 class _ResidualTime(nn.Module):
-    """A convolution over five frames of the clip alone; what is added is zero at padding."""
+    """A convolution over five frames of the clip alone: outside it reads zeros. What comes out there has no meaning."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class _ResidualTime(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
         inside = self.norm(hidden) * valid[..., None]
         change = self.dropout(relu(self.conv(inside.transpose(1, 2)))).transpose(1, 2)
-        return hidden + change * valid[..., None]
+        return hidden + change
 
 
 def _conv(inside: int, outside: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -19,7 +19,7 @@ from avsr.errors import UserError
 from avsr.models.visual import FRAMES_PER_SECOND, shrink
 from avsr.progress import ProgressBar
 from avsr.synth.espeak import Span
-from avsr.synth.visemes import VISEMES, viseme_labels
+from avsr.synth.visemes import REST, VISEMES, viseme_labels
 
 UNKNOWN = -100  # a unit outside the vocabulary: no target
 TARGETS = ("words", "phonemes", "visemes")
@@ -134,7 +134,7 @@ def _units(spans: dict[str, list[Span]], visemes: Tensor, targets: str, row: Utt
     return tuple(
         Span(VISEMES[value], (end - run) / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND)
         for value, run, end in zip(values.tolist(), runs.tolist(), ends.tolist(), strict=True)
-        if value != 0
+        if value != REST
     )
 
 

@@ -146,7 +146,7 @@ def test_other_targets(targets: str, units: tuple[str, ...] | None, corpus: dict
     model = load_visual(folder)
     assert units is None or model.units == units
     assert set(model.units) <= set(model.visemes) or targets == "phonemes"
-    assert "none" not in model.units and len(model.units) >= 3
+    assert "rest" not in model.units and len(model.units) >= 3
 
 
 def test_a_frame_belongs_to_the_span_over_its_middle() -> None:

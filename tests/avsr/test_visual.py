@@ -28,6 +28,7 @@ def make_model(config: VisualConfig = TINY) -> VisualModel:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.running_mean, std=0.5)
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
                 nn.init.normal_(module.bias, std=0.5)
         nn.init.normal_(model.feature_mean)
         nn.init.uniform_(model.feature_scale, 0.5, 2.0)

@@ -1,15 +1,13 @@
-"""Reading and writing video with PyAV: grey frames at 25 fps, and the sound track of a video file.
+"""Reading video with PyAV: grey frames at 25 fps, and the sound track of a video file.
 
 Time 0 is where the earlier of the two streams starts, so frames and sound of one file stay in step.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ import torch
 from torch import Tensor
 
 from avsr.data.audio import SAMPLE_RATE
+from avsr.data.video_writer import FRAMES_PER_SECOND, encode_video, write_video
 from avsr.errors import UserError
 
-FRAMES_PER_SECOND = 25
+__all__ = ["FRAMES_PER_SECOND", "encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
+
 MAX_SIDE = 4096  # pixels
 MAX_SECONDS = 3600
 MAX_BYTES = 2**31  # of the frames of one clip in memory
@@ -116,70 +116,6 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
             wave = wave[: round(float(stream.duration * stream.time_base) * SAMPLE_RATE)]
         lead = round((_start(stream) - min(_starts(container))) * SAMPLE_RATE)
         return torch.from_numpy(np.concatenate([np.zeros(max(0, lead), np.float32), wave]))
-
-
-def write_video(
-    path: Path, frames: np.ndarray, fps: int = FRAMES_PER_SECOND, *, sound: np.ndarray | None = None
-) -> None:
-    """Writes ``encode_video`` of the arguments to ``path``.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    data = encode_video(frames, fps, sound=sound)
-    try:
-        Path(path).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def encode_video(
-    frames: np.ndarray, fps: int = FRAMES_PER_SECOND, *, sound: np.ndarray | None = None, crf: int = 20
-) -> bytes:
-    """A small H.264 mp4 file; the same input gives the same bytes.
-
-    Args:
-        frames: (T, H, W) uint8 grey, T at least 1, H and W even (H.264's usual 4:2:0 has one colour for 2x2 pixels).
-        fps: frames a second.
-        sound: (samples,) float mono at 16 kHz in -1..1, put beside the video as AAC.
-        crf: x264's quality, 0 is lossless.
-
-    Raises:
-        ValueError: frames of another shape or dtype.
-    """
-    if frames.ndim != 3 or frames.dtype != np.uint8 or 0 in frames.shape or frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames: expected (T, H, W) uint8 with even H and W, got {frames.shape} {frames.dtype}")
-    count, height, width = frames.shape
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video: Any = container.add_stream("libx264", rate=Fraction(fps))
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        video.codec_context.thread_count = 1
-        # with B-frames x264 (core 165) reads memory that it has not set, and its choices vary from run to run
-        video.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "bframes=0:threads=1"}
-        track: Any = None
-        if sound is not None:
-            track = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-            track.codec_context.bit_rate = 64_000
-        picture = np.full((height * 3 // 2, width), 128, np.uint8)  # luma on top of two colour planes that say grey
-        luma = np.rint(16 + np.arange(256) * (219 / 255)).astype(np.uint8)
-        for index in range(count):
-            picture[:height] = luma[frames[index]]
-            frame = av.VideoFrame.from_ndarray(picture, format="yuv420p")
-            frame.pts, frame.time_base = index, Fraction(1, fps)
-            container.mux(video.encode(frame))
-        container.mux(video.encode())
-        if track is not None and sound is not None:
-            _encode_sound(container, track, sound)
-    return buffer.getvalue()
-
-
-def _encode_sound(container: Any, track: Any, sound: np.ndarray) -> None:
-    wave = np.ascontiguousarray(sound, dtype=np.float32)[None]
-    frame: Any = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-    frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
-    container.mux(track.encode(frame))
-    container.mux(track.encode())
 
 
 @contextmanager

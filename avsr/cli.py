@@ -33,6 +33,13 @@ def _train(arguments: argparse.Namespace) -> None:
     print(train_and_leave(load_config(arguments.config, arguments.overrides)))
 
 
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from avsr.composing import compose
+    from avsr.pretrain import PretrainConfig, pretrain
+
+    print(pretrain(compose(arguments.config, arguments.overrides, PretrainConfig)))
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from avsr.evaluate import evaluate
 
@@ -96,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a config")
     train.add_argument("config", help="a YAML file or a recipe's name")
     _add(train, _train)
+    pretrain = commands.add_parser("pretrain", help="teach the small visual encoder a corpus with known times")
+    pretrain.add_argument("config", help="a YAML file or a recipe's name")
+    _add(pretrain, _pretrain)
     evaluate = commands.add_parser("evaluate", help="decode and score a run's test sets")
     evaluate.add_argument("run", help="the run folder")
     evaluate.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")

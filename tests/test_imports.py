@@ -37,7 +37,7 @@ ORDER = [
     "avsr.data.transforms avsr.models.ctranslate2 avsr.models.llm avsr.data.batches avsr.models.encoder",
     "avsr.models.avhubert_inputs avsr.models.avhubert_network",
     "avsr.models.fairseq_file",
-    "avsr.models.whisper avsr.models.wavlm avsr.models.avhubert",
+    "avsr.models.whisper avsr.models.wavlm avsr.models.avhubert avsr.models.visual",
     "avsr.models.encoders avsr.data.features",
     "avsr.data.dataset",
     "avsr.models.speech_llm",
@@ -55,9 +55,11 @@ ORDER = [
     "avsr.synth.options",
     "avsr.synth.shards",
     "avsr.synth.corpus",
-    "avsr.train",
+    "avsr.training.augment avsr.training.timed",
+    "avsr.train avsr.pretrain",
     "avsr.cli",
     "avsr.demo",
+    "avsr.demo_av",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 

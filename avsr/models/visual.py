@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.errors import UserError
+from avsr.models.encoder import SpeechEncoder
+from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.sources import resolve
 
 CROP = 88  # pixels of the mouth frame that are looked at, as in AV-HuBERT
@@ -141,36 +143,27 @@ class VisualModel(nn.Module):
         return out
 
 
-class VisualEncoder(nn.Module):
-    """A frozen :class:`VisualModel`, always in eval mode.
-
-    Attributes:
-        width: feature size D.
-        identity: names weights and options, for caches.
-    """
+class VisualEncoder(SpeechEncoder):
+    """A frozen :class:`VisualModel`, always in eval mode: the statistics of batch normalisation are frozen too."""
 
     frames_per_second = FRAMES_PER_SECOND
-    max_seconds = float("inf")
     needs = frozenset({"video"})
 
     def __init__(self, config: EncoderConfig, stream: str = "video", device: torch.device | str = "cpu") -> None:
         super().__init__()
-        folder = resolve(config.name)
+        folder = resolve(str(config.name))
         if not isinstance(folder, Path):
-            raise UserError(f"the {stream} encoder: {config.name} is no folder that 'avsr pretrain' made")
+            raise UserError(f"model.{stream}.encoder.name: {config.name} is no folder that 'avsr pretrain' made")
         try:
             self.model = load_visual(folder)
         except UserError as error:
-            raise UserError(f"the {stream} encoder: {error}") from error
+            raise UserError(f"model.{stream}.encoder.name: {error}") from error
         self.model.to(device).requires_grad_(False)
-        self._batch = config.batch
+        self.batch = config.batch
         self.width = self.model.width
         self.identity = f"visual {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]}"
+        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora")
         self.eval()
-
-    def train(self, mode: bool = True) -> VisualEncoder:
-        """Stays in eval mode: the statistics of batch normalisation are frozen too."""
-        return super().train(False)
 
     def frames(self, samples: int, video_frames: int) -> int:
         """Encoder frames of a clip: its video frames."""
@@ -190,20 +183,6 @@ class VisualEncoder(nn.Module):
         """(B, T, K) zero-padded and (B,) int64 -> (B, T, D)."""
         out: Tensor = self.model(inputs, lengths)
         return out
-
-    @torch.no_grad()
-    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
-        """[(T, D) float32] of each clip."""
-        device = self.model.feature_mean.device
-        inputs = [self.prepare(clip) for clip in clips]
-        order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        found: dict[int, Tensor] = {}
-        for first in range(0, len(order), self._batch):
-            part = order[first : first + self._batch]
-            lengths = torch.tensor([len(inputs[index]) for index in part], device=device)
-            rows = self(pad_sequence([inputs[index] for index in part], batch_first=True).to(device), lengths)
-            found.update({index: row[: len(inputs[index])] for index, row in zip(part, rows, strict=True)})
-        return [found[index] for index in range(len(inputs))]
 
 
 def shrink(mouth: Tensor, pool: int) -> Tensor:

@@ -31,7 +31,7 @@ def read_pickle(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise UserError(f"{path} is not a readable pickle: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is not a readable pickle of arrays: {type(error).__name__}: {error}") from error
 
 
 class _Dtype:
@@ -46,7 +46,7 @@ class _Dtype:
 
     def real(self) -> np.dtype:
         if not isinstance(self.name, str) or self.name[:1] not in ("f", "i", "u", "b"):
-            raise UserError(f"holds an array of the type {self.name!r}; only arrays of numbers are read")
+            raise ValueError(f"it holds an array of the type {self.name!r}; only arrays of numbers are read")
         return np.dtype((self.order if self.order in ("<", ">") else "=") + self.name)
 
 
@@ -62,7 +62,7 @@ class _Array:
     def real(self) -> np.ndarray:
         _, shape, dtype, fortran, data = self.state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-            raise UserError("holds an array that is not one of numbers")
+            raise ValueError("it holds an array that is not one of numbers")
         return np.frombuffer(bytes(data), dtype.real()).reshape(shape, order="F" if fortran else "C")
 
 
@@ -84,7 +84,7 @@ def _scalar(dtype: Any, data: Any) -> _Array:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        raise UserError(f"holds bytes written as {encoding!r}; only latin1 is read")
+        raise ValueError(f"it holds bytes written as {encoding!r}; only latin1 is read")
     return text.encode("latin1")
 
 
@@ -117,7 +117,7 @@ class _Inert(pickle.Unpickler):
 def _finish(value: Any, depth: int) -> Any:
     """Stand-ins to arrays, all through lists, tuples and dicts."""
     if depth > 8:
-        raise UserError("is nested deeper than landmarks are")
+        raise ValueError("it is nested deeper than landmarks are")
     if isinstance(value, _Array):
         return value.real()
     if isinstance(value, list):
@@ -128,4 +128,4 @@ def _finish(value: Any, depth: int) -> Any:
         return {key: _finish(item, depth + 1) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    raise UserError(f"holds a {type(value).__name__}, which landmarks do not")
+    raise ValueError(f"it holds a {type(value).__name__}, which landmarks do not")

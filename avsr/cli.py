@@ -97,6 +97,18 @@ def _synth(arguments: argparse.Namespace) -> None:
         print(f"{count:7d}  {name}")
 
 
+def _prepare(arguments: argparse.Namespace) -> None:
+    from avsr.prepare.options import parse_options
+    from avsr.prepare.run import prepare
+
+    options = parse_options(arguments.corpus, arguments.overrides)
+    report = prepare(arguments.corpus, arguments.root, arguments.out, options)
+    for name, count in report.manifests.items():
+        print(f"{count:7d}  {name}.jsonl")
+    for kind, count in report.refused.items():
+        print(f"{count:7d}  refused: {kind}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avsr", description="Llama-AVSR without attention sinks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -127,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     synth = commands.add_parser("synth", help="make a corpus of synthetic speech")
     synth.add_argument("out", help="the folder to make")
     _add(synth, _synth)
+    prepare = commands.add_parser("prepare", help="turn the videos of a corpus into mouth crops, sound and manifests")
+    prepare.add_argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)")
+    prepare.add_argument("root", help="the corpus as it was handed out")
+    prepare.add_argument("out", help="the folder to make")
+    _add(prepare, _prepare)
     return parser
 
 

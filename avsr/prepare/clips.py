@@ -69,7 +69,9 @@ class Outcome:
     refused: tuple[Refusal, ...]
 
 
-class _Refused(Exception):
+class Refused(Exception):
+    """Why a video file gives no clip, with a short kind to count by."""
+
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
@@ -86,9 +88,9 @@ def make_clips(job: Job) -> Outcome:
     source = job.source
     try:
         sound = _sound(source)
-        frames, valid, outside = _mouths(job)
+        frames, valid, outside = mouths(job)
         _check_streams(sound, len(frames), job.skew)
-    except _Refused as refused:
+    except Refused as refused:
         ids = [piece.id for piece in source.pieces] or [source.id]
         return Outcome((), tuple(_refusal(source, name, refused) for name in ids))
     made, left_out = [], []
@@ -99,12 +101,12 @@ def make_clips(job: Job) -> Outcome:
                 _check_landmarks(valid[start:end], outside[start:end], job.coverage)
             kept = next((clip for clip in job.keep if (clip.id, clip.start, clip.end) == (piece.id, start, end)), None)
             made.append(kept or _write(job, piece.id, sound, frames, start, end))
-        except _Refused as refused:
+        except Refused as refused:
             left_out.append(_refusal(source, piece.id, refused))
     return Outcome(tuple(made), tuple(left_out))
 
 
-def _refusal(source: Source, name: str, refused: _Refused) -> Refusal:
+def _refusal(source: Source, name: str, refused: Refused) -> Refusal:
     return Refusal(name, str(source.video), refused.kind, str(refused))
 
 
@@ -113,23 +115,23 @@ def _sound(source: Source) -> Tensor:
     try:
         sound = read_video_sound(source.video)
     except UserError as error:
-        raise _Refused("video", str(error)) from error
+        raise Refused("video", str(error)) from error
     if sound is None:
         beside = next((path for path in source.audio if path.is_file()), None)
         if beside is None:
-            raise _Refused("no audio", f"{source.video} has no sound, and there is no sound file for it")
+            raise Refused("no audio", f"{source.video} has no sound, and there is no sound file for it")
         try:
             sound = read_video_sound(beside)
         except UserError as error:
-            raise _Refused("audio", str(error)) from error
+            raise Refused("audio", str(error)) from error
     if sound is None or not len(sound):
-        raise _Refused("no audio", f"the sound of {source.video} holds no samples")
+        raise Refused("no audio", f"the sound of {source.video} holds no samples")
     if not bool(torch.isfinite(sound).all()):
-        raise _Refused("audio", f"the sound of {source.video} holds NaN or infinite samples")
+        raise Refused("audio", f"the sound of {source.video} holds NaN or infinite samples")
     return sound
 
 
-def _mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(T, 96, 96) uint8 mouths, (T,) bool where there were landmarks, (T,) shares outside the picture."""
     source = job.source
     if source.cropped:
@@ -138,7 +140,7 @@ def _mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     landmarks = _landmarks(job)
     valid = valid_frames(landmarks)
     if valid.sum() < MIN_FRAMES:
-        raise _Refused("no face", f"{source.video} has {valid.sum()} frames with a face, {MIN_FRAMES} are needed")
+        raise Refused("no face", f"{source.video} has {valid.sum()} frames with a face, {MIN_FRAMES} are needed")
     cropper = MouthCropper(landmarks)
     crops, outside, count = [], [], 0
     try:
@@ -148,9 +150,9 @@ def _mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 crops.append(mouth)
                 outside.append(share)
     except UserError as error:
-        raise _Refused("video", str(error)) from error
+        raise Refused("video", str(error)) from error
     if abs(count - len(landmarks)) > _LOST_FRAMES:
-        raise _Refused(
+        raise Refused(
             "landmarks",
             f"there are landmarks of {len(landmarks)} frames for {source.video}, which has {count} at 25 fps",
         )
@@ -166,10 +168,10 @@ def _ready_mouths(source: Source) -> np.ndarray:
             if frame.shape != (CROP, CROP):
                 reason = f"{source.video} has pictures of {frame.shape[1]}x{frame.shape[0]} pixels"
                 advice = "set cropped=false if they show whole faces"
-                raise _Refused("size", f"{reason}, expected mouths of {CROP}x{CROP}: {advice}")
+                raise Refused("size", f"{reason}, expected mouths of {CROP}x{CROP}: {advice}")
             frames.append(frame)
     except UserError as error:
-        raise _Refused("video", str(error)) from error
+        raise Refused("video", str(error)) from error
     return np.stack(frames)
 
 
@@ -179,21 +181,21 @@ def _landmarks(job: Job) -> np.ndarray:
         try:
             return track_landmarks(video_frames(source.video))
         except UserError as error:
-            raise _Refused("video", str(error)) from error
+            raise Refused("video", str(error)) from error
     path = find_landmarks(Path(job.landmarks), source.id)
     if path is None:
         reason = f"there is no landmark file {Path(job.landmarks, source.id)}.npz, .npy or .pkl"
-        raise _Refused("no landmarks", reason)
+        raise Refused("no landmarks", reason)
     try:
         return read_landmarks(path)
     except UserError as error:
-        raise _Refused("landmarks", str(error)) from error
+        raise Refused("landmarks", str(error)) from error
 
 
 def _check_streams(sound: Tensor, frames: int, skew: float) -> None:
     heard, seen = len(sound) / SAMPLE_RATE, frames / FRAMES_PER_SECOND
     if abs(heard - seen) > skew + 1e-6:
-        raise _Refused("streams", f"{heard:.2f} s of sound but {seen:.2f} s of video, more than {skew:g} s apart")
+        raise Refused("streams", f"{heard:.2f} s of sound but {seen:.2f} s of video, more than {skew:g} s apart")
 
 
 def _windows(source: Source, frames: int) -> list[Piece]:
@@ -211,14 +213,14 @@ def _span(piece: Piece, frames: int) -> tuple[int, int]:
     """The first frame of a clip and the one after its last."""
     seconds = frames / FRAMES_PER_SECOND
     if piece.last_word > seconds + _LATE_WORD:
-        raise _Refused("text", f"the transcript goes on to {piece.last_word:.2f} s, the video ends at {seconds:.2f} s")
+        raise Refused("text", f"the transcript goes on to {piece.last_word:.2f} s, the video ends at {seconds:.2f} s")
     # a hair of a frame is rounding of the times, which are given to two places
     start = max(0, math.floor(piece.start * FRAMES_PER_SECOND + 1e-6))
     end = frames if piece.end is None else min(frames, math.ceil(piece.end * FRAMES_PER_SECOND - 1e-6))
     if end - start < MIN_FRAMES:
-        raise _Refused("short", f"{max(0, end - start)} frames, {MIN_FRAMES} are needed")
+        raise Refused("short", f"{max(0, end - start)} frames, {MIN_FRAMES} are needed")
     if piece.limit is not None and (end - start) / FRAMES_PER_SECOND > piece.limit + 1e-6:
-        raise _Refused(
+        raise Refused(
             "long",
             f"{(end - start) / FRAMES_PER_SECOND:.2f} s, more than seg={piece.limit:g}, and no word times to cut at",
         )
@@ -227,11 +229,11 @@ def _span(piece: Piece, frames: int) -> tuple[int, int]:
 
 def _check_landmarks(valid: np.ndarray, outside: np.ndarray, coverage: float) -> None:
     if valid.sum() < MIN_FRAMES:
-        raise _Refused("no face", f"{valid.sum()} frames with a face, {MIN_FRAMES} are needed")
+        raise Refused("no face", f"{valid.sum()} frames with a face, {MIN_FRAMES} are needed")
     if valid.mean() < coverage:
-        raise _Refused("no face", f"a face in {valid.mean():.0%} of the frames, less than coverage={coverage:g}")
+        raise Refused("no face", f"a face in {valid.mean():.0%} of the frames, less than coverage={coverage:g}")
     if outside.mean() > _MOST_OUTSIDE:
-        raise _Refused("outside", f"{outside.mean():.0%} of the mouth crop lies outside the picture")
+        raise Refused("outside", f"{outside.mean():.0%} of the mouth crop lies outside the picture")
 
 
 def _write(job: Job, name: str, sound: Tensor, frames: np.ndarray, start: int, end: int) -> Made:
@@ -240,7 +242,7 @@ def _write(job: Job, name: str, sound: Tensor, frames: np.ndarray, start: int, e
     part = sound[start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME].numpy()
     wave[: len(part)] = part
     if float(np.abs(wave).max()) < SILENCE:
-        raise _Refused("silent", f"the sound of {job.source.video} is silent (peak below {SILENCE})")
+        raise Refused("silent", f"the sound of {job.source.video} is silent (peak below {SILENCE})")
     buffer = io.BytesIO()
     pcm = np.clip(np.rint(wave.astype(np.float64) * 32767.0), -32768, 32767).astype(np.int16)
     soundfile.write(buffer, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")

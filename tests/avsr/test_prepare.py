@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,8 @@ def test_a_restart_makes_only_what_is_missing(
 
     calls.clear()
     assert go("videos").refused == {"no landmarks": 1} and calls == []  # nothing has changed, nothing is tried
+    assert go("videos", coverage=0.4).made == 0 and calls == ["d"]  # only what was refused is
+    calls.clear()
 
     corpus("d", 1.0, "text d")  # its landmarks have come
     (tmp_path / "out/clips/b.wav").unlink()
@@ -341,6 +344,27 @@ def test_a_process_that_dies_takes_only_its_own_job(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         list(run_jobs(os._exit, ["text"] * 2, 2))
     assert list(run_jobs(os._exit, [3], 2)) == [(3, None)]
+    harmless, deadly = signal.SIGCONT, signal.SIGKILL
+    jobs = [harmless, harmless, deadly, harmless, harmless, harmless]
+    assert sorted(job for job, _ in run_jobs(signal.raise_signal, jobs, 2)) == sorted(jobs)
+
+
+def test_a_video_that_crashes_its_process_is_named_and_tried_again(
+    corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        corpus(name, 1.0, f"text {name}")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            run,
+            "run_jobs",
+            lambda work, jobs, workers: ((job, work(job) if job.source.id == "a" else None) for job in jobs),
+        )
+        report = go("videos")
+    assert report.manifests == {"all": 1} and report.refused == {"crash": 1}
+    assert "b.mp4 died" in refusals(tmp_path)["b"]["reason"]
+    report = go("videos")
+    assert report.manifests == {"all": 2} and report.refused == {} and report.made == 1
 
 
 @pytest.mark.parametrize(

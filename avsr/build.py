@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from avsr.config import Config, ModelConfig, differences, read_run_config
+from avsr.composing import differences
+from avsr.config import TASKS, Config, ModelConfig, read_run_config
 from avsr.data.features import FeatureStore
+from avsr.data.noise import make_babble
+from avsr.data.transforms import Transforms
 from avsr.errors import UserError
+from avsr.models.encoders import build_encoder
 from avsr.models.llm import LoadedLLM, load_llm
 from avsr.models.speech_llm import SpeechLLM
 
@@ -32,17 +37,26 @@ def settle_precision(config: Config) -> None:
         config.training.precision = "bf16" if fast else "fp32"
 
 
-def build_store(config: Config, device: torch.device) -> FeatureStore:
-    return FeatureStore(config.model.encoder, config.data, device)
+def build_store(config: Config, device: torch.device, tasks: Sequence[str] = ()) -> FeatureStore:
+    """The encoders of all streams, with noise and transforms; ``tasks`` (default: the model's own) say what is read."""
+    encoders = {}
+    for name, part in config.model.streams.items():
+        torch.manual_seed(config.training.seed)  # of its adapters
+        encoders[name] = build_encoder(part.encoder, name, device)
+    read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
+    trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
+    transforms = Transforms(config.augment, make_babble(config), config.training.seed)
+    return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 
 
-def build_model(config: Config, widths: dict[str, int], device: torch.device) -> tuple[SpeechLLM, LoadedLLM]:
+def build_model(config: Config, store: FeatureStore, device: torch.device) -> tuple[SpeechLLM, LoadedLLM]:
     """The untrained model; its new parameters depend on ``training.seed`` alone."""
     settle_precision(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     loaded = load_llm(config.model.llm, dtype)
     torch.manual_seed(config.training.seed)
-    return SpeechLLM(config.model, loaded, widths).to(device), loaded
+    encoders = {name: encoder for name, encoder in store.encoders.items() if name in store.inside}
+    return SpeechLLM(config.model, loaded, store.widths, encoders).to(device), loaded
 
 
 def find_checkpoint(run: str | Path, which: str = "best") -> Path:
@@ -108,8 +122,8 @@ def load_run(
     """A trained run, ready for decoding, with ``key=value`` overrides of its config."""
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
-    store = build_store(config, device)
-    model, _ = build_model(config, {"audio": store.width}, device)
+    store = build_store(config, device, config.decode.tasks)
+    model, _ = build_model(config, store, device)
     load_weights(model, folder)
     return config, model.eval(), store
 

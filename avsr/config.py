@@ -1,39 +1,61 @@
-"""Typed configuration: small YAML files that compose, ``key=value`` overrides, unknown keys refused.
+"""Typed configuration: what can be set, its defaults and the values that are allowed.
 
-A file may name others in its ``defaults`` list (paths below ``configs/`` without the ending); later ones win,
-then the file itself, then the overrides. The result is checked against the dataclasses below.
+Small YAML files compose it, see :mod:`avsr.composing`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, OmegaConf
 
+from avsr.composing import compose, leaves
 from avsr.errors import UserError
+
+# Streams of a task, in the order in which they stand in the prompt. "fused" is one encoder that reads sound and mouth.
+TASKS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio",),
+    "video": ("video",),
+    "audiovisual": ("audio", "video"),
+    "fused": ("fused",),
+}
+
+
+def parts_of(task: str) -> list[str]:
+    """The tasks that a model of ``task`` can do: its own and those of its streams alone."""
+    return [name for name in TASKS if set(TASKS[name]) <= set(TASKS[task])]
+
+
+@dataclass
+class LoraConfig:
+    """Rank and alpha are PEFT's (scale = alpha / rank); rank 0 switches LoRA off."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
 @dataclass
 class EncoderConfig:
-    """A frozen Whisper encoder: ``name`` is a hub id, a folder, or ``package:NAME`` of an installed package."""
+    """A frozen encoder: ``name`` is a hub id, a file, a folder, or ``package:NAME`` of an installed package."""
 
-    name: str = MISSING
-    pad_to_30s: bool = False  # exact parity with Hugging Face; else only the clip itself is encoded
-    batch: int = 16  # clips encoded at once
+    kind: str = "whisper"  # whisper | wavlm | avhubert | visual
+    name: str | None = None  # required for the streams of model.task
+    pad_to_30s: bool = False  # Whisper: exact parity with Hugging Face; else only the clip itself is encoded
+    normalise: bool | None = None  # layer-normalise the waveform; null = as the encoder was trained
+    batch: int = 16  # clips encoded at once for the cache
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))  # of the encoder itself (avhubert, visual)
 
 
 @dataclass
 class CompressionConfig:
     kind: str = "average"  # average | stack
-    rate: int = 4  # encoder frames (50 a second) per token
+    rate: int = 4  # encoder frames per token (Whisper and WavLM give 50 a second, AV-HuBERT and visual 25)
 
 
 @dataclass
@@ -59,25 +81,40 @@ class LLMConfig:
 
 
 @dataclass
-class LoraConfig:
-    """Rank and alpha are PEFT's (scale = alpha / rank); rank 0 switches LoRA off."""
+class StreamConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+def _mouth_stream() -> StreamConfig:
+    return StreamConfig(EncoderConfig(kind="avhubert"), CompressionConfig(rate=2))
+
+
+@dataclass
+class PromptConfig:
+    """The text behind the speech, for each task; "fused" takes that of audiovisual."""
+
+    audio: str = "Transcribe speech to text."
+    video: str = "Transcribe video to text."
+    audiovisual: str = "Transcribe speech and video to text."
 
 
 @dataclass
 class ModelConfig:
-    task: str = "audio"
-    prompt: str = "Transcribe speech to text."
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    task: str = "audio"  # audio | video | audiovisual | fused
+    audio: StreamConfig = field(default_factory=StreamConfig)
+    video: StreamConfig = field(default_factory=_mouth_stream)
+    fused: StreamConfig = field(default_factory=_mouth_stream)  # one AV-HuBERT for both: a single projector
+    prompts: PromptConfig = field(default_factory=PromptConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     delimiters: DelimiterConfig = field(default_factory=DelimiterConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def streams(self) -> dict[str, StreamConfig]:
+        """The streams of ``task``, in the prompt's order."""
+        return {name: getattr(self, name) for name in TASKS[self.task]}
 
 
 @dataclass
@@ -92,6 +129,31 @@ class DataConfig:
     cache: str | None = None  # folder of encoder features; null encodes in every step
     limit: int = 0  # first n utterances of every manifest, 0 = all
     workers: int = 0  # loader processes
+    max_mismatch: float = 0.2  # seconds by which sound and video of a clip may differ in length
+
+
+@dataclass
+class NoiseConfig:
+    """Babble to mix in. Its source: a sound file, else the other speakers of a manifest (null = data.train)."""
+
+    file: str | None = None
+    babble: str | None = None
+    talkers: int = 8  # voices mixed out of the manifest
+    snr: list[float] = field(default_factory=list)  # dB at which avsr evaluate scores; inf = clean; empty = clean alone
+
+
+@dataclass
+class AugmentConfig:
+    """What changes a training clip; never done to validation and test clips."""
+
+    snr: list[float] = field(default_factory=list)  # one of these levels (dB, inf = clean) is drawn for every clip
+    time_mask: bool = False  # up to 10 mouth frames a second and 0.4 s of sound a second, as Auto-AVSR
+    random_crop: bool = False  # 88x88 of the mouth frames at a random place, not the centre
+    views: int = 0  # versions of every clip, also in the cache; 0 = a new one each epoch (needs data.cache=null)
+
+    @property
+    def active(self) -> bool:
+        return bool(self.snr) or self.time_mask or self.random_crop
 
 
 @dataclass
@@ -109,7 +171,7 @@ class TrainingConfig:
     warmup: int = 0  # steps
     clip: float = 10.0  # norm of the whole gradient
     accumulation: int = 1  # micro-batches a step and rank
-    frames: int = 1000  # encoder frames in a micro-batch, padding counted
+    frames: int = 1000  # encoder frames in a micro-batch, all streams and padding counted
     utterances: int = 64  # at most, in a micro-batch
     precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
     gradient_checkpointing: bool = False
@@ -118,6 +180,8 @@ class TrainingConfig:
     save_every: int = 0  # steps; 0 = with every validation
     keep_last: int = 0  # newest saves kept as checkpoints/step-NNNNNN, for `avsr average`
     gradient_norms_every: int = 0  # steps between norms of both loss terms alone; 0 = never
+    # Weights of the tasks drawn for every clip of an audiovisual model (modality dropout); empty = its own task
+    tasks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,6 +199,9 @@ class DecodeConfig:
     base_tokens: int = 8  # budget = base_tokens + tokens_per_second * duration
     tokens_per_second: float = 12.0
     normaliser: str = "plain"  # plain | whisper
+    tasks: list[str] = field(
+        default_factory=list
+    )  # of an audiovisual model, scored one after the other; empty = its own
 
 
 @dataclass
@@ -149,6 +216,8 @@ class Config:
     resume: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -156,23 +225,31 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-_CHOICES = {
-    "model.task": ("audio",),
-    "model.compression.kind": ("average", "stack"),
+_STREAMS = ("audio", "video", "fused")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.task": tuple(TASKS),
+    **{f"model.{stream}.compression.kind": ("average", "stack") for stream in _STREAMS},
+    "model.audio.encoder.kind": ("whisper", "wavlm", "avhubert"),
+    "model.video.encoder.kind": ("avhubert", "visual"),
+    "model.fused.encoder.kind": ("avhubert",),
     "data.on_bad": ("refuse", "skip"),
     "model.llm.attention": ("flashsink", "sdpa", "eager", "flash_attention_2"),
     "training.precision": ("fp32", "bf16", "auto"),
     "decode.normaliser": ("plain", "whisper"),
 }
-_AT_LEAST = {
-    "model.encoder.batch": 1,
-    "model.compression.rate": 1,
+_AT_LEAST: dict[str, float] = {
+    **{f"model.{stream}.encoder.batch": 1 for stream in _STREAMS},
+    **{f"model.{stream}.encoder.lora.rank": 0 for stream in _STREAMS},
+    **{f"model.{stream}.compression.rate": 1 for stream in _STREAMS},
     "model.projector.hidden": 1,
     "model.lora.rank": 0,
     "data.min_seconds": 0,
     "data.max_text_tokens": 1,
     "data.limit": 0,
     "data.workers": 0,
+    "data.max_mismatch": 0,
+    "noise.talkers": 1,
+    "augment.views": 0,
     "loss.decorrelation": 0,
     "loss.margin": 0,
     "training.steps": 1,
@@ -183,8 +260,8 @@ _AT_LEAST = {
     "training.utterances": 1,
     "training.validate_every": 1,
     "training.save_every": 0,
-    "training.keep_last": 0,
     "training.gradient_norms_every": 0,
+    "training.keep_last": 0,
     "decode.beams": 1,
     "decode.nbest": 1,
     "decode.batch": 1,
@@ -193,36 +270,20 @@ _AT_LEAST = {
 }
 
 
-def configs_folder() -> Path:
-    """``configs/`` inside the package when installed from a wheel, beside it in a source tree."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies ``key=value`` overrides and checks every key and value.
 
     Args:
-        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its ending.
+        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its ending; several
+            joined by "+", of which later ones win ("asr_16+data/lrs2+llm/llama_3_2_1b").
         overrides: such as ``training.steps=50``.
 
     Raises:
         UserError: missing or broken file, unknown key (with the nearest valid one), bad value.
     """
-    merged: Any = _compose(_find(name), ())
-    for text in overrides:
-        key, mark, value = text.partition("=")
-        if not mark or not key:
-            raise UserError(f"expected key=value, got {text!r}")
-        _refuse_unknown(_nested(key, value), text)
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"{text!r}: {_first_line(error)}") from error
-    return _typed(merged, name)
+    config = compose(name, overrides, Config)
+    _check_values(config, name)
+    return config
 
 
 def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -239,72 +300,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
-    """``key: ours != theirs`` for every leaf in which two dataclasses differ."""
-    lines = []
-    for item in dataclasses.fields(ours):
-        mine, other = getattr(ours, item.name), getattr(theirs, item.name)
-        key = prefix + item.name
-        if dataclasses.is_dataclass(mine):
-            lines += differences(mine, other, key + ".")
-        elif mine != other:
-            lines.append(f"{key}: {mine!r} != {other!r}")
-    return lines
-
-
-def _find(name: str) -> Path:
-    root = configs_folder()
-    candidates = [Path(name), root / f"{name}.yaml", root / "recipe" / f"{name}.yaml"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    known = sorted(path.stem for path in (root / "recipe").glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; recipes: {', '.join(known)}"
-    raise UserError(f"there is no config {name!r} (a YAML file or a recipe's name){hint}")
-
-
-def _compose(path: Path, above: tuple[Path, ...]) -> DictConfig:
-    if path in above:
-        raise UserError(f"{path}: its defaults lead back to itself")
-    try:
-        own = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(own, DictConfig):
-        raise UserError(f"{path}: expected keys and values at the top")
-    defaults = own.pop("defaults", None) or []
-    if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
-        raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
-    _refuse_unknown(OmegaConf.to_container(own), str(path))
-    parts: list[Any] = []
-    for default in defaults:
-        part = configs_folder() / f"{default}.yaml"
-        if not part.is_file():
-            raise UserError(f"{path}: there is no {part} (from its defaults list)")
-        parts.append(_compose(part, (*above, path)))
-    merged = OmegaConf.merge(*parts, own)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _typed(merged: Any, name: str) -> Config:
-    try:
-        full = OmegaConf.merge(OmegaConf.structured(Config), merged)
-        missing = sorted(OmegaConf.missing_keys(full))
-        if missing:
-            raise UserError(f"{name}: no value for {', '.join(missing)}")
-        config = OmegaConf.to_object(full)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{name}: {key + ': ' if key else ''}{_first_line(error)}") from error
-    assert isinstance(config, Config)
-    _check_values(config)
-    return config
-
-
-def _check_values(config: Config) -> None:
-    values = dict(_leaves(config))
+def _check_values(config: Config, name: str) -> None:
+    values = dict(leaves(config))
     for key, choices in _CHOICES.items():
         if values[key] not in choices:
             extra = ""
@@ -314,10 +311,9 @@ def _check_values(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if not values[key] >= least:
             raise UserError(f"{key}: expected at least {least}, got {values[key]}")
+    _check_model(config, values, name)
     if not 0.0 <= config.loss.margin < 1.0:
         raise UserError(f"loss.margin: expected 0 <= margin < 1, got {config.loss.margin}")
-    if not 0.0 <= config.model.lora.dropout < 1.0:
-        raise UserError(f"model.lora.dropout: expected 0 <= dropout < 1, got {config.model.lora.dropout}")
     for key in ("training.learning_rate", "training.clip", "data.max_seconds"):
         if not values[key] > 0:
             raise UserError(f"{key}: expected more than 0, got {values[key]}")
@@ -333,38 +329,26 @@ def _check_values(config: Config) -> None:
         raise UserError("data.validation: the best checkpoint must not be chosen on a test manifest")
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    tree: Any = value
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return tree
-
-
-def _refuse_unknown(tree: Any, where: str, schema: Any = None, prefix: str = "") -> None:
-    schema = schema or Config()
-    known = {item.name: getattr(schema, item.name) for item in dataclasses.fields(schema)}
-    for key, value in tree.items() if isinstance(tree, Mapping) else ():
-        if key not in known:
-            every = [name for name, _ in _leaves(Config())]
-            inside = [f"{prefix}{key}.{name}" for name in value] if isinstance(value, Mapping) else []
-            near = difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
-            near = near or [prefix + k for k in difflib.get_close_matches(str(key), known, 1, 0.5)]
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {prefix + str(key)!r}{hint}")
-        if dataclasses.is_dataclass(known[key]):
-            if value is not None and not isinstance(value, Mapping):
-                raise UserError(f"{where}: {prefix}{key} is a group of keys, got {value!r}")
-            _refuse_unknown(value, where, known[key], f"{prefix}{key}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
+    model = config.model
+    missing = [f"model.{stream}.encoder.name" for stream, part in model.streams.items() if not part.encoder.name]
+    if missing:
+        raise UserError(f"{name}: no value for {', '.join(missing)}, which model.task = {model.task} needs")
+    for key, value in values.items():
+        if key.endswith("lora.dropout") and not 0.0 <= value < 1.0:
+            raise UserError(f"{key}: expected 0 <= dropout < 1, got {value}")
+    for stream, part in model.streams.items():
+        if part.encoder.lora.rank and part.encoder.kind not in ("avhubert", "visual"):
+            raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")
+    parts = parts_of(model.task)
+    for key, tasks in (("training.tasks", config.training.tasks), ("decode.tasks", config.decode.tasks)):
+        for task in tasks:
+            if task not in parts:
+                raise UserError(f"{key}: model.task = {model.task} knows {', '.join(parts)}, got {task!r}")
+    weights = config.training.tasks.values()
+    if weights and not (min(weights) >= 0 and sum(weights) > 0):
+        raise UserError(f"training.tasks: expected weights of at least 0 and one above, got {config.training.tasks}")
+    if config.augment.active and config.data.cache and not config.augment.views:
+        raise UserError(
+            "augment.views: a cache holds a number of versions of every clip: say how many, or set data.cache=null"
+        )

@@ -83,7 +83,7 @@ def _untrained(overrides: list[str]) -> float:
     config = load_config(RECIPES["off"], overrides)
     device = pick_device()
     store = build_store(config, device)
-    model, _ = build_model(config, {"audio": store.width}, device)
+    model, _ = build_model(config, store, device)
     name, dataset = next(iter(test_sets(config, model.eval(), store).items()))
     return decode_set(model, dataset, config, name)[0].wer
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from avsr.build import load_run, pick_device
-from avsr.config import Config
-from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.config import TASKS, Config
 from avsr.data.batches import Example
-from avsr.data.dataset import SpeechDataset, load_dataset
+from avsr.data.clip import VIDEO_SUFFIXES
+from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance
+from avsr.data.noise import CLEAN
+from avsr.data.transforms import View
 from avsr.errors import UserError
 from avsr.evaluation.breakdown import by_length, by_speaker
 from avsr.evaluation.decode import Hypothesis, transcribe
@@ -54,17 +56,31 @@ def decode_set(
 
 
 def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
-    """The datasets of ``data.test``.
+    """The datasets of ``data.test``, once for each of ``decode.tasks`` and ``noise.snr``.
+
+    The name of a condition stands behind that of the set: "sentences", "sentences -5 dB", "sentences video".
 
     Raises:
         UserError: the config names none, or an utterance cannot be used.
     """
     if not config.data.test:
         raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
-    return {
-        name: load_dataset(manifest, config.data, store, model.tokenize, title=f"read {name}", refuse=model.refuse)
-        for name, manifest in config.data.test.items()
-    }
+    sets = {}
+    for name, manifest in config.data.test.items():
+        for task in config.decode.tasks or [config.model.task]:
+            for snr in config.noise.snr or [CLEAN]:
+                title = name + (f" {task}" if config.decode.tasks else "") + (f" {snr:g} dB" if snr != CLEAN else "")
+                reading = Reading(task, View(snr))
+                sets[title] = load_dataset(
+                    manifest,
+                    config.data,
+                    store,
+                    model.tokenize,
+                    title=f"read {title}",
+                    reading=reading,
+                    refuse=model.refuse,
+                )
+    return sets
 
 
 def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
@@ -112,22 +128,31 @@ def worst(rows: list[dict[str, Any]], config: Config) -> str:
 
 
 def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) -> list[tuple[str, str | UserError]]:
-    """(file, text) in order; an unusable file has its error instead of a text."""
+    """(file, text) in order; an unusable file has its error instead of a text.
+
+    A video file gives its mouth frames, its sound or both, as the run's task needs.
+    """
     config, model, store = load_run(run, overrides, pick_device())
+    task = (config.decode.tasks or [config.model.task])[0]
     results: dict[int, str | UserError] = {}
     examples: list[tuple[int, Example]] = []
     for index, name in enumerate(files):
         try:
-            path = Path(name)
-            seconds = len(load_audio(path)) / SAMPLE_RATE
-            utterance = Utterance(id=name, audio=path.resolve(), text="", duration=seconds)
-            features = store.load(utterance)
-            reason = model.refuse(len(features), 0)
-            if reason:
-                raise UserError(f"{name} ({seconds:.2f} s) {reason}")
-            examples.append((index, Example(utterance, {"audio": features}, [])))
+            examples.append((index, _example(name, task, model, store)))
         except UserError as error:
             results[index] = error
     for place, hypotheses in transcribe(model, [example for _, example in examples], config.decode):
         results[examples[place][0]] = hypotheses[0].text
     return [(name, results[index]) for index, name in enumerate(files)]
+
+
+def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Example:
+    path = Path(name).resolve()
+    moving = path.suffix.lower() in VIDEO_SUFFIXES
+    utterance = Utterance(id=name, audio=None if moving else path, text="", duration=0, video=path if moving else None)
+    features = store.load(utterance, streams=TASKS[task])
+    utterance = replace(utterance, duration=store.seconds(utterance))
+    reason = model.refuse({stream: len(rows) for stream, rows in features.items()}, 0)
+    if reason:
+        raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
+    return Example(utterance, features, [], task)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from avsr.build import build_model, build_store, pick_device, settle_precision
 from avsr.config import Config, load_config
-from avsr.data.dataset import load_dataset
+from avsr.data.dataset import Reading, load_dataset
+from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
@@ -44,16 +45,24 @@ def train(config: Config) -> Path:
     seed_everything(config.training.seed)
     device = pick_device()
     store = build_store(config, device)
-    model, loaded = build_model(config, {"audio": store.width}, device)
+    model, loaded = build_model(config, store, device)
 
-    def refuse(frames: int, tokens: int) -> str:
-        if frames > config.training.frames:
-            return f"has {frames} frames and does not fit training.frames = {config.training.frames}"
+    def refuse(frames: dict[str, int], tokens: int) -> str:
+        count = sum(frames.values())
+        if count > config.training.frames:
+            return f"has {count} frames and does not fit training.frames = {config.training.frames}"
         return model.refuse(frames, tokens)
 
+    settings = config.training
+    reading = Reading(
+        config.model.task, PLAIN, settings.tasks, config.augment.views, config.augment.active, settings.seed
+    )
     splits = [
-        load_dataset(manifest, config.data, store, loaded.tokenize, title=f"read {name}", refuse=refuse)
-        for name, manifest in (("train", config.data.train), ("validation", config.data.validation))
+        load_dataset(manifest, config.data, store, loaded.tokenize, title=f"read {name}", reading=how, refuse=refuse)
+        for name, manifest, how in (
+            ("train", config.data.train, reading),
+            ("validation", config.data.validation, Reading(config.model.task)),
+        )
     ]
     progress = checkpoint.load_progress(config, model) if config.resume else Progress()
     if config.training.gradient_checkpointing:

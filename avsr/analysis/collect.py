@@ -1,7 +1,7 @@
 """Measures a model over utterances with their reference texts and averages by token group and layer.
 
 Groups of positions: BOS, every delimiter and every prompt token by name, all speech tokens, all text tokens.
-"Intermediate" is the delimiter that opens the first modality. Layers count from 1; L is their number.
+"Intermediate" is the delimiter that opens the first stream. Layers count from 1; L is their number.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def collect(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[st
             massive += observed.massive
             span_tokens += observed.count
             bar.advance(len(batch.utterances))
-    opener = f"<{model.modalities[0]}>"
+    opener = _opener(model, groups)
     table: dict[str, Any] = {name: {"tokens": sums.tokens, **sums.means()} for name, sums in groups.items()}
     return {
         "layers": layers,
@@ -184,9 +184,15 @@ def _group(name: str, position: int, span: int) -> str:
         return TEXT
     if name == "BOS" or name.startswith("<") or position == 0:
         return name
-    if name[0] in "av" and name[1:].isdigit():
+    if name[0] in "avf" and name[1:].isdigit():
         return SPEECH
     return f"prompt {name.strip() or name!r}"
+
+
+def _opener(model: SpeechLLM, groups: dict[str, _Sums]) -> str:
+    """The first delimiter; where a fused stream has none, the first prompt token."""
+    first = f"<{model.streams[0]}>"
+    return first if first in groups else next(name for name in groups if name.startswith("prompt "))
 
 
 def _keep_largest(largest: dict[int, tuple[float, str, int, float]], seen: _Observed, b: int, names: list[str]) -> None:

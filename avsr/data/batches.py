@@ -18,22 +18,25 @@ from avsr.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance ready for a batch: encoder features (T, D) by modality and text ids without specials."""
+    """One utterance ready for a batch: features (T, D) or encoder inputs (T, K) of its task's streams, and text ids
+    without specials."""
 
     utterance: Utterance
     features: dict[str, Tensor]
     text: list[int]
+    task: str = "audio"
 
 
 @dataclass
 class Batch:
-    """B utterances. ``features[modality]`` is (B, T, D) float, zero-padded on the right; ``lengths[modality]``
-    (B,) int64 counts frames; ``text`` holds token ids without specials."""
+    """B utterances. ``features[stream]`` is (B, T, D) float, zero-padded on the right; ``lengths[stream]`` (B,) int64
+    counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without specials."""
 
     utterances: list[Utterance]
     features: dict[str, Tensor]
     lengths: dict[str, Tensor]
     text: list[list[int]]
+    tasks: list[str]
 
     @property
     def seconds(self) -> float:
@@ -47,11 +50,14 @@ class Batch:
 
 def collate(examples: Sequence[Example]) -> Batch:
     features, lengths = {}, {}
-    for name in examples[0].features:
-        rows = [example.features[name] for example in examples]
+    for name in dict.fromkeys(name for example in examples for name in example.features):
+        present = [example.features[name] for example in examples if name in example.features]
+        empty = present[0][:0]
+        rows = [example.features.get(name, empty) for example in examples]
         features[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths[name] = torch.tensor([len(row) for row in rows])
-    return Batch([e.utterance for e in examples], features, lengths, [e.text for e in examples])
+    utterances, text, tasks = ([getattr(e, key) for e in examples] for key in ("utterance", "text", "task"))
+    return Batch(utterances, features, lengths, text, tasks)
 
 
 def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Random | None = None) -> list[list[int]]:

@@ -3,37 +3,85 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from avsr.config import DataConfig
+from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.transforms import PLAIN, View
 from avsr.errors import UserError
 
 logger = logging.getLogger("avsr")
+Found = tuple[dict[str, str], dict[str, tuple[int, int]]]  # refusals and sizes by id
 _SHOWN = 5  # bad lines named in one message
 
 
-class SpeechDataset(Dataset[Example]):
-    """Examples of a manifest's usable utterances. ``sizes`` are encoder frames, ``skipped`` counts refusals."""
+@dataclass(frozen=True)
+class Reading:
+    """How the utterances of a manifest are read: as ``view`` for ``task``, or, in training, as version ``draw`` with a
+    task drawn from the weights ``tasks``."""
 
-    def __init__(self, utterances: Sequence[Utterance], store: FeatureStore, tokenize: Callable[[str], list[int]]):
+    task: str
+    view: View = PLAIN
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    views: int = 0  # number of training versions; 0 = no limit
+    augmented: bool = False
+    seed: int = 0
+
+    def all_views(self) -> list[View]:
+        """What a cache has to hold."""
+        return [View(draw=n) for n in range(self.views)] if self.augmented else [self.view]
+
+    def pick(self, utterance: Utterance, draw: int | None) -> tuple[View, str]:
+        if draw is None:
+            return self.view, self.task
+        view = self.view
+        if self.augmented:
+            view = View(draw=draw % self.views if self.views else draw)
+        if not self.tasks:
+            return view, self.task
+        rng = random.Random(f"{self.seed} {utterance.id} {draw} task")
+        return view, rng.choices(list(self.tasks), list(self.tasks.values()))[0]
+
+
+class SpeechDataset(Dataset[Example]):
+    """Examples of a manifest's usable utterances, by index or by (index, draw).
+
+    ``sizes`` are encoder frames over all streams, ``skipped`` counts refusals.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        store: FeatureStore,
+        tokenize: Callable[[str], list[int]],
+        reading: Reading,
+    ) -> None:
         self.utterances = list(utterances)
-        self.sizes = tuple(store.frames(utterance) for utterance in self.utterances)
+        self.sizes = tuple(sum(store.frames(utterance).values()) for utterance in self.utterances)
         self.skipped = 0
+        self.reading = reading
         self._store = store
         self._tokenize = tokenize
 
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, key: int | tuple[int, int]) -> Example:
+        index, draw = key if isinstance(key, tuple) else (key, None)
         utterance = self.utterances[index]
-        return Example(utterance, {"audio": self._store.load(utterance)}, self._tokenize(utterance.text))
+        view, task = self.reading.pick(utterance, draw)
+        features = self._store.load(utterance, view, TASKS[task])
+        return Example(utterance, features, self._tokenize(utterance.text), task)
+
+
+Refuse = Callable[[dict[str, int], int], str]
 
 
 def load_dataset(
@@ -43,7 +91,8 @@ def load_dataset(
     tokenize: Callable[[str], list[int]],
     *,
     title: str,
-    refuse: Callable[[int, int], str] = lambda frames, tokens: "",
+    reading: Reading,
+    refuse: Refuse = lambda frames, tokens: "",
 ) -> SpeechDataset:
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
 
@@ -53,7 +102,9 @@ def load_dataset(
         store: features.
         tokenize: text to token ids.
         title: of the progress bar.
-        refuse: given numbers of encoder frames and text tokens, says why such an utterance cannot be used, or "".
+        reading: as what the utterances are read.
+        refuse: given encoder frames by stream and the number of text tokens, says why such an utterance cannot be
+            used, or "".
 
     Raises:
         UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can.
@@ -72,16 +123,18 @@ def load_dataset(
                 f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
-    found = store.prepare(mine, title=title, shown=rank == 0)
+    views = [PLAIN, *(view for view in reading.all_views() if not view.plain)]
+    found = store.prepare(mine, title=title, views=views, shown=rank == 0)
     for utterance in mine:
         reason = "" if utterance.id in found else refuse(store.frames(utterance), tokens[utterance.id])
         if reason:
-            found[utterance.id] = f"{utterance.where}: {utterance.audio} {reason}"
-    for part in _gather(found, world):
-        bad.update(part)
+            found[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
+    for refused, sizes in _gather((found, store.sizes), world):
+        bad.update(refused)
+        store.sizes.update(sizes)
     if bad:
         _report(bad, manifest, len(utterances) + len(lines), skip=config.on_bad == "skip")
-    dataset = SpeechDataset([u for u in utterances if u.id not in bad], store, tokenize)
+    dataset = SpeechDataset([u for u in utterances if u.id not in bad], store, tokenize, reading)
     dataset.skipped = len(bad)
     if not len(dataset):
         raise UserError(f"{manifest}: no utterance can be used")
@@ -99,9 +152,9 @@ def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> No
     logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
 
 
-def _gather(found: dict[str, str], world: int) -> list[dict[str, str]]:
+def _gather(own: Found, world: int) -> list[Found]:
     if world == 1:
-        return [found]
-    parts: list[dict[str, str]] = [{} for _ in range(world)]
-    dist.all_gather_object(parts, found)
+        return [own]
+    parts: list[Found] = [own] * world
+    dist.all_gather_object(parts, own)
     return parts

@@ -1,15 +1,15 @@
-"""Encoder features on disk: frozen encoders run once an utterance.
+"""What the model gets of an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
 
-A file of the cache is a float16 array (T, D) named after the sound file's path, size and time of change, in a
-folder named after the encoder. Features are rounded to float16 whether they come from the cache or not, so both
-give the same numbers.
+With ``data.cache`` a frozen encoder runs once for every clip and view. A file of the cache is a float16 array (T, D)
+in a folder named after the encoder, named after the clip's files (path, size, time of change) and view. Without a
+cache, and for an encoder that is trained (LoRA), the encoder's input is handed out and the model runs the encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,125 +17,186 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avsr.config import DataConfig, EncoderConfig
-from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.config import DataConfig
+from avsr.data.audio import SAMPLE_RATE
+from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
 from avsr.data.manifest import Utterance
+from avsr.data.transforms import PLAIN, Transforms, View
 from avsr.errors import UserError
-from avsr.models.whisper import AudioEncoder
+from avsr.models.encoder import SpeechEncoder
 from avsr.progress import ProgressBar
 
 _GROUP = 64  # clips read before they are sorted by length and encoded
 
 
 class FeatureStore:
-    """Features of utterances, from the cache or the encoder."""
+    """Features or encoder inputs of utterances, by stream.
 
-    def __init__(self, encoder: EncoderConfig, data: DataConfig, device: torch.device | str = "cpu") -> None:
-        self._encoder = AudioEncoder(encoder, device)
-        self.width = self._encoder.width
-        self._limits = (data.min_seconds, data.max_seconds)
-        self._folder: Path | None = None
-        self._frames: dict[str, int] = {}
-        if data.cache is not None:
-            name = hashlib.sha256(self._encoder.identity.encode()).hexdigest()[:16]
-            self._folder = Path(data.cache) / name
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"data.cache: cannot write to {data.cache}: {error}") from error
+    Args:
+        encoders: of every stream.
+        data: cache and limits.
+        transforms: makes the views.
+        trained: streams whose encoders are trained, and so never cached.
+        active: streams that are read; default all.
+    """
 
-    def prepare(self, utterances: Sequence[Utterance], *, title: str, shown: bool = True) -> dict[str, str]:
-        """Reads every sound file that the cache lacks and, with a cache, encodes it.
+    def __init__(
+        self,
+        encoders: Mapping[str, SpeechEncoder],
+        data: DataConfig,
+        transforms: Transforms,
+        trained: Iterable[str] = (),
+        active: Sequence[str] | None = None,
+    ) -> None:
+        self.encoders = dict(encoders)
+        self.active = list(encoders if active is None else active)
+        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes
+        self._data = data
+        self._transforms = transforms
+        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of what was read, by id
+        self._folders: dict[str, Path] = {}
+        for name in self.active:
+            if name not in self.inside:
+                digest = hashlib.sha256(self.encoders[name].identity.encode()).hexdigest()[:16]
+                self._folders[name] = Path(str(data.cache)) / digest
+                try:
+                    self._folders[name].mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise UserError(f"data.cache: cannot write to {data.cache}: {error}") from error
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {name: encoder.width for name, encoder in self.encoders.items()}
+
+    def prepare(
+        self, utterances: Sequence[Utterance], *, title: str, views: Sequence[View] = (PLAIN,), shown: bool = True
+    ) -> dict[str, str]:
+        """Reads every clip that the cache lacks and encodes it for the cache.
 
         Returns:
             The reason of every utterance that cannot be used, by id.
         """
-        todo = [u for u in utterances if self._folder is None or not self._path(u).is_file()]
+        todo = [u for u in utterances if self.inside or any(self._missing(u, view) for view in views)]
         bad: dict[str, str] = {}
         if not todo:
             return bad
         with ProgressBar(title, len(todo), shown=shown) as bar:
             for first in range(0, len(todo), _GROUP):
                 group = todo[first : first + _GROUP]
-                waves = self._read(group, lambda u, reason: bad.update({u.id: reason}))
-                if self._folder is not None and waves:
-                    for utterance, features in zip(
-                        [u for u, _ in waves], self._encoder.encode([w for _, w in waves]), strict=True
-                    ):
-                        self._save(self._path(utterance), features)
+                clips = {}
+                for utterance in group:
+                    try:
+                        clips[utterance.id] = self._checked(utterance)
+                    except UserError as error:
+                        bad[utterance.id] = str(error)
+                for view in views:
+                    self._fill([u for u in group if u.id in clips], clips, view)
                 bar.advance(len(group), f"{len(bad)} unusable" if bad else "")
         return bad
 
-    def load(self, utterance: Utterance) -> Tensor:
-        """(T, D) float32.
+    def load(self, utterance: Utterance, view: View = PLAIN, streams: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """(T, D) float32 features by stream, or (T, K) inputs for the streams of ``inside``.
 
         Raises:
-            UserError: the sound file cannot be used.
+            UserError: the clip cannot be used.
         """
-        if self._folder is None:
-            wave = self._checked(utterance)
-            return self._encoder.encode([wave])[0].half().float().cpu()
-        path = self._path(utterance)
-        if not path.is_file():
-            self._save(path, self._encoder.encode([self._checked(utterance)])[0])
-        return torch.from_numpy(self._read_cached(path)).float()
+        clip: Clip | None = None
+        out: dict[str, Tensor] = {}
+        for name in self.active if streams is None else streams:
+            path = None if name in self.inside else self._path(name, utterance, view)
+            if path is not None and path.is_file():
+                out[name] = torch.from_numpy(_read_cached(path)).float()
+                continue
+            if clip is None:
+                clip = self._transforms(self._checked(utterance), utterance, view)
+            inputs = self.encoders[name].prepare(clip)
+            if path is None:
+                out[name] = inputs
+                continue
+            features = self.encoders[name].run([inputs])[0].half().cpu()
+            _save(path, features)
+            out[name] = features.float()
+        return out
 
-    def frames(self, utterance: Utterance) -> int:
-        """Encoder frames of a prepared utterance."""
-        if self._folder is None:
-            return self._frames[utterance.id]
-        return int(self._read_cached(self._path(utterance), mmap_mode="r").shape[0])
+    def frames(self, utterance: Utterance) -> dict[str, int]:
+        """Encoder frames by stream of a prepared utterance."""
+        out = {}
+        for name in self.active:
+            if name in self.inside:
+                out[name] = self.encoders[name].frames(*self.sizes[utterance.id])
+            else:
+                out[name] = int(_read_cached(self._path(name, utterance, PLAIN), mmap_mode="r").shape[0])
+        return out
 
-    def _read_cached(self, path: Path, **options: Any) -> np.ndarray[Any, Any]:
-        try:
-            array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, **options)
-            return array
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"data.cache: {path} is damaged; delete it: {error}") from error
+    def seconds(self, utterance: Utterance) -> float:
+        """Length of an utterance that was loaded."""
+        if utterance.id in self.sizes:
+            samples, frames = self.sizes[utterance.id]
+            return max(samples / SAMPLE_RATE, frames / FRAMES_PER_SECOND)
+        frames_of = self.frames(utterance)
+        return max(count / self.encoders[name].frames_per_second for name, count in frames_of.items())
 
-    def _read(
-        self, group: Sequence[Utterance], refuse: Callable[[Utterance, str], None]
-    ) -> list[tuple[Utterance, Tensor]]:
-        waves = []
-        for utterance in group:
-            try:
-                wave = self._checked(utterance)
-                waves.append((utterance, wave))
-                self._frames[utterance.id] = -(-len(wave) // 320)
-            except UserError as error:
-                refuse(utterance, str(error))
-        return waves
+    def _fill(self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], view: View) -> None:
+        """Encodes what the cache lacks of a view."""
+        todo = [u for u in utterances if self._missing(u, view)]
+        seen = {u.id: self._transforms(clips[u.id], u, view) for u in todo}
+        for name in self._folders:
+            encoder = self.encoders[name]
+            lacking = [u for u in todo if not self._path(name, u, view).is_file()]
+            inputs = [encoder.prepare(seen[u.id]) for u in lacking]
+            for utterance, features in zip(lacking, encoder.run(inputs), strict=True):
+                _save(self._path(name, utterance, view), features.half().cpu())
 
-    def _checked(self, utterance: Utterance) -> Tensor:
-        wave = load_audio(utterance.audio, where=utterance.where)
-        seconds = len(wave) / SAMPLE_RATE
-        least, most = self._limits
-        most = min(most, self._encoder.max_frames * 320 / SAMPLE_RATE)
-        if not least <= seconds <= most:
+    def _missing(self, utterance: Utterance, view: View) -> bool:
+        return any(not self._path(name, utterance, view).is_file() for name in self._folders)
+
+    def _checked(self, utterance: Utterance) -> Clip:
+        """The clip as it is; its lengths are kept."""
+        encoders = [self.encoders[name] for name in self.active]
+        needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
+        clip = load_clip(utterance, needs, self._data.max_mismatch)
+        most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
+        if not self._data.min_seconds <= clip.seconds <= most:
             place = f"{utterance.where}: " if utterance.where else ""
             raise UserError(
-                f"{place}{utterance.audio} lasts {seconds:.2f} s, allowed are {least:g} to {most:g} s "
+                f"{place}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
+                f"{self._data.min_seconds:g} to {most:g} s "
                 "(data.min_seconds, data.max_seconds, and the encoder's positions)"
             )
-        return wave
+        self.sizes[utterance.id] = (clip.samples, clip.video_frames)
+        return clip
 
-    def _path(self, utterance: Utterance) -> Path:
-        assert self._folder is not None
-        try:
-            stat = utterance.audio.stat()
-            state = f"{stat.st_size} {stat.st_mtime_ns}"
-        except OSError:
-            state = "missing"
-        key = hashlib.sha256(f"{utterance.audio} {state}".encode()).hexdigest()
-        return self._folder / key[:2] / f"{key[2:34]}.npy"
+    def _path(self, name: str, utterance: Utterance, view: View) -> Path:
+        state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
+        if not view.plain:
+            state += f" {utterance.id} {utterance.speaker} {self._transforms.identity(view)}"
+        key = hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()
+        return self._folders[name] / key[:2] / f"{key[2:34]}.npy"
 
-    def _save(self, path: Path, features: Tensor) -> None:
-        part = path.with_name(f"{path.stem}.part{os.getpid()}")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with part.open("wb") as file:
-                np.save(file, features.half().cpu().numpy(), allow_pickle=False)
-            os.replace(part, path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"data.cache: cannot write features to {path.parent}: {error}") from error
+
+def _stamp(path: Path) -> str:
+    try:
+        stat = path.stat()
+        return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        return f"{path} missing"
+
+
+def _read_cached(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+    try:
+        array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, **options)
+        return array
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"data.cache: {path} is damaged; delete it: {error}") from error
+
+
+def _save(path: Path, features: Tensor) -> None:
+    part = path.with_name(f"{path.stem}.part{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with part.open("wb") as file:
+            np.save(file, features.numpy(), allow_pickle=False)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"data.cache: cannot write features to {path.parent}: {error}") from error

@@ -1,7 +1,7 @@
 """Manifests: one JSON object a line, or the Llama-AVSR label CSV.
 
-A manifest line has the fields ``id``, ``audio`` (path relative to the manifest's folder), ``text`` and
-``duration`` (seconds), and may have ``speaker``, ``video`` and ``sha256``. Other fields are ignored.
+A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
+``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ class Utterance:
     """One row of a manifest. Paths are absolute; ``duration`` is in seconds."""
 
     id: str
-    audio: Path
+    audio: Path | None
     text: str
     duration: float
     speaker: str = ""
     video: Path | None = None
     sha256: str = ""
+    times: Path | None = None  # words and phonemes of a synthetic clip
     where: str = ""  # "file:line", for messages
 
 
@@ -91,26 +92,34 @@ def _parse_json(line: str, root: Path, where: str) -> Utterance:
         raise UserError(f"{where}: not a JSON object: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    for field in ("id", "audio", "text", "duration"):
+    for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):
         if field not in row:
             raise UserError(f"{where}: the field {field!r} is missing (it has {', '.join(row) or 'none'})")
-    for field in ("id", "audio", "text"):
+    for field in ("id", "text"):
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field!r} must be a text that is not empty, got {row[field]!r}")
     duration = row["duration"]
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < 1e6:
         raise UserError(f"{where}: 'duration' must be seconds above 0, got {duration!r}")
-    video = row.get("video")
-    if video is not None and not isinstance(video, str):
-        raise UserError(f"{where}: 'video' must be a path or null, got {video!r}")
+    paths = {}
+    for field in ("audio", "video", "times"):
+        path = row.get(field)
+        if path is not None and not isinstance(path, str):
+            raise UserError(f"{where}: {field!r} must be a path or null, got {path!r}")
+        if path is not None and not path.strip():
+            raise UserError(f"{where}: {field!r} must be a text that is not empty, got {path!r}")
+        paths[field] = _inside(root, path, where) if path is not None else None
+    if paths["audio"] is None and paths["video"] is None:
+        raise UserError(f"{where}: the line has neither 'audio' nor 'video'")
     return Utterance(
         id=row["id"],
-        audio=_inside(root, row["audio"], where),
+        audio=paths["audio"],
         text=row["text"],
         duration=float(duration),
         speaker=str(row.get("speaker") or ""),
-        video=_inside(root, video, where) if video else None,
+        video=paths["video"],
         sha256=str(row.get("sha256") or ""),
+        times=paths["times"],
         where=where,
     )
 

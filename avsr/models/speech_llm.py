@@ -1,11 +1,13 @@
 """The composition: encoder features -> compression -> projector -> prompt assembly -> LLM with LoRA.
 
-A row is ``BOS <audio> A </audio> PROMPT TEXT``, tight per utterance; the end token is only predicted. Dimensions:
-B utterances, T encoder frames, S tokens, C hidden size.
+A row is ``BOS <audio> A </audio> <video> V </video> PROMPT TEXT`` with the streams and the prompt of its task, tight
+per utterance; a fused stream has no delimiters; the end token is only predicted. Dimensions: B utterances, T encoder
+frames, S tokens, C hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import flashsink
-from avsr.config import ModelConfig
+from avsr.config import TASKS, ModelConfig, parts_of
 from avsr.data.batches import Batch
 from avsr.errors import UserError
 from avsr.models.compression import compress, compressed_length, compressed_width
+from avsr.models.encoder import SpeechEncoder
 from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
-
-# Modalities of a task, in the order in which they stand in the prompt.
-TASKS = {"audio": ("audio",)}
 
 
 @dataclass
@@ -46,16 +46,28 @@ class Terms:
 class SpeechLLM(nn.Module):
     """A frozen LLM that reads projected speech.
 
-    Trainable: the projector, LoRA adapters and (by config) the delimiters. The delimiters are a parameter
-    outside the vocabulary, so that the tied head and the tokenizer stay as they are.
+    Trainable: projectors, LoRA adapters and (by config) the delimiters. The delimiters are a parameter outside the
+    vocabulary, so that the tied head and the tokenizer stay as they are.
+
+    Args:
+        config: the model's.
+        loaded: the language model.
+        widths: feature size of every stream.
+        encoders: of the streams whose batches hold encoder inputs instead of features.
     """
 
-    def __init__(self, config: ModelConfig, loaded: LoadedLLM, widths: dict[str, int]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        loaded: LoadedLLM,
+        widths: Mapping[str, int],
+        encoders: Mapping[str, SpeechEncoder] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.modalities = TASKS[config.task]
+        self.streams = TASKS[config.task]
         self.bos, self.eos = loaded.bos, loaded.eos
-        self.prompt = loaded.tokenize(config.prompt)
+        self.prompts = {task: loaded.tokenize(_prompt(config, task)) for task in parts_of(config.task)}
         self.tokenizer = loaded.tokenizer
         self.tokenize = loaded.tokenize
         table = loaded.model.get_input_embeddings().weight.detach()
@@ -65,23 +77,33 @@ class SpeechLLM(nn.Module):
         self.projectors = nn.ModuleDict(
             {
                 name: make_projector(
-                    compressed_width(widths[name], config.compression.kind, config.compression.rate),
+                    compressed_width(widths[name], part.compression.kind, part.compression.rate),
                     config.projector.hidden,
                     self.hidden,
                     config.projector.layernorm,
                     float(table.float().std()),
                 )
-                for name in self.modalities
+                for name, part in config.streams.items()
             }
         )
-        # rows 2i and 2i + 1 open and close modality i
-        self.delimiters = nn.Parameter(
-            init_delimiters(config.delimiters.init, 2 * len(self.modalities), table),
-            requires_grad=config.delimiters.train,
-        )
+        framed = [name for name in self.streams if name != "fused"]
+        self._delimiter_of = {name: 2 * index for index, name in enumerate(framed)}
+        self.delimiters: nn.Parameter | None = None
+        if framed:
+            first = init_delimiters(config.delimiters.init, 2 * len(framed), table)
+            self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
+        trained = {name: e for name, e in (encoders or {}).items() if config.streams[name].encoder.lora.rank}
+        self.encoders = nn.ModuleDict(trained)
+        # a plain dict: what is frozen is neither cast nor partitioned by the engine
+        self._frozen = {name: e for name, e in (encoders or {}).items() if name not in trained}
+        self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.projectors.parameters()).device
 
     @property
     def decoder(self) -> Any:
@@ -117,28 +139,26 @@ class SpeechLLM(nn.Module):
         """
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
-        speech = {name: self._project(name, batch, device) for name in self.modalities}
+        speech = {name: self._project(name, batch, device) for name in self.streams}
         # one call for all: under ZeRO-3 every call gathers the table from all ranks, whatever their batch sizes
-        pieces = [[self.bos, *self.prompt], *batch.text]
+        pieces = [[self.bos], *self.prompts.values(), *batch.text]
         ids = torch.tensor([index for piece in pieces for index in piece], device=device)
-        prompt, *texts = embed(ids).split([len(piece) for piece in pieces])
-        delimiters = self.delimiters.to(dtype)
+        bos, *embedded = embed(ids).split([len(piece) for piece in pieces])
+        prompts = dict(zip(self.prompts, embedded, strict=False))
+        texts = embedded[len(self.prompts) :]
         rows, spans, labels = [], [], []
-        for b in range(len(batch.text)):
-            parts = [prompt[:1]]
-            for i, name in enumerate(self.modalities):
-                parts += [
-                    delimiters[2 * i : 2 * i + 1],
-                    speech[name][b].to(dtype),
-                    delimiters[2 * i + 1 : 2 * i + 2],
-                ]
-            parts.append(prompt[1:])
+        for b, task in enumerate(batch.tasks):
+            parts = [bos]
+            for name in TASKS[task]:
+                parts += self._framed(name, speech[name][b].to(dtype))
+            parts.append(prompts[task])
             spans.append(sum(len(part) for part in parts))
             if with_text:
                 parts.append(texts[b])
             rows.append(torch.cat(parts))
             if names:
-                labels.append(self._names([len(speech[m][b]) for m in self.modalities], batch.text[b], with_text))
+                counts = {name: len(speech[name][b]) for name in TASKS[task]}
+                labels.append(self._names(task, counts, batch.text[b] if with_text else []))
         lengths = torch.tensor([len(row) for row in rows], device=device)
         side = "left" if left else "right"
         embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
@@ -179,44 +199,83 @@ class SpeechLLM(nn.Module):
 
     def span_tokens(self, batch: Batch) -> list[int]:
         """Number of prompt tokens of every utterance, known without a forward."""
-        fixed = 1 + len(self.prompt) + 2 * len(self.modalities)
-        rate = self.config.compression.rate
         return [
-            fixed + sum(compressed_length(int(batch.lengths[m][b]), rate) for m in self.modalities)
-            for b in range(len(batch.text))
+            self._fixed(task) + sum(self._tokens(m, self._features(m, int(batch.lengths[m][b]))) for m in TASKS[task])
+            for b, task in enumerate(batch.tasks)
         ]
 
-    def room(self, frames: int) -> int:
-        """Positions left for text behind a prompt with ``frames`` encoder frames."""
-        fixed = 1 + len(self.prompt) + 2 * len(self.modalities)
-        return self.max_positions - fixed - compressed_length(frames, self.config.compression.rate)
-
-    def refuse(self, frames: int, tokens: int) -> str:
-        """Why an utterance of ``frames`` encoder frames and ``tokens`` text tokens cannot be used, or ""."""
-        rate = self.config.compression.rate
-        if compressed_length(frames, rate) < 1:
-            return f"is shorter than one token at model.compression.rate = {rate}"
-        if tokens + 1 > self.room(frames):
+    def refuse(self, frames: Mapping[str, int], tokens: int) -> str:
+        """Why an utterance of so many encoder frames by stream and text tokens cannot be used, or ""."""
+        for name, count in frames.items():
+            if self._tokens(name, count) < 1:
+                return f"is shorter than one token at model.{name}.compression.rate = {self._rate(name)}"
+        speech = sum(self._tokens(name, count) for name, count in frames.items())
+        if tokens + 1 > self.max_positions - self._fixed(self.config.task) - speech:
             return f"and its transcript of {tokens} tokens do not fit the model's {self.max_positions} positions"
         return ""
 
-    def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
-        weight = next(self.projectors[name].parameters())
-        compression = self.config.compression
-        features = batch.features[name].to(device=device, dtype=weight.dtype)
-        tokens = self.projectors[name](compress(features, compression.kind, compression.rate))
-        counts = [compressed_length(int(n), compression.rate) for n in batch.lengths[name]]
-        for utterance, count in zip(batch.utterances, counts, strict=True):
-            if count < 1:
-                raise UserError(f"{utterance.where}: {utterance.id!r} is shorter than one token at this rate")
-        return [row[:count] for row, count in zip(tokens, counts, strict=True)]
+    def _features(self, name: str, rows: int) -> int:
+        """Features of an input of so many rows."""
+        return self._counts[name](rows) if name in self._counts else rows
 
-    def _names(self, counts: list[int], text: list[int], with_text: bool) -> list[str]:
+    def _rate(self, name: str) -> int:
+        return self.config.streams[name].compression.rate
+
+    def _tokens(self, name: str, frames: int) -> int:
+        return compressed_length(frames, self._rate(name))
+
+    def _fixed(self, task: str) -> int:
+        """BOS, delimiters and prompt."""
+        return 1 + len(self.prompts[task]) + 2 * sum(name in self._delimiter_of for name in TASKS[task])
+
+    def _framed(self, name: str, tokens: Tensor) -> list[Tensor]:
+        """A stream's tokens between its delimiters."""
+        if self.delimiters is None:
+            return [tokens]
+        first = self._delimiter_of[name]
+        opening, closing = self.delimiters[first : first + 2].to(tokens.dtype).split(1)
+        return [opening, tokens, closing]
+
+    def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
+        """Projected tokens of every utterance; none where its task lacks the stream."""
+        weight = next(self.projectors[name].parameters())
+        compression = self.config.streams[name].compression
+        if name not in batch.features:  # the projector runs all the same: under ZeRO-3 all ranks gather it together
+            empty = weight.new_zeros(1, 0, weight.shape[1])
+            return list(self.projectors[name](empty).expand(len(batch.text), 0, -1))
+        features = self._encode(name, batch, device).to(weight.dtype)
+        tokens = self.projectors[name](compress(features, compression.kind, compression.rate))
+        rows = []
+        for row, utterance, task, length in zip(
+            tokens, batch.utterances, batch.tasks, batch.lengths[name].tolist(), strict=True
+        ):
+            count = self._tokens(name, self._features(name, length))
+            if count < 1 and name in TASKS[task]:
+                raise UserError(f"{utterance.where}: {utterance.id!r} is shorter than one token at this rate")
+            rows.append(row[:count])
+        return rows
+
+    def _encode(self, name: str, batch: Batch, device: torch.device) -> Tensor:
+        """(B, T, D) features: as they came, or by the stream's encoder."""
+        inputs, lengths = batch.features[name].to(device), batch.lengths[name].to(device)
+        if name in self.encoders:
+            dtype = next(self.encoders[name].parameters()).dtype
+            return self.encoders[name](inputs.to(dtype), lengths)
+        if name in self._frozen:
+            with torch.no_grad():
+                return self._frozen[name](inputs, lengths).half().float()  # as from the cache
+        return inputs
+
+    def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:
         names = ["BOS"]
-        for name, count in zip(self.modalities, counts, strict=True):
-            names += [f"<{name}>", *(f"{name[0]}{i}" for i in range(count)), f"</{name}>"]
-        ids = self.prompt + (text if with_text else [])
-        return names + [self.tokenizer.decode([index]) for index in ids]
+        for name, count in counts.items():
+            tokens = [f"{name[0]}{i}" for i in range(count)]
+            names += [f"<{name}>", *tokens, f"</{name}>"] if name in self._delimiter_of else tokens
+        return names + [self.tokenizer.decode([index]) for index in self.prompts[task] + text]
+
+
+def _prompt(config: ModelConfig, task: str) -> str:
+    return str(getattr(config.prompts, "audiovisual" if task == "fused" else task))
 
 
 def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +12,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder, Whisper
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.ctranslate2 import load_whisper_encoder
+from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.sources import resolve
 
 SAMPLE_RATE = 16_000
@@ -24,27 +24,28 @@ WINDOW = 400  # samples
 SAMPLES_PER_FRAME = 2 * HOP  # the second convolution halves the mel frames: 50 a second
 
 
-class AudioEncoder:
-    """A frozen Whisper encoder. Always in eval mode and without gradients.
+class Whisper(SpeechEncoder):
+    """A frozen Whisper encoder.
 
-    A clip is followed by a window of silence and encoded over its own frames only; results do not depend on
-    the other clips of a batch. With ``pad_to_30s`` it is encoded as Hugging Face does, over 30 s, and its own
-    frames are returned: attention to the silence then changes the features.
-
-    Attributes:
-        width: feature size D.
-        identity: names weights and options, for caches.
+    A clip is followed by a window of silence and encoded over its own frames only. With ``pad_to_30s`` it is encoded
+    as Hugging Face does, over 30 s, and its own frames are returned: attention to the silence then changes the
+    features.
     """
 
+    frames_per_second = 50
+    needs = frozenset({"audio"})
+
     def __init__(self, config: EncoderConfig, device: torch.device | str = "cpu") -> None:
-        source = resolve(config.name)
-        self._encoder = _load(source).to(device).eval().requires_grad_(False)
+        super().__init__()
+        self._encoder = _load(resolve(str(config.name)))
         self._pad = config.pad_to_30s
-        self._batch = config.batch
-        self._device = torch.device(device)
+        self._normalise = bool(config.normalise)
+        self.batch = config.batch
         self.width = int(self._encoder.config.d_model)
-        self.max_frames = int(self._encoder.config.max_source_positions)
-        self.identity = f"whisper {config.name} {_fingerprint(self._encoder)} pad_to_30s={config.pad_to_30s}"
+        self._positions = int(self._encoder.config.max_source_positions)
+        self.max_seconds = self._positions * SAMPLES_PER_FRAME / SAMPLE_RATE
+        options = f"pad_to_30s={self._pad}" + (" normalised" if self._normalise else "")
+        self.identity = f"whisper {config.name} {fingerprint(self._encoder)} {options}"
         self._mel = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE,
             n_fft=WINDOW,
@@ -52,39 +53,35 @@ class AudioEncoder:
             n_mels=int(self._encoder.config.num_mel_bins),
             norm="slaney",
             mel_scale="slaney",
-        ).to(device)
+        )
+        self.to(device).eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
-        """(samples,) float32 waveforms at 16 kHz -> (frames, D) float32, frames = ceil(samples / 320).
+    def frames(self, samples: int, video_frames: int) -> int:
+        """One for every started 20 ms."""
+        return frame_count(samples)
+
+    def prepare(self, clip: Clip) -> Tensor:
+        """(frames, 320): the waveform, zero-padded to whole frames.
 
         Raises:
             UserError: a clip longer than the encoder's positions (30 s).
         """
-        longest = max(len(wave) for wave in waveforms)
-        if frame_count(longest) > self.max_frames:
-            limit = self.max_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
-            raise UserError(f"a clip of {longest / SAMPLE_RATE:.1f} s is longer than the encoder's {limit:.0f} s")
-        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
-        out: dict[int, Tensor] = {}
-        for first in range(0, len(order), self._batch):
-            part = order[first : first + self._batch]
-            for index, features in zip(part, self._encode([waveforms[i] for i in part]), strict=True):
-                out[index] = features
-        return [out[i] for i in range(len(waveforms))]
+        assert clip.wave is not None
+        wave, frames = clip.wave, frame_count(clip.samples)
+        if frames > self._positions:
+            raise UserError(f"a clip of {clip.seconds:.1f} s is longer than the encoder's {self.max_seconds:.0f} s")
+        if self._normalise:
+            wave = nn.functional.layer_norm(wave, wave.shape, eps=1e-8)
+        return nn.functional.pad(wave, (0, frames * SAMPLES_PER_FRAME - len(wave))).reshape(frames, SAMPLES_PER_FRAME)
 
-    def _encode(self, waveforms: list[Tensor]) -> list[Tensor]:
-        counts = [frame_count(len(wave)) for wave in waveforms]
-        frames = self.max_frames if self._pad else max(counts)
-        padded = torch.zeros(len(waveforms), frames * SAMPLES_PER_FRAME + (0 if self._pad else WINDOW))
-        for row, wave in zip(padded, waveforms, strict=True):
-            row[: len(wave)] = wave
-        mel = self._log_mel(padded.to(self._device))[..., : 2 * frames]
-        length = torch.tensor(counts, device=self._device)
-        if self._pad:
-            length = torch.full_like(length, frames)
-        hidden = self._run(mel, length)
-        return [row[:count] for row, count in zip(hidden, counts, strict=True)]
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, 320) waveforms, (B,) lengths -> (B, T, D)."""
+        frames = self._positions if self._pad else inputs.shape[1]
+        waves = inputs.flatten(1)
+        behind = frames * SAMPLES_PER_FRAME - waves.shape[1] + (0 if self._pad else WINDOW)
+        mel = self._log_mel(nn.functional.pad(waves, (0, behind)))[..., : 2 * frames]
+        seen = torch.full_like(lengths, frames) if self._pad else lengths
+        return self._run(mel.to(self._encoder.conv1.weight.dtype), seen)[:, : inputs.shape[1]]
 
     def _log_mel(self, waves: Tensor) -> Tensor:
         """(B, samples) -> (B, mels, samples / 160): Whisper's log10 power, at most 8 below the clip's peak."""
@@ -127,12 +124,4 @@ def _load(source: Path | str) -> WhisperEncoder:
         return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model.encoder.name: cannot load the Whisper model {str(source)!r}: {reason}") from error
-
-
-def _fingerprint(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().double().sum().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+        raise UserError(f"model.audio.encoder.name: cannot load the Whisper model {str(source)!r}: {reason}") from error

@@ -1,9 +1,9 @@
-"""``avsr synth``: writes a corpus of synthetic speech.
+"""``avsr synth``: writes a corpus of synthetic speech, with the drawn mouths of its speakers.
 
 ``OUT/SET/SPLIT.jsonl`` are the manifests, for the sets ``grid`` and ``open`` and the splits ``train``,
 ``validation``, ``test_sentences`` (known voices, new sentences) and ``test_voices`` (new voices and sentences).
-The audio is in ``OUT/SET/audio/SPEAKER/ID.wav``, the times of words and phonemes are in
-``OUT/SET/times/SPEAKER/ID.json``. ``OUT/corpus.json`` has the options and is written last; until then
+The audio is in ``OUT/SET/audio/SPEAKER/ID.wav``, the video in ``OUT/SET/video/SPEAKER/ID.mp4``, the times of words and
+phonemes are in ``OUT/SET/times/SPEAKER/ID.json``. ``OUT/corpus.json`` has the options and is written last; until then
 ``OUT/corpus.json.part`` marks unfinished work.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["FORMAT", "SynthOptions", "parse_options", "synthesise"]
 
 logger = logging.getLogger("avsr")
 
-FORMAT = "avsr-synth-1"  # change it with anything that changes the audio or the files
+FORMAT = "avsr-synth-2"  # change it with anything that changes the audio, the video or the files
 
 _FINISHED, _UNFINISHED = "corpus.json", "corpus.json.part"
 
@@ -136,7 +136,7 @@ def _start(out: Path, described: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_state(out / _UNFINISHED, described, {})
     for set_name in ("grid", "open"):
-        for kind in ("audio", "times"):
+        for kind in ("audio", "video", "times"):
             if (out / set_name / kind).exists():
                 shutil.rmtree(out / set_name / kind)
         for split in SPLITS:

@@ -83,7 +83,7 @@ def require_espeak() -> None:
     Raises:
         UserError: one is missing; the message has the command that installs it.
     """
-    for package in ("espeakng_loader", "scipy", "soundfile"):
+    for package in ("espeakng_loader", "scipy", "soundfile", "av"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"synthetic speech needs the package {package}: run {INSTALL_HINT}")
 

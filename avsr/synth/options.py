@@ -21,6 +21,7 @@ class SynthOptions:
         test: utterances in each test set.
         voices: training voices; they also speak the validation set and the test of unseen sentences.
         unseen_voices: voices of the test of unseen voices.
+        video: 1 draws a mouth for every utterance, 0 makes sound alone.
         seed: of the sentences and of the voices' noise.
         workers: processes; 0 means one for each CPU. They do not change the corpus.
     """
@@ -31,6 +32,7 @@ class SynthOptions:
     test: int = 120
     voices: int = 8
     unseen_voices: int = 4
+    video: int = 1
     seed: int = 0
     workers: int = 0
 
@@ -42,6 +44,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "test": (1, 10_000),
     "voices": (1, len(TRAINING_VOICES)),
     "unseen_voices": (1, len(UNSEEN_VOICES)),
+    "video": (0, 1),
     "seed": (0, 2**31 - 1),
     "workers": (0, 1024),
 }

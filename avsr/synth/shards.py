@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from avsr.data.video_writer import encode_video
 from avsr.errors import UserError
 from avsr.synth.espeak import SAMPLE_RATE, Espeak, Span
+from avsr.synth.mouth import draw_mouth
 from avsr.synth.options import SynthOptions
 from avsr.synth.sentences import GRID_SAID_AS, grid_sentences, open_sentences
+from avsr.synth.visemes import frames_of, viseme_track
 from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, Voice
 
 SPLITS = ("train", "validation", "test_sentences", "test_voices")
@@ -49,6 +52,7 @@ class Shard:
     voice: Voice
     seed: int
     lines: tuple[Line, ...]
+    video: bool = False
 
 
 def plan_shards(out: Path, options: SynthOptions) -> list[Shard]:
@@ -74,12 +78,12 @@ def plan_shards(out: Path, options: SynthOptions) -> list[Shard]:
         for voice, spoken in lines.items():
             if spoken:
                 seed = zlib.crc32(f"{options.seed} {set_name} {voice.name}".encode()) & 0x7FFFFFFF
-                shards.append(Shard(set_name, str(out / set_name), voice, seed, tuple(spoken)))
+                shards.append(Shard(set_name, str(out / set_name), voice, seed, tuple(spoken), bool(options.video)))
     return shards
 
 
 def render_shard(shard: Shard, tick: Callable[[], None]) -> list[tuple[str, dict[str, Any]]]:
-    """Speaks and writes every line of a shard. Runs in a process of its own.
+    """Speaks, draws and writes every line of a shard. Runs in a process of its own.
 
     Args:
         shard: the lines.
@@ -95,7 +99,7 @@ def render_shard(shard: Shard, tick: Callable[[], None]) -> list[tuple[str, dict
     espeak = Espeak(shard.voice.voice, shard.voice.rate, shard.voice.pitch, shard.seed)
     rows = []
     try:
-        for kind in ("audio", "times"):
+        for kind in ("audio", "times", *(["video"] if shard.video else [])):
             (folder / kind / speaker).mkdir(parents=True, exist_ok=True)
         for line in shard.lines:
             rows.append((line.split, _render_line(shard, line, espeak)))
@@ -117,10 +121,16 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
         "phonemes": [_timed(span, duration) for span in speech.phonemes],
     }
     _write(folder / times, (json.dumps(spans, ensure_ascii=False) + "\n").encode())
+    video = f"video/{speaker}/{line.id}.mp4" if shard.video else None
+    if video:
+        # from the times as written, so that labels made from the file are of what is shown
+        phonemes = [Span(*row) for row in spans["phonemes"]]
+        track = viseme_track(phonemes, frames_of(len(speech.waveform)))
+        _write(folder / video, encode_video(draw_mouth(track, speaker, line.id)))
     return {
         "id": line.id,
         "audio": audio,
-        "video": None,
+        "video": video,
         "duration": duration,
         "text": line.text,
         "speaker": speaker,

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from avsr.build import WEIGHTS, load_weights, step_checkpoints
-from avsr.config import Config, differences, read_run_config, to_yaml
+from avsr.composing import differences
+from avsr.config import Config, read_run_config, to_yaml
 from avsr.errors import UserError
 from avsr.models.speech_llm import SpeechLLM
 

@@ -42,7 +42,7 @@ class Trainer:
         self.train, self.validation = train, validation
         self.progress = progress
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = self.model.delimiters.device
+        self.device = self.model.device
         self._stop = False
         self._log: MetricsLog | None = None
         settings = self.settings
@@ -100,7 +100,7 @@ class Trainer:
             steps = self._schedule.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
             loader = DataLoader(
                 self.train,
-                batch_sampler=[indices for step in steps for indices in step],
+                batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],
                 collate_fn=collate,
                 num_workers=self.config.data.workers,
             )

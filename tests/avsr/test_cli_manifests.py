@@ -15,7 +15,7 @@ import torch
 
 from avsr.build import build_store
 from avsr.config import load_config
-from avsr.data.dataset import load_dataset
+from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import UserError
 
 Tone = Callable[[Path, float], Path]
@@ -144,7 +144,13 @@ def test_skipped_utterances_are_counted(
     store = build_store(config, CPU)
     with caplog.at_level(logging.WARNING, logger="avsr"):
         dataset = load_dataset(
-            str(manifest), config.data, store, list, title="x", refuse=lambda frames, tokens: "short" * (frames < 8)
+            str(manifest),
+            config.data,
+            store,
+            list,
+            title="x",
+            reading=Reading("audio"),
+            refuse=lambda frames, tokens: "short" * (frames["audio"] < 8),
         )
     assert [u.id for u in dataset.utterances] == [good[i] for i in (1, 4, 6)]
     assert dataset.skipped == 5 and len(dataset) == 3 == len(dataset.sizes)
@@ -159,11 +165,15 @@ def test_skipped_utterances_are_counted(
 
 def test_the_limit_takes_the_first_ones(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(str(tiny_recipe(tmp_path)), ["data.limit=3"])
-    dataset = load_dataset(config.data.train, config.data, build_store(config, CPU), list, title="x")
+    dataset = load_dataset(
+        config.data.train, config.data, build_store(config, CPU), list, title="x", reading=Reading("audio")
+    )
     assert [u.id for u in dataset.utterances] == ["u000", "u001", "u002"] and dataset.skipped == 0
 
 
 def test_skipping_everything_is_an_error(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(str(tiny_recipe(tmp_path)), ["data.on_bad=skip", "data.max_text_tokens=1"])
     with pytest.raises(UserError, match="no utterance can be used"):
-        load_dataset(config.data.train, config.data, build_store(config, CPU), list, title="x")
+        load_dataset(
+            config.data.train, config.data, build_store(config, CPU), list, title="x", reading=Reading("audio")
+        )

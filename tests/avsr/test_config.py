@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from avsr import config as config_module
+from avsr import composing as composing_module
+from avsr.composing import configs_folder, differences
 from avsr.config import (
     Config,
     ModelConfig,
-    configs_folder,
-    differences,
     load_config,
     read_run_config,
     to_yaml,
@@ -20,10 +19,16 @@ from avsr.config import (
 from avsr.errors import UserError
 
 FILES = sorted(path for path in configs_folder().glob("*/*.yaml"))
-FILL = ["run=r", "model.encoder.name=e", "model.llm.name=l", "data.train=t", "data.validation=v"]
+FILL = [
+    "run=r",
+    *(f"model.{stream}.encoder.name=e" for stream in ("audio", "video", "fused")),
+    "model.llm.name=l",
+    "data.train=t",
+    "data.validation=v",
+]
 COMPLETE = """
 run: runs/x
-model: {encoder: {name: e}, llm: {name: l}}
+model: {audio: {encoder: {name: e}}, llm: {name: l}}
 data: {train: t.jsonl, validation: v.jsonl, test: {a: a.jsonl}}
 """
 
@@ -42,7 +47,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An own configs folder; files are written with ``write``."""
     root = tmp_path / "configs"
-    monkeypatch.setattr(config_module, "configs_folder", lambda: root)
+    monkeypatch.setattr(composing_module, "configs_folder", lambda: root)
     root.mkdir()
     return root
 
@@ -167,9 +172,20 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 def test_an_empty_file_says_what_is_needed(tmp_path: Path) -> None:
     path = write(tmp_path, "empty", "")
     message = refusal(path)
-    for key in ("run", "model.encoder.name", "model.llm.name", "data.train", "data.validation"):
+    for key in ("run", "model.llm.name", "data.train", "data.validation"):
         assert key in message
     assert "training.steps" not in message
+
+
+@pytest.mark.parametrize("task", ["audio", "video", "audiovisual", "fused"])
+def test_the_streams_of_the_task_need_an_encoder(tmp_path: Path, task: str) -> None:
+    needed = {"audiovisual": ["audio", "video"]}.get(task, [task])
+    path = write(
+        tmp_path, "mine", f"{{run: r, model: {{task: {task}, llm: {{name: l}}}}, data: {{train: t, validation: v}}}}"
+    )
+    message = refusal(path)
+    for stream in ("audio", "video", "fused"):
+        assert (f"model.{stream}.encoder.name" in message) == (stream in needed)
 
 
 # Keys
@@ -183,7 +199,11 @@ def test_an_empty_file_says_what_is_needed(tmp_path: Path) -> None:
         ("training: {learning_rat: 3}", "'training.learning_rat'", "'training.learning_rate'"),
         ("loss: {decorelation: 3}", "'loss.decorelation'", "'loss.decorrelation'"),
         ("model: {lora: {rnk: 3}}", "'model.lora.rnk'", "'model.lora.rank'"),
-        ("model: {compression: {rates: 3}}", "'model.compression.rates'", "'model.compression.rate'"),
+        (
+            "model: {audio: {compression: {rates: 3}}}",
+            "'model.audio.compression.rates'",
+            "'model.audio.compression.rate'",
+        ),
     ],
 )
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, text: str, wrong: str, right: str) -> None:
@@ -239,8 +259,8 @@ def test_an_unknown_key_in_a_default_names_that_file(folder: Path) -> None:
         ("training.precision=fp64", ["training.precision", "fp32", "bf16", "fp64"]),
         ("training=3", ["training", "3"]),
         ("training.steps.more=3", ["training.steps"]),
-        ("model.compression.kind=sum", ["model.compression.kind", "average", "stack", "sum"]),
-        ("model.compression.rate=0", ["model.compression.rate", "at least 1"]),
+        ("model.audio.compression.kind=sum", ["model.audio.compression.kind", "average", "stack", "sum"]),
+        ("model.audio.compression.rate=0", ["model.audio.compression.rate", "at least 1"]),
         ("model.task=smell", ["model.task", "audio", "smell"]),
         ("model.lora.rank=-1", ["model.lora.rank", "at least 0"]),
         ("model.lora.dropout=2", ["model.lora.dropout", "2"]),
@@ -280,7 +300,7 @@ def test_every_missing_mandatory_value_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "part", "model: {llm: {name: l}}\nrun: r")
     message = refusal(path)
     assert path in message
-    for key in ("model.encoder.name", "data.train", "data.validation"):
+    for key in ("data.train", "data.validation"):
         assert key in message
     assert "model.llm.name" not in message
 
@@ -342,8 +362,8 @@ def test_a_run_folder_without_a_config(tmp_path: Path) -> None:
 def test_differences_name_every_leaf() -> None:
     ours, theirs = ModelConfig(), ModelConfig()
     theirs.lora.rank = 3
-    theirs.prompt = "other"
+    theirs.prompts.audio = "other"
     assert differences(ours, theirs, "model.") == [
-        f"model.prompt: {ours.prompt!r} != 'other'",
+        f"model.prompts.audio: {ours.prompts.audio!r} != 'other'",
         f"model.lora.rank: {ours.lora.rank} != 3",
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.config import CompressionConfig, DecodeConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig
+from avsr.config import CompressionConfig, DecodeConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, StreamConfig
 from avsr.config import ProjectorConfig as Projector
 from avsr.data.batches import Example, collate
 from avsr.data.manifest import Utterance
@@ -26,9 +26,8 @@ SECONDS = [0.4, 1.3, 0.4, 2.2, 0.7]
 def build(folder: Path) -> SpeechLLM:
     """A speech LLM on the tiny Llama, whose random adapters do something."""
     config = ModelConfig(
-        encoder=EncoderConfig(name="none"),
+        audio=StreamConfig(EncoderConfig(name="none"), CompressionConfig(rate=4)),
         llm=LLMConfig(name=str(folder)),
-        compression=CompressionConfig(rate=4),
         projector=Projector(hidden=16),
         lora=LoraConfig(rank=4, dropout=0.3),
     )

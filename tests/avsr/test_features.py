@@ -12,14 +12,28 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import Tensor
 
-from avsr.config import DataConfig, EncoderConfig
+from avsr.config import AugmentConfig, DataConfig, EncoderConfig
 from avsr.data import features as features_module
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.transforms import Transforms
 from avsr.errors import UserError
+from avsr.models.encoders import build_encoder
 
 SECONDS = [0.6, 0.25, 1.013, 0.61, 0.6, 0.333]
+
+
+class SoundStore(FeatureStore):
+    """The store of one audio encoder; without a cache its features as the model makes them."""
+
+    def sound(self, utterance: Utterance) -> Tensor:
+        rows = self.load(utterance)["audio"]
+        return self.encoders["audio"].run([rows])[0].half().float() if self.inside else rows
+
+    def count(self, utterance: Utterance) -> int:
+        return self.frames(utterance)["audio"]
 
 
 @pytest.fixture
@@ -28,7 +42,9 @@ def store(tiny_whisper: Path, tmp_path: Path) -> Callable[..., FeatureStore]:
         encoder = {"name": str(tiny_whisper), **{k: options.pop(k) for k in ("pad_to_30s", "batch") if k in options}}
         folder = None if cache is None else str(cache or tmp_path / "cache")
         data = DataConfig(train="t", validation="v", cache=folder, **options)
-        return FeatureStore(EncoderConfig(**encoder), data)
+        return SoundStore(
+            {"audio": build_encoder(EncoderConfig(**encoder), "audio")}, data, Transforms(AugmentConfig(), None, 0)
+        )
 
     return make
 
@@ -42,7 +58,7 @@ def forbid_encoding(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> Non
     def encode(waves: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(store._encoder, "encode", encode)
+    monkeypatch.setattr(store.encoders["audio"], "run", encode)
 
 
 def files(folder: Path) -> list[Path]:
@@ -56,12 +72,12 @@ def test_cached_and_uncached_features_are_the_same_numbers(
     assert cached.prepare(corpus, title="x", shown=False) == {} == plain.prepare(corpus, title="x", shown=False)
     assert len(files(tmp_path / "cache")) == len(corpus)
     for utterance in corpus:
-        one, two = cached.load(utterance), plain.load(utterance)
-        assert one.dtype == two.dtype == torch.float32 and one.shape[1] == cached.width == 32
+        one, two = cached.sound(utterance), plain.sound(utterance)
+        assert one.dtype == two.dtype == torch.float32 and one.shape[1] == cached.widths["audio"] == 32
         assert torch.equal(one, two)
         assert torch.equal(one, one.half().float())
         assert one.std() > 0.01
-    assert not torch.equal(cached.load(corpus[0]), cached.load(corpus[4]))  # same length, another tone
+    assert not torch.equal(cached.sound(corpus[0]), cached.sound(corpus[4]))  # same length, another tone
 
 
 def test_features_do_not_depend_on_the_others_of_a_batch(
@@ -71,7 +87,7 @@ def test_features_do_not_depend_on_the_others_of_a_batch(
     for part in (alone, together):
         part.prepare(corpus, title="x", shown=False)
     for utterance in corpus:
-        assert (alone.load(utterance) - together.load(utterance)).abs().max() < 4e-3  # float16 steps
+        assert (alone.sound(utterance) - together.sound(utterance)).abs().max() < 4e-3  # float16 steps
 
 
 def test_frames_are_one_for_every_20_ms_begun(store: Callable[..., FeatureStore], corpus: list[Utterance]) -> None:
@@ -79,7 +95,7 @@ def test_frames_are_one_for_every_20_ms_begun(store: Callable[..., FeatureStore]
     cached.prepare(corpus, title="x", shown=False)
     for utterance in corpus:
         samples = soundfile.info(str(utterance.audio)).frames
-        assert cached.frames(utterance) == -(-samples // 320) == cached.load(utterance).shape[0]
+        assert cached.count(utterance) == -(-samples // 320) == cached.sound(utterance).shape[0]
 
 
 def test_frames_without_a_cache_are_those_of_the_features(
@@ -87,7 +103,7 @@ def test_frames_without_a_cache_are_those_of_the_features(
 ) -> None:
     plain = store(None)
     plain.prepare(corpus, title="x", shown=False)
-    assert [plain.frames(u) for u in corpus] == [plain.load(u).shape[0] for u in corpus]
+    assert [plain.count(u) for u in corpus] == [plain.sound(u).shape[0] for u in corpus]
 
 
 def test_a_wrong_duration_in_the_manifest_does_not_break_the_frame_budget(
@@ -97,7 +113,7 @@ def test_a_wrong_duration_in_the_manifest_does_not_break_the_frame_budget(
     wrong = Utterance(id="w", audio=corpus[2].audio, text="x", duration=0.3, where="m:1")
     plain = store(None)
     if not plain.prepare([wrong], title="x", shown=False):
-        assert plain.frames(wrong) == plain.load(wrong).shape[0]
+        assert plain.count(wrong) == plain.sound(wrong).shape[0]
 
 
 def test_a_cache_hit_does_not_encode(
@@ -105,20 +121,20 @@ def test_a_cache_hit_does_not_encode(
 ) -> None:
     first = store()
     first.prepare(corpus, title="x", shown=False)
-    kept = [first.load(u) for u in corpus]
+    kept = [first.sound(u) for u in corpus]
     second = store()
     forbid_encoding(second, monkeypatch)
     assert second.prepare(corpus, title="x", shown=False) == {}
-    assert all(torch.equal(a, second.load(u)) for a, u in zip(kept, corpus, strict=True))
+    assert all(torch.equal(a, second.sound(u)) for a, u in zip(kept, corpus, strict=True))
 
 
 def test_load_without_prepare_fills_the_cache(
     store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
 ) -> None:
     made = store()
-    features = made.load(corpus[0])
+    features = made.sound(corpus[0])
     assert len(files(tmp_path / "cache")) == 1
-    assert torch.equal(features, made.load(corpus[0]))
+    assert torch.equal(features, made.sound(corpus[0]))
 
 
 @pytest.mark.parametrize("seconds", [0.6, 0.8])
@@ -126,12 +142,12 @@ def test_a_changed_file_is_encoded_anew(
     store: Callable[..., FeatureStore], corpus: list[Utterance], seconds: float
 ) -> None:
     made = store()
-    before = made.load(corpus[0])
+    before = made.sound(corpus[0])
     old = corpus[0].audio.stat()
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * 16_000)).astype(np.float32)
     soundfile.write(str(corpus[0].audio), noise, 16_000, subtype="PCM_16")
     os.utime(corpus[0].audio, ns=(old.st_atime_ns, old.st_mtime_ns + (1000 if seconds == 0.6 else 0)))
-    after = store().load(corpus[0])
+    after = store().sound(corpus[0])
     assert after.shape[0] == round(seconds * 50)
     assert after.shape != before.shape or not torch.equal(after, before)
 
@@ -140,7 +156,7 @@ def test_options_of_the_encoder_have_their_own_cache(
     store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
 ) -> None:
     short, padded = store(), store(pad_to_30s=True)
-    one, two = short.load(corpus[0]), padded.load(corpus[0])
+    one, two = short.sound(corpus[0]), padded.sound(corpus[0])
     assert one.shape == two.shape and not torch.equal(one, two)
     assert len({path.relative_to(tmp_path / "cache").parts[0] for path in files(tmp_path / "cache")}) == 2
 
@@ -175,11 +191,11 @@ def test_unusable_clips_come_back_with_their_reasons(
         reason = reasons[utterance.id]
         assert part in reason and reason.startswith(f"{utterance.where}: ") and str(utterance.audio) in reason
         with pytest.raises(UserError) as caught:
-            made.load(utterance)
+            made.sound(utterance)
         assert str(caught.value) == reason
     for name in ("short", "long", "over"):
         assert "data.min_seconds" in reasons[name] and "0.1 to 30 s" in reasons[name]
-    assert made.load(corpus[1]).shape[0] == 13
+    assert made.sound(corpus[1]).shape[0] == 13
 
 
 def test_the_limits_come_from_the_config(store: Callable[..., FeatureStore], tmp_path: Path) -> None:
@@ -228,12 +244,12 @@ def test_a_damaged_cache_file_is_replaced_or_named(
     store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, content: bytes
 ) -> None:
     made = store()
-    good = made.load(corpus[0])
+    good = made.sound(corpus[0])
     (path,) = files(tmp_path / "cache")
     path.write_bytes(content)
     try:
         reasons = made.prepare([corpus[0]], title="x", shown=False)
-        frames, features = made.frames(corpus[0]), made.load(corpus[0])
+        frames, features = made.count(corpus[0]), made.sound(corpus[0])
     except UserError as error:
         assert str(path) in str(error)
     else:

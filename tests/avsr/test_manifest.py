@@ -79,7 +79,7 @@ def test_a_relative_manifest_gives_absolute_paths(write: Callable[..., Path], mo
         (row(text=None), ["'text'", "None"]),
         (row(id=7), ["'id'", "7"]),
         (row(id=""), ["'id'", "empty"]),
-        (row(audio=None), ["'audio'", "None"]),
+        (row(audio=None), ["neither 'audio' nor 'video'"]),
         (row(duration=0), ["'duration'", "0"]),
         (row(duration=-1.0), ["'duration'", "-1.0"]),
         (row(duration="2"), ["'duration'", "'2'"]),

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.config import CompressionConfig, DelimiterConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig
+from avsr.config import (
+    CompressionConfig,
+    DelimiterConfig,
+    EncoderConfig,
+    LLMConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptConfig,
+    StreamConfig,
+)
 from avsr.config import ProjectorConfig as Projector
 from avsr.data.batches import Batch, Example, collate
 from avsr.data.manifest import Utterance
@@ -20,9 +29,8 @@ WIDTH = 24
 
 def make_model(tiny_llm: Path, **changes: object) -> SpeechLLM:
     config = ModelConfig(
-        prompt="say it",
-        encoder=EncoderConfig(name="unused"),
-        compression=CompressionConfig(kind="average", rate=4),
+        prompts=PromptConfig(audio="say it"),
+        audio=StreamConfig(EncoderConfig(name="unused"), CompressionConfig(kind="average", rate=4)),
         projector=Projector(hidden=16, layernorm=True),
         delimiters=DelimiterConfig(init="table"),
         llm=LLMConfig(name=str(tiny_llm)),
@@ -183,7 +191,7 @@ def test_speech_starts_at_the_scale_of_the_embeddings(tiny_llm: Path) -> None:
 @pytest.mark.parametrize("kind", ["average", "stack"])
 @pytest.mark.parametrize("rate", [1, 3])
 def test_compressions_fit_the_projector(tiny_llm: Path, kind: str, rate: int) -> None:
-    model = make_model(tiny_llm, compression=CompressionConfig(kind=kind, rate=rate))
+    model = make_model(tiny_llm, audio=StreamConfig(compression=CompressionConfig(kind=kind, rate=rate)))
     batch = make_batch(model, [10, 7], ["bin", "now"])
     assert model.span_tokens(batch) == model.assemble(batch, with_text=True).spans.tolist()
     assert torch.isfinite(model(batch).cross_entropy)

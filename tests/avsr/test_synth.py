@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from avsr.data.manifest import read_manifest
+from avsr.data.video import read_video
 from avsr.errors import UserError
 from avsr.synth import corpus, pool, shards
 from avsr.synth.corpus import SynthOptions, parse_options, synthesise
@@ -162,7 +163,7 @@ def test_same_bytes_for_any_number_of_workers(small: Path, tmp_path: Path) -> No
     synthesise(tmp_path / "one", parse_options([*SMALL, "workers=1"]))
     one, two = tree(tmp_path / "one"), tree(small)
     assert sorted(one) == sorted(two)
-    assert len(one) == 1 + 8 + 2 * (17 + 16)
+    assert len(one) == 1 + 8 + 3 * (17 + 16)
     assert [name for name in one if one[name] != two[name]] == []
 
 
@@ -191,7 +192,7 @@ def test_rows_match_the_files(small: Path) -> None:
         utterances = read_manifest(small / f"{manifest}.jsonl")
         for row, utterance in zip(rows, utterances, strict=True):
             assert list(row) == FIELDS
-            assert row["video"] is None
+            assert row["video"] == f"video/{row['speaker']}/{row['id']}.mp4"
             assert row["audio"] == f"audio/{row['speaker']}/{row['id']}.wav"
             assert row["times"] == f"times/{row['speaker']}/{row['id']}.json"
             assert hashlib.sha256(utterance.audio.read_bytes()).hexdigest() == row["sha256"]
@@ -201,6 +202,46 @@ def test_rows_match_the_files(small: Path) -> None:
             wave, _ = soundfile.read(utterance.audio)
             assert 0.499 <= np.abs(wave).max() <= 0.901
             assert (folder / row["times"]).is_file()
+            assert utterance.video == folder / row["video"]
+            # the video covers the sound to the nearest frame
+            assert read_video(utterance.video).shape == (max(1, round(info.frames / 640)), 96, 96)
+            assert utterance.video.stat().st_size < 25_000
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_the_lips_open_with_the_sound_to_one_frame(small: Path) -> None:
+    """The gap between drawn lips is dark; its size is compared with the loudness, frame by frame."""
+    import soundfile
+
+    at_lag: dict[int, list[float]] = {lag: [] for lag in range(-4, 5)}
+    for manifest, rows in manifest_rows(small).items():
+        for row, utterance in zip(rows, read_manifest(small / f"{manifest}.jsonl"), strict=True):
+            wave, _ = soundfile.read(utterance.audio)
+            assert utterance.video is not None, row
+            mouth = read_video(utterance.video).numpy()[:, 30:70, 15:81].astype(float)
+            gap = (mouth < 0.3 * np.median(mouth, axis=(1, 2), keepdims=True)).sum(axis=(1, 2))
+            count = len(gap)
+            padded = np.pad(wave, (0, 640 * count))[: 640 * count].reshape(count, 640)
+            loud = np.sqrt((padded**2).mean(axis=1))
+            for lag, found in at_lag.items():
+                found.append(float(np.corrcoef(gap[4:-4], loud[4 + lag : count - 4 + lag])[0, 1]))
+    means = {lag: float(np.nanmean(found)) for lag, found in at_lag.items()}
+    best = max(means, key=lambda lag: means[lag])
+    assert abs(best) <= 1 and means[best] > 0.3, means
+
+
+@needs_espeak
+@pytest.mark.timeout(120)
+def test_video_can_be_left_out_and_changes_nothing_else(small: Path, tmp_path: Path) -> None:
+    synthesise(tmp_path / "sound", parse_options([*SMALL, "video=0"]))
+    sound, both = tree(tmp_path / "sound"), tree(small)
+    assert not any(name.endswith(".mp4") for name in sound)
+    same = [name for name in sound if name.endswith((".wav", ".json")) and name != "corpus.json"]
+    assert len(same) == 2 * 33 and all(sound[name] == both[name] for name in same)
+    for manifest, rows in manifest_rows(tmp_path / "sound").items():
+        with_video = manifest_rows(small)[manifest]
+        assert [{**row, "video": None} for row in with_video] == rows
 
 
 @needs_espeak

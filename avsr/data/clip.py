@@ -1,0 +1,95 @@
+"""One utterance's signals: 16 kHz sound and 25 fps mouth frames, cut to the same length."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.data.manifest import Utterance
+from avsr.data.video import read_video, read_video_sound
+from avsr.errors import UserError
+
+FRAMES_PER_SECOND = 25
+SAMPLES_PER_VIDEO_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+MOUTH_SIZES = (88, 128)  # pixels a side of a mouth crop that an encoder can use: 96 in all known corpora
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``wave`` (samples,) float32 mono at 16 kHz in -1..1; ``mouth`` (T, H, W) uint8 grey at 25 fps."""
+
+    wave: Tensor | None = None
+    mouth: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.wave is None else len(self.wave)
+
+    @property
+    def video_frames(self) -> int:
+        return 0 if self.mouth is None else len(self.mouth)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.samples / SAMPLE_RATE, self.video_frames / FRAMES_PER_SECOND)
+
+
+def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Clip:
+    """Reads what is needed of an utterance.
+
+    Args:
+        utterance: its files.
+        needs: of "audio" and "video".
+        max_mismatch: seconds by which both may differ in length; then both are cut to the shorter.
+
+    Raises:
+        UserError: a file is missing or cannot be used, a mouth crop has another size, or the lengths disagree.
+    """
+    place = f"{utterance.where}: " if utterance.where else ""
+    clip = Clip()
+    if "audio" in needs:
+        clip = replace(clip, wave=_sound(utterance, place))
+    if "video" in needs:
+        if utterance.video is None:
+            raise UserError(f"{place}{utterance.id!r} has no video")
+        mouth = read_video(utterance.video, where=utterance.where)
+        height, width = mouth.shape[1:]
+        if height != width or not MOUTH_SIZES[0] <= height <= MOUTH_SIZES[1]:
+            raise UserError(
+                f"{place}{utterance.video} is {width}x{height}, expected a mouth crop of 96x96 pixels; "
+                "make crops of talking faces with 'avsr prepare'"
+            )
+        clip = replace(clip, mouth=mouth)
+    if clip.wave is None or clip.mouth is None:
+        return clip
+    return _aligned(clip.wave, clip.mouth, max_mismatch, f"{place}{utterance.id!r}")
+
+
+def _sound(utterance: Utterance, place: str) -> Tensor:
+    path = utterance.audio or utterance.video
+    if path is None:
+        raise UserError(f"{place}{utterance.id!r} has no audio")
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        return load_audio(path, where=utterance.where)
+    wave = read_video_sound(path, where=utterance.where)
+    if wave is None:
+        raise UserError(f"{place}{path} has no sound track")
+    return wave
+
+
+def _aligned(wave: Tensor, mouth: Tensor, max_mismatch: float, name: str) -> Clip:
+    sound, video = len(wave) / SAMPLE_RATE, len(mouth) / FRAMES_PER_SECOND
+    if abs(sound - video) > max_mismatch:
+        raise UserError(
+            f"{name}: the sound lasts {sound:.2f} s and the video {video:.2f} s, allowed is a difference of "
+            f"data.max_mismatch = {max_mismatch:g} s"
+        )
+    frames = min(len(mouth), -(-len(wave) // SAMPLES_PER_VIDEO_FRAME))
+    samples = frames * SAMPLES_PER_VIDEO_FRAME
+    padded = torch.nn.functional.pad(wave[:samples], (0, max(samples - len(wave), 0)))
+    return Clip(padded, mouth[:frames])

@@ -1,0 +1,95 @@
+"""What is done to a clip before an encoder sees it: noise, time masks, a random crop. Every draw is repeatable."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from avsr.config import AugmentConfig
+from avsr.data.clip import Clip
+from avsr.data.manifest import Utterance
+from avsr.data.noise import CLEAN, Babble, add_babble
+
+CROP = 88  # pixels a side
+VIDEO_MASK = (10, 25)  # longest mask and one mask for every so many frames (Auto-AVSR)
+AUDIO_MASK = (6400, 16000)  # the same in samples
+
+
+@dataclass(frozen=True)
+class View:
+    """Which version of a clip: as it is, with noise at ``snr`` dB, or the training version number ``draw``."""
+
+    snr: float = CLEAN
+    draw: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.draw is None and self.snr == CLEAN
+
+
+PLAIN = View()
+
+
+class Transforms:
+    """Makes the view of a clip; what is random depends on seed, utterance and view alone."""
+
+    def __init__(self, config: AugmentConfig, noise: Babble | None, seed: int) -> None:
+        self._config, self._noise, self._seed = config, noise, seed
+
+    def identity(self, view: View) -> str:
+        """Names a view and all that shapes it, for caches."""
+        if view.plain:
+            return ""
+        noise = self._noise.identity if self._noise else ""
+        settings = (
+            "" if view.draw is None else f"{self._config.snr} {self._config.time_mask} {self._config.random_crop}"
+        )
+        return f"{view} {settings} seed={self._seed} {noise}"
+
+    def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
+        if view.plain:
+            return clip
+        rng = random.Random(f"{self._seed} {utterance.id} {view.draw}")
+        wave, mouth, snr = clip.wave, clip.mouth, view.snr
+        if view.draw is not None:
+            if self._config.snr:
+                snr = rng.choice(self._config.snr)
+            if mouth is not None and self._config.random_crop:
+                mouth = random_crop(mouth, CROP, rng)
+            if self._config.time_mask:
+                mouth = None if mouth is None else time_mask(mouth, *VIDEO_MASK, rng)
+                wave = None if wave is None else time_mask(wave, *AUDIO_MASK, rng)
+        if wave is not None and snr != CLEAN:
+            assert self._noise is not None
+            wave = add_babble(wave, self._noise.draw(len(wave), utterance.speaker, rng), snr)
+        return Clip(wave, mouth)
+
+
+def random_crop(frames: Tensor, size: int, rng: random.Random) -> Tensor:
+    """The same random (size, size) window of all (T, H, W) frames."""
+    top = rng.randint(0, frames.shape[1] - size)
+    left = rng.randint(0, frames.shape[2] - size)
+    return frames[:, top : top + size, left : left + size]
+
+
+def center_crop(frames: Tensor, size: int) -> Tensor:
+    """The middle (size, size) window of (T, H, W) frames."""
+    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
+    return frames[:, top : top + size, left : left + size]
+
+
+def time_mask(signal: Tensor, window: int, stride: int, rng: random.Random) -> Tensor:
+    """Auto-AVSR's adaptive time mask: floor((length + stride - 0.1) / stride) stretches of fewer than ``window``
+    steps along the first axis are set to 0."""
+    length = len(signal)
+    masked = signal.clone()
+    for _ in range(math.floor((length + stride - 0.1) / stride)):
+        bound, width = rng.randrange(window), rng.randrange(window)
+        if bound == 0 or length <= bound:
+            continue
+        start = rng.randrange(length - bound)
+        masked[start : start + width] = 0
+    return masked

@@ -1,0 +1,210 @@
+"""Reading video with PyAV: grey frames at 25 fps, and the sound track of a video file.
+
+Time 0 is where the earlier of the two streams starts, so frames and sound of one file stay in step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from avsr.data.audio import SAMPLE_RATE
+from avsr.data.video_writer import FRAMES_PER_SECOND, encode_video, write_video
+from avsr.errors import UserError
+
+__all__ = ["FRAMES_PER_SECOND", "encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
+
+MAX_SIDE = 4096  # pixels
+MAX_SECONDS = 3600
+MAX_BYTES = 2**31  # of the frames of one clip in memory
+
+_SLACK = 0.001  # seconds; some containers round time stamps to milliseconds
+_LUMA_FIRST = frozenset(  # 8-bit formats whose first plane is the luma
+    ("yuv420p", "yuv422p", "yuv444p", "yuv410p", "yuv411p", "yuv440p", "nv12", "nv21", "nv16", "gray")
+)
+_FULL_RANGE = frozenset(("yuvj420p", "yuvj422p", "yuvj444p", "yuvj411p", "yuvj440p"))
+_EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to grey
+_JPEG_RANGE = 2  # AVCOL_RANGE_JPEG
+
+
+def read_video(path: Path, *, where: str = "") -> Tensor:
+    """(T, H, W) uint8 grey at 25 fps, whatever the file's rate: frame k is the last one shown by k/25 s.
+
+    Args:
+        path: a video file of any kind that FFmpeg knows.
+        where: "file:line" for messages.
+
+    Raises:
+        UserError: as ``video_frames``, or more than ``MAX_BYTES`` of frames.
+    """
+    frames = []
+    size = 0
+    for frame in video_frames(path, where=where):
+        size += frame.nbytes
+        if size > MAX_BYTES:
+            raise UserError(
+                f"{_prefix(where)}{path} has more than {MAX_BYTES >> 20} MB of frames "
+                f"({_size(frame)} pixels): cut it into utterances or crop the mouth"
+            )
+        frames.append(frame)
+    return torch.from_numpy(np.stack(frames))
+
+
+def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
+    """The frames of ``read_video`` one at a time, (H, W) uint8 each, all of one size.
+
+    Raises:
+        UserError: a missing, damaged or truncated file, no video, no frame, sides over ``MAX_SIDE`` or more than
+            ``MAX_SECONDS``, naming the file.
+    """
+    with _opened(path, where) as container:
+        stream = _video_stream(container)
+        if stream is None:
+            raise UserError(f"{_prefix(where)}{path} has no video stream")
+        lead = max(0.0, _start(stream) - min(_starts(container)))
+        due, shown = 0, None  # number of the next frame to give, and the picture to show until the next one starts
+        for grey, time in _decoded(stream, path, where):
+            if shown is not None and grey.shape != shown.shape:
+                raise UserError(f"{_prefix(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
+            time += round(lead * FRAMES_PER_SECOND) / FRAMES_PER_SECOND
+            if time > MAX_SECONDS:
+                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+            while shown is not None and due / FRAMES_PER_SECOND < time - _SLACK:
+                yield shown
+                due += 1
+            shown, end = grey, time + _frame_seconds(stream)
+        if shown is None:
+            raise UserError(f"{_prefix(where)}{path} holds no video frame")
+        while due == 0 or due / FRAMES_PER_SECOND < end - _SLACK:
+            yield shown
+            due += 1
+
+
+def read_video_sound(path: Path, where: str = "") -> Tensor | None:
+    """The sound track of a video file: (samples,) float32 mono at 16 kHz, or None where there is none.
+
+    Zeros are put in front of a track that starts after the video, so that it stays in step with ``read_video``.
+
+    Raises:
+        UserError: a missing or damaged file, or more than ``MAX_SECONDS``, naming the file.
+    """
+    with _opened(path, where) as container:
+        if not container.streams.audio:
+            return None
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+        parts: list[np.ndarray] = []
+        samples = 0
+        for frame in [*_guarded_frames(container, stream, path, where), None]:
+            for part in resampler.resample(frame):
+                parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
+                samples += len(parts[-1])
+            if samples > MAX_SECONDS * SAMPLE_RATE:
+                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+        if samples == 0:
+            return None
+        wave = np.concatenate(parts)
+        if stream.duration:  # the codec's last block is padded
+            wave = wave[: round(float(stream.duration * stream.time_base) * SAMPLE_RATE)]
+        lead = round((_start(stream) - min(_starts(container))) * SAMPLE_RATE)
+        return torch.from_numpy(np.concatenate([np.zeros(max(0, lead), np.float32), wave]))
+
+
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[Any]:
+    if not os.path.isfile(path):
+        raise UserError(f"{_prefix(where)}there is no file {path}")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"{_prefix(where)}{path} is not a readable video file: {_reason(error)}") from error
+    with container:
+        yield container
+
+
+def _video_stream(container: Any) -> Any:
+    """The first video stream that is not a cover picture; None if there is none."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    return None
+
+
+def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, float]]:
+    """(H, W) uint8 grey, and seconds since the first frame."""
+    context = stream.codec_context
+    if not 0 < max(context.width, context.height) <= MAX_SIDE:
+        raise UserError(
+            f"{_prefix(where)}{path} has pictures of {context.width}x{context.height} pixels, "
+            f"allowed are sides of 1 to {MAX_SIDE}"
+        )
+    context.thread_type, context.thread_count = "NONE", 1
+    first, last, count = None, 0.0, 0
+    for frame in _guarded_frames(stream.container, stream, path, where):
+        if frame.is_corrupt:
+            raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
+        # a raw stream has no time stamps
+        time = count * _frame_seconds(stream) if frame.pts is None else float(frame.pts * frame.time_base)
+        first = time if first is None else first
+        last = max(last, time - first)
+        yield _grey(frame), last
+        count += 1
+    if count < stream.frames:
+        raise UserError(
+            f"{_prefix(where)}{path} is truncated or damaged: {count} of its {stream.frames} frames can be read"
+        )
+
+
+def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iterator[Any]:
+    try:
+        yield from container.decode(stream)
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"{_prefix(where)}{path} is damaged: {_reason(error)}") from error
+
+
+def _grey(frame: Any) -> np.ndarray:
+    name = frame.format.name
+    if name in _LUMA_FIRST or name in _FULL_RANGE:
+        plane = frame.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # a line may be longer than the picture
+        luma = rows[: frame.height, : frame.width]
+        full = name in _FULL_RANGE or name == "gray" or int(frame.color_range) == _JPEG_RANGE
+        grey = luma.copy() if full else _EXPAND[luma]
+    else:
+        grey = frame.to_ndarray(format="gray")
+    turns = round(frame.rotation / 90) % 4  # a phone's video says how to turn it
+    return np.ascontiguousarray(np.rot90(grey, turns)) if turns else grey
+
+
+def _frame_seconds(stream: Any) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    return float(1 / rate) if rate else 1 / FRAMES_PER_SECOND
+
+
+def _start(stream: Any) -> float:
+    return float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
+
+
+def _starts(container: Any) -> list[float]:
+    streams = [_video_stream(container), *container.streams.audio[:1]]
+    return [_start(stream) for stream in streams if stream is not None]
+
+
+def _size(picture: np.ndarray) -> str:
+    return f"{picture.shape[1]}x{picture.shape[0]}"
+
+
+def _prefix(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

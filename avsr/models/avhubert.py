@@ -1,0 +1,88 @@
+"""Frozen AV-HuBERT encoder: sound, mouth video or both in, 25 frames a second out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
+from avsr.errors import UserError
+from avsr.models.avhubert_inputs import AUDIO, SIDE, VIDEO, audio_features, audio_frames, video_features
+from avsr.models.encoder import SpeechEncoder, fingerprint
+from avsr.models.encoder_lora import add_encoder_lora
+from avsr.models.fairseq_file import load_avhubert
+
+_NEEDS = {
+    "audio": frozenset({"audio"}),
+    "video": frozenset({"video"}),
+    "fused": frozenset({"audio", "video"}),
+}
+
+
+class AVHubertEncoder(SpeechEncoder):
+    """AV-HuBERT over one modality or over both, with LoRA where ``config.lora`` asks for it.
+
+    A fused clip has as many frames as its mouth video; its sound is cut or filled up to them. A fused clip that
+    lacks one modality is encoded from the other, which the model knows from its pre-training. (So is one whose
+    audio features are all zero: digital silence.)
+
+    Args:
+        config: ``name`` is an official ``.pt`` file, or a folder or ``.safetensors`` file converted from it.
+        stream: "audio", "video" or "fused".
+        device: of the weights.
+    """
+
+    frames_per_second = 25
+
+    def __init__(self, config: EncoderConfig, stream: str, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        if stream not in _NEEDS:
+            raise UserError(f"AV-HuBERT's stream: expected one of {', '.join(_NEEDS)}, got {stream!r}")
+        model = load_avhubert(str(config.name))
+        if model.config.audio != AUDIO:
+            raise UserError(f"{config.name}: reads {model.config.audio} audio features, expected {AUDIO}")
+        self.stream = stream
+        self.needs = _NEEDS[stream]
+        self.batch = config.batch
+        self.width = model.config.width
+        self.identity = f"avhubert {config.name} {fingerprint(model)} {stream}"
+        self.model = model.to(device)
+        add_encoder_lora(self.model, config.lora)
+        self.eval()
+
+    def frames(self, samples: int, video_frames: int) -> int:
+        if self.stream == "audio" or (self.stream == "fused" and not video_frames):
+            return audio_frames(samples) if samples else 0
+        return video_frames
+
+    def prepare(self, clip: Clip) -> Tensor:
+        """(T, 104), (T, 88 * 88), or for a fused clip both side by side, (T, 104 + 88 * 88); float32."""
+        wave = clip.wave if "audio" in self.needs and clip.wave is not None and len(clip.wave) else None
+        mouth = clip.mouth if "video" in self.needs and clip.mouth is not None and len(clip.mouth) else None
+        if wave is None and mouth is None:
+            missing = {"audio": "sound", "video": "mouth video", "fused": "sound and no mouth video"}[self.stream]
+            raise UserError(f"the clip has no {missing}, which the AV-HuBERT encoder needs")
+        audio = None if wave is None else audio_features(wave)
+        video = None if mouth is None else video_features(mouth).flatten(1)
+        if self.stream != "fused":
+            return audio if video is None else video  # type: ignore[return-value]
+        if audio is None:
+            assert video is not None
+            audio = video.new_zeros(len(video), AUDIO)
+        if video is None:
+            video = audio.new_zeros(len(audio), VIDEO)
+        audio = pad(audio[: len(video)], (0, 0, 0, max(0, len(video) - len(audio))))
+        return torch.cat([audio, video], dim=1)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, K) zero-padded, (B,) int64 -> (B, T, D); frames behind a row's end mean nothing."""
+        audio, video = {
+            "audio": (inputs, None),
+            "video": (None, inputs),
+            "fused": (inputs[..., :AUDIO], inputs[..., AUDIO:]),
+        }[self.stream]
+        if video is not None:
+            video = video.unflatten(-1, (SIDE, SIDE))
+        return self.model(audio, video, lengths)

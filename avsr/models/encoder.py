@@ -1,0 +1,84 @@
+"""What every speech encoder offers, and its batched use without gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from avsr.data.clip import Clip
+from avsr.models.encoder_lora import set_lora_mode
+
+
+class SpeechEncoder(nn.Module):
+    """A pretrained encoder of one stream, always in eval mode; frozen unless it carries LoRA adapters.
+
+    Subclasses implement :meth:`frames`, :meth:`prepare` and :meth:`forward`. Results do not depend on padding, so a
+    clip gives the same features alone and in any batch.
+
+    Attributes:
+        width: feature size D.
+        frames_per_second: of the features.
+        max_seconds: of a clip; infinite when there is no limit.
+        needs: of "audio" and "video".
+        batch: clips encoded at once by :meth:`encode`.
+        identity: names weights and options, for caches.
+    """
+
+    width: int
+    frames_per_second: int
+    max_seconds: float = float("inf")
+    needs: frozenset[str]
+    batch: int = 16
+    identity: str
+
+    def frames(self, samples: int, video_frames: int) -> int:
+        """Features of a clip with so many samples and mouth frames."""
+        raise NotImplementedError
+
+    def prepare(self, clip: Clip) -> Tensor:
+        """(T, K) float32, the input for one clip with T = number of features."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, K) inputs, zero-padded behind ``lengths`` (B,) -> (B, T, D)."""
+        raise NotImplementedError
+
+    def feature_count(self, rows: int) -> int:
+        """Features of an input of so many rows: as many, unless the encoder says otherwise."""
+        return rows
+
+    def train(self, mode: bool = True) -> SpeechEncoder:
+        """Stays in eval mode, but for the adapters' dropout: layer drop and batch statistics are not for training."""
+        super().train(False)
+        set_lora_mode(self, mode)
+        return self
+
+    def encode(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """(T, D) float32 features of every clip, as if it had been encoded alone."""
+        return self.run([self.prepare(clip) for clip in clips])
+
+    @torch.no_grad()
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Prepared (T, K) inputs -> (T, D) float32 each, in batches of like length."""
+        device = next(self.parameters()).device
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        out: dict[int, Tensor] = {}
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            lengths = torch.tensor([len(inputs[i]) for i in part], device=device)
+            padded = nn.utils.rnn.pad_sequence([inputs[i] for i in part], batch_first=True).to(device)
+            for index, row, length in zip(part, self(padded, lengths), lengths.tolist(), strict=True):
+                out[index] = row[: self.feature_count(length)].float()
+        return [out[i] for i in range(len(inputs))]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of names and values, for caches."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

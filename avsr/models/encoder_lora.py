@@ -1,0 +1,57 @@
+"""LoRA on a frozen speech encoder, by PEFT."""
+
+from __future__ import annotations
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from avsr.config import LoraConfig
+from avsr.errors import UserError
+
+
+def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora") -> nn.Module:
+    """Puts LoRA into the linear layers of ``module`` named by ``config.targets``, in place.
+
+    Only the adapters (in float32) take gradients afterwards, and the module gives what it gave before until they
+    are trained. Llama-AVSR's LoRA on AV-HuBERT is rank 64 with alpha 128 (scale 2) on q_proj and v_proj.
+
+    Args:
+        module: the frozen module. A layer must be *called* for its adapter to act, not just lend its weight.
+        config: rank 0 leaves ``module`` as it is.
+        key: the config key, for messages.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        UserError: a target that names no linear layer of the module.
+    """
+    if config.rank == 0:
+        return module
+    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(f"{key}.targets: the encoder has no linear layer {target!r}; it has {known}")
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+    inject_adapter_in_model(peft_config, module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    set_lora_mode(module.eval(), False)
+    return module
+
+
+def set_lora_mode(module: nn.Module, training: bool) -> None:
+    """Switches the adapters' dropout alone; whatever is frozen stays in eval mode."""
+    for part in module.modules():
+        if isinstance(part, LoraLayer):
+            part.lora_dropout.train(training)

@@ -1,0 +1,30 @@
+"""Which encoder a stream of the config names."""
+
+from __future__ import annotations
+
+import torch
+
+from avsr.config import EncoderConfig
+from avsr.models.encoder import SpeechEncoder
+from avsr.models.whisper import Whisper
+
+
+def build_encoder(config: EncoderConfig, stream: str, device: torch.device | str = "cpu") -> SpeechEncoder:
+    """The encoder of ``stream`` (audio, video or fused), on ``device``.
+
+    Raises:
+        UserError: its weights are missing or do not fit.
+    """
+    if config.kind == "whisper":
+        return Whisper(config, device)
+    if config.kind == "wavlm":
+        from avsr.models.wavlm import WavLMEncoder
+
+        return WavLMEncoder(config, device)
+    if config.kind == "visual":
+        from avsr.models.visual import VisualEncoder
+
+        return VisualEncoder(config, stream, device)
+    from avsr.models.avhubert import AVHubertEncoder
+
+    return AVHubertEncoder(config, stream, device)

@@ -1,0 +1,89 @@
+"""The visual front end of AV-HuBERT and Auto-AVSR: a 3D convolution and a ResNet-18 over every frame.
+
+Module names are those of the official state dicts (``frontend3D``, ``trunk.layer1`` and so on).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_REACH = 2  # frames that the 3D convolution sees to either side
+_CHUNK = 256  # frames worked on at once, which bounds the memory of long clips and large batches
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a PReLU with one slope for each channel."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.PReLU(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.PReLU(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Trunk(nn.Module):
+    """ResNet-18 without its stem and classifier: (N, c, h, w) -> (N, 8 c)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+
+        self.layer1 = stage(channels, channels, 1)
+        self.layer2 = stage(channels, 2 * channels, 2)
+        self.layer3 = stage(2 * channels, 4 * channels, 2)
+        self.layer4 = stage(4 * channels, 8 * channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
+
+
+class VisualFrontEnd(nn.Module):
+    """Grey frames to one vector a frame. ``channels`` is 64 in the official models, ``width`` 8 times that."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.width = 8 * channels
+        self.frontend3D = nn.Sequential(
+            nn.Conv3d(1, channels, (5, 7, 7), (1, 2, 2), (_REACH, 3, 3), bias=False),
+            nn.BatchNorm3d(channels),
+            nn.PReLU(channels),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        )
+        self.trunk = Trunk(channels)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, H, W) normalised frames, (B,) lengths (0 allowed) -> (B, T, width), zeros behind a row's end.
+
+        The rows are laid end to end with as many black (zero) frames between them as the 3D convolution reaches:
+        every row sees what it sees alone, and padding is not computed on.
+        """
+        rows, steps = frames.shape[:2]
+        place = torch.arange(steps + _REACH, device=frames.device)
+        valid = place < lengths[:, None]
+        taken = place < lengths[:, None] + _REACH
+        padded = nn.functional.pad(frames, (0, 0, 0, 0, 0, _REACH)).masked_fill(~valid[..., None, None], 0)
+        packed, real = padded[taken], valid[taken]
+        parts = [self._chunk(packed, real, first) for first in range(0, len(packed), _CHUNK)]
+        out = frames.new_zeros(rows, steps, self.width)
+        out[valid[:, :steps]] = torch.cat(parts)
+        return out
+
+    def _chunk(self, packed: Tensor, real: Tensor, first: int) -> Tensor:
+        begin = max(first - _REACH, 0)
+        x = self.frontend3D(packed[None, None, begin : first + _CHUNK + _REACH])
+        x = x[0].transpose(0, 1)[first - begin : first - begin + _CHUNK]
+        return self.trunk(x[real[first : first + _CHUNK]])

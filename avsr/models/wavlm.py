@@ -1,0 +1,116 @@
+"""Frozen WavLM encoder (transformers): waveform in, 50 frames a second out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, WavLMModel
+from transformers.utils.logging import disable_progress_bar
+
+from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
+from avsr.errors import UserError
+from avsr.models.encoder import SpeechEncoder, fingerprint
+from avsr.models.encoder_lora import add_encoder_lora
+from avsr.models.sources import resolve
+
+SAMPLE_RATE = 16_000
+_LENT = {"q_proj", "k_proj", "v_proj", "out_proj"}
+
+
+class WavLMEncoder(SpeechEncoder):
+    """WavLM's last layer. The input of a clip is its waveform, (samples, 1), and lengths are samples.
+
+    There is no longest clip, but attention is computed in full: its memory grows with the square of the length
+    (30 s and 16 heads: 150 MB a clip and layer), and relative positions are learned up to 16 s.
+
+    Args:
+        config: ``name`` is a hub id or a folder. ``normalise`` (null: true) gives each waveform mean 0 and
+            variance 1, as WavLM-LARGE was trained.
+        device: of the weights.
+    """
+
+    needs = frozenset({"audio"})
+
+    def __init__(self, config: EncoderConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        model = _load(str(config.name))
+        self._normalise = config.normalise is not False
+        # a norm over time would see the padding, so such clips (BASE) go one by one
+        self._alone = model.config.feat_extract_norm == "group"
+        self._convolutions = list(zip(model.config.conv_kernel, model.config.conv_stride, strict=True))
+        self.batch = config.batch
+        self.width = int(model.config.hidden_size)
+        self.frames_per_second = SAMPLE_RATE // math.prod(stride for _, stride in self._convolutions)
+        self.identity = f"wavlm {config.name} {fingerprint(model)} normalise={self._normalise}"
+        self.model = model.to(device)
+        lora = config.lora
+        if lora.rank and (lent := sorted(_LENT & set(lora.targets))):
+            raise UserError(
+                f"lora.targets: WavLM's attention reads the weights of {', '.join(lent)} without calling these "
+                "layers, so LoRA on them would do nothing; use intermediate_dense and output_dense"
+            )
+        add_encoder_lora(self.model, lora)
+        self.eval()
+
+    def frames(self, samples: int, video_frames: int) -> int:
+        return self.feature_count(samples)
+
+    def feature_count(self, rows: int) -> int:
+        """Frames of the convolutions over so many samples."""
+        samples = rows
+        for kernel, stride in self._convolutions:
+            samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+        return samples
+
+    def prepare(self, clip: Clip) -> Tensor:
+        if clip.wave is None:
+            raise UserError("the clip has no sound, which the WavLM encoder needs")
+        if not self.frames(len(clip.wave), 0):
+            raise UserError(f"a clip of {len(clip.wave)} samples is too short for WavLM")
+        wave = clip.wave.float()
+        if self._normalise:
+            wave = torch.nn.functional.layer_norm(wave, wave.shape, eps=1e-8)
+        return wave[:, None]
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, samples, 1) zero-padded, (B,) int64 samples -> (B, frames, D); frames behind a row's end mean
+        nothing."""
+        waves = inputs[..., 0]
+        counts = lengths.tolist()
+        if self._alone:
+            rows = [
+                self.model(wave[None, :count]).last_hidden_state[0] for wave, count in zip(waves, counts, strict=True)
+            ]
+            return pad_sequence(rows, batch_first=True)
+        if min(counts) == waves.shape[1]:
+            return self.model(waves).last_hidden_state
+        mask = torch.arange(waves.shape[1], device=waves.device) < lengths.to(waves.device)[:, None]
+        with warnings.catch_warnings():  # transformers gives torch a bool mask beside a float one
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+            return self.model(waves * mask, attention_mask=mask.long()).last_hidden_state
+
+
+def _load(name: str) -> Any:
+    disable_progress_bar()
+    source = str(resolve(name))
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "wavlm":
+            raise UserError(f"{name}: expected a WavLM model, got {config.model_type!r}")
+        model, report = WavLMModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name}: cannot load the WavLM model: {str(error).splitlines()[0]}") from error
+    # the last one is used by pre-training alone
+    missing = sorted(key for key in report["missing_keys"] if key != "masked_spec_embed")
+    if missing:
+        raise UserError(f"{name}: the WavLM weights lack {missing[0]}")
+    if config.add_adapter:
+        raise UserError(f"{name}: a WavLM with an adapter on top (add_adapter) is not supported")
+    return model.eval().requires_grad_(False)

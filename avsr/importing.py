@@ -40,7 +40,8 @@ def import_checkpoint(
     The AV-HuBERT that the checkpoint holds goes with them (``encoders/*.safetensors``): its batch statistics moved
     in training. The language model and a Whisper or WavLM encoder are frozen and stay where the config names them;
     a few of their values are compared. Whisper is set to 30 s windows and normalised waveforms, as it was trained,
-    unless ``overrides`` say otherwise.
+    unless ``overrides`` say otherwise. The rate of average pooling leaves no trace in the weights: the recipe's has to
+    be the right one.
 
     Args:
         checkpoint: ``model_avg_N.pth``.
@@ -89,7 +90,7 @@ def _write(part: Path, out: Path, state: official.State, config: Config, path: P
     """Everything below ``part``, whose config already says ``out``."""
     saved = copy.deepcopy(config)  # building settles the precision for this machine
     for stream in config.model.streams:
-        file = _export_encoder(part, stream, state, config)
+        file = _export_encoder(part, stream, state, config, path)
         if file is not None:
             getattr(config.model, stream).encoder.name = str(part / file)
             getattr(saved.model, stream).encoder.name = str(out / file)
@@ -97,11 +98,11 @@ def _write(part: Path, out: Path, state: official.State, config: Config, path: P
     store = build_store(config, torch.device("cpu"))
     model, _ = build_model(config, store, torch.device("cpu"))
     translated = official.translate(state, model, path)
-    compare_frozen(state, model, store.encoders, path)
+    compared = compare_frozen(state, model, store.encoders, path)
     publish(part / "checkpoints" / "best", translated, saved, {"step": 0, "imported": path.name})
     (part / "config.yaml").write_text(to_yaml(saved), encoding="utf-8")
-    rest = len(state) - len(translated)
-    logger.info("%s: %d trained tensors imported, %d frozen ones left to their own files", out, len(translated), rest)
+    counts = len(translated), len(state) - len(translated), len(compared)
+    logger.info("%s: %d tensors imported, %d frozen ones left to their own files (%d compared)", out, *counts)
     return out
 
 
@@ -120,10 +121,17 @@ def compare_frozen(
     pairs = {f"llm.{name}": (parameter, "model.llm.name") for name, parameter in own.items() if "lora_" not in name}
     for stream, encoder in encoders.items():
         prefix = official.encoder_prefix(state, stream)
-        for name, parameter in _unwrapped(encoder).items():
-            pairs[f"{prefix}.{name}"] = (parameter, f"model.{stream}.encoder.name")
+        parts = {f"{prefix}.{name}": parameter for name, parameter in _unwrapped(encoder).items()}
+        matrices = [key for key in parts.keys() & state.keys() if state[key].dim() > 1]
+        if official.encoder_state(state, prefix) and not matrices:
+            raise UserError(
+                f"{where}: {prefix} is of another kind than {type(encoder).__name__}: model.{stream}.encoder"
+            )
+        pairs |= {key: (parameter, f"model.{stream}.encoder.name") for key, parameter in parts.items()}
+    # vectors say little: biases of zero and norms of one are alike in many models
+    common = sorted(key for key in pairs.keys() & state.keys() if state[key].dim() > 1)
     compared = []
-    for key in _some(sorted(pairs.keys() & state.keys())):
+    for key in _some(common):
         ours, named = pairs[key]
         theirs = state[key]
         enlarged = key in (official.TABLE, "llm.lm_head.weight")  # by the rows of the added tokens
@@ -156,20 +164,22 @@ def _close(theirs: Tensor, ours: Tensor) -> bool:
 
 def _unwrapped(encoder: nn.Module) -> dict[str, Tensor]:
     """Parameters by their names inside the pretrained model, which is one attribute of the encoder."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in encoder.named_parameters():
         if "lora_" not in name:
             found[name.partition(".")[2].replace(".base_layer.", ".")] = parameter
     return found
 
 
-def _export_encoder(part: Path, stream: str, state: official.State, config: Config) -> Path | None:
+def _export_encoder(part: Path, stream: str, state: official.State, config: Config, where: Path) -> Path | None:
     """Writes the AV-HuBERT of ``stream`` and returns its place below the run; None where there is none to write."""
     settings = config.model.streams[stream].encoder
     prefix = official.encoder_prefix(state, stream)
     tensors = official.encoder_state(state, prefix)
     if settings.kind != "avhubert" or not tensors:
         return None
+    if "post_extract_proj.weight" not in tensors:
+        raise UserError(f"{where}: {prefix} is of another kind than AV-HuBERT: model.{stream}.encoder.kind")
     lora = settings.lora
     if lora.rank and lora.alpha != official.ENCODER_SCALE * lora.rank:
         raise UserError(

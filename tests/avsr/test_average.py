@@ -122,10 +122,10 @@ def test_checkpoints_that_do_not_belong_together(refuse: Refuse, kept: Path) -> 
         assert ("more" if "more" in changed else name) in message
     save_file(state, str(folder / WEIGHTS))
     config = read_run_config(folder)
-    config.model.audio.audio.compression.rate = 5
+    config.model.audio.compression.rate = 5
     (folder / "config.yaml").write_text(to_yaml(config))
     message = refuse("average", kept)
-    assert "model.audio.audio.compression.rate: 5 != 4" in message and "step-000090" in message
+    assert "model.audio.compression.rate: 5 != 4" in message and "step-000090" in message
     assert not (kept / "checkpoints" / "average").exists()
     assert "step-000090" not in refuse("average", kept, "--last", 5)
 

@@ -11,7 +11,7 @@ from avsr.errors import EXIT_USER, UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command: train, evaluate, transcribe, analyze, average, synth or doctor."""
+    """Runs one command: train, evaluate, transcribe, analyze, average, import, synth or doctor."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse does not find positional arguments that stand behind an option
@@ -75,6 +75,13 @@ def _analyze(arguments: argparse.Namespace) -> None:
     print(analyze(runs, overrides, arguments.out))
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    from avsr.importing import import_checkpoint
+
+    given = arguments.checkpoint, arguments.config, arguments.out, arguments.overrides
+    print(import_checkpoint(*given, reduction=arguments.reduction, alpha=arguments.alpha))
+
+
 def _average(arguments: argparse.Namespace) -> None:
     from avsr.average import average
 
@@ -134,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("run", help="the run folder, trained with training.keep_last")
     average.add_argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)")
     average.set_defaults(run_command=_average)
+    importing = commands.add_parser("import", help="make a run of an official Llama-AVSR checkpoint")
+    importing.add_argument("checkpoint", help="model_avg_N.pth")
+    importing.add_argument("--config", required=True, help="a YAML file or a recipe's name that describes it")
+    importing.add_argument("--out", required=True, help="the run folder to make")
+    importing.add_argument("--reduction", type=int, metavar="R", help="its --reduction_lora, in place of model.lora")
+    importing.add_argument("--alpha", type=float, metavar="A", help="its --alpha: LoRA is scaled by A / R")
+    _add(importing, _import)
     doctor = commands.add_parser("doctor", help="print versions, devices, backends and what is missing")
     doctor.set_defaults(run_command=_doctor)
     synth = commands.add_parser("synth", help="make a corpus of synthetic speech")

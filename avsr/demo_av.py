@@ -25,7 +25,7 @@ from avsr.evaluate import evaluate_model, test_sets
 
 CORPUS = "data/demo_av"
 FOLDER = "runs/demo_av"
-SYNTH_OPTIONS = ["grid=3000", "open=0", "voices=8"]
+SYNTH_OPTIONS = ["grid=2000", "open=0", "voices=8"]
 TASKS = ("audio", "video", "audiovisual")
 SNR = (CLEAN, 10.0, 5.0, 0.0, -5.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -302,3 +303,31 @@ def draw_face() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
         return np.stack(frames), np.stack(landmarks)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def parts() -> Any:
+    """The module official_checkpoint.py beside this file."""
+    spec = importlib.util.spec_from_file_location(
+        "official_checkpoint", Path(__file__).with_name("official_checkpoint.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def plain_llm(parts: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer that has no <pad>, as Llama's."""
+    folder: Path = parts.write_plain_llm(tiny_llm, tmp_path_factory.mktemp("plain_llm"))
+    return folder
+
+
+@pytest.fixture
+def audio_recipe(tiny_recipe: Callable[..., Path], tmp_path: Path, plain_llm: Path) -> Callable[..., Path]:
+    def make(**overrides: Any) -> Path:
+        lora = {"rank": 8, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
+        return tiny_recipe(tmp_path, **{"model.llm.name": str(plain_llm), "model.lora": lora, **overrides})
+
+    return make

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from avsr.cli import main
-from avsr.config import CompressionConfig, DecodeConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig
+from avsr.config import (
+    CompressionConfig,
+    DecodeConfig,
+    EncoderConfig,
+    LLMConfig,
+    LoraConfig,
+    ModelConfig,
+    StreamConfig,
+)
 from avsr.config import ProjectorConfig as Projector
 from avsr.data.batches import Example, collate
 from avsr.data.manifest import Utterance
@@ -24,9 +32,8 @@ WIDTH = 32
 @pytest.fixture(scope="module")
 def model(tiny_llm: Path) -> SpeechLLM:
     config = ModelConfig(
-        encoder=EncoderConfig(name="none"),
+        audio=StreamConfig(EncoderConfig(name="none"), CompressionConfig(rate=4)),
         llm=LLMConfig(name=str(tiny_llm)),
-        compression=CompressionConfig(rate=4),
         projector=Projector(hidden=16),
         lora=LoraConfig(rank=4),
     )

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-long lint bench gpu gpu-tune clean
+.PHONY: install demo demo-av test test-long lint bench gpu gpu-tune clean
 
 install: $(STAMP)
 
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 demo: install
 	$(BIN)/python -m avsr.demo
+
+demo-av: install
+	$(BIN)/python -m avsr.demo_av
 
 lint: install
 	$(BIN)/ruff check .

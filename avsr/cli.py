@@ -33,6 +33,13 @@ def _train(arguments: argparse.Namespace) -> None:
     print(train_and_leave(load_config(arguments.config, arguments.overrides)))
 
 
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from avsr.composing import compose
+    from avsr.pretrain import PretrainConfig, pretrain
+
+    print(pretrain(compose(arguments.config, arguments.overrides, PretrainConfig)))
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from avsr.evaluate import evaluate
 
@@ -97,12 +104,27 @@ def _synth(arguments: argparse.Namespace) -> None:
         print(f"{count:7d}  {name}")
 
 
+def _prepare(arguments: argparse.Namespace) -> None:
+    from avsr.prepare.options import parse_options
+    from avsr.prepare.run import prepare
+
+    options = parse_options(arguments.corpus, arguments.overrides)
+    report = prepare(arguments.corpus, arguments.root, arguments.out, options)
+    for name, count in report.manifests.items():
+        print(f"{count:7d}  {name}.jsonl")
+    for kind, count in report.refused.items():
+        print(f"{count:7d}  refused: {kind}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avsr", description="Llama-AVSR without attention sinks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a config")
     train.add_argument("config", help="a YAML file or a recipe's name")
     _add(train, _train)
+    pretrain = commands.add_parser("pretrain", help="teach the small visual encoder a corpus with known times")
+    pretrain.add_argument("config", help="a YAML file or a recipe's name")
+    _add(pretrain, _pretrain)
     evaluate = commands.add_parser("evaluate", help="decode and score a run's test sets")
     evaluate.add_argument("run", help="the run folder")
     evaluate.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
@@ -131,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     synth = commands.add_parser("synth", help="make a corpus of synthetic speech")
     synth.add_argument("out", help="the folder to make")
     _add(synth, _synth)
+    prepare = commands.add_parser("prepare", help="turn the videos of a corpus into mouth crops, sound and manifests")
+    prepare.add_argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)")
+    prepare.add_argument("root", help="the corpus as it was handed out")
+    prepare.add_argument("out", help="the folder to make")
+    _add(prepare, _prepare)
     return parser
 
 

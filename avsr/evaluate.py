@@ -21,6 +21,7 @@ from avsr.evaluation.breakdown import by_length, by_speaker
 from avsr.evaluation.decode import Hypothesis, transcribe
 from avsr.evaluation.wer import Score, alignment, normaliser, score
 from avsr.models.speech_llm import SpeechLLM
+from avsr.prepare.single import mouth_video
 from avsr.progress import ProgressBar
 
 WORST = 20  # utterances shown in errors.txt
@@ -130,7 +131,8 @@ def worst(rows: list[dict[str, Any]], config: Config) -> str:
 def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) -> list[tuple[str, str | UserError]]:
     """(file, text) in order; an unusable file has its error instead of a text.
 
-    A video file gives its mouth frames, its sound or both, as the run's task needs.
+    A video file gives its mouth frames, its sound or both, as the run's task needs; of a whole face the mouth is cut
+    out first.
     """
     config, model, store = load_run(run, overrides, pick_device())
     task = (config.decode.tasks or [config.model.task])[0]
@@ -149,7 +151,9 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
 def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Example:
     path = Path(name).resolve()
     moving = path.suffix.lower() in VIDEO_SUFFIXES
-    utterance = Utterance(id=name, audio=None if moving else path, text="", duration=0, video=path if moving else None)
+    utterance = Utterance(id=name, audio=path, text="", duration=0, video=None)
+    if moving and any("video" in store.encoders[stream].needs for stream in store.active):
+        utterance = replace(utterance, video=mouth_video(path))
     features = store.load(utterance, streams=TASKS[task])
     utterance = replace(utterance, duration=store.seconds(utterance))
     reason = model.refuse({stream: len(rows) for stream, rows in features.items()}, 0)

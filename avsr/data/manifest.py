@@ -1,4 +1,4 @@
-"""Manifests: one JSON object a line, or the Llama-AVSR label CSV.
+"""Manifests: one JSON object a line, or the label CSV of Llama-AVSR or auto_avsr.
 
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
 ``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
@@ -34,7 +34,7 @@ class Utterance:
 
 
 def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = None) -> list[Utterance]:
-    """Reads a ``.jsonl`` manifest or a Llama-AVSR ``.csv`` label file.
+    """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr.
 
     Args:
         path: the manifest. CSV paths are taken relative to the parent of the folder that holds the file
@@ -125,16 +125,23 @@ def _parse_json(line: str, root: Path, where: str) -> Utterance:
 
 
 def _parse_csv(line: str, root: Path, where: str) -> Utterance:
-    """``dataset,rel_path,num_frames,token ids,text`` without a header; the text has no comma."""
-    fields = line.split(",")
-    if len(fields) != 5:
+    """``dataset,rel_path,num_frames,token ids[,text]`` without a header.
+
+    The first four fields hold no comma, so that the text may. A line without a text (auto_avsr's) takes it from the
+    text file in the tree beside the video's: ``lrs3_text_seg16s/x.txt`` for ``lrs3_video_seg16s/x.mp4``.
+    """
+    fields = [field.strip() for field in line.split(",", 4)]
+    if len(fields) < 4:
         raise UserError(f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got {len(fields)}")
-    dataset, relative, frames, _, text = (field.strip() for field in fields)
+    dataset, relative, frames, tokens = fields[:4]
     if not frames.isdecimal() or int(frames) == 0:
         raise UserError(f"{where}: the number of frames must be a whole number above 0, got {frames!r}")
+    if not all(token.isdecimal() for token in tokens.split()):
+        raise UserError(f"{where}: the fourth field must be token ids (whole numbers with spaces), got {tokens!r}")
+    video = _inside(root, f"{dataset}/{relative}", where)
+    text = _unquoted(fields[4]) if len(fields) == 5 else _text_beside(root, dataset, relative, where)
     if not text:
         raise UserError(f"{where}: the transcript is empty")
-    video = _inside(root, f"{dataset}/{relative}", where)
     return Utterance(
         id=f"{dataset}/{relative}",
         audio=video.with_suffix(".wav"),
@@ -144,6 +151,27 @@ def _parse_csv(line: str, root: Path, where: str) -> Utterance:
         video=video,
         where=where,
     )
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes that CSV writers put around a text with commas."""
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].replace('""', '"').strip()
+    return text
+
+
+def _text_beside(root: Path, dataset: str, relative: str, where: str) -> str:
+    first, slash, rest = relative.partition("/")
+    if "_video_" not in first or not slash:
+        raise UserError(
+            f"{where}: the line has no text, and {relative!r} is not in a folder like {dataset}_video_seg16s, beside"
+            f" which {dataset}_text_seg16s would have it"
+        )
+    path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
+    try:
+        return " ".join(path.read_text(encoding="utf-8").lower().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 
 
 def _inside(root: Path, relative: str, where: str) -> Path:

@@ -41,7 +41,7 @@ def audio_features(wave: Tensor) -> Tensor:
     missing = (count - 1) * HOP + WINDOW - len(signal)
     windows = torch.nn.functional.pad(signal, (0, max(missing, 0))).unfold(0, WINDOW, HOP)
     power = torch.fft.rfft(windows, FFT).abs().square() / FFT
-    energies = power @ _mel_filters().T
+    energies = power @ _mel_filters().T.to(power.device)
     energies = torch.where(energies == 0, torch.finfo(torch.float64).eps, energies).log()
     stacked = torch.nn.functional.pad(energies, (0, 0, 0, -count % STACK)).reshape(-1, AUDIO)
     return torch.nn.functional.layer_norm(stacked.float(), (AUDIO,))

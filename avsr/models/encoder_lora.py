@@ -42,9 +42,8 @@ def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora"
         target_modules=list(config.targets),
     )
     inject_adapter_in_model(peft_config, module)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if parameter.requires_grad:
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # PEFT leaves the adapters alone trainable
             parameter.data = parameter.data.float()
     set_lora_mode(module.eval(), False)
     return module

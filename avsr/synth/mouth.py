@@ -114,8 +114,9 @@ def _draw_face(generator: np.random.Generator) -> np.ndarray:
         face -= depth * np.exp(-((furrow / 3.5) ** 2) - ((y + 14) / 16) ** 2)
     face -= 0.07 * np.exp(-((x / 3.5) ** 2) - ((y + 0.5 * nose + 6) / 8) ** 2)  # the groove under the nose
     if generator.uniform() < 0.3:
-        hair = np.clip((np.hypot(x / 1.1, y + 6) - 20) / 10, 0, 1) * np.clip((y + 24) / 8, 0, 1)
-        face -= generator.uniform(0.15, 0.4) * hair * (0.8 + 0.5 * generator.uniform(-1, 1, (size, size)))
+        hair = np.clip((np.hypot(x / 1.2, y + 2) - 17) / 12, 0, 1) * np.clip((y + 20 + 0.15 * np.abs(x)) / 18, 0, 1)
+        strands = 0.85 + 0.35 * generator.uniform(-1, 1, (size, size)) + 0.15 * _patches(generator, size, 28)
+        face -= generator.uniform(0.12, 0.35) * hair * strands
     return np.clip(face, 0.2, 1.3).astype(np.float32)
 
 

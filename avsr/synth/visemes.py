@@ -63,6 +63,7 @@ _TABLE: dict[str, _Viseme] = {
     "UW": _Viseme((0.16, -0.85, 1.00, 0.00, 0.00, 0.0, 0.0), 1.3, 1.5, 1.0),
 }
 VISEMES: tuple[str, ...] = tuple(_TABLE)
+TARGETS = np.array([viseme.targets for viseme in _TABLE.values()])  # (visemes, parameters)
 REST = VISEMES.index("rest")
 
 # eSpeak NG's mnemonics without stress marks, by viseme; two or three visemes follow each other in a diphthong.
@@ -156,8 +157,7 @@ def visemes_of(mnemonic: str) -> list[str]:
 
 def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     """(frames, len(PARAMETERS)) float64: the mouth in the middle of each frame of 40 ms."""
-    targets = np.array([viseme.targets for viseme in _TABLE.values()])
-    dominance = np.empty_like(targets)
+    dominance = np.empty_like(TARGETS)
     for row, held in zip(dominance, _TABLE.values(), strict=True):
         row[_JAW], row[_LIPS], row[_INNER] = held.jaw, held.lips, held.inner
     which, starts, ends = (np.array(part) for part in zip(*_covered(_segments(phonemes)), strict=True))
@@ -165,7 +165,7 @@ def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     # (frames, segments): the share of a Gaussian around the frame's middle that falls into each segment
     near = _normal_below(ends[None] - middles[:, None]) - _normal_below(starts[None] - middles[:, None])
     weights = dominance[which]
-    track: np.ndarray = (near @ (weights * targets[which])) / (near @ weights)
+    track: np.ndarray = (near @ (weights * TARGETS[which])) / (near @ weights)
     return track
 
 

@@ -14,7 +14,7 @@ from avsr.models.encoder_lora import add_encoder_lora, set_lora_mode
 
 def network() -> AVHubert:
     torch.manual_seed(0)
-    return AVHubert(AVHubertConfig(width=64, ffn=64, layers=2, channels=2)).eval().requires_grad_(False)
+    return AVHubert(AVHubertConfig(width=64, ffn=64, layers=2, channels=2)).eval()
 
 
 def run(model: AVHubert) -> torch.Tensor:

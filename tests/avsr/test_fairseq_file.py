@@ -245,8 +245,9 @@ def test_the_licence_is_said_once(write: Callable[..., Path], caplog: pytest.Log
     assert [r.message for r in caplog.records if "non-commercial" in r.message] == [fairseq_file.LICENCE]
 
 
-def test_converted_weights_are_float32(write: Callable[..., Path], cache: Path) -> None:
-    load_avhubert(str(write()))
+def test_converted_weights_are_float32(write: Callable[..., Path], weights: dict[str, Tensor], cache: Path) -> None:
+    half = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    load_avhubert(str(write(half)))
     (path,) = cache.glob("models/*/model.safetensors")
     with safe_open(str(path), "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32, torch.int64}  # noqa: SIM118

@@ -198,11 +198,38 @@ def test_label_rows(labels: Callable[..., Path], tmp_path: Path) -> None:
     assert first.id != second.id
 
 
+def test_a_text_may_have_commas_and_quotes(labels: Callable[..., Path]) -> None:
+    path = labels(
+        "lrs3,a/1.mp4,75,12 44 5,well, yes, really",
+        'lrs3,a/2.mp4,75,7,"well, ""yes"" he said"',
+        "lrs3,a/3.mp4,75,,no ids, but text",
+        'lrs3,a/4.mp4,75,7,"',
+    )
+    texts = [found.text for found in read_manifest(path)]
+    assert texts == ["well, yes, really", 'well, "yes" he said', "no ids, but text", '"']
+
+
+def test_a_line_without_text_takes_it_from_the_text_tree(labels: Callable[..., Path], tmp_path: Path) -> None:
+    path = labels("lrs3,lrs3_video_seg16s/test/0Fi83/00001.mp4,75,12 44 5", "lrs3,x/2.mp4,25,1,other")
+    script = tmp_path / "ROOT/lrs3/lrs3_text_seg16s/test/0Fi83/00001.txt"
+    script.parent.mkdir(parents=True)
+    script.write_text("SO HERE  IS\nTHE PLAN\n")
+    first, second = read_manifest(path)
+    assert (first.text, first.speaker, second.text) == ("so here is the plan", "0Fi83", "other")
+    script.write_bytes(b"\xff\xfe")
+    assert str(script) in refusal(path)
+    script.write_text(" \n")
+    assert "empty" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("lrs3,a/b.mp4,75,1 2", ["5 fields", "got 4"]),
-        ("lrs3,a/b.mp4,75,1 2,yes, really", ["5 fields", "got 6"]),
+        ("lrs3,a/b.mp4,75", ["5 fields", "got 3"]),
+        ("lrs3,a/b.mp4,75,1 2", ["no text", "lrs3_video_seg16s"]),
+        ("lrs3,lrs3_video_seg16s/b.mp4,75,1 2", ["no text", "lrs3_text_seg16s/b.txt"]),
+        ("lrs3,lrs3_video_seg16s/../../../x/b.mp4,75,1 2", ["outside"]),
+        ("lrs3,a/b.mp4,75,so, this is it", ["token ids", "'so'"]),
         ("lrs3,a/b.mp4,0,1 2,yes", ["frames", "'0'"]),
         ("lrs3,a/b.mp4,-5,1 2,yes", ["frames", "'-5'"]),
         ("lrs3,a/b.mp4,7.5,1 2,yes", ["frames", "'7.5'"]),

@@ -1,0 +1,329 @@
+"""A small visual encoder that trains from scratch in minutes: mouth frames in, 25 features a second out.
+
+``avsr pretrain`` makes the folder (``model.safetensors`` and ``config.json``) that :class:`VisualEncoder` loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, relu
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from avsr.config import EncoderConfig
+from avsr.data.clip import Clip
+from avsr.errors import UserError
+from avsr.models.encoder import SpeechEncoder
+from avsr.models.encoder_lora import add_encoder_lora
+from avsr.models.sources import resolve
+
+CROP = 88  # pixels of the mouth frame that are looked at, as in AV-HuBERT
+FRAMES_PER_SECOND = 25
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = "avsr-visual-1"
+
+_SPAN = 5  # frames that the first convolution sees
+
+
+@dataclass
+class VisualConfig:
+    """Sizes of the model.
+
+    Attributes:
+        pool: pixels averaged each way; the model sees frames of 88 / pool pixels. 4 is enough for drawn mouths.
+        channels: of the first convolution and of the two residual stages after it.
+        width: features a frame before the temporal layers.
+        hidden: of the recurrent layers, each way; the encoder's width is twice that.
+        layers: recurrent layers.
+        dropout: in training.
+    """
+
+    pool: int = 4
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64])
+    width: int = 160
+    hidden: int = 128
+    layers: int = 2
+    dropout: float = 0.2
+
+
+class Logits(NamedTuple):
+    """Heads of the model. ``visemes`` (N, V) over the batch's valid frames, row by row; the others (B, T, 1 + U)."""
+
+    visemes: Tensor
+    units: Tensor
+    ctc: Tensor
+
+
+class VisualModel(nn.Module):
+    """Convolutions over five frames and over each frame, over time, then a bidirectional GRU.
+
+    Padding is left out of the convolutions and of the statistics of batch normalisation, is zero for the temporal
+    layers, and is packed away for the GRU: a clip gives the same features alone and in any batch.
+
+    Args:
+        config: the sizes.
+        visemes: names of the viseme head's classes.
+        units: words, visemes or phonemes that the unit heads name. The class 0 before them is "none of them", for
+            the CTC head its blank.
+    """
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def __init__(self, config: VisualConfig, visemes: Sequence[str], units: Sequence[str]) -> None:
+        super().__init__()
+        self.config, self.visemes, self.units = config, tuple(visemes), tuple(units)
+        self.side = CROP // config.pool
+        self.width = 2 * config.hidden
+        first, second, third = config.channels
+        # over one grey channel a 3-D convolution is a 2-D one that takes its frames for channels
+        self.stem = nn.Sequential(_conv(_SPAN, first, 5, 2), nn.BatchNorm2d(first), nn.ReLU())
+        self.trunk = nn.Sequential(_ResidualFrame(first, second), _ResidualFrame(second, third))
+        edge = self.side
+        for _ in range(3):
+            edge = -(-edge // 2)
+        self.project = nn.Sequential(
+            nn.Dropout(config.dropout), nn.Linear(third * edge * edge, config.width), nn.LayerNorm(config.width)
+        )
+        self.temporal = nn.ModuleList(_ResidualTime(config.width, config.dropout) for _ in range(2))
+        self.recurrent = nn.GRU(
+            config.width,
+            config.hidden,
+            config.layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=config.dropout if config.layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.viseme_head = nn.Linear(config.width, len(visemes))
+        self.unit_head = nn.Linear(self.width, 1 + len(units))
+        self.ctc_head = nn.Linear(self.width, 1 + len(units))
+        self.register_buffer("feature_mean", torch.zeros(self.width))
+        self.register_buffer("feature_scale", torch.ones(self.width))
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, side * side) grey values and (B,) valid frames -> (B, T, width), standardised; padding gives 0."""
+        valid = _valid(inputs, lengths)
+        hidden = self._context(self._frames(inputs, lengths), valid)
+        return (hidden - self.feature_mean) * self.feature_scale * valid[..., None]
+
+    def logits(self, inputs: Tensor, lengths: Tensor) -> Logits:
+        """The heads over the same input as :meth:`forward`; at padding they hold no meaning."""
+        frames = self._frames(inputs, lengths)
+        hidden = self.dropout(self._context(frames, _valid(inputs, lengths)))
+        return Logits(self.viseme_head(frames), self.unit_head(hidden), self.ctc_head(hidden))
+
+    def _frames(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(N, config.width) of the N valid frames, row by row."""
+        valid = _valid(inputs, lengths)
+        grey = _standardise(inputs, valid).unflatten(-1, (self.side, self.side))
+        around = nn.functional.pad(grey, (0, 0, 0, 0, _SPAN // 2, _SPAN // 2)).unfold(1, _SPAN, 1)
+        stacked = around[valid].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.project(self.trunk(self.stem(stacked)).flatten(1))
+        return features
+
+    def _context(self, frames: Tensor, valid: Tensor) -> Tensor:
+        """(N, config.width) -> (B, T, width)."""
+        hidden = frames.new_zeros(*valid.shape, frames.shape[-1])
+        hidden[valid] = frames
+        for layer in self.temporal:
+            hidden = layer(hidden, valid)
+        packed = pack_padded_sequence(hidden, valid.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        out, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=valid.shape[1])
+        return out
+
+
+class VisualEncoder(SpeechEncoder):
+    """A frozen :class:`VisualModel`, always in eval mode: the statistics of batch normalisation are frozen too."""
+
+    frames_per_second = FRAMES_PER_SECOND
+    needs = frozenset({"video"})
+
+    def __init__(self, config: EncoderConfig, stream: str = "video", device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        folder = resolve(str(config.name))
+        if not isinstance(folder, Path):
+            raise UserError(f"model.{stream}.encoder.name: {config.name} is no folder that 'avsr pretrain' made")
+        try:
+            self.model = load_visual(folder)
+        except UserError as error:
+            raise UserError(f"model.{stream}.encoder.name: {error}") from error
+        self.model.to(device).requires_grad_(False)
+        self.batch = config.batch
+        self.width = self.model.width
+        self.identity = f"visual {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]}"
+        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora")
+        self.eval()
+
+    def frames(self, samples: int, video_frames: int) -> int:
+        """Encoder frames of a clip: its video frames."""
+        return video_frames
+
+    def prepare(self, clip: Clip) -> Tensor:
+        """(T, side * side) float32: the middle 88 pixels each way, averaged down.
+
+        Raises:
+            UserError: no video, or frames below 88 pixels.
+        """
+        if clip.mouth is None:
+            raise UserError("the visual encoder needs video, and the clip has none")
+        return crop(shrink(clip.mouth, self.model.config.pool), self.model.side).flatten(1)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, K) zero-padded and (B,) int64 -> (B, T, D)."""
+        out: Tensor = self.model(inputs, lengths)
+        return out
+
+
+def shrink(mouth: Tensor, pool: int) -> Tensor:
+    """(T, H, W) uint8 -> (T, H // pool, W // pool) float32 in 0..255, each pixel the mean of pool x pool.
+
+    A border that does not fill a whole square is left out on both sides alike, so the middle stays the middle.
+
+    Raises:
+        UserError: an empty clip, or frames below 88 pixels.
+    """
+    if mouth.dim() != 3 or len(mouth) == 0 or min(mouth.shape[1:]) < CROP:
+        raise UserError(f"expected mouth frames (T, H, W) of at least {CROP} x {CROP}, got {tuple(mouth.shape)}")
+    height, width = (CROP + (size - CROP) // (2 * pool) * 2 * pool for size in mouth.shape[1:])
+    return avg_pool2d(_middle(mouth, height, width).float(), pool)
+
+
+def crop(frames: Tensor, side: int) -> Tensor:
+    """The middle (T, side, side) of (T, h, w)."""
+    return _middle(frames, side, side)
+
+
+def _middle(frames: Tensor, height: int, width: int) -> Tensor:
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width]
+
+
+def save_visual(model: VisualModel, folder: Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, each in one step.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = {"format": FORMAT, "model": asdict(model.config), "visemes": model.visemes, "units": model.units}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{CONFIG}.part").write_text(text, encoding="utf-8")
+        save_file(state, str(folder / f"{WEIGHTS}.part"))
+        for name in (CONFIG, WEIGHTS):
+            os.replace(folder / f"{name}.part", folder / name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the visual model to {folder}: {error}") from error
+
+
+def load_visual(folder: Path) -> VisualModel:
+    """The model of a folder, in eval mode.
+
+    Raises:
+        UserError: a file is missing, damaged, of another format, or does not fit the other one.
+    """
+    model = _from_config(folder / CONFIG)
+    path = folder / WEIGHTS
+    try:
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(own.keys() | found.keys()):
+        if own.get(name) != found.get(name):
+            raise UserError(
+                f"{path} does not fit {CONFIG}: "
+                f"{name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
+            )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _from_config(path: Path) -> VisualModel:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path}: expected the format {FORMAT!r} of a visual model, got {found!r}")
+        config = VisualConfig(**content["model"])
+        check_visual(config, f"{path}: model.")
+        return VisualModel(config, content["visemes"], content["units"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not the config of a visual model: {error}") from error
+
+
+def check_visual(config: VisualConfig, prefix: str = "") -> None:
+    """Refuses sizes that make no model.
+
+    Raises:
+        UserError: the message names the key, after ``prefix``.
+    """
+    if config.pool < 1 or CROP % config.pool or CROP // config.pool < 8:
+        raise UserError(f"{prefix}pool: expected 1, 2, 4, 8 or 11, got {config.pool}")
+    if len(config.channels) != 3 or min(config.channels) < 1:
+        raise UserError(f"{prefix}channels: expected three numbers above 0, got {config.channels}")
+    for key in ("width", "hidden", "layers"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{prefix}{key}: expected at least 1, got {getattr(config, key)}")
+    if not 0.0 <= config.dropout < 1.0:
+        raise UserError(f"{prefix}dropout: expected 0 <= dropout < 1, got {config.dropout}")
+
+
+class _ResidualFrame(nn.Module):
+    """Two 3x3 convolutions over each frame, the first of stride 2, around a 1x1 one of stride 2."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(_conv(inside, outside, 3, 2), nn.BatchNorm2d(outside))
+        self.second = nn.Sequential(_conv(outside, outside, 3, 1), nn.BatchNorm2d(outside))
+        self.short = nn.Sequential(nn.Conv2d(inside, outside, 1, 2, bias=False), nn.BatchNorm2d(outside))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return relu(self.second(relu(self.first(frames))) + self.short(frames))
+
+
+class _ResidualTime(nn.Module):
+    """A convolution over five frames of the clip alone: outside it reads zeros. What comes out there has no meaning."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, 5, padding=2)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        inside = self.norm(hidden) * valid[..., None]
+        change = self.dropout(relu(self.conv(inside.transpose(1, 2)))).transpose(1, 2)
+        return hidden + change
+
+
+def _conv(inside: int, outside: int, kernel: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False)
+
+
+def _valid(inputs: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) bool: the frames before each row's length."""
+    return torch.arange(inputs.shape[1], device=inputs.device) < lengths.to(inputs.device)[:, None]
+
+
+def _standardise(inputs: Tensor, valid: Tensor) -> Tensor:
+    """(B, T, K) with mean 0 and deviation 1 over each clip's own pixels; padding 0. A blank clip is all 0."""
+    padding = ~valid[..., None]
+    count = (valid.sum(1) * inputs.shape[-1]).clamp(min=1)[:, None, None]
+    mean = inputs.masked_fill(padding, 0.0).sum((1, 2), keepdim=True) / count
+    centred = (inputs - mean).masked_fill(padding, 0.0)
+    deviation = (centred.square().sum((1, 2), keepdim=True) / count).sqrt()
+    return centred / deviation.clamp(min=1.0)

@@ -1,0 +1,50 @@
+"""The mouth of one video file, for transcribing what was never prepared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from avsr.corpora.source import Source
+from avsr.data.clip import MOUTH_SIZES
+from avsr.data.video import encode_video, video_frames
+from avsr.errors import UserError
+from avsr.models.sources import cache_folder
+from avsr.prepare.clips import Job, Refused, mouths
+from avsr.prepare.faces import require_detector
+from avsr.prepare.options import DETECT, PrepareOptions
+
+
+def mouth_video(path: Path) -> Path:
+    """``path`` if its pictures are mouth crops already; else a video of the mouth, made once and kept in the cache.
+
+    Raises:
+        UserError: no readable video, no face in it, or the landmark detector is missing.
+    """
+    height, width = next(iter(video_frames(path))).shape
+    if height == width and MOUTH_SIZES[0] <= height <= MOUTH_SIZES[1]:
+        return path
+    stat = path.stat()
+    key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
+    target = cache_folder() / "mouths" / f"{key}.mp4"
+    if target.is_file():
+        return target
+    try:
+        require_detector()
+    except UserError as error:
+        raise UserError(f"{path} is {width}x{height}, no mouth crop of 96x96 pixels: {error}") from error
+    options = PrepareOptions()
+    source = Source(path.stem, path, speaker="", manifests=())
+    try:
+        frames, _, _ = mouths(Job(source, "", DETECT, options.skew, options.coverage))
+    except Refused as refused:
+        raise UserError(str(refused)) from refused
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(encode_video(frames))
+        os.replace(part, target)
+    except OSError as error:
+        raise UserError(f"cannot write the mouth of {path} to {target}: {error}") from error
+    return target

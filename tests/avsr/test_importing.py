@@ -185,12 +185,10 @@ def test_whisper_and_a_frozen_avhubert(
     run = import_checkpoint(path, str(recipe), tmp_path / "out")
     generator = torch.Generator().manual_seed(3)
     sound, mouth = torch.randn(16, 32, generator=generator), torch.randn(9, 88 * 88, generator=generator)
-    _, model, _ = load_run(run, [], torch.device("cpu"))
     seen = parts.run_network(parts.avhubert(official, "video_encoder", lora=False), None, mouth)
-    model._frozen.clear()  # features as they are
-    batch = collate([example(model, "audiovisual", {"audio": sound, "video": seen})])
-    with torch.no_grad():
-        logits, _ = model.label_logits(batch, model.assemble(batch, with_text=True))
+    # with a cache the model reads features
+    cache = f"data.cache={tmp_path / 'cache'}"
+    _, logits = imported_logits(run, "audiovisual", {"audio": sound, "video": seen}, cache)
     speech = [
         ("audio", official.project("audio_proj", parts.pooled(sound, 4))),
         ("video", official.project("video_proj", parts.stacked(seen, 2))),

@@ -168,8 +168,9 @@ class FeatureStore:
 
     def _path(self, name: str, utterance: Utterance, view: View) -> Path:
         state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
-        if not view.plain:
-            state += f" {utterance.id} {utterance.speaker} {self._transforms.identity(view)}"
+        identity = self._transforms.identity(view, self.encoders[name].needs)
+        if identity:
+            state += f" {utterance.id} {utterance.speaker} {identity}"
         key = hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()
         return self._folders[name] / key[:2] / f"{key[2:34]}.npy"
 

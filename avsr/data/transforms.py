@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,15 +40,17 @@ class Transforms:
     def __init__(self, config: AugmentConfig, noise: Babble | None, seed: int) -> None:
         self._config, self._noise, self._seed = config, noise, seed
 
-    def identity(self, view: View) -> str:
-        """Names a view and all that shapes it, for caches."""
-        if view.plain:
-            return ""
-        noise = self._noise.identity if self._noise else ""
-        settings = (
-            "" if view.draw is None else f"{self._config.snr} {self._config.time_mask} {self._config.random_crop}"
-        )
-        return f"{view} {settings} seed={self._seed} {noise}"
+    def identity(self, view: View, needs: Set[str]) -> str:
+        """Names what shapes a view for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
+        config, parts = self._config, []
+        if view.draw is not None and config.time_mask:
+            parts.append("time_mask")
+        if view.draw is not None and config.random_crop and "video" in needs:
+            parts.append("random_crop")
+        if "audio" in needs and (view.snr != CLEAN or (view.draw is not None and config.snr)):
+            levels = config.snr if view.draw is not None else view.snr
+            parts.append(f"snr={levels} {self._noise.identity if self._noise else ''}")
+        return f"{' '.join(parts)} draw={view.draw} seed={self._seed}" if parts else ""
 
     def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
         if view.plain:

@@ -258,13 +258,18 @@ class SpeechLLM(nn.Module):
     def _encode(self, name: str, batch: Batch, device: torch.device) -> Tensor:
         """(B, T, D) features: as they came, or by the stream's encoder."""
         inputs, lengths = batch.features[name].to(device), batch.lengths[name].to(device)
-        if name in self.encoders:
-            dtype = next(self.encoders[name].parameters()).dtype
-            return self.encoders[name](inputs.to(dtype), lengths)
+        if name not in self._counts:
+            return inputs
+        encoder = self._frozen[name] if name in self._frozen else self.encoders[name]
+        present = lengths > 0  # an utterance whose task lacks the stream is not encoded
         if name in self._frozen:
             with torch.no_grad():
-                return self._frozen[name](inputs, lengths).half().float()  # as from the cache
-        return inputs
+                rows = encoder(inputs[present], lengths[present]).half().float()  # as from the cache
+        else:
+            rows = encoder(inputs[present].to(next(encoder.parameters()).dtype), lengths[present])
+        out = rows.new_zeros(len(lengths), *rows.shape[1:])
+        out[present] = rows
+        return out
 
     def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:
         names = ["BOS"]

@@ -132,7 +132,7 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
 
     A video file gives its mouth frames, its sound or both, as the run's task needs.
     """
-    config, model, store = load_run(run, overrides, pick_device())
+    config, model, store = load_run(run, overrides, pick_device(), single=True)
     task = (config.decode.tasks or [config.model.task])[0]
     results: dict[int, str | UserError] = {}
     examples: list[tuple[int, Example]] = []
@@ -152,7 +152,7 @@ def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Exa
     utterance = Utterance(id=name, audio=None if moving else path, text="", duration=0, video=path if moving else None)
     features = store.load(utterance, streams=TASKS[task])
     utterance = replace(utterance, duration=store.seconds(utterance))
-    reason = model.refuse({stream: len(rows) for stream, rows in features.items()}, 0)
+    reason = model.refuse(store.frames(utterance), 0)
     if reason:
         raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
     return Example(utterance, features, [], task)

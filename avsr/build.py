@@ -37,15 +37,24 @@ def settle_precision(config: Config) -> None:
         config.training.precision = "bf16" if fast else "fp32"
 
 
-def build_store(config: Config, device: torch.device, tasks: Sequence[str] = ()) -> FeatureStore:
-    """The encoders of all streams, with noise and transforms; ``tasks`` (default: the model's own) say what is read."""
+def build_store(
+    config: Config, device: torch.device, tasks: Sequence[str] = (), levels: Sequence[float] = ()
+) -> FeatureStore:
+    """The encoders of all streams, with noise and transforms.
+
+    Args:
+        config: the run's.
+        device: of the encoders.
+        tasks: say which streams are read; default: the model's own.
+        levels: signal-to-noise ratios (dB) that will be asked for. Only noise that is heard is read.
+    """
     encoders = {}
     for name, part in config.model.streams.items():
         torch.manual_seed(config.training.seed)  # of its adapters
         encoders[name] = build_encoder(part.encoder, name, device)
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
-    transforms = Transforms(config.augment, make_babble(config), config.training.seed)
+    transforms = Transforms(config.augment, make_babble(config.noise, levels, config.data.train), config.training.seed)
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 
 
@@ -117,12 +126,16 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
 
 
 def load_run(
-    run: str | Path, overrides: list[str], device: torch.device, which: str = "best"
+    run: str | Path, overrides: list[str], device: torch.device, which: str = "best", *, single: bool = False
 ) -> tuple[Config, SpeechLLM, FeatureStore]:
-    """A trained run, ready for decoding, with ``key=value`` overrides of its config."""
+    """A trained run, ready for decoding, with ``key=value`` overrides of its config.
+
+    It is ready for all of ``decode.tasks`` and ``noise.snr``, or if ``single`` for the first task alone, clean.
+    """
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
-    store = build_store(config, device, config.decode.tasks)
+    tasks, levels = (config.decode.tasks[:1], []) if single else (config.decode.tasks, config.noise.snr)
+    store = build_store(config, device, tasks, levels)
     model, _ = build_model(config, store, device)
     load_weights(model, folder)
     return config, model.eval(), store

@@ -5,6 +5,7 @@ Small YAML files compose it, see :mod:`avsr.composing`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -199,9 +200,8 @@ class DecodeConfig:
     base_tokens: int = 8  # budget = base_tokens + tokens_per_second * duration
     tokens_per_second: float = 12.0
     normaliser: str = "plain"  # plain | whisper
-    tasks: list[str] = field(
-        default_factory=list
-    )  # of an audiovisual model, scored one after the other; empty = its own
+    # Tasks of an audiovisual model, scored one after the other (avsr transcribe: the first); empty = its own
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -348,6 +348,10 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
     trained = any(part.encoder.lora.rank for part in model.streams.values())
     if trained and config.training.tasks and config.deepspeed.stage == 3:
         raise UserError("training.tasks: with an encoder's LoRA not available under ZeRO stage 3; take stage 2")
+    for key in ("noise.snr", "augment.snr"):
+        for level in values[key]:
+            if not level > -math.inf:  # NaN too
+                raise UserError(f"{key}: expected levels in dB, or inf for clean, got {level}")
     weights = config.training.tasks.values()
     if weights and not (min(weights) >= 0 and sum(weights) > 0):
         raise UserError(f"training.tasks: expected weights of at least 0 and one above, got {config.training.tasks}")

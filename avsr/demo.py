@@ -83,7 +83,7 @@ def summarise(wer_before: float, analyses: dict[str, dict[str, Any]], seconds: f
 def _untrained(overrides: list[str]) -> float:
     config = load_config(RECIPES["off"], overrides)
     device = pick_device()
-    store = build_store(config, device)
+    store = build_store(config, device, config.decode.tasks, config.noise.snr)
     model, _ = build_model(config, store, device)
     name, dataset = next(iter(test_sets(config, model.eval(), store).items()))
     return decode_set(model, dataset, config, name)[0].wer

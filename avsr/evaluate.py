@@ -134,7 +134,7 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
     A video file gives its mouth frames, its sound or both, as the run's task needs; of a whole face the mouth is cut
     out first.
     """
-    config, model, store = load_run(run, overrides, pick_device())
+    config, model, store = load_run(run, overrides, pick_device(), single=True)
     task = (config.decode.tasks or [config.model.task])[0]
     results: dict[int, str | UserError] = {}
     examples: list[tuple[int, Example]] = []
@@ -156,7 +156,7 @@ def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Exa
         utterance = replace(utterance, video=mouth_video(path))
     features = store.load(utterance, streams=TASKS[task])
     utterance = replace(utterance, duration=store.seconds(utterance))
-    reason = model.refuse({stream: len(rows) for stream, rows in features.items()}, 0)
+    reason = model.refuse(store.frames(utterance), 0)
     if reason:
         raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
     return Example(utterance, features, [], task)

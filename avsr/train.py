@@ -44,7 +44,7 @@ def train(config: Config) -> Path:
     checkpoint.agree(failure)
     seed_everything(config.training.seed)
     device = pick_device()
-    store = build_store(config, device)
+    store = build_store(config, device, levels=config.augment.snr)
     model, loaded = build_model(config, store, device)
 
     def refuse(frames: dict[str, int], tokens: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.data.audio import SAMPLE_RATE, SILENCE, load_audio
 from avsr.data.manifest import Utterance
 from avsr.data.video import read_video, read_video_sound
 from avsr.errors import UserError
@@ -79,6 +79,10 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     wave = read_video_sound(path, where=utterance.where)
     if wave is None:
         raise UserError(f"{place}{path} has no sound track")
+    if not bool(torch.isfinite(wave).all()):
+        raise UserError(f"{place}{path} holds NaN or infinite samples")
+    if float(wave.abs().max()) < SILENCE:
+        raise UserError(f"{place}{path} is silent (peak below {SILENCE})")
     return wave
 
 

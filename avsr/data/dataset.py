@@ -35,8 +35,8 @@ class Reading:
     seed: int = 0
 
     def all_views(self) -> list[View]:
-        """What a cache has to hold."""
-        return [View(draw=n) for n in range(self.views)] if self.augmented else [self.view]
+        """What a cache has to hold, at least one."""
+        return [View(draw=n) for n in range(self.views or 1)] if self.augmented else [self.view]
 
     def pick(self, utterance: Utterance, draw: int | None) -> tuple[View, str]:
         if draw is None:
@@ -64,7 +64,8 @@ class SpeechDataset(Dataset[Example]):
         reading: Reading,
     ) -> None:
         self.utterances = list(utterances)
-        self.sizes = tuple(sum(store.frames(utterance).values()) for utterance in self.utterances)
+        view = reading.all_views()[0]  # a view changes no length
+        self.sizes = tuple(sum(store.frames(utterance, view).values()) for utterance in self.utterances)
         self.skipped = 0
         self.reading = reading
         self._store = store
@@ -123,13 +124,15 @@ def load_dataset(
                 f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
-    views = [PLAIN, *(view for view in reading.all_views() if not view.plain)]
+    views = reading.all_views()
     found = store.prepare(mine, title=title, views=views, shown=rank == 0)
     for utterance in mine:
-        reason = "" if utterance.id in found else refuse(store.frames(utterance), tokens[utterance.id])
+        reason = "" if utterance.id in found else refuse(store.frames(utterance, views[0]), tokens[utterance.id])
         if reason:
             found[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
-    for refused, sizes in _gather((found, store.sizes), world):
+    # only of this manifest: another one may use the same ids
+    own = {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}
+    for refused, sizes in _gather((found, own), world):
         bad.update(refused)
         store.sizes.update(sizes)
     if bad:

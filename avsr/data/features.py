@@ -118,14 +118,14 @@ class FeatureStore:
             out[name] = features.float()
         return out
 
-    def frames(self, utterance: Utterance) -> dict[str, int]:
-        """Encoder frames by stream of a prepared utterance."""
+    def frames(self, utterance: Utterance, view: View = PLAIN) -> dict[str, int]:
+        """Encoder frames by stream of an utterance that was prepared or loaded in this view."""
         out = {}
         for name in self.active:
             if name in self.inside:
                 out[name] = self.encoders[name].frames(*self.sizes[utterance.id])
             else:
-                out[name] = int(_read_cached(self._path(name, utterance, PLAIN), mmap_mode="r").shape[0])
+                out[name] = int(_read_cached(self._path(name, utterance, view), mmap_mode="r").shape[0])
         return out
 
     def seconds(self, utterance: Utterance) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from avsr.config import Config, NoiseConfig
+from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
+
+logger = logging.getLogger("avsr")
 
 CLEAN = float("inf")  # dB
 
@@ -22,31 +26,56 @@ class Babble:
     """Noise for a clip, the same for the same random generator.
 
     From a manifest: ``talkers`` utterances of other speakers, each repeated from a random start over the clip's
-    length and brought to the same power, are added up. From a file: a random segment of it.
+    length and brought to the same power, are added up. From a file: a random segment of it. Where a manifest names no
+    speakers, all but the clip itself may talk.
+
+    Args:
+        config: file, or manifest and number of talkers.
+        manifest: where ``config.babble`` names none.
+
+    Raises:
+        UserError: the file or manifest cannot be read, or names no sound.
     """
 
     def __init__(self, config: NoiseConfig, manifest: str) -> None:
         self._talkers = config.talkers
+        self._source = config.file or config.babble or manifest
         self._wave = load_audio(Path(config.file), where="noise.file") if config.file else None
         self._utterances: list[Utterance] = []
         if config.file is None:
             bad: list[str] = []
-            rows = read_manifest(config.babble or manifest, on_bad=bad.append)
+            rows = read_manifest(self._source, on_bad=bad.append)
             self._utterances = [row for row in rows if row.audio is not None]
             if not self._utterances:
-                raise UserError(f"noise.babble: {config.babble or manifest} names no sound; name a noise.file")
-        self.identity = f"babble {config.file or config.babble or manifest} talkers={config.talkers}"
+                raise UserError(f"noise.babble: {self._source} names no sound; name a noise.file")
+        stat = Path(self._source).stat()
+        self.identity = f"babble {self._source} {stat.st_size} {stat.st_mtime_ns} talkers={config.talkers}"
 
-    def draw(self, samples: int, speaker: str, rng: random.Random) -> Tensor:
-        """(samples,) float32 noise for a clip of ``speaker``."""
+    def draw(self, samples: int, clip: Utterance, rng: random.Random) -> Tensor:
+        """(samples,) float32 noise for ``clip``.
+
+        Raises:
+            UserError: there is no usable sound of another speaker.
+        """
         if self._wave is not None:
             return _segment(self._wave, samples, rng)
-        others = [u for u in self._utterances if not speaker or u.speaker != speaker] or self._utterances
-        total = torch.zeros(samples)
-        for utterance in rng.sample(others, min(self._talkers, len(others))):
+        others = [u for u in self._utterances if u.audio != clip.audio and (u.speaker != clip.speaker or not u.speaker)]
+        total, count = torch.zeros(samples), 0
+        for utterance in rng.sample(others, min(2 * self._talkers, len(others))):  # some may be unusable
             assert utterance.audio is not None
-            piece = _segment(_cached(utterance.audio), samples, rng)
-            total += piece / piece.square().mean().sqrt().clamp(min=1e-6)
+            wave = _usable(utterance.audio)
+            if wave is None:
+                continue
+            piece = _segment(wave, samples, rng)
+            total += piece / piece.square().mean().sqrt()
+            count += 1
+            if count == self._talkers:
+                break
+        if not count:
+            raise UserError(
+                f"noise.babble: {self._source} holds no usable sound of another speaker than {clip.speaker!r} of "
+                f"{clip.id!r}; name another manifest or a noise.file"
+            )
         return total
 
 
@@ -57,20 +86,30 @@ def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     return torchaudio.functional.add_noise(wave, noise, torch.tensor(float(snr)))
 
 
-def make_babble(config: Config) -> Babble | None:
-    """The noise source that the config's levels need, or None when they are all clean."""
-    levels = [*config.noise.snr, *config.augment.snr]
-    if all(level == CLEAN for level in levels):
-        return None
-    return Babble(config.noise, config.data.train)
+def make_babble(config: NoiseConfig, levels: Sequence[float], manifest: str) -> Babble | None:
+    """The noise source, with ``manifest`` as the corpus where the config names none; None when all ``levels`` (dB)
+    are clean."""
+    return None if all(level == CLEAN for level in levels) else Babble(config, manifest)
 
 
 def _segment(wave: Tensor, samples: int, rng: random.Random) -> Tensor:
+    """(samples,) of the repeated wave from a random start; never silent."""
     start = rng.randrange(len(wave))
-    repeated = torch.cat([wave[start:], wave.repeat(-(-samples // len(wave)))])
-    return repeated[:samples]
+    piece = _repeated(wave, start, samples)
+    # a gap has no power that could be scaled to a level
+    return piece if bool(piece.any()) else _repeated(wave, int(wave.abs().argmax()), samples)
 
 
-@lru_cache(maxsize=512)
-def _cached(path: Path) -> Tensor:
-    return load_audio(path, where="noise.babble")
+def _repeated(wave: Tensor, start: int, samples: int) -> Tensor:
+    if start + samples <= len(wave):
+        return wave[start : start + samples]
+    return torch.cat([wave[start:], wave.repeat(-(-samples // len(wave)))])[:samples]
+
+
+@lru_cache(maxsize=256)
+def _usable(path: Path) -> Tensor | None:
+    try:
+        return load_audio(path, where="noise.babble")
+    except UserError as error:
+        logger.warning("%s: left out of the babble", error)
+        return None

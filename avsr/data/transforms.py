@@ -55,19 +55,23 @@ class Transforms:
     def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
         if view.plain:
             return clip
-        rng = random.Random(f"{self._seed} {utterance.id} {view.draw}")
+
+        def rng(purpose: str) -> random.Random:
+            # one for each change, so that none depends on which others are made (see identity)
+            return random.Random(f"{self._seed} {utterance.id} {view.draw} {purpose}")
+
         wave, mouth, snr = clip.wave, clip.mouth, view.snr
         if view.draw is not None:
             if self._config.snr:
-                snr = rng.choice(self._config.snr)
+                snr = rng("snr").choice(self._config.snr)
             if mouth is not None and self._config.random_crop:
-                mouth = random_crop(mouth, CROP, rng)
+                mouth = random_crop(mouth, CROP, rng("crop"))
             if self._config.time_mask:
-                mouth = None if mouth is None else time_mask(mouth, *VIDEO_MASK, rng)
-                wave = None if wave is None else time_mask(wave, *AUDIO_MASK, rng)
+                mouth = None if mouth is None else time_mask(mouth, *VIDEO_MASK, rng("video mask"))
+                wave = None if wave is None else time_mask(wave, *AUDIO_MASK, rng("audio mask"))
         if wave is not None and snr != CLEAN:
             assert self._noise is not None
-            wave = add_babble(wave, self._noise.draw(len(wave), utterance.speaker, rng), snr)
+            wave = add_babble(wave, self._noise.draw(len(wave), utterance, rng("noise")), snr)
         return Clip(wave, mouth)
 
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 import flashsink
 from avsr.config import TASKS, ModelConfig, parts_of
 from avsr.data.batches import Batch
+from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.compression import compress, compressed_length, compressed_width
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
+
+_BLANK = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
 
 
 @dataclass
@@ -96,6 +99,7 @@ class SpeechLLM(nn.Module):
         self.encoders = nn.ModuleDict(trained)
         # a plain dict: what is frozen is neither cast nor partitioned by the engine
         self._frozen = {name: e for name, e in (encoders or {}).items() if name not in trained}
+        self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
@@ -149,8 +153,10 @@ class SpeechLLM(nn.Module):
         rows, spans, labels = [], [], []
         for b, task in enumerate(batch.tasks):
             parts = [bos]
-            for name in TASKS[task]:
-                parts += self._framed(name, speech[name][b].to(dtype))
+            for name in self.streams:
+                tokens = speech[name][b].to(dtype)
+                # no tokens of a stream that the task lacks, but their (zero) gradients: see _project
+                parts += self._framed(name, tokens) if name in TASKS[task] else [tokens]
             parts.append(prompts[task])
             spans.append(sum(len(part) for part in parts))
             if with_text:
@@ -237,14 +243,18 @@ class SpeechLLM(nn.Module):
         return [opening, tokens, closing]
 
     def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
-        """Projected tokens of every utterance; none where its task lacks the stream."""
-        weight = next(self.projectors[name].parameters())
+        """Projected tokens of every utterance; none where its task lacks the stream.
+
+        Where the whole batch lacks it, what is trained runs all the same, since the ranks gather weights (ZeRO-3) and
+        reduce gradients together: each needs a gradient of every parameter, be it zero.
+        """
+        dtype = next(self.projectors[name].parameters()).dtype
         compression = self.config.streams[name].compression
-        if name not in batch.features:  # the projector runs all the same: under ZeRO-3 all ranks gather it together
-            empty = weight.new_zeros(1, 0, weight.shape[1])
-            return list(self.projectors[name](empty).expand(len(batch.text), 0, -1))
-        features = self._encode(name, batch, device).to(weight.dtype)
+        given = name in batch.features
+        features = (self._encode(name, batch, device) if given else self._blank(name, device)).to(dtype)
         tokens = self.projectors[name](compress(features, compression.kind, compression.rate))
+        if not given:
+            return [tokens[0, :0]] * len(batch.text)
         rows = []
         for row, utterance, task, length in zip(
             tokens, batch.utterances, batch.tasks, batch.lengths[name].tolist(), strict=True
@@ -270,6 +280,14 @@ class SpeechLLM(nn.Module):
         out = rows.new_zeros(len(lengths), *rows.shape[1:])
         out[present] = rows
         return out
+
+    def _blank(self, name: str, device: torch.device) -> Tensor:
+        """(1, T, D) features of nothing; by the stream's encoder where that is trained."""
+        if name not in self.encoders:
+            return torch.zeros(1, 0, self._widths[name], device=device)
+        encoder: Any = self.encoders[name]
+        inputs = encoder.prepare(_BLANK)[None].to(device, next(encoder.parameters()).dtype)
+        return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
 
     def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:
         names = ["BOS"]

@@ -7,7 +7,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Trainer:
                 num_workers=self.config.data.workers,
             )
             batches: list[Batch] = []
-            for batch in loader:
+            for batch in _plain_errors(loader):
                 batches.append(batch)
                 if len(batches) == micro:
                     progress.step_in_epoch += 1
@@ -246,6 +246,14 @@ class _TermGradients:
             row["grad_norm_decorrelation"] = weight * float(decorrelation.norm())
             row["grad_cosine"] = float(torch.nn.functional.cosine_similarity(ce, decorrelation, dim=0))
         return row
+
+
+def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """A loader process reports bad input with its whole traceback; what a user reads is its last part."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()) from None
 
 
 def seed_everything(seed: int) -> None:

@@ -21,6 +21,7 @@ from avsr.build import WEIGHTS, build_model, build_store
 from avsr.cli import main
 from avsr.config import Config, load_config, to_yaml
 from avsr.data.manifest import write_manifest
+from avsr.data.video_writer import write_video
 
 RATE = 16_000
 WORDS = ("bin", "lay", "place", "set", "blue", "green", "red", "white", "now", "soon", "again")
@@ -107,14 +108,36 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_avhubert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted file with a random AV-HuBERT of width 64 and 2 layers."""
+    from avsr.models.avhubert_network import AVHubert, AVHubertConfig
+
+    path = tmp_path_factory.mktemp("tiny_avhubert") / "tiny.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = AVHubert(AVHubertConfig(width=64, ffn=96, layers=2, channels=4))
+    save_file(model.state_dict(), str(path))
+    return path
+
+
+def tiny_mouth(index: int, frames: int, side: int = 96) -> np.ndarray:
+    """(T, side, side) uint8: a dark ellipse that opens and closes, of other size and speed for every ``index``."""
+    rows, columns = np.mgrid[:side, :side] / (side / 2) - 1
+    opening = 0.15 + 0.1 * (1 + np.sin(np.arange(frames) * (0.4 + 0.3 * index) + index))
+    inside = (columns / 0.6) ** 2 + (rows / opening[:, None, None]) ** 2 < 1
+    return np.where(inside, 30 + 10 * (index % 4), 150 + 8 * (index % 9)).astype(np.uint8)
+
+
 @pytest.fixture
 def make_corpus() -> Callable[..., Path]:
     """``make_corpus(folder, count=8, seconds=0.6)``: distinct tones and their manifest, whose path it returns.
 
-    ``seconds`` is one duration for all or a sequence with one for each (then ``count`` does not matter).
+    ``seconds`` is one duration for all or a sequence with one for each (then ``count`` does not matter). ``video``
+    adds 96x96 mouths: "beside" the sound, "with sound" in one file, or "alone".
     """
 
-    def make(folder: Path, count: int = 8, seconds: float | Sequence[float] = 0.6) -> Path:
+    def make(folder: Path, count: int = 8, seconds: float | Sequence[float] = 0.6, video: str = "") -> Path:
         durations = [float(seconds)] * count if isinstance(seconds, int | float) else [float(s) for s in seconds]
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
@@ -122,11 +145,18 @@ def make_corpus() -> Callable[..., Path]:
             samples = round(duration * RATE)
             time = np.arange(samples) / RATE
             tone = 0.4 * np.sin(2 * np.pi * (200 + 90 * index) * time) + 0.1 * np.sin(2 * np.pi * 60 * index * time)
-            soundfile.write(str(folder / f"u{index:03d}.wav"), tone.astype(np.float32), RATE, subtype="PCM_16")
+            files = {}
+            if video in ("", "beside"):
+                files["audio"] = f"u{index:03d}.wav"
+                soundfile.write(str(folder / files["audio"]), tone.astype(np.float32), RATE, subtype="PCM_16")
+            if video:
+                files["video"] = f"u{index:03d}.mp4"
+                mouth = tiny_mouth(index, round(duration * 25))
+                write_video(folder / files["video"], mouth, sound=tone if video == "with sound" else None)
             rows.append(
                 {
                     "id": f"u{index:03d}",
-                    "audio": f"u{index:03d}.wav",
+                    **files,
                     "duration": samples / RATE,
                     "text": f"{WORDS[index % 4]} {WORDS[4 + index // 4 % 4]} {WORDS[8 + index % 3]}",
                     "speaker": f"s{index % 2}",
@@ -181,6 +211,26 @@ def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., P
         path = tmp_path / "recipe.yaml"
         OmegaConf.save(tree, path)
         return path
+
+    return make
+
+
+@pytest.fixture
+def av_recipe(
+    tiny_recipe: Callable[..., Path], tiny_avhubert: Path, make_corpus: Callable[..., Path]
+) -> Callable[..., Path]:
+    """``av_recipe(tmp_path, "video", **overrides)``: as ``tiny_recipe``, for any task: Whisper for the sound, AV-HuBERT
+    for the mouth or both; the corpora have sound and video."""
+
+    def make(tmp_path: Path, task: str, **overrides: Any) -> Path:
+        for name, count in (("train", 8), ("validation", 4), ("sentences", 4), ("unseen_voices", 3)):
+            if not (tmp_path / "corpus" / name).exists():
+                make_corpus(tmp_path / "corpus" / name, count, video="beside")
+        encoders = {
+            f"model.{stream}.encoder": {"kind": "avhubert", "name": str(tiny_avhubert), "batch": 4}
+            for stream in ("video", "fused")
+        }
+        return tiny_recipe(tmp_path, **{"model.task": task, **encoders, **overrides})
 
     return make
 

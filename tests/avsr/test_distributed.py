@@ -86,6 +86,28 @@ def test_zero_3_on_two_ranks_saves_whole_tensors(tiny_recipe: Callable[..., Path
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_whose_batches_lack_other_streams_train_together(
+    av_recipe: Callable[..., Path], tmp_path: Path, stage: int
+) -> None:
+    """Modality dropout: one rank hears while the other sees, and the parts of each belong to both."""
+    rank = 2 if stage == 2 else 0  # an encoder's LoRA is not for ZeRO-3
+    settings = {"training.utterances": 1, "training.tasks": {"audio": 1, "video": 1}, "training.clip": 1.0e9}
+    recipe = av_recipe(tmp_path, "audiovisual", **settings, **{"model.video.encoder.lora": {"rank": rank}})
+    done = launch(recipe, f"run={tmp_path / 'two'}", f"deepspeed.stage={stage}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    before = dict(os.environ)
+    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
+    os.environ.clear()
+    os.environ.update(before)
+    for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
+        for key in ("ce", "grad_norm", "tokens"):
+            assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
+
+
+@pytest.mark.distributed
 @pytest.mark.timeout(200)
 def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Started threads of the process group must not abort the exit."""

@@ -1,0 +1,141 @@
+"""One utterance's sound and mouth: what is read, how both are cut, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from avsr.data.audio import load_audio
+from avsr.data.clip import SAMPLES_PER_VIDEO_FRAME, Clip, load_clip
+from avsr.data.manifest import Utterance
+from avsr.data.video import read_video, read_video_sound
+from avsr.data.video_writer import write_video
+from avsr.errors import UserError
+
+BOTH = frozenset({"audio", "video"})
+
+
+def pictures(frames: int, side: int) -> np.ndarray:
+    """(T, side, side) uint8: a bar that moves."""
+    columns = np.arange(side)[None, None]
+    bar = np.abs(columns - (8 + 2 * np.arange(frames)[:, None, None]) % side) < 6
+    return np.broadcast_to(np.where(bar, 40, 160), (frames, side, side)).astype(np.uint8)
+
+
+def utterance(**paths: Path) -> Utterance:
+    return Utterance(id="u", text="x", duration=1.0, where="m.jsonl:3", **{"audio": None, "video": None, **paths})
+
+
+def sound(path: Path, samples: int) -> Path:
+    wave = 0.3 * np.sin(np.arange(samples) / 9)
+    soundfile.write(str(path), wave.astype(np.float32), 16_000, subtype="FLOAT")
+    return path
+
+
+def video(path: Path, frames: int, side: int = 96, **options: Any) -> Path:
+    write_video(path, pictures(frames, side), **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("samples", "frames", "expected"),
+    [
+        (640 * 20, 20, 20),
+        (640 * 20 + 1, 20, 20),
+        (640 * 22, 20, 20),  # more sound
+        (640 * 20 - 1, 20, 20),  # one sample short: filled up
+        (640 * 18, 20, 18),  # more video
+        (640 * 18 + 7, 20, 19),
+    ],
+)
+def test_both_are_cut_to_the_shorter(tmp_path: Path, samples: int, frames: int, expected: int) -> None:
+    row = utterance(audio=sound(tmp_path / "a.wav", samples), video=video(tmp_path / "a.mp4", frames))
+    clip = load_clip(row, BOTH, max_mismatch=0.2)
+    assert clip.wave is not None and clip.mouth is not None
+    assert clip.video_frames == expected and clip.samples == expected * SAMPLES_PER_VIDEO_FRAME
+    assert clip.seconds == pytest.approx(expected / 25)
+    kept = min(samples, clip.samples)
+    assert torch.equal(clip.wave[:kept], load_audio(tmp_path / "a.wav")[:kept])
+    assert not clip.wave[kept:].any()
+    assert torch.equal(clip.mouth, read_video(tmp_path / "a.mp4")[:expected])
+    assert clip.wave.dtype == torch.float32 and clip.mouth.dtype == torch.uint8
+
+
+def test_streams_that_disagree_are_named_with_both_lengths(tmp_path: Path) -> None:
+    row = utterance(audio=sound(tmp_path / "a.wav", 640 * 20), video=video(tmp_path / "a.mp4", 26))
+    with pytest.raises(UserError) as caught:
+        load_clip(row, BOTH, max_mismatch=0.2)
+    for part in ("m.jsonl:3", "'u'", "0.80 s", "1.04 s", "data.max_mismatch = 0.2 s"):
+        assert part in str(caught.value)
+    assert load_clip(row, BOTH, max_mismatch=0.25).video_frames == 20
+    # alone neither is cut
+    assert load_clip(row, {"audio"}, max_mismatch=0.0).samples == 640 * 20
+    assert load_clip(row, {"video"}, max_mismatch=0.0).video_frames == 26
+
+
+def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
+    path, gone = sound(tmp_path / "a.wav", 7000), tmp_path / "gone"
+    clip = load_clip(utterance(audio=path, video=gone), {"audio"}, 0.2)
+    assert clip.mouth is None and clip.samples == 7000 and clip.video_frames == 0
+    clip = load_clip(utterance(audio=gone, video=video(tmp_path / "a.mp4", 9)), {"video"}, 0.2)
+    assert clip.wave is None and clip.video_frames == 9 and clip.samples == 0
+    assert clip.seconds == pytest.approx(9 / 25)
+    assert Clip().seconds == 0
+
+
+def test_the_sound_may_be_in_the_video_file(tmp_path: Path) -> None:
+    wave = 0.3 * np.sin(np.arange(640 * 25) / 9)
+    path = video(tmp_path / "a.mp4", 25, sound=wave)
+    clip = load_clip(utterance(video=path), BOTH, 0.2)
+    assert clip.wave is not None and clip.video_frames == 25 and clip.samples == 640 * 25
+    track = read_video_sound(path)
+    assert track is not None
+    torch.testing.assert_close(clip.wave, track[: 640 * 25], rtol=0, atol=0)
+    spoken = torch.from_numpy(wave).float()
+    assert torch.nn.functional.cosine_similarity(clip.wave[640:-640], spoken[640:-640], dim=0) > 0.99  # AAC, in step
+    # a path to a video as the sound of a row
+    assert load_clip(utterance(audio=path), {"audio"}, 0.2).samples == len(track)
+
+
+@pytest.mark.parametrize(
+    ("needs", "parts"),
+    [({"audio"}, ["'u' has no audio"]), ({"video"}, ["'u' has no video"]), (BOTH, ["'u' has no audio"])],
+)
+def test_a_row_without_a_stream(needs: set[str], parts: list[str]) -> None:
+    with pytest.raises(UserError, match="m.jsonl:3: ") as caught:
+        load_clip(utterance(), needs, 0.2)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    still = np.zeros(640 * 10)
+    (tmp_path / "text.mp4").write_text("no video")
+    cases = [
+        (utterance(audio=tmp_path / "gone.wav"), {"audio"}, ["gone.wav", "no file"]),
+        (utterance(video=tmp_path / "gone.mp4"), {"video"}, ["gone.mp4", "no file"]),
+        (utterance(video=tmp_path / "gone.mp4"), {"audio"}, ["gone.mp4", "no file"]),
+        (utterance(video=tmp_path / "text.mp4"), {"video"}, ["text.mp4", "not a readable video"]),
+        (utterance(video=video(tmp_path / "mute.mp4", 10)), {"audio"}, ["mute.mp4", "no sound track"]),
+        (utterance(video=video(tmp_path / "still.mp4", 10, sound=still)), {"audio"}, ["still.mp4", "silent"]),
+        (utterance(video=video(tmp_path / "small.mp4", 10, 64)), {"video"}, ["small.mp4", "64x64", "96x96", "prepare"]),
+        (utterance(video=video(tmp_path / "face.mp4", 10, 256)), {"video"}, ["face.mp4", "256x256", "96x96"]),
+        (utterance(audio=sound(tmp_path / "a.wav", 9000)), {"video"}, ["'u' has no video"]),
+    ]
+    write_video(tmp_path / "wide.mp4", np.full((5, 88, 96), 99, np.uint8))
+    cases.append((utterance(video=tmp_path / "wide.mp4"), {"video"}, ["wide.mp4", "96x88"]))
+    for row, needs, parts in cases:
+        with pytest.raises(UserError) as caught:
+            load_clip(row, needs, 0.2)
+        for part in ["m.jsonl:3", *parts]:
+            assert part in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("side", [88, 96, 128])
+def test_usual_mouth_sizes_are_kept_as_they_are(tmp_path: Path, side: int) -> None:
+    clip = load_clip(utterance(video=video(tmp_path / "a.mp4", 4, side)), {"video"}, 0.2)
+    assert clip.mouth is not None and clip.mouth.shape == (4, side, side)

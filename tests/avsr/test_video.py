@@ -269,6 +269,21 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     assert "truncated" in refusal(tmp_path / "b.mp4") or "damaged" in refusal(tmp_path / "b.mp4")
 
 
+def test_frames_missing_at_the_end_are_noticed_even_without_a_damaged_one(tmp_path: Path) -> None:
+    """A file cut between two pictures that need no other: only the index says that there were more."""
+    with av.open(str(tmp_path / "a.mp4"), "w", options={"movflags": "+faststart"}) as container:
+        stream: Any = container.add_stream("mjpeg", rate=25)
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuvj420p"
+        for grey in pictures(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="gray").reformat(format="yuvj420p")))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][6]
+        end = packet.pos + packet.size
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:end])
+    assert "7 of its 10 frames can be read" in refusal(tmp_path / "a.mp4")
+
+
 def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
     data = encode_video(pictures(30))
     begin, end = data.index(b"mdat") + 1000, data.index(b"moov")

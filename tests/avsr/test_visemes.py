@@ -215,6 +215,15 @@ def test_labels_name_what_the_middle_of_a_long_phoneme_shows() -> None:
     assert halves[:4] == ["AA"] * 4 and halves[5:9] == ["IY"] * 4
 
 
+def test_labels_follow_the_mouth_and_keep_a_short_closure() -> None:
+    """The mouth is 20 ms ahead, so frame k shows k/25 + 0.02 to k/25 + 0.06 s."""
+    for start in (0.495, 0.505, 0.515):  # most of frame 12, which shows 0.50 to 0.54 s, is open
+        labels = viseme_labels([Span("_", 0.0, start), Span("A:", start, 1.0)], 25)
+        assert np.flatnonzero(labels == VISEMES.index("AA"))[0] == 12
+    spans = [Span("A:", 0.0, 0.112), Span("b", 0.112, 0.13), Span("A:", 0.13, 0.4)]
+    assert [VISEMES[label] for label in viseme_labels(spans, 5)] == ["AA", "AA", "PBM", "AA", "AA"]
+
+
 def test_frames_cover_the_wave_to_the_nearest() -> None:
     assert [frames_of(n) for n in (0, 1, 319, 640, 900, 1000, 16_000)] == [1, 1, 1, 1, 1, 2, 25]
 

@@ -1,9 +1,19 @@
-"""Makes the README's table and picture from a finished ``make demo``: prints Markdown, writes ``bench/demo.svg``."""
+"""Makes the README's tables and pictures from finished demos: prints Markdown, writes SVG beside this file.
+
+``python -m bench.readme`` reads ``make demo``, ``python -m bench.readme av`` reads ``make demo-av``.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 from avsr.analysis.figures import lines_by_layer
 
@@ -17,7 +27,37 @@ ROWS = (
 )
 
 
+GREY = "#808080"  # outside a page there is no text colour to follow: a grey that reads on white and on black
+LEVELS = ("clean", "10 dB", "5 dB", "0 dB", "-5 dB")
+
+
+def by_noise(folder: Path) -> None:
+    """WER of every task by noise level."""
+    wer = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["wer"]
+    print(f"| WER | {' | '.join(LEVELS)} | unseen voices |\n|---|{'---:|' * (len(LEVELS) + 1)}")
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for task, scores in wer.items():
+        values = [scores.get("sentences" if level == "clean" else f"sentences {level}") for level in LEVELS]
+        values = [values[0] if value is None else value for value in values]  # noise does not reach the mouth
+        axes.plot(LEVELS, values, marker="o", label=task)
+        print(f"| {task} | {' | '.join(f'{v:.3f}' for v in values)} | {scores['unseen_voices']:.3f} |")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("word error rate", color=GREY)
+    axes.set_xlabel("babble", color=GREY)
+    axes.tick_params(colors=GREY)
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
+    axes.legend(frameon=False, labelcolor=GREY)
+    figure.tight_layout()
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    Path(__file__).with_name("demo_av.svg").write_text(text.getvalue(), encoding="utf-8")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["av"]:
+        by_noise(Path("runs/demo_av"))
+        return
     folder = Path("runs/demo")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     analyses = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
@@ -25,8 +65,7 @@ def main() -> None:
     picture = lines_by_layer(
         runs, "max_abs", ["BOS", "<audio>", "</audio>", "speech", "text"], "largest activation", log=True
     )
-    # outside a page there is no text colour to follow: a grey that reads on white and on black
-    Path(__file__).with_name("demo.svg").write_text(picture.replace("currentColor", "#808080"), encoding="utf-8")
+    Path(__file__).with_name("demo.svg").write_text(picture.replace("currentColor", GREY), encoding="utf-8")
     print("| | off | on |\n|---|---:|---:|")
     for label, key, form in ROWS:
         print(f"| {label} | " + " | ".join(form.format(summary[key.format(name)]) for name in ("off", "on")) + " |")

@@ -5,17 +5,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from avsr.analysis.figures import lines_by_layer
+from avsr.analysis.figures import lines_by_layer, lines_over
 
 ROWS = (
     ("WER, unseen sentences", "wer_{}", "{:.3f}"),
@@ -35,23 +29,14 @@ def by_noise(folder: Path) -> None:
     """WER of every task by noise level."""
     wer = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["wer"]
     print(f"| WER | {' | '.join(LEVELS)} | unseen voices |\n|---|{'---:|' * (len(LEVELS) + 1)}")
-    figure, axes = plt.subplots(figsize=(6, 3))
+    curves = []
     for task, scores in wer.items():
         values = [scores.get("sentences" if level == "clean" else f"sentences {level}") for level in LEVELS]
         values = [values[0] if value is None else value for value in values]  # noise does not reach the mouth
-        axes.plot(LEVELS, values, marker="o", label=task)
+        curves.append((task, values))
         print(f"| {task} | {' | '.join(f'{v:.3f}' for v in values)} | {scores['unseen_voices']:.3f} |")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("word error rate", color=GREY)
-    axes.set_xlabel("babble", color=GREY)
-    axes.tick_params(colors=GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
-    axes.legend(frameon=False, labelcolor=GREY)
-    figure.tight_layout()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    Path(__file__).with_name("demo_av.svg").write_text(text.getvalue(), encoding="utf-8")
+    picture = lines_over(LEVELS, curves, "babble", "word error rate").replace("currentColor", GREY)
+    Path(__file__).with_name("demo_av.svg").write_text(picture, encoding="utf-8")
 
 
 def main() -> None:

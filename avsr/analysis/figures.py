@@ -55,6 +55,19 @@ def lines_by_layer(
         return _svg(figure, f"{key} by layer")
 
 
+def lines_over(labels: Sequence[str], curves: Sequence[tuple[str, Sequence[float]]], xlabel: str, ylabel: str) -> str:
+    """One panel: every named curve over the same labelled points, from 0 up."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _panels(1)
+        for colour, (name, values) in zip(COLOURS, curves, strict=False):
+            axes[0].plot(labels, values, label=name, color=colour, linewidth=1.8, marker="o")
+        axes[0].set_ylim(bottom=0)
+        axes[0].set_xlabel(xlabel)
+        axes[0].set_ylabel(ylabel)
+        axes[0].legend()
+        return _svg(figure, f"{ylabel} by {xlabel}")
+
+
 def heatmap_by_position(runs: Sequence[tuple[str, dict[str, Any]]], key: str, groups: Sequence[str]) -> str:
     """A panel a run: ``key`` by token (rows) and layer (columns), 0 to 1."""
     with matplotlib.rc_context(_STYLE):

@@ -1,4 +1,4 @@
-"""Models of several streams: rows, mixed tasks, compression of every encoder, encoders inside the model, LoRA on them."""
+"""Models of several streams: rows, mixed tasks, compression of every encoder, encoders and LoRA inside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import WavLMConfig, WavLMModel
 
 from avsr.build import build_model, build_store, load_weights
 from avsr.config import (
@@ -190,10 +189,9 @@ def test_refusals_name_stream_and_rate(tiny_llm: Path) -> None:
     }
     model = make_model(tiny_llm, "audiovisual", streams)
     assert model.refuse({"audio": 16, "video": 5}, 3) == ""
-    assert (
-        model.refuse({"audio": 15, "video": 5}, 3) == "is shorter than one token at model.audio.compression.rate = 16"
-    )
-    assert model.refuse({"audio": 16, "video": 4}, 3) == "is shorter than one token at model.video.compression.rate = 5"
+    short = "is shorter than one token at model."
+    assert model.refuse({"audio": 15, "video": 5}, 3) == f"{short}audio.compression.rate = 16"
+    assert model.refuse({"audio": 16, "video": 4}, 3) == f"{short}video.compression.rate = 5"
     assert model.refuse({"video": 5}, 3) == ""  # decode.tasks=[video]
     fixed = 1 + 4 + len(model.tokenize("do both"))
     text = model.max_positions - fixed - 2 - 1
@@ -206,27 +204,6 @@ def test_refusals_name_stream_and_rate(tiny_llm: Path) -> None:
 
 
 # Every encoder
-
-
-@pytest.fixture(scope="module")
-def tiny_wavlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("wavlm")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = WavLMConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            conv_dim=(16,) * 7,
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-            feat_extract_norm="layer",
-            do_stable_layer_norm=True,
-            conv_bias=True,
-        )
-        WavLMModel(config).save_pretrained(path)
-    return path
 
 
 def clips(stream: str, lengths: Sequence[int] = (13, 9, 20)) -> list[Clip]:
@@ -260,12 +237,8 @@ def test_every_encoder_can_be_averaged_and_stacked(
             model = make_model(
                 tiny_llm, stream, {stream: StreamConfig(config, CompressionConfig(how, rate))}, {stream: encoder}
             )
-            batch = collate(
-                [
-                    example(model, stream, {stream: encoder.prepare(clip)}, text)
-                    for clip, text in zip(given, "abc", strict=True)
-                ]
-            )
+            inputs = [{stream: encoder.prepare(clip)} for clip in given]
+            batch = collate([example(model, stream, row, text) for row, text in zip(inputs, "abc", strict=True)])
             with torch.no_grad():
                 rows = model.assemble(batch, with_text=True)
                 assert torch.isfinite(model(batch).cross_entropy)

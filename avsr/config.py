@@ -345,9 +345,6 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
         for task in tasks:
             if task not in parts:
                 raise UserError(f"{key}: model.task = {model.task} knows {', '.join(parts)}, got {task!r}")
-    trained = any(part.encoder.lora.rank for part in model.streams.values())
-    if trained and config.training.tasks and config.deepspeed.stage == 3:
-        raise UserError("training.tasks: with an encoder's LoRA not available under ZeRO stage 3; take stage 2")
     for key in ("noise.snr", "augment.snr"):
         for level in values[key]:
             if not level > -math.inf:  # NaN too

@@ -121,6 +121,30 @@ def tiny_avhubert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_wavlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random WavLM of width 32 and 2 layers, like LARGE."""
+    from transformers import WavLMConfig, WavLMModel
+
+    path = tmp_path_factory.mktemp("wavlm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = WavLMConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            conv_dim=(16,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            conv_bias=True,
+        )
+        WavLMModel(config).save_pretrained(path)
+    return path
+
+
 def tiny_mouth(index: int, frames: int, side: int = 96) -> np.ndarray:
     """(T, side, side) uint8: a dark ellipse that opens and closes, of other size and speed for every ``index``."""
     rows, columns = np.mgrid[:side, :side] / (side / 2) - 1

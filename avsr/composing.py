@@ -1,7 +1,8 @@
 """YAML files that compose, ``key=value`` overrides, and unknown keys refused, for any dataclass as schema.
 
 A file may name others in its ``defaults`` list (paths below ``configs/`` without the ending); later ones win,
-then the file itself, then the overrides.
+then the file itself, then the overrides. Of a table with free names, such as ``data.test``, a later file's stands
+alone; an override changes one name of it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
         UserError: missing or broken file, unknown key (with the nearest valid one), a value of the wrong type.
     """
     parts = [_compose(path, (), schema) for path in _find_all(name)]
-    merged: Any = OmegaConf.merge(*parts)
+    merged: Any = _merge(parts, schema)
     for text in overrides:
         key, mark, value = text.partition("=")
         if not mark or not key:
@@ -114,8 +115,18 @@ def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConf
         if not part.is_file():
             raise UserError(f"{path}: there is no {part} (from its defaults list)")
         parts.append(_compose(part, (*above, path), schema))
-    merged = OmegaConf.merge(*parts, own)
-    assert isinstance(merged, DictConfig)
+    return _merge([*parts, own], schema)
+
+
+def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
+    tables = [name for name, value in leaves(schema()) if isinstance(value, dict)]
+    merged = OmegaConf.create()
+    for part in parts:
+        for name in tables:
+            later = OmegaConf.select(part, name)
+            if later is not None and OmegaConf.select(merged, name) is not None:
+                OmegaConf.update(merged, name, later, merge=False)
+        merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
     return merged
 
 

@@ -106,6 +106,18 @@ def test_defaults_of_defaults_and_the_same_part_twice(folder: Path) -> None:
     assert config.loss.margin == 0.1  # right brings base along, and is later
 
 
+def test_a_later_table_stands_alone_and_an_override_changes_one_name(folder: Path) -> None:
+    write(folder, "data/one", "data: {train: a, test: {x: x.jsonl, y: y.jsonl}}\ntraining: {tasks: {audio: 1}}")
+    write(folder, "data/two", "data: {test: {z: z.jsonl}}\ntraining: {steps: 7}")
+    name = write(
+        folder, "recipe/mine", "defaults: [data/one, data/two]\n" + COMPLETE.replace(", test: {a: a.jsonl}", "")
+    )
+    assert load_config(name).data.test == {"z": "z.jsonl"}
+    assert load_config(name).training.tasks == {"audio": 1.0} and load_config(name).data.train == "t.jsonl"
+    both = load_config("mine+data/one", ["data.test.y=other.jsonl", "data.test.n=n.jsonl"])
+    assert both.data.test == {"x": "x.jsonl", "y": "other.jsonl", "n": "n.jsonl"}
+
+
 def test_missing_defaults_name_both_files(folder: Path) -> None:
     path = write(folder, "recipe/r", "defaults: [model/nothere]\n" + COMPLETE)
     message = refusal(path)
@@ -275,6 +287,16 @@ def test_an_unknown_key_in_a_default_names_that_file(folder: Path) -> None:
         ("decode.normaliser=google", ["decode.normaliser", "plain", "whisper", "google"]),
         ("decode.beams=0", ["decode.beams", "at least 1"]),
         ("run=", ["run"]),
+        ("training.tasks={video: 1}", ["training.tasks", "model.task = audio knows audio", "'video'"]),
+        ("decode.tasks=[fused]", ["decode.tasks", "'fused'"]),
+        ("training.tasks={audio: -1}", ["training.tasks", "weights"]),
+        ("training.tasks={audio: 0}", ["training.tasks", "weights"]),
+        ("model.audio.encoder.lora.rank=4", ["model.audio.encoder.lora", "whisper"]),
+        ("model.task=both", ["model.task", "audio, video, audiovisual, fused", "'both'"]),
+        ("model.audio.encoder.kind=visual", ["model.audio.encoder.kind", "'visual'"]),
+        ("noise.talkers=0", ["noise.talkers", "at least 1"]),
+        ("noise.snr=[0,.nan]", ["noise.snr", "levels in dB", "nan"]),
+        ("augment.snr=[-.inf]", ["augment.snr", "levels in dB", "-inf"]),
     ],
 )
 def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str, parts: list[str]) -> None:

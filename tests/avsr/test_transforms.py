@@ -274,10 +274,3 @@ def test_without_a_cache_every_epoch_is_new(av_recipe: Callable[..., Path], tmp_
 def test_a_cache_and_endless_versions_do_not_go_together(av_recipe: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"augment\.views.*data\.cache=null"):
         load_config(str(av_recipe(tmp_path, "video")), ["augment.time_mask=true"])
-
-
-@pytest.mark.parametrize("level", [".nan", "-.inf"])
-def test_levels_that_are_none(av_recipe: Callable[..., Path], tmp_path: Path, level: str) -> None:
-    for key in ("noise.snr", "augment.snr"):
-        with pytest.raises(UserError, match=rf"{key}: expected levels in dB"):
-            load_config(str(av_recipe(tmp_path, "audio")), [f"{key}=[0,{level}]"])

@@ -54,7 +54,9 @@ def build_store(
         encoders[name] = build_encoder(part.encoder, name, device)
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
-    transforms = Transforms(config.augment, make_babble(config.noise, levels, config.data.train), config.training.seed)
+    hears = any("audio" in encoders[name].needs for name in encoders if name in read)
+    babble = make_babble(config.noise, levels if hears else [], config.data.train)
+    transforms = Transforms(config.augment, babble, config.training.seed)
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,14 +82,14 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
 
 
 def _find_all(names: str) -> list[Path]:
-    return [Path(names)] if Path(names).is_file() else [_find(name) for name in names.split("+")]
+    return [Path(names)] if os.path.isfile(names) else [_find(name) for name in names.split("+")]
 
 
 def _find(name: str) -> Path:
     root = configs_folder()
     candidates = [Path(name), root / f"{name}.yaml", root / "recipe" / f"{name}.yaml"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file false, not an error, for a name of 300 letters
             return path
     known = sorted(path.stem for path in (root / "recipe").glob("*.yaml"))
     near = difflib.get_close_matches(name, known, 1)
@@ -131,6 +132,10 @@ def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
 
 
 def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
+    for key, default in leaves(schema()):
+        given = OmegaConf.select(merged, key) if isinstance(default, dict) else None
+        if given is not None and not isinstance(given, DictConfig):
+            raise UserError(f"{name}: {key}: expected names with values ({key}.NAME=VALUE), got {given!r}")
     try:
         full = OmegaConf.merge(OmegaConf.structured(schema), merged)
         missing = sorted(OmegaConf.missing_keys(full))

@@ -130,6 +130,9 @@ class DataConfig:
     cache: str | None = None  # folder of encoder features; null encodes in every step
     limit: int = 0  # first n utterances of every manifest, 0 = all
     workers: int = 0  # loader processes
+    verify: bool = (
+        True  # without a cache: read every clip before training; false trusts durations (avsr prepare checks)
+    )
     max_mismatch: float = 0.2  # seconds by which sound and video of a clip may differ in length
 
 
@@ -323,6 +326,13 @@ def _check_values(config: Config, name: str) -> None:
         raise UserError(
             f"decode.nbest: expected at most decode.beams = {config.decode.beams}, got {config.decode.nbest}"
         )
+    if not math.isfinite(config.decode.length_penalty):
+        raise UserError(f"decode.length_penalty: expected a number, got {config.decode.length_penalty}")
+    for key, path in config.data.test.items():
+        if not isinstance(path, str):
+            raise UserError(f"data.test.{key}: expected the path of a manifest, got {path!r}")
+    if config.deepspeed.stage == 3 and config.training.gradient_norms_every:
+        raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
     if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):
@@ -337,6 +347,8 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
     for key, value in values.items():
         if key.endswith("lora.dropout") and not 0.0 <= value < 1.0:
             raise UserError(f"{key}: expected 0 <= dropout < 1, got {value}")
+        if key.endswith("lora.alpha") and not 0.0 < value < math.inf:
+            raise UserError(f"{key}: expected more than 0, got {value}")
     for stream, part in model.streams.items():
         if part.encoder.lora.rank and part.encoder.kind not in ("avhubert", "visual"):
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")

@@ -32,22 +32,22 @@ def decode_set(
 ) -> tuple[Score, list[dict[str, Any]]]:
     """Decodes a dataset: its score and a row an utterance (set, id, speaker, seconds, reference, hypothesis; with
     ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
-    examples = [dataset[i] for i in range(len(dataset))]
     found: dict[int, list[Hypothesis]] = {}
-    with ProgressBar(f"decode {name}", len(examples)) as bar:
-        for index, best in transcribe(model, examples, config.decode):
+    seconds = [utterance.duration for utterance in dataset.utterances]
+    with ProgressBar(f"decode {name}", len(dataset)) as bar:
+        for index, best in transcribe(model, dataset.__getitem__, seconds, config.decode):
             found[index] = best
             bar.advance()
     rows: list[dict[str, Any]] = [
         {
             "set": name,
-            "id": example.utterance.id,
-            "speaker": example.utterance.speaker,
-            "seconds": example.utterance.duration,
-            "reference": example.utterance.text,
+            "id": utterance.id,
+            "speaker": utterance.speaker,
+            "seconds": utterance.duration,
+            "reference": utterance.text,
             "hypothesis": found[index][0].text,
         }
-        for index, example in enumerate(examples)
+        for index, utterance in enumerate(dataset.utterances)
     ]
     if config.decode.nbest > 1:
         for index, row in enumerate(rows):
@@ -143,7 +143,8 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
             examples.append((index, _example(name, task, model, store)))
         except UserError as error:
             results[index] = error
-    for place, hypotheses in transcribe(model, [example for _, example in examples], config.decode):
+    seconds = [example.utterance.duration for _, example in examples]
+    for place, hypotheses in transcribe(model, lambda i: examples[i][1], seconds, config.decode):
         results[examples[place][0]] = hypotheses[0].text
     return [(name, results[index]) for index, name in enumerate(files)]
 

@@ -18,7 +18,7 @@ from avsr.data.transforms import PLAIN, View
 from avsr.errors import UserError
 
 logger = logging.getLogger("avsr")
-Found = tuple[dict[str, str], dict[str, tuple[int, int]]]  # refusals and sizes by id
+Found = tuple[dict[str, str], dict[str, tuple[int, int]], str]  # refusals and sizes by id, what ended the reading
 _SHOWN = 5  # bad lines named in one message
 
 
@@ -125,14 +125,22 @@ def load_dataset(
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
     views = reading.all_views()
-    found = store.prepare(mine, title=title, views=views, shown=rank == 0)
+    failure = ""
+    try:
+        found = store.prepare(mine, title=title, views=views, shown=rank == 0)
+    except UserError as error:  # a full disk; the other ranks wait for this one's answer
+        found, mine, failure = {}, [], str(error)
     for utterance in mine:
         reason = "" if utterance.id in found else refuse(store.frames(utterance, views[0]), tokens[utterance.id])
         if reason:
             found[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
     # only of this manifest: another one may use the same ids
     own = {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}
-    for refused, sizes in _gather((found, own), world):
+    parts = _gather((found, own, failure), world)
+    for _, _, reason in parts:
+        if reason:
+            raise UserError(reason)
+    for refused, sizes, _ in parts:
         bad.update(refused)
         store.sizes.update(sizes)
     if bad:

@@ -76,6 +76,10 @@ class FeatureStore:
         Returns:
             The reason of every utterance that cannot be used, by id.
         """
+        if not self._data.verify and not self._folders:
+            for u in utterances:
+                self.sizes[u.id] = (round(u.duration * SAMPLE_RATE), round(u.duration * FRAMES_PER_SECOND))
+            return {}
         todo = [u for u in utterances if self.inside or any(self._missing(u, view) for view in views)]
         bad: dict[str, str] = {}
         if not todo:
@@ -90,7 +94,7 @@ class FeatureStore:
                     except UserError as error:
                         bad[utterance.id] = str(error)
                 for view in views:
-                    self._fill([u for u in group if u.id in clips], clips, view)
+                    self._fill([u for u in group if u.id in clips and u.id not in bad], clips, view, bad)
                 bar.advance(len(group), f"{len(bad)} unusable" if bad else "")
         return bad
 
@@ -136,16 +140,23 @@ class FeatureStore:
         frames_of = self.frames(utterance)
         return max(count / self.encoders[name].frames_per_second for name, count in frames_of.items())
 
-    def _fill(self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], view: View) -> None:
-        """Encodes what the cache lacks of a view."""
-        todo = [u for u in utterances if self._missing(u, view)]
-        seen = {u.id: self._transforms(clips[u.id], u, view) for u in todo}
-        for name in self._folders:
-            encoder = self.encoders[name]
-            lacking = [u for u in todo if not self._path(name, u, view).is_file()]
-            inputs = [encoder.prepare(seen[u.id]) for u in lacking]
-            for utterance, features in zip(lacking, encoder.run(inputs), strict=True):
-                _save(self._path(name, utterance, view), features.half().cpu())
+    def _fill(
+        self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], view: View, bad: dict[str, str]
+    ) -> None:
+        """Encodes what the cache lacks of a view; whose view cannot be made goes into ``bad``."""
+        inputs: dict[str, dict[str, Tensor]] = {name: {} for name in self._folders}
+        for utterance in utterances:
+            lacking = [name for name in self._folders if not self._path(name, utterance, view).is_file()]
+            try:
+                clip = self._transforms(clips[utterance.id], utterance, view) if lacking else Clip()
+                for name in lacking:
+                    inputs[name][utterance.id] = self.encoders[name].prepare(clip)
+            except UserError as error:
+                bad[utterance.id] = f"{utterance.where}: {error}" if utterance.where else str(error)
+        by_id = {utterance.id: utterance for utterance in utterances}
+        for name, rows in inputs.items():
+            for key, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
+                _save(self._path(name, by_id[key], view), features.half().cpu())
 
     def _missing(self, utterance: Utterance, view: View) -> bool:
         return any(not self._path(name, utterance, view).is_file() for name in self._folders)

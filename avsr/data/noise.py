@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
+from avsr.data.clip import load_clip
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 
@@ -34,7 +36,7 @@ class Babble:
         manifest: where ``config.babble`` names none.
 
     Raises:
-        UserError: the file or manifest cannot be read, or names no sound.
+        UserError: the file or manifest cannot be read.
     """
 
     def __init__(self, config: NoiseConfig, manifest: str) -> None:
@@ -45,9 +47,12 @@ class Babble:
         if config.file is None:
             bad: list[str] = []
             rows = read_manifest(self._source, on_bad=bad.append)
-            self._utterances = [row for row in rows if row.audio is not None]
-            if not self._utterances:
-                raise UserError(f"noise.babble: {self._source} names no sound; name a noise.file")
+            self._utterances = sorted(rows, key=lambda row: row.speaker)
+            speakers = [row.speaker for row in self._utterances]
+            self._own = {
+                name: (bisect_left(speakers, name), bisect_right(speakers, name)) for name in {*speakers} - {""}
+            }
+            self._place = {row.audio or row.video: index for index, row in enumerate(self._utterances)}
         stat = Path(self._source).stat()
         self.identity = f"babble {self._source} {stat.st_size} {stat.st_mtime_ns} talkers={config.talkers}"
 
@@ -59,11 +64,9 @@ class Babble:
         """
         if self._wave is not None:
             return _segment(self._wave, samples, rng)
-        others = [u for u in self._utterances if u.audio != clip.audio and (u.speaker != clip.speaker or not u.speaker)]
         total, count = torch.zeros(samples), 0
-        for utterance in rng.sample(others, min(2 * self._talkers, len(others))):  # some may be unusable
-            assert utterance.audio is not None
-            wave = _usable(utterance.audio)
+        for utterance in self._others(clip, rng):
+            wave = _usable(utterance)
             if wave is None:
                 continue
             piece = _segment(wave, samples, rng)
@@ -77,6 +80,16 @@ class Babble:
                 f"{clip.id!r}; name another manifest or a noise.file"
             )
         return total
+
+    def _others(self, clip: Utterance, rng: random.Random) -> list[Utterance]:
+        """Twice the talkers out of the other speakers' utterances, since some may be unusable; without a list of all
+        others, which a large corpus would make for every clip."""
+        place = self._place.get(clip.audio or clip.video)
+        itself = (0, 0) if place is None else (place, place + 1)
+        first, last = self._own.get(clip.speaker, itself)
+        count = len(self._utterances) - (last - first)
+        chosen = rng.sample(range(count), min(2 * self._talkers, count))
+        return [self._utterances[index if index < first else index + last - first] for index in chosen]
 
 
 def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
@@ -106,10 +119,10 @@ def _repeated(wave: Tensor, start: int, samples: int) -> Tensor:
     return torch.cat([wave[start:], wave.repeat(-(-samples // len(wave)))])[:samples]
 
 
-@lru_cache(maxsize=256)
-def _usable(path: Path) -> Tensor | None:
+@lru_cache(maxsize=64)
+def _usable(utterance: Utterance) -> Tensor | None:
     try:
-        return load_audio(path, where="noise.babble")
+        return load_clip(utterance, frozenset({"audio"}), 0.0).wave
     except UserError as error:
         logger.warning("%s: left out of the babble", error)
         return None

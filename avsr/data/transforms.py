@@ -16,6 +16,7 @@ from avsr.data.noise import CLEAN, Babble, add_babble
 
 CROP = 88  # pixels a side
 VIDEO_MASK = (10, 25)  # longest mask and one mask for every so many frames (Auto-AVSR)
+_TEST_SEED = 0
 AUDIO_MASK = (6400, 16000)  # the same in samples
 
 
@@ -35,10 +36,13 @@ PLAIN = View()
 
 
 class Transforms:
-    """Makes the view of a clip; what is random depends on seed, utterance and view alone."""
+    """Makes the view of a clip; what is random depends on seed, utterance and view alone.
+
+    Training versions follow ``seed``; the noise of test sets always has the same one, so that runs can be compared.
+    """
 
     def __init__(self, config: AugmentConfig, noise: Babble | None, seed: int) -> None:
-        self._config, self._noise, self._seed = config, noise, seed
+        self._config, self._noise, self._seeds = config, noise, (seed, _TEST_SEED)
 
     def identity(self, view: View, needs: Set[str]) -> str:
         """Names what shapes a view for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
@@ -50,7 +54,10 @@ class Transforms:
         if "audio" in needs and (view.snr != CLEAN or (view.draw is not None and config.snr)):
             levels = config.snr if view.draw is not None else view.snr
             parts.append(f"snr={levels} {self._noise.identity if self._noise else ''}")
-        return f"{' '.join(parts)} draw={view.draw} seed={self._seed}" if parts else ""
+        return f"{' '.join(parts)} draw={view.draw} seed={self._seed(view)}" if parts else ""
+
+    def _seed(self, view: View) -> int:
+        return self._seeds[view.draw is None]
 
     def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
         if view.plain:
@@ -58,7 +65,7 @@ class Transforms:
 
         def rng(purpose: str) -> random.Random:
             # one for each change, so that none depends on which others are made (see identity)
-            return random.Random(f"{self._seed} {utterance.id} {view.draw} {purpose}")
+            return random.Random(f"{self._seed(view)} {utterance.id} {view.draw} {purpose}")
 
         wave, mouth, snr = clip.wave, clip.mouth, view.snr
         if view.draw is not None:

@@ -8,7 +8,7 @@ ends gets that end token for free (log-probability 0), and it still counts in n 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,13 +133,17 @@ class _Trace(LogitsProcessor):
 
 
 def transcribe(
-    model: SpeechLLM, examples: Sequence[Example], config: DecodeConfig
+    model: SpeechLLM, load: Callable[[int], Example], seconds: Sequence[float], config: DecodeConfig
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
-    """Yields (index, hypotheses, best first) batch by batch, utterances of like length together."""
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].utterance.duration, i))
+    """Yields (index, hypotheses, best first) batch by batch, utterances of like length together.
+
+    ``load`` gives the example of an index when its batch comes, so a test set need not fit into memory; ``seconds`` are
+    the lengths by which utterances are grouped.
+    """
+    order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
     for first in range(0, len(order), config.batch):
         part = order[first : first + config.batch]
-        found = transcribe_batch(model, collate([examples[i] for i in part]), config)
+        found = transcribe_batch(model, collate([load(i) for i in part]), config)
         yield from zip(part, found, strict=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from avsr import composing as composing_module
-from avsr.composing import configs_folder, differences
+from avsr.composing import compose, configs_folder, differences
 from avsr.config import (
     Config,
     ModelConfig,
@@ -17,8 +17,9 @@ from avsr.config import (
     to_yaml,
 )
 from avsr.errors import UserError
+from avsr.pretrain import PretrainConfig
 
-FILES = sorted(path for path in configs_folder().glob("*/*.yaml"))
+FILES = sorted(path for path in configs_folder().glob("*/*.yaml") if path.stem != "demo_visual")
 FILL = [
     "run=r",
     *(f"model.{stream}.encoder.name=e" for stream in ("audio", "video", "fused")),
@@ -82,6 +83,15 @@ def test_every_file_loads(path: Path) -> None:
     assert again == config
     if recipe:
         assert config.run and config.model.llm.name and config.data.train
+
+
+def test_the_pretraining_recipe_is_of_its_own_kind() -> None:
+    config = compose("demo_visual", ["steps=5"], PretrainConfig)
+    assert isinstance(config, PretrainConfig) and config.steps == 5
+    with pytest.raises(UserError, match="unknown key 'stepps'; did you mean 'steps'"):
+        compose("demo_visual", ["stepps=5"], PretrainConfig)
+    with pytest.raises(UserError, match="unknown key 'train'"):
+        load_config("demo_visual")
 
 
 # Composition

@@ -59,6 +59,10 @@ def make_examples(seconds: list[float]) -> list[Example]:
     ]
 
 
+def lengths(examples: list[Example]) -> list[float]:
+    return [example.utterance.duration for example in examples]
+
+
 @pytest.fixture
 def examples() -> list[Example]:
     return make_examples(SECONDS)
@@ -127,10 +131,10 @@ def test_decoding_leaves_no_dropout_on(model: SpeechLLM, examples: list[Example]
 
 def test_transcribe_gives_every_index_once(model: SpeechLLM, examples: list[Example]) -> None:
     config = DecodeConfig(batch=2, base_tokens=6, tokens_per_second=10.0)
-    found = list(transcribe(model, examples, config))
+    found = list(transcribe(model, examples.__getitem__, lengths(examples), config))
     assert sorted(index for index, _ in found) == list(range(len(examples)))
     assert [best[0].text for _, best in sorted(found)] == decode(model, examples, config)
-    assert list(transcribe(model, [], config)) == []
+    assert list(transcribe(model, [].__getitem__, [], config)) == []
 
 
 @pytest.mark.parametrize("beams", [1, 3])

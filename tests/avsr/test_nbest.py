@@ -146,7 +146,14 @@ def test_lists_alone_as_in_a_batch(model: SpeechLLM, base: int) -> None:
     assert len({found[0].text for found in together}) > 3
     for example, found in zip(examples, together, strict=True):
         assert same(transcribe_batch(model, collate([example]), config)[0], found)
-    by_three = dict(transcribe(model, examples, DecodeConfig(**{**vars(config), "batch": 3})))
+    by_three = dict(
+        transcribe(
+            model,
+            examples.__getitem__,
+            [e.utterance.duration for e in examples],
+            DecodeConfig(**{**vars(config), "batch": 3}),
+        )
+    )
     assert all(same(by_three[i], found) for i, found in enumerate(together))
     again = transcribe_batch(model, collate(examples), config)
     assert again == together

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
 from avsr.data.manifest import Utterance, read_manifest, write_manifest
 from avsr.data.noise import CLEAN, Babble, add_babble, make_babble
+from avsr.data.video import encode_video
 from avsr.errors import UserError
 
 
@@ -142,6 +145,28 @@ def test_without_names_of_speakers_the_clip_itself_stays_out(tmp_path: Path) -> 
     assert powers(babble.draw(16_000, with_name, random.Random(0)), 3) == pytest.approx([1.0, 0.0, 1.0], abs=1e-3)
 
 
+def test_the_sound_of_videos_is_babble_too(tmp_path: Path, make_corpus: Callable[..., Path]) -> None:
+    manifest = tmp_path / "m.jsonl"
+    rows = []
+    for index, speaker in enumerate("ab"):
+        tone = 0.3 * np.sin(np.arange(16_000) * (0.1 + 0.1 * index))
+        (tmp_path / f"{index}.mp4").write_bytes(encode_video(np.zeros((25, 32, 32), np.uint8), sound=tone))
+        rows.append({"id": str(index), "video": f"{index}.mp4", "text": "x", "duration": 1.0, "speaker": speaker})
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    noise = Babble(NoiseConfig(), str(manifest)).draw(16_000, clip_of("a"), random.Random(0))
+    assert float(noise.square().mean()) == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_large_corpus_is_not_listed_for_every_clip(tmp_path: Path) -> None:
+    manifest = tones(tmp_path, ["a", "b"])
+    babble = Babble(NoiseConfig(talkers=2), str(manifest))
+    babble._utterances = [replace(babble._utterances[0], speaker="a")] + [babble._utterances[1]] * 300_000
+    started = time.perf_counter()
+    for draw in range(20):
+        babble.draw(800, clip_of("a"), random.Random(draw))
+    assert time.perf_counter() - started < 1.0
+
+
 def test_the_same_draw_is_the_same_noise(tmp_path: Path) -> None:
     manifest = tones(tmp_path, ["a", "b", "c", "d"])
     one, two = (Babble(NoiseConfig(talkers=2), str(manifest)) for _ in range(2))
@@ -159,8 +184,9 @@ def test_a_voice_that_cannot_be_read_is_replaced(tmp_path: Path) -> None:
 
 
 def test_sources_without_sound_are_refused(tmp_path: Path, make_corpus: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"noise\.babble: .*names no sound; name a noise\.file"):
-        Babble(NoiseConfig(), str(make_corpus(tmp_path / "mute", 2, video="alone")))
+    mute = Babble(NoiseConfig(), str(make_corpus(tmp_path / "mute", 2, video="alone")))
+    with pytest.raises(UserError, match=r"noise\.babble: .*no usable sound.*name another manifest or a noise\.file"):
+        mute.draw(100, clip_of("z"), random.Random(0))
     with pytest.raises(UserError, match=r"no/such\.jsonl"):
         Babble(NoiseConfig(babble="no/such.jsonl"), str(tones(tmp_path, ["a"])))
     with pytest.raises(UserError, match=r"noise\.file: there is no file .*gone\.wav"):

@@ -168,6 +168,18 @@ def test_every_level_is_drawn(babble: Babble) -> None:
     assert {round(level) for level in found if level < 100} == {-5, 20} and max(found) > 100
 
 
+def test_changes_are_drawn_apart(babble: Babble) -> None:
+    """A loud babble comes with any place of the crop."""
+    made = Transforms(AugmentConfig(snr=[-20.0, float("inf")], random_crop=True), babble, 0)
+    plain = Clip(clip(4).wave, numbered(4, 96, 96))
+    seen = set()
+    for draw in range(60):
+        view = made(plain, ROW, View(draw=draw))
+        assert view.mouth is not None
+        seen.add((view.wave is plain.wave, int(view.mouth[0, 0, 0]) // 96 < 4))
+    assert len(seen) == 4
+
+
 def test_noise_of_an_evaluation_is_the_same_each_time_and_at_each_level(babble: Babble) -> None:
     """Only its scale differs, so that levels can be compared; masks and crops are for training alone."""
     plain, made = clip(20), all_on(babble)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avsr.build import WEIGHTS, step_checkpoints
+from avsr.build import WEIGHTS, checkpoint_shapes, step_checkpoints
 from avsr.composing import differences
 from avsr.config import read_run_config
 from avsr.errors import UserError
@@ -60,9 +59,9 @@ def average(run: str | Path, last: int = 0) -> Path:
 def _check(folders: list[Path]) -> None:
     """Refuses checkpoints that differ from the newest in a tensor's name or shape or in their model's config."""
     newest = folders[-1]
-    expected, config = _shapes(newest), read_run_config(newest).model
+    expected, config = checkpoint_shapes(newest), read_run_config(newest).model
     for folder in folders[:-1]:
-        shapes = _shapes(folder)
+        shapes = checkpoint_shapes(folder)
         for name in sorted(expected.keys() | shapes.keys()):
             if shapes.get(name) != expected.get(name):
                 ours, theirs = (found.get(name, "missing") for found in (shapes, expected))
@@ -70,12 +69,3 @@ def _check(folders: list[Path]) -> None:
         changed = differences(read_run_config(folder).model, config, "model.")
         if changed:
             raise UserError(f"{folder} and {newest} have different configs: {', '.join(changed)}")
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    path = folder / WEIGHTS
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {error}") from error

@@ -96,6 +96,20 @@ def step_checkpoints(run: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, which are not read.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+
+
 def load_weights(model: SpeechLLM, folder: Path) -> None:
     """Loads adapter, projector and delimiters.
 
@@ -104,12 +118,7 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
             the first such tensor and, where the checkpoint's config differs, its keys.
     """
     path = folder / WEIGHTS
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        state = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+    shapes = checkpoint_shapes(folder)
     own = model.own_state()
     problem = ""
     for name in sorted(own.keys() | shapes.keys()):
@@ -123,7 +132,7 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
             differing = _config_differences(model.config, folder)
             raise UserError(f"{path} does not fit the config: {problem}{differing}")
     with torch.no_grad():
-        for name, tensor in state.items():
+        for name, tensor in load_file(str(path)).items():
             own[name].copy_(tensor.to(own[name]))
 
 

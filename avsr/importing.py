@@ -18,6 +18,7 @@ from avsr.config import AugmentConfig, Config, LoraConfig, load_config, to_yaml
 from avsr.errors import UserError
 from avsr.models import official
 from avsr.models.encoder import SpeechEncoder
+from avsr.models.fairseq_file import TRAINING_ONLY
 from avsr.models.llm import lora_from_reduction
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.checkpoint import publish
@@ -190,12 +191,9 @@ def _export_encoder(part: Path, stream: str, state: official.State, config: Conf
     file = Path("encoders") / f"{prefix}.safetensors"
     if not (part / file).is_file():
         (part / file).parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: t.contiguous().clone() for name, t in tensors.items() if not name.startswith(_TRAINING_ONLY)}
+        kept = {name: t.contiguous().clone() for name, t in tensors.items() if not TRAINING_ONLY.match(name)}
         save_file(kept, str(part / file))
     return file
-
-
-_TRAINING_ONLY = ("label_embs_concat", "final_proj.", "target_glu.", "num_updates")
 
 
 def _reduced(state: official.State, reduction: int, alpha: float, where: Path) -> LoraConfig:

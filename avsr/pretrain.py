@@ -23,9 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from avsr.build import pick_device
 from avsr.config import LogConfig
+from avsr.data.clip import center_crop
 from avsr.errors import UserError
 from avsr.evaluation.wer import score
-from avsr.models.visual import WEIGHTS, VisualConfig, VisualModel, check_visual, crop, save_visual
+from avsr.models.visual import WEIGHTS, VisualConfig, VisualModel, check_visual, save_visual
 from avsr.progress import ProgressBar
 from avsr.synth.visemes import VISEMES
 from avsr.training.augment import AugmentConfig, augment, check_augment
@@ -216,9 +217,10 @@ def _set_statistics(model: VisualModel, clips: Sequence[TimedClip]) -> None:
 
 def _views(model: VisualModel, clips: Sequence[TimedClip]) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs, lengths) of all clips as the encoder sees them."""
-    device = model.feature_mean.device
+    device, side = model.feature_mean.device, model.side
     for first in range(0, len(clips), _EVALUATION_BATCH):
-        views = [crop(clip.mouth.float(), model.side).flatten(1) for clip in clips[first : first + _EVALUATION_BATCH]]
+        part = clips[first : first + _EVALUATION_BATCH]
+        views = [center_crop(clip.mouth.float(), side, side).flatten(1) for clip in part]
         yield pad_sequence(views, batch_first=True).to(device), torch.tensor([len(v) for v in views], device=device)
 
 

@@ -39,6 +39,12 @@ class Clip:
         return max(self.samples / SAMPLE_RATE, self.video_frames / FRAMES_PER_SECOND)
 
 
+def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
+    """The middle (T, height, width) of (T, H, W) frames, which must not be smaller."""
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width]
+
+
 def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Clip:
     """Reads what is needed of an utterance.
 

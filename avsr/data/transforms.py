@@ -89,12 +89,6 @@ def random_crop(frames: Tensor, size: int, rng: random.Random) -> Tensor:
     return frames[:, top : top + size, left : left + size]
 
 
-def center_crop(frames: Tensor, size: int) -> Tensor:
-    """The middle (size, size) window of (T, H, W) frames."""
-    top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
-    return frames[:, top : top + size, left : left + size]
-
-
 def time_mask(signal: Tensor, window: int, stride: int, rng: random.Random) -> Tensor:
     """Auto-AVSR's adaptive time mask: floor((length + stride - 0.1) / stride) stretches of fewer than ``window``
     steps along the first axis are set to 0."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from avsr.data.clip import center_crop
 from avsr.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -56,8 +57,7 @@ def video_features(mouth: Tensor) -> Tensor:
     height, width = mouth.shape[1:]
     if height < SIDE or width < SIDE:
         raise UserError(f"AV-HuBERT reads mouth frames of {SIDE} x {SIDE} pixels; these are {width} x {height}")
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
-    return (mouth[:, top : top + SIDE, left : left + SIDE].float() / 255.0 - _MEAN) / _STD
+    return (center_crop(mouth, SIDE, SIDE).float() / 255.0 - _MEAN) / _STD
 
 
 def _mel_filters() -> Tensor:

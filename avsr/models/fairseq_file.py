@@ -32,7 +32,7 @@ from avsr.models.sources import cache_folder, resolve
 WEIGHTS = "model.safetensors"
 LICENCE = "AV-HuBERT's weights are for non-commercial research only (Meta's AV-HuBERT licence agreement)"
 _DICTIONARY = "fairseq.data.dictionary.Dictionary"
-_TRAINING_ONLY = re.compile(r"label_embs_concat|final_proj\.|target_glu\.|num_updates")
+TRAINING_ONLY = re.compile(r"label_embs_concat|final_proj\.|target_glu\.|num_updates")  # no part of the encoder
 _FINE_TUNED = re.compile(r"(encoder\.)?w2v_(model|encoder)\.|decoder\.")
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
             raise UserError(f"{path}: {_fine_tuned(f'it has the key {key!r}')}")
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{path}: the model's entry {key!r} is no tensor but {type(tensor).__name__}")
-        if not _TRAINING_ONLY.match(key):
+        if not TRAINING_ONLY.match(key):
             tensor = tensor.detach()
             state[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().clone()
     config = check_state(state, path)

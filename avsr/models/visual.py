@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool2d, relu
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from avsr.config import EncoderConfig
-from avsr.data.clip import Clip
+from avsr.data.clip import Clip, center_crop
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.encoder_lora import add_encoder_lora
@@ -177,7 +177,8 @@ class VisualEncoder(SpeechEncoder):
         """
         if clip.mouth is None:
             raise UserError("the visual encoder needs video, and the clip has none")
-        return crop(shrink(clip.mouth, self.model.config.pool), self.model.side).flatten(1)
+        side = self.model.side
+        return center_crop(shrink(clip.mouth, self.model.config.pool), side, side).flatten(1)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, K) zero-padded and (B,) int64 -> (B, T, D)."""
@@ -196,17 +197,7 @@ def shrink(mouth: Tensor, pool: int) -> Tensor:
     if mouth.dim() != 3 or len(mouth) == 0 or min(mouth.shape[1:]) < CROP:
         raise UserError(f"expected mouth frames (T, H, W) of at least {CROP} x {CROP}, got {tuple(mouth.shape)}")
     height, width = (CROP + (size - CROP) // (2 * pool) * 2 * pool for size in mouth.shape[1:])
-    return avg_pool2d(_middle(mouth, height, width).float(), pool)
-
-
-def crop(frames: Tensor, side: int) -> Tensor:
-    """The middle (T, side, side) of (T, h, w)."""
-    return _middle(frames, side, side)
-
-
-def _middle(frames: Tensor, height: int, width: int) -> Tensor:
-    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-    return frames[:, top : top + height, left : left + width]
+    return avg_pool2d(center_crop(mouth, height, width).float(), pool)
 
 
 def save_visual(model: VisualModel, folder: Path) -> None:

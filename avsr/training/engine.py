@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from avsr.config import Config, TrainingConfig
 from avsr.errors import UserError
+from avsr.models.resnet import VisualFrontEnd
 from avsr.models.speech_llm import SpeechLLM
 
 
@@ -127,6 +128,7 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     """The DeepSpeed engine around ``model``: AdamW and the cosine schedule, unless the user's JSON has its own."""
     deepspeed = import_deepspeed()
     settings = deepspeed_config(config)
+    _gather_whole(model)
     parameters = list(model.trainable().values())
     optimizer = None if "optimizer" in settings else make_optimizer(parameters, config.training)
     training = config.training
@@ -145,6 +147,16 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
             config=settings,
         )
     return engine
+
+
+def _gather_whole(model: SpeechLLM) -> None:
+    """Under ZeRO-3 a visual front end gathers all its weights once a call. Its parts are called once a chunk of frames,
+    and ranks with unlike numbers of frames would gather unlike numbers of times."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if isinstance(module, VisualFrontEnd):
+            set_z3_leaf_module(module, True)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:

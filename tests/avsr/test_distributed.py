@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from avsr.config import load_config
+from avsr.models.avhubert_network import AVHubert, AVHubertConfig
 from avsr.train import train
 from avsr.training.metrics import read_metrics
 
@@ -38,7 +39,7 @@ def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.Complete
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
         raise
@@ -104,6 +105,46 @@ def test_ranks_whose_batches_lack_other_streams_train_together(
     for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
         for key in ("ce", "grad_norm", "tokens"):
             assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
+    av_recipe: Callable[..., Path], make_corpus: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One rank has a clip of two chunks and the other of one. The front end has the official width: DeepSpeed
+    leaves smaller weights whole on every rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        network = AVHubert(AVHubertConfig(width=64, ffn=96, layers=1, channels=64))
+    save_file(network.state_dict(), str(tmp_path / "wide.safetensors"))
+    recipe = av_recipe(
+        tmp_path,
+        "video",
+        **{
+            "model.video.encoder": {"name": str(tmp_path / "wide.safetensors"), "lora": {"rank": 2}},
+            "data.train": str(make_corpus(tmp_path / "uneven", seconds=[11.2, 0.8], video="beside")),
+            "data.validation": str(make_corpus(tmp_path / "short", 1, video="beside")),
+            "training.utterances": 1,
+            "training.frames": 400,
+            "training.steps": 2,
+            "training.clip": 1.0e9,
+        },
+    )
+    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=3")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    before = dict(os.environ)
+    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
+    os.environ.clear()
+    os.environ.update(before)
+    for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
+        for key in ("ce", "grad_norm", "tokens"):
+            assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
+    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, tmp_path / "two")]
+    assert any(name.startswith("encoders.video.") and tensor.any() for name, tensor in saved[0].items())
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.distributed

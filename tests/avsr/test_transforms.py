@@ -15,12 +15,12 @@ from torch import Tensor
 
 from avsr.build import build_store
 from avsr.config import AugmentConfig, Config, NoiseConfig, load_config
-from avsr.data.clip import Clip, load_clip
+from avsr.data.clip import Clip, center_crop, load_clip
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.noise import Babble
-from avsr.data.transforms import PLAIN, Transforms, View, center_crop, random_crop, time_mask
+from avsr.data.transforms import PLAIN, Transforms, View, random_crop, time_mask
 from avsr.errors import UserError
 
 CPU = torch.device("cpu")
@@ -56,8 +56,8 @@ def test_a_random_crop_is_one_window_inside_for_all_frames() -> None:
 
 def test_the_middle() -> None:
     frames = numbered(2, 96, 91)
-    assert torch.equal(center_crop(frames, 88), frames[:, 4:92, 1:89])
-    assert torch.equal(center_crop(frames[:, :88, :88], 88), frames[:, :88, :88])
+    assert torch.equal(center_crop(frames, 88, 88), frames[:, 4:92, 1:89])
+    assert torch.equal(center_crop(frames[:, :88, :88], 88, 88), frames[:, :88, :88])
 
 
 # Time masks
@@ -280,7 +280,7 @@ def test_without_a_cache_every_epoch_is_new(av_recipe: Callable[..., Path], tmp_
     mouth = read_manifest(config.data.train)[1]
     plain = load_clip(mouth, {"video"}, 0.2).mouth
     assert plain is not None
-    torch.testing.assert_close(middle, ((center_crop(plain, 88).float() / 255 - 0.421) / 0.165).flatten(1))
+    torch.testing.assert_close(middle, ((center_crop(plain, 88, 88).float() / 255 - 0.421) / 0.165).flatten(1))
 
 
 def test_a_cache_and_endless_versions_do_not_go_together(av_recipe: Callable[..., Path], tmp_path: Path) -> None:

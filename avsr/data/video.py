@@ -148,6 +148,7 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
         )
     context.thread_type, context.thread_count = "NONE", 1
     first, last, count = None, 0.0, 0
+    expected = _frames_to_come(stream)
     for frame in _guarded_frames(stream.container, stream, path, where):
         if frame.is_corrupt:
             raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
@@ -157,10 +158,20 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
         last = max(last, time - first)
         yield _grey(frame), last
         count += 1
-    if count < stream.frames:
-        raise UserError(
-            f"{_prefix(where)}{path} is truncated or damaged: {count} of its {stream.frames} frames can be read"
-        )
+    if count < expected:
+        raise UserError(f"{_prefix(where)}{path} is truncated or damaged: {count} of its {expected} frames can be read")
+
+
+def _frames_to_come(stream: Any) -> int:
+    """How many frames there must be, before the first is read; 0 where the file does not say.
+
+    The number in an mp4 also counts what its edit list hides: a cut without encoding anew keeps the frames from the
+    key frame on, and a phone that trims a video keeps all. Those are left out of the index, or marked in it. Other
+    kinds of files may make their index while they are read.
+    """
+    if "mp4" not in stream.container.format.name:
+        return int(stream.frames)
+    return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
 
 
 def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iterator[Any]:

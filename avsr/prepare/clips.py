@@ -98,7 +98,7 @@ def make_clips(job: Job) -> Outcome:
         try:
             start, end = _span(piece, len(frames))
             if not source.cropped:
-                _check_landmarks(valid[start:end], outside[start:end], job.coverage)
+                check_landmarks(valid[start:end], outside[start:end], job.coverage)
             kept = next((clip for clip in job.keep if (clip.id, clip.start, clip.end) == (piece.id, start, end)), None)
             made.append(kept or _write(job, piece.id, sound, frames, start, end))
         except Refused as refused:
@@ -227,7 +227,17 @@ def _span(piece: Piece, frames: int) -> tuple[int, int]:
     return start, end
 
 
-def _check_landmarks(valid: np.ndarray, outside: np.ndarray, coverage: float) -> None:
+def check_landmarks(valid: np.ndarray, outside: np.ndarray, coverage: float) -> None:
+    """Refuses a clip with a face in too few of its frames, or with the mouth outside the picture.
+
+    Args:
+        valid: (T,) bool, where there were landmarks.
+        outside: (T,) shares of the crops outside the picture.
+        coverage: the least share of the frames that must have landmarks.
+
+    Raises:
+        Refused: naming what was found.
+    """
     if valid.sum() < MIN_FRAMES:
         raise Refused("no face", f"{valid.sum()} frames with a face, {MIN_FRAMES} are needed")
     if valid.mean() < coverage:

@@ -29,7 +29,7 @@ class PrepareOptions:
         labels: vox2: a file with the texts of the clips.
         language: muavic: the code of the language.
         cropped: muavic: the videos show the mouth alone already.
-        workers: processes; 0 means one for each CPU.
+        workers: processes; 0 means one for each CPU. 1 is the one at hand, which a video that crashes its decoder ends.
     """
 
     landmarks: str = DETECT

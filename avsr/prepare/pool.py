@@ -17,12 +17,12 @@ def run_jobs(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
     """(job, result) of each job as it is done; the result is None where the process died.
 
     A video can crash the decoder that reads it. All jobs that were under way are then run again, each in a process
-    of its own, so that the one to blame is found. One worker means this process, which a crash ends too.
+    of its own, so that the one to blame is found.
 
     Args:
         work: a function of an importable module. What it raises is raised here.
         jobs: its arguments, taken as they are needed.
-        workers: processes at a time, at least 1.
+        workers: processes at a time; 0 means one for each CPU. 1 means this process, which a crash ends too.
     """
     if workers == 1:
         for job in jobs:
@@ -31,7 +31,7 @@ def run_jobs(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
     waiting = iter(jobs)
     while True:
         suspects: deque[Any] = deque()
-        yield from _until_a_crash(work, waiting, workers, suspects)
+        yield from _until_a_crash(work, waiting, workers or cpus(), suspects)
         if not suspects:
             return
         for job in suspects:

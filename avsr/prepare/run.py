@@ -30,7 +30,7 @@ from avsr.prepare.faces import require_detector
 from avsr.prepare.journal import Entry, Journal
 from avsr.prepare.landmarks import find_landmarks
 from avsr.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
-from avsr.prepare.pool import cpus, run_jobs
+from avsr.prepare.pool import run_jobs
 from avsr.progress import ProgressBar
 
 logger = logging.getLogger("avsr")
@@ -80,7 +80,7 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
     jobs = [Job(source, str(out), landmarks, options.skew, options.coverage) for source in sources]
     try:
         with Journal(out, {"corpus": corpus, "root": str(root), "seg": options.seg}) as journal:
-            made = _make(jobs, journal, options.workers or cpus())
+            made = _make(jobs, journal, options.workers)
         for source in sources:
             refused += journal.entry(source.id).refused
         report = _write(out, _rows(sources, journal, labels), refused)
@@ -132,7 +132,7 @@ def _make(jobs: list[Job], journal: Journal, workers: int) -> int:
     logger.info("%d of %d videos are done", len(jobs) - len(todo), len(jobs))
     made = refused = 0
     with ProgressBar("prepare", len(jobs), done=len(jobs) - len(todo)) as bar:
-        for job, outcome in run_jobs(make_clips, todo, min(workers, max(1, len(todo)))):
+        for job, outcome in run_jobs(make_clips, todo, workers):
             source = job.source
             asked, tried = _asked(source), _tried(job)
             if outcome is None:

@@ -11,8 +11,9 @@ from avsr.data.clip import MOUTH_SIZES
 from avsr.data.video import encode_video, video_frames
 from avsr.errors import UserError
 from avsr.models.sources import cache_folder
-from avsr.prepare.clips import Job, Refused, mouths
+from avsr.prepare.clips import Job, Refused, check_landmarks, mouths
 from avsr.prepare.faces import require_detector
+from avsr.prepare.journal import FORMAT
 from avsr.prepare.options import DETECT, PrepareOptions
 
 
@@ -20,13 +21,14 @@ def mouth_video(path: Path) -> Path:
     """``path`` if its pictures are mouth crops already; else a video of the mouth, made once and kept in the cache.
 
     Raises:
-        UserError: no readable video, no face in it, or the landmark detector is missing.
+        UserError: no readable video, no face in it or in too few of its frames (as in ``avsr prepare``), the mouth
+            outside the picture, or the landmark detector is missing.
     """
     height, width = next(iter(video_frames(path))).shape
     if height == width and MOUTH_SIZES[0] <= height <= MOUTH_SIZES[1]:
         return path
     stat = path.stat()
-    key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{FORMAT} {path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
     target = cache_folder() / "mouths" / f"{key}.mp4"
     if target.is_file():
         return target
@@ -37,9 +39,10 @@ def mouth_video(path: Path) -> Path:
     options = PrepareOptions()
     source = Source(path.stem, path, speaker="", manifests=())
     try:
-        frames, _, _ = mouths(Job(source, "", DETECT, options.skew, options.coverage))
+        frames, valid, outside = mouths(Job(source, "", DETECT, options.skew, options.coverage))
+        check_landmarks(valid, outside, options.coverage)
     except Refused as refused:
-        raise UserError(str(refused)) from refused
+        raise UserError(f"no mouth could be cut out of {path}: {refused}") from refused
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

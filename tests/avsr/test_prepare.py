@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import soundfile
 from avsr.data.manifest import read_manifest
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.prepare import clips, run
+from avsr.prepare import clips, pool, run
 from avsr.prepare.options import PrepareOptions, parse_options
 from avsr.prepare.pool import run_jobs
 from avsr.prepare.run import prepare
@@ -349,19 +350,38 @@ def test_a_process_that_dies_takes_only_its_own_job(tmp_path: Path) -> None:
     assert sorted(job for job, _ in run_jobs(signal.raise_signal, jobs, 2)) == sorted(jobs)
 
 
+CRASHING = """
+import multiprocessing, os, resource
+from avsr.prepare import clips
+
+def make_clips(job):
+    if job.source.id != "b":
+        return clips.make_clips(job)
+    assert multiprocessing.parent_process() is not None, "it would end the whole run"
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.abort()
+"""
+
+
 def test_a_video_that_crashes_its_process_is_named_and_tried_again(
     corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
         corpus(name, 1.0, f"text {name}")
+    (tmp_path / "crashing_decoder.py").write_text(CRASHING)
+    monkeypatch.syspath_prepend(str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(
             run,
             "run_jobs",
             lambda work, jobs, workers: ((job, work(job) if job.source.id == "a" else None) for job in jobs),
         )
-        report = go("videos")
-    assert report.manifests == {"all": 1} and report.refused == {"crash": 1}
+        assert go("videos").refused == {"crash": 1}
+    with monkeypatch.context() as patch:  # now it is the only one left to do, and there may be one CPU
+        patch.setattr(run, "make_clips", importlib.import_module("crashing_decoder").make_clips)
+        patch.setattr(pool, "cpus", lambda: 1)
+        report = go("videos", workers=0)
+    assert report.manifests == {"all": 1} and report.refused == {"crash": 1} and report.made == 0
     assert "b.mp4 died" in refusals(tmp_path)["b"]["reason"]
     report = go("videos")
     assert report.manifests == {"all": 2} and report.refused == {} and report.made == 1

@@ -284,6 +284,63 @@ def test_frames_missing_at_the_end_are_noticed_even_without_a_damaged_one(tmp_pa
     assert "7 of its 10 frames can be read" in refusal(tmp_path / "a.mp4")
 
 
+def long_video(path: Path, bframes: int) -> None:
+    """60 numbered frames in two groups of pictures, the index in front."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        options = {"g": "30", "bf": str(bframes), "b-pyramid": "none", "sc_threshold": "0"}
+        stream: Any = container.add_stream("libx264", rate=25, options=options)
+        stream.width = stream.height = 32
+        for grey in numbered(60) // 2 + 20:
+            frame = av.VideoFrame.from_ndarray(grey, format="gray")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_color_range="MPEG")))
+        container.mux(stream.encode())
+
+
+def copy_from(path: Path, target: Path, seconds: Fraction) -> None:
+    """What ``ffmpeg -ss SECONDS -c copy`` does: all packets are kept, and an edit list says where to begin."""
+    with av.open(str(path)) as container, av.open(str(target), "w", options={"movflags": "+faststart"}) as out:
+        stream = out.add_stream_from_template(container.streams.video[0])
+        for packet in container.demux(video=0):
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                earlier = int(seconds / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
+                out.mux(packet)
+
+
+def trim(path: Path, milliseconds: int) -> None:
+    """Shortens what the edit list shows; the frames stay in the file."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # its name, version and flags, number of edits; then the length of the first
+    data[at : at + 4] = milliseconds.to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("bframes", [0, 2])
+@pytest.mark.parametrize(("first", "last"), [(10, 60), (45, 60), (0, 21), (10, 35), (33, 34)])
+def test_what_an_edit_list_hides_is_not_missed(tmp_path: Path, bframes: int, first: int, last: int) -> None:
+    long_video(tmp_path / "long.mp4", bframes)
+    copy_from(tmp_path / "long.mp4", tmp_path / "a.mp4", Fraction(first, 25))
+    trim(tmp_path / "a.mp4", 40 * (last - first))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].frames == 60  # they are all still there
+    levels = read_video(tmp_path / "a.mp4").float().mean(dim=(1, 2)).numpy()
+    wanted = numbered(60)[first:last].mean(axis=(1, 2)) // 2 + 20
+    assert levels.shape == wanted.shape and np.abs(levels - wanted).max() < 2
+    # what it does show may not be missing
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        end = max(packet.pos for packet in container.demux(video=0) if packet.size and not packet.is_discard)
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:end])
+    message = refusal(tmp_path / "a.mp4")
+    assert "truncated" in message or "damaged" in message or "no video frame" in message
+
+
+def test_an_avi_without_its_index_goes_by_its_header(tmp_path: Path) -> None:
+    write(tmp_path / "a.avi", pictures(40), codec="mjpeg", form="yuvj420p", full=True)
+    data = (tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(data[: data.rindex(b"00dc", 0, len(data) * 2 // 3)])
+    assert "of its 40 frames can be read" in refusal(tmp_path / "a.avi")
+
+
 def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
     data = encode_video(pictures(30))
     begin, end = data.index(b"mdat") + 1000, data.index(b"moov")

@@ -11,7 +11,7 @@ from avsr.errors import EXIT_USER, UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command: train, evaluate, transcribe, analyze, average, import, synth or doctor."""
+    """Runs one command; ``avsr --help`` lists them."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse does not find positional arguments that stand behind an option
@@ -129,9 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", help="the run folder")
     evaluate.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
     _add(evaluate, _evaluate)
-    transcribe = commands.add_parser("transcribe", help="print one line of text a sound file")
+    transcribe = commands.add_parser("transcribe", help="print one line of text a sound or video file")
     transcribe.add_argument("run", help="the run folder")
-    transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound files, and key=value overrides")
+    transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")
     transcribe.set_defaults(run_command=_transcribe)
     analyze = commands.add_parser("analyze", help="write analysis.json and report.html of one run or several")
     analyze.add_argument("runs", nargs="+", metavar="RUN", help="run folders, and key=value overrides")

@@ -28,7 +28,10 @@ from avsr.models.speech_llm import SpeechLLM
 STATE = "state.json"
 _TAG = "engine"
 # A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps.
-_FREE = ("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_last", "noise.snr")
+_FREE = (
+    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_last"),
+    "noise.snr",  # of a later evaluation
+)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from avsr.errors import EXIT_USER, UserError, guarded
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command: train, evaluate, transcribe, analyze, average, import, synth or doctor."""
+    """Runs one command: train, pretrain, evaluate, transcribe, analyze, average, import, synth, prepare or doctor."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse does not find positional arguments that stand behind an option
@@ -106,7 +106,7 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from avsr.prepare.options import parse_options
-    from avsr.prepare.run import prepare
+    from avsr.prepare.run import REFUSED, prepare
 
     options = parse_options(arguments.corpus, arguments.overrides)
     report = prepare(arguments.corpus, arguments.root, arguments.out, options)
@@ -114,6 +114,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"{count:7d}  {name}.jsonl")
     for kind, count in report.refused.items():
         print(f"{count:7d}  refused: {kind}")
+    if report.refused:
+        print(f"the reasons are in {Path(arguments.out, REFUSED)}")
 
 
 def _parser() -> argparse.ArgumentParser:

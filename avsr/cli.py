@@ -106,7 +106,7 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from avsr.prepare.options import parse_options
-    from avsr.prepare.run import prepare
+    from avsr.prepare.run import REFUSED, prepare
 
     options = parse_options(arguments.corpus, arguments.overrides)
     report = prepare(arguments.corpus, arguments.root, arguments.out, options)
@@ -114,6 +114,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"{count:7d}  {name}.jsonl")
     for kind, count in report.refused.items():
         print(f"{count:7d}  refused: {kind}")
+    if report.refused:
+        print(f"the reasons are in {Path(arguments.out, REFUSED)}")
 
 
 def _parser() -> argparse.ArgumentParser:

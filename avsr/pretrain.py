@@ -29,7 +29,7 @@ from avsr.evaluation.wer import score
 from avsr.models.visual import WEIGHTS, VisualConfig, VisualModel, check_visual, save_visual
 from avsr.progress import ProgressBar
 from avsr.synth.visemes import VISEMES
-from avsr.training.augment import AugmentConfig, augment, check_augment
+from avsr.training.augment import FaceAugmentConfig, augment, check_augment
 from avsr.training.engine import learning_rate_factor
 from avsr.training.metrics import MetricsLog
 from avsr.training.timed import TARGETS, UNKNOWN, TimedClip, load_timed, vocabulary
@@ -62,7 +62,7 @@ class PretrainConfig:
     test: dict[str, str] = field(default_factory=dict)
     targets: str = "words"
     model: VisualConfig = field(default_factory=VisualConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: FaceAugmentConfig = field(default_factory=FaceAugmentConfig)
     steps: int = 1200
     batch: int = 16
     learning_rate: float = 2.0e-3

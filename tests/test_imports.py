@@ -28,7 +28,7 @@ ORDER = [
     "flashsink.functional flashsink.hf_masks flashsink.hf_models",
     "flashsink.probe",
     "flashsink",
-    "avsr avsr.errors avsr.data avsr.models avsr.synth avsr.training avsr.evaluation avsr.analysis",
+    "avsr avsr.errors avsr.machine avsr.data avsr.models avsr.synth avsr.training avsr.evaluation avsr.analysis",
     "avsr.corpora avsr.prepare",
     "avsr.composing avsr.progress",
     "avsr.config",

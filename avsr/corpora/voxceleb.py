@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from avsr.corpora.source import Found, Source
 from avsr.corpora.transcripts import clean_text
+from avsr.data.manifest import parse_label
 from avsr.errors import UserError
 
 
@@ -73,12 +74,10 @@ def read_labels(path: Path) -> dict[str, str]:
             if not isinstance(name, str) or not isinstance(text, str):
                 raise UserError(f"{where}: 'id' and 'text' must be texts")
         elif path.suffix == ".csv":
-            fields = line.split(",", 4)
-            if len(fields) != 5:
-                raise UserError(
-                    f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got {len(fields)}"
-                )
-            name, text = fields[1], fields[4]
+            label = parse_label(line, where)
+            if label.text is None:
+                raise UserError(f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got 4")
+            name, text = label.path, label.text
         else:
             name, tab, text = line.partition("\t")
             if not tab:

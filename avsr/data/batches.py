@@ -104,9 +104,6 @@ class Schedule:
     world: int = 1
     accumulation: int = 1
 
-    def steps_per_epoch(self, epoch: int) -> int:
-        return len(self._epoch(epoch)) // (self.world * self.accumulation)
-
     def epoch_steps(self, epoch: int, rank: int) -> list[list[list[int]]]:
         """All steps of an epoch for ``rank``.
 

@@ -124,30 +124,53 @@ def _parse_json(line: str, root: Path, where: str) -> Utterance:
     )
 
 
-def _parse_csv(line: str, root: Path, where: str) -> Utterance:
-    """``dataset,rel_path,num_frames,token ids[,text]`` without a header.
+@dataclass(frozen=True)
+class Label:
+    """One line of a label CSV; ``text`` is None where the line has none."""
 
-    The first four fields hold no comma, so that the text may. A line without a text (auto_avsr's) takes it from the
-    text file in the tree beside the video's: ``lrs3_text_seg16s/x.txt`` for ``lrs3_video_seg16s/x.mp4``.
+    dataset: str
+    path: str
+    frames: int
+    text: str | None
+
+
+def parse_label(line: str, where: str) -> Label:
+    """``dataset,rel_path,num_frames,token ids[,text]``, as Llama-AVSR and auto_avsr write it, without a header.
+
+    The first four fields hold no comma, so that the text may; it may also be in quotes.
+
+    Args:
+        line: the line.
+        where: "file:line" for messages.
+
+    Raises:
+        UserError: fields are missing or of the wrong kind.
     """
     fields = [field.strip() for field in line.split(",", 4)]
     if len(fields) < 4:
         raise UserError(f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got {len(fields)}")
-    dataset, relative, frames, tokens = fields[:4]
+    dataset, path, frames, tokens = fields[:4]
     if not frames.isdecimal() or int(frames) == 0:
         raise UserError(f"{where}: the number of frames must be a whole number above 0, got {frames!r}")
     if not all(token.isdecimal() for token in tokens.split()):
         raise UserError(f"{where}: the fourth field must be token ids (whole numbers with spaces), got {tokens!r}")
-    video = _inside(root, f"{dataset}/{relative}", where)
-    text = _unquoted(fields[4]) if len(fields) == 5 else _text_beside(root, dataset, relative, where)
+    return Label(dataset, path, int(frames), _unquoted(fields[4]) if len(fields) == 5 else None)
+
+
+def _parse_csv(line: str, root: Path, where: str) -> Utterance:
+    """A line without a text (auto_avsr's) takes it from the text file in the tree beside the video's:
+    ``lrs3_text_seg16s/x.txt`` for ``lrs3_video_seg16s/x.mp4``."""
+    label = parse_label(line, where)
+    video = _inside(root, f"{label.dataset}/{label.path}", where)
+    text = label.text if label.text is not None else _text_beside(root, label.dataset, label.path, where)
     if not text:
         raise UserError(f"{where}: the transcript is empty")
     return Utterance(
-        id=f"{dataset}/{relative}",
+        id=f"{label.dataset}/{label.path}",
         audio=video.with_suffix(".wav"),
         text=text,
-        duration=int(frames) / LABEL_FRAMES_PER_SECOND,
-        speaker=Path(relative).parent.name,
+        duration=label.frames / LABEL_FRAMES_PER_SECOND,
+        speaker=Path(label.path).parent.name,
         video=video,
         where=where,
     )

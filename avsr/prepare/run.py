@@ -114,16 +114,40 @@ def _read(corpus: str, root: Path, out: Path, options: PrepareOptions) -> Iterat
 def _sources(found: Iterable[Source | Refusal]) -> tuple[list[Source], list[Refusal]]:
     sources: list[Source] = []
     refused: list[Refusal] = []
-    seen: dict[str, Path] = {}
+    owners: dict[tuple[str, str], Path] = {}  # a name, as _names gives it, and the first video that has it
     for item in found:
         if isinstance(item, Refusal):
             refused.append(item)
-        elif item.id in seen:
-            refused.append(Refusal(item.id, str(item.video), "twice", f"the id is already used by {seen[item.id]}"))
+            continue
+        names, foreign = _names(item)
+        owner = next((owners[name] for name in foreign if name in owners), None)
+        if owner is not None:
+            reason = f"its name or those of its clips are already used by {owner}: rename one of the two"
+            refused.append(Refusal(item.id, str(item.video), "twice", reason))
         else:
-            seen[item.id] = item.video
+            owners |= {name: item.video for name in names if name not in owners}
             sources.append(item)
     return sources, refused
+
+
+def _names(source: Source) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What a video takes for itself and its clips, and what no other video may have taken.
+
+    How many windows a video has is not known yet: they can have any name with a number behind the video's.
+    """
+    names = [("video", source.id)]
+    foreign = [("video", source.id)]
+    if source.window is not None:
+        names.append(("windows of", source.id))
+        foreign.append(("clip of", source.id))
+    for piece in source.pieces:
+        base, _, number = piece.id.rpartition("_")
+        names.append(("clip", piece.id))
+        foreign.append(("clip", piece.id))
+        if len(number) >= 2 and number.isdecimal():
+            names.append(("clip of", base))
+            foreign.append(("windows of", base))
+    return names, foreign
 
 
 def _make(jobs: list[Job], journal: Journal, workers: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 from avsr.data.manifest import write_manifest
 from avsr.errors import UserError
+from avsr.machine import cpus
 from avsr.progress import ProgressBar
 from avsr.synth.espeak import require_espeak
 from avsr.synth.options import SynthOptions, check_options, parse_options
@@ -62,7 +63,7 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
         require_espeak()
         _start(out, described)
         shards = plan_shards(out, options)
-        workers = min(options.workers or _cpus(), len(shards))
+        workers = min(options.workers or cpus(), len(shards))
         with ProgressBar("speak", sum(len(shard.lines) for shard in shards)) as progress:
             rendered = run_jobs(render_shard, shards, workers, progress.advance)
         rows: dict[str, list[dict[str, Any]]] = {
@@ -81,13 +82,6 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
     except OSError as error:
         raise UserError(f"cannot write the corpus to {error.filename or out}: {error.strerror or error}") from error
     return counts
-
-
-def _cpus() -> int:
-    """The CPUs this process may use, which in a container can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _finished_corpus(out: Path, described: dict[str, Any]) -> dict[str, int] | None:

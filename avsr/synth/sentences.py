@@ -51,15 +51,6 @@ def open_sentences(count: int, seed: int) -> list[str]:
     return list(chosen)
 
 
-def open_size() -> int:
-    """About how many sentences there are: those too long or with a word twice are counted, too."""
-    total = 0
-    for template in TEMPLATES:
-        slots = [token for token in template.split() if token in SLOTS]
-        total += math.prod(math.perm(len(SLOTS[name]), slots.count(name)) for name in set(slots))
-    return total
-
-
 def _fill(template: str, draw: random.Random) -> str | None:
     """Puts drawn phrases into the slots; None if it comes out too long or says a content word twice."""
     phrases = [draw.choice(SLOTS[token]) if token in SLOTS else token for token in template.split()]

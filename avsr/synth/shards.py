@@ -123,7 +123,8 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
     _write(folder / times, (json.dumps(spans, ensure_ascii=False) + "\n").encode())
     video = f"video/{speaker}/{line.id}.mp4" if shard.video else None
     if video:
-        # from the times as written, so that labels made from the file are of what is shown
+        # the file has the times of the sound; the lips move at loosened ones, so a boundary in a label made from the
+        # file may be up to 40 ms (2 * LOOSE), one frame, away from what is shown
         phonemes = [Span(*row) for row in spans["phonemes"]]
         track = viseme_track(loosened(phonemes, line.id), frames_of(len(speech.waveform)))
         _write(folder / video, encode_video(draw_mouth(track, speaker, line.id)))

@@ -9,15 +9,12 @@ their width from its neighbours. The numbers are drawn by hand, after the usual 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from avsr.errors import UserError
 from avsr.synth.espeak import Span
 
 FRAMES_PER_SECOND = 25
@@ -126,21 +123,6 @@ class Timed(Protocol):
 def frames_of(samples: int) -> int:
     """The number of 40 ms frames that cover so many samples at 16 kHz, to the nearest one; at least 1."""
     return max(1, round(samples / 640))
-
-
-def read_phonemes(path: Path) -> list[Span]:
-    """The phonemes of a ``times/SPEAKER/ID.json`` file of ``avsr synth``.
-
-    Raises:
-        UserError: a missing file, or one of another form.
-    """
-    try:
-        spans = json.loads(Path(path).read_text(encoding="utf-8"))["phonemes"]
-        return [Span(str(text), float(start), float(end)) for text, start, end in spans]
-    except OSError as error:
-        raise UserError(f"cannot read the phoneme times {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of phoneme times as avsr synth writes them: {error}") from error
 
 
 def visemes_of(mnemonic: str) -> list[str]:

@@ -13,7 +13,7 @@ from avsr.errors import UserError
 
 
 @dataclass
-class AugmentConfig:
+class FaceAugmentConfig:
     """Each is drawn once a clip; 0 switches it off.
 
     Attributes:
@@ -33,7 +33,9 @@ class AugmentConfig:
     hide: float = 0.0
 
 
-def augment(clips: list[Tensor], side: int, pool: int, config: AugmentConfig, draw: torch.Generator) -> list[Tensor]:
+def augment(
+    clips: list[Tensor], side: int, pool: int, config: FaceAugmentConfig, draw: torch.Generator
+) -> list[Tensor]:
     """[(T, h, w) uint8] averaged by ``pool`` -> [(T, side * side) float32 in 0..255], each in its own random view."""
     out = []
     for clip in clips:
@@ -45,14 +47,14 @@ def augment(clips: list[Tensor], side: int, pool: int, config: AugmentConfig, dr
     return out
 
 
-def check_augment(config: AugmentConfig, prefix: str = "") -> None:
+def check_augment(config: FaceAugmentConfig, prefix: str = "") -> None:
     """Raises a ``UserError`` naming the key, after ``prefix``, of a value that makes no view."""
     for key, most in (("shift", 44.0), ("zoom", 0.5), ("turn", 180.0), ("gamma", 2.0), ("flip", 1.0), ("hide", 1.0)):
         if not 0.0 <= getattr(config, key) <= most:
             raise UserError(f"{prefix}{key}: expected 0 to {most:g}, got {getattr(config, key)}")
 
 
-def _view(size: Tensor, side: int, pool: int, config: AugmentConfig, draw: torch.Generator) -> Tensor:
+def _view(size: Tensor, side: int, pool: int, config: FaceAugmentConfig, draw: torch.Generator) -> Tensor:
     """(2, 3): where in a frame of ``size`` (x, y) the pixels of the view lie, in affine_grid's coordinates."""
     both, across, along = (1.0 + config.zoom * _uniform(draw) for _ in range(3))
     mirror = -1.0 if float(torch.rand((), generator=draw)) < config.flip else 1.0

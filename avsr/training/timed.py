@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.video import read_video
 from avsr.errors import UserError
+from avsr.machine import cpus
 from avsr.models.visual import FRAMES_PER_SECOND, shrink
 from avsr.progress import ProgressBar
 from avsr.synth.espeak import Span
@@ -67,13 +67,12 @@ def load_timed(manifest: str, *, targets: str, pool: int, limit: int = 0, key: s
         UserError: a row without video or times, unreadable ones, or streams that do not fit together.
     """
     rows = read_manifest(manifest)
-    times = _times_files(Path(manifest))
     rows = rows[:limit] if limit else rows
 
     def load(row: Utterance) -> TimedClip:
-        return _load(row, times.get(row.id), targets, pool)
+        return _load(row, targets, pool)
 
-    with ProgressBar(f"read {key or manifest}", len(rows)) as bar, ThreadPoolExecutor(_cpus()) as pool_of_threads:
+    with ProgressBar(f"read {key or manifest}", len(rows)) as bar, ThreadPoolExecutor(cpus()) as pool_of_threads:
         clips = []
         for clip in pool_of_threads.map(load, rows):
             clips.append(clip)
@@ -96,10 +95,10 @@ def vocabulary(clips: Sequence[TimedClip]) -> list[str]:
     return units
 
 
-def _load(row: Utterance, times: Path | None, targets: str, pool: int) -> TimedClip:
+def _load(row: Utterance, targets: str, pool: int) -> TimedClip:
     if row.video is None:
         raise UserError(f"{row.where}: {row.id} has no video; a synthetic corpus gets one by: avsr synth OUT video=1")
-    if times is None:
+    if row.times is None:
         raise UserError(f"{row.where}: {row.id} has no times of words and phonemes (the field 'times')")
     frames = read_video(row.video, where=row.where)
     expected = row.duration * FRAMES_PER_SECOND
@@ -108,7 +107,7 @@ def _load(row: Utterance, times: Path | None, targets: str, pool: int) -> TimedC
             f"{row.where}: {row.video} has {len(frames)} frames, and the duration of {row.duration:g} s makes "
             f"{expected:.0f} of them"
         )
-    spans = _read_times(times, row)
+    spans = _read_times(row.times, row)
     try:
         visemes = torch.as_tensor(viseme_labels(spans["phonemes"], len(frames)), dtype=torch.int64)
         small = shrink(frames, pool)
@@ -116,7 +115,7 @@ def _load(row: Utterance, times: Path | None, targets: str, pool: int) -> TimedC
         raise UserError(f"{row.where}: {row.id}: {error}") from error
     units = _units(spans, visemes, targets, row)
     if not units:
-        raise UserError(f"{row.where}: {times} holds no {targets}, only silence")
+        raise UserError(f"{row.where}: {row.times} holds no {targets}, only silence")
     return TimedClip(small.round().to(torch.uint8), visemes, units, row.text)
 
 
@@ -157,15 +156,3 @@ def _read_times(path: Path, row: Utterance) -> dict[str, list[Span]]:
                 else f"{row.where}: {path}: there are no {kind}"
             )
     return found
-
-
-def _times_files(manifest: Path) -> dict[str, Path]:
-    """The file of the field ``times`` of each row, by id; the manifest has been read before."""
-    if manifest.suffix == ".csv":
-        return {}
-    rows = (json.loads(line) for line in manifest.read_text(encoding="utf-8").split("\n") if line.strip())
-    return {row["id"]: manifest.parent / row["times"] for row in rows if isinstance(row.get("times"), str)}
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -90,7 +90,7 @@ def test_ranks_share_an_epoch_without_overlap(world: int, accumulation: int) -> 
     whole = [micro for step in schedule(SIZES).epoch_steps(2, 0) for micro in step]
     ranks = [plan.epoch_steps(2, rank) for rank in range(world)]
     counts = {len(steps) for steps in ranks}
-    assert counts == {len(whole) // (world * accumulation)} == {plan.steps_per_epoch(2)}
+    assert counts == {len(whole) // (world * accumulation)}
     taken = []
     for steps in ranks:
         assert all(len(step) == accumulation for step in steps)

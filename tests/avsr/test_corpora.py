@@ -259,9 +259,14 @@ def test_vox_labels(tmp_path: Path) -> None:
     put(
         tmp_path,
         "a.csv",
-        text="vox2,vox2_video_seg16s/dev/mp4/id1/v/00001_00.mp4,75,1 2,Well, {x} YES\nvox2,id1/v/2.mp4,9,,b\n",
+        text="vox2,vox2_video_seg16s/dev/mp4/id1/v/00001_00.mp4,75,1 2,Well, {x} YES\nvox2,id1/v/2.mp4,9,,b\n"
+        'vox2, id1/v/3.mp4 ,9,1,"So, ""YES"" then"\n',
     )
-    assert read_labels(tmp_path / "a.csv") == {"id1/v/00001_00": "well, yes", "id1/v/2": "b"}
+    assert read_labels(tmp_path / "a.csv") == {
+        "id1/v/00001_00": "well, yes",
+        "id1/v/2": "b",
+        "id1/v/3": 'so, "yes" then',
+    }
     put(tmp_path, "b.jsonl", text=json.dumps({"id": "dev/mp4/id1/v/1_01", "text": "Hi\nyou"}) + "\n")
     assert read_labels(tmp_path / "b.jsonl") == {"id1/v/1_01": "hi you"}
     put(tmp_path, "c.tsv", text="id1/v/1_00\tone two\nid1/v/1_01\t \n")
@@ -272,7 +277,9 @@ def test_vox_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.csv", "a,b,c,d"),
+        ("a.csv", "a,b,c"),
+        ("a.csv", "a,b,3,1"),
+        ("a.csv", "a,b,many,1,text"),
         ("a.jsonl", "{"),
         ("a.jsonl", '{"id": 1, "text": "a"}'),
         ("a.jsonl", "[]"),

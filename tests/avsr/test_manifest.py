@@ -94,6 +94,8 @@ def test_a_relative_manifest_gives_absolute_paths(write: Callable[..., Path], mo
         (row(audio="../home2/a.wav"), ["outside"]),  # a folder whose name only begins like the root's
         (row(audio="wav/../../home/../x.wav"), ["outside"]),
         (row(video="../v.mp4"), ["../v.mp4", "outside"]),
+        (row(times="../t.json"), ["../t.json", "outside"]),
+        (row(times=" "), ["'times'", "not empty"]),
     ],
 )
 def test_a_bad_line_is_refused_with_its_place(write: Callable[..., Path], line: str, parts: list[str]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from avsr.corpora.source import Piece, Source
 from avsr.data.manifest import read_manifest
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
@@ -236,6 +237,47 @@ def test_everything_bad_is_named_and_counted(
     assert [row.id for row in rows(tmp_path, "all")] == ["good", "twin"]
     for row in found.values():
         assert row["reason"] and "\n" not in row["reason"]
+
+
+def test_two_videos_never_write_the_same_clip(
+    corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path
+) -> None:
+    """One of them cut into windows or at words, the other one whole and named like a clip of the first."""
+    windows = corpus("talk", 2.0)
+    corpus("talk_00", 1.0, "whole")
+    corpus("talk_00_00", 1.0, "another whole one")  # nobody's window
+    corpus("talk_x1", 1.0, "no number")
+    corpus("speech", 3.0, SCRIPT)
+    corpus("speech_01", 1.0, "whole")
+    corpus("speech_02", 1.0, "the speech has but two clips")
+    report = go("videos", seg=2.0)
+    found = refusals(tmp_path)
+    assert {name: row["kind"] for name, row in found.items()} == {"talk_00": "twice", "speech_01": "twice"}
+    assert str(windows) in found["talk_00"]["reason"] and report.refused == {"twice": 2}
+    ids = [row.id for row in rows(tmp_path, "all")]
+    assert sorted(ids) == ["speech_00", "speech_01", "speech_02", "talk_00_00", "talk_x1"]
+    check_clip(rows(tmp_path, "all")[ids.index("speech_01")], 0.88, 2.0)
+    assert "talk_00" in (tmp_path / "out/untranscribed.jsonl").read_text()
+
+
+def test_the_names_of_clips_are_compared_both_ways(tmp_path: Path) -> None:
+    def source(name: str, *clips: str) -> Source:
+        pieces = tuple(Piece(clip, "text") for clip in clips)
+        return Source(name, tmp_path / f"{name}.mp4", "", ("all",), pieces, window=None if clips else 2.0)
+
+    windows, whole = source("a"), source("a_00", "a_00")
+    for pair, twice in (
+        ((windows, whole), True),
+        ((whole, windows), True),
+        ((source("b", "a_123"), windows), True),
+        ((source("a_00"), windows), False),  # windows of windows: a_00_00
+        ((source("b", "a_0"), windows), False),
+        ((source("b", "a_00", "a_01"), source("c", "a_02")), False),
+        ((source("b", "a_00", "a_01"), source("c", "a_01")), True),
+    ):
+        kept, refused = run._sources(pair)
+        assert len(kept) == 2 - twice and kept[0] == pair[0]
+        assert [(r.id, r.kind) for r in refused] == [(pair[1].id, "twice")] * twice
 
 
 def test_a_restart_makes_only_what_is_missing(

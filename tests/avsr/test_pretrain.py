@@ -18,14 +18,14 @@ from avsr.errors import UserError
 from avsr.models.visual import VisualConfig, VisualEncoder, load_visual
 from avsr.pretrain import PretrainConfig, evaluate_visual, pretrain, read_off
 from avsr.synth.espeak import Span
-from avsr.training.augment import AugmentConfig, augment
+from avsr.training.augment import FaceAugmentConfig, augment
 from avsr.training.metrics import read_metrics
 from avsr.training.timed import TimedClip, load_timed, vocabulary
 
 # A word is a bar at its own place for as long as it is said; an eSpeak phoneme goes with it.
 WORDS = {"bin": ("b", 16), "lay": ("l", 32), "set": ("s", 48), "now": ("n", 64)}
 TINY = VisualConfig(pool=8, channels=[4, 8, 8], width=24, hidden=12, layers=1, dropout=0.0)
-STILL = AugmentConfig(shift=0.0, zoom=0.0, turn=0.0, gamma=0.0, flip=0.0)
+STILL = FaceAugmentConfig(shift=0.0, zoom=0.0, turn=0.0, gamma=0.0, flip=0.0)
 
 
 def write_corpus(folder: Path, name: str, count: int, seed: int, **changes: Any) -> Path:
@@ -133,7 +133,7 @@ def test_what_is_measured_is_what_the_encoder_computes(run: Path, corpus: dict[s
 
 def test_a_seed_repeats_the_weights(corpus: dict[str, str], tmp_path: Path) -> None:
     runs = [
-        pretrain(make_config(corpus, tmp_path / name, steps=3, augment=AugmentConfig(hide=0.3), seed=seed))
+        pretrain(make_config(corpus, tmp_path / name, steps=3, augment=FaceAugmentConfig(hide=0.3), seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     first, second, third = ((path / "model.safetensors").read_bytes() for path in runs)
@@ -209,7 +209,7 @@ def test_each_augmentation_does_what_it_says() -> None:
     clip = blob(15.0, 8.0)  # 14, 7 in the view; its middle is 10.5
 
     def centres(**settings: float) -> np.ndarray:
-        config = AugmentConfig(**{**vars(STILL), **settings})
+        config = FaceAugmentConfig(**{**vars(STILL), **settings})
         return np.array([centre(augment([clip], 22, 4, config, draw)[0]) for _ in range(60)])
 
     flipped = centres(flip=1.0)
@@ -228,12 +228,12 @@ def test_gamma_and_hiding() -> None:
     draw = torch.Generator().manual_seed(0)
     clip = torch.full((10, 24, 24), 64, dtype=torch.uint8)
     clip[:5] = 128
-    values = [augment([clip], 22, 4, AugmentConfig(**{**vars(STILL), "gamma": 0.5}), draw)[0] for _ in range(50)]
+    values = [augment([clip], 22, 4, FaceAugmentConfig(**{**vars(STILL), "gamma": 0.5}), draw)[0] for _ in range(50)]
     powers = [float((view[0, 0] / 255).log() / torch.tensor(128 / 255).log()) for view in values]
     assert np.log(powers).std() == pytest.approx(0.5, abs=0.15)
     hidden = []
     for _ in range(50):
-        view = augment([clip], 22, 4, AugmentConfig(**{**vars(STILL), "hide": 0.5}), draw)[0]
+        view = augment([clip], 22, 4, FaceAugmentConfig(**{**vars(STILL), "hide": 0.5}), draw)[0]
         gone = (view - 96).abs().amax(1) < 0.1
         hidden.append(int(gone.sum()))
         assert not gone.any() or gone.nonzero().max() - gone.nonzero().min() == gone.sum() - 1
@@ -282,7 +282,7 @@ def test_bad_times_are_refused(times: Any, message: str, tmp_path: Path) -> None
         ({"learning_rate": 0.0}, "learning_rate: expected more than 0"),
         ({"ctc": -1.0}, "ctc: expected at least 0"),
         ({"model": VisualConfig(pool=3)}, r"model\.pool"),
-        ({"augment": AugmentConfig(flip=2.0)}, r"augment\.flip"),
+        ({"augment": FaceAugmentConfig(flip=2.0)}, r"augment\.flip"),
         ({"train": "nowhere.jsonl"}, "nowhere"),
     ],
 )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avsr.errors import UserError
 from avsr.synth import pool, visemes
 from avsr.synth.espeak import Span
 from avsr.synth.visemes import (
@@ -23,7 +20,6 @@ from avsr.synth.visemes import (
     VISEMES,
     frames_of,
     loosened,
-    read_phonemes,
     viseme_labels,
     viseme_track,
     visemes_of,
@@ -226,16 +222,3 @@ def test_labels_follow_the_mouth_and_keep_a_short_closure() -> None:
 
 def test_frames_cover_the_wave_to_the_nearest() -> None:
     assert [frames_of(n) for n in (0, 1, 319, 640, 900, 1000, 16_000)] == [1, 1, 1, 1, 1, 2, 25]
-
-
-def test_times_files_are_read_and_checked(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    content: dict[str, Any] = {"words": [["bin", 0.0, 0.2]], "phonemes": [["b", 0.0, 0.1], ["'I", 0.1, 0.2]]}
-    path.write_text(json.dumps(content))
-    assert read_phonemes(path) == [Span("b", 0.0, 0.1), Span("'I", 0.1, 0.2)]
-    with pytest.raises(UserError, match=r"cannot read the phoneme times .*none.json"):
-        read_phonemes(tmp_path / "none.json")
-    for bad in ("{", "[]", "{}", '{"phonemes": [["b", 1]]}', '{"phonemes": [["b", "x", 1]]}', '{"phonemes": 3}'):
-        path.write_text(bad)
-        with pytest.raises(UserError, match=r"a.json is not a file of phoneme times"):
-            read_phonemes(path)

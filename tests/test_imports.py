@@ -33,7 +33,7 @@ ORDER = [
     "avsr.composing avsr.progress",
     "avsr.config",
     "avsr.data.audio avsr.data.manifest avsr.data.video_writer",
-    "avsr.data.video avsr.models.sources avsr.models.compression",
+    "avsr.data.video avsr.models.sources avsr.models.compression avsr.models.torch_file",
     "avsr.data.clip avsr.models.projector avsr.models.encoder_lora avsr.models.resnet",
     "avsr.data.noise",
     "avsr.data.transforms avsr.models.ctranslate2 avsr.models.llm avsr.data.batches avsr.models.encoder",

@@ -29,7 +29,7 @@ class Example:
 
 @dataclass
 class Batch:
-    """B utterances. ``features[stream]`` is (B, T, D) float, zero-padded on the right; ``lengths[stream]`` (B,) int64
+    """B utterances. ``features[stream]`` is (B, T, D), zero-padded on the right; ``lengths[stream]`` (B,) int64
     counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without specials."""
 
     utterances: list[Utterance]

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.errors import UserError
-from avsr.models.avhubert_inputs import AUDIO, SIDE, VIDEO, audio_features, audio_frames, video_features
+from avsr.models.avhubert_inputs import AUDIO, SIDE, VIDEO, audio_features, audio_frames, video_crop, video_features
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.fairseq_file import load_avhubert
@@ -58,16 +58,18 @@ class AVHubertEncoder(SpeechEncoder):
         return video_frames
 
     def prepare(self, clip: Clip) -> Tensor:
-        """(T, 104), (T, 88 * 88), or for a fused clip both side by side, (T, 104 + 88 * 88); float32."""
+        """(T, 104) float32 of sound; (T, 88 * 88) uint8 grey of the mouth; or of a fused clip both features side by
+        side, (T, 104 + 88 * 88) float32."""
         wave = clip.wave if "audio" in self.needs and clip.wave is not None and len(clip.wave) else None
         mouth = clip.mouth if "video" in self.needs and clip.mouth is not None and len(clip.mouth) else None
         if wave is None and mouth is None:
             missing = {"audio": "sound", "video": "mouth video", "fused": "sound and no mouth video"}[self.stream]
             raise UserError(f"the clip has no {missing}, which the AV-HuBERT encoder needs")
         audio = None if wave is None else audio_features(wave)
-        video = None if mouth is None else video_features(mouth).flatten(1)
+        crop = None if mouth is None else video_crop(mouth).flatten(1)
         if self.stream != "fused":
-            return audio if video is None else video  # type: ignore[return-value]
+            return audio if crop is None else crop  # type: ignore[return-value]
+        video = None if crop is None else video_features(crop)
         if audio is None:
             assert video is not None
             audio = video.new_zeros(len(video), AUDIO)
@@ -78,11 +80,9 @@ class AVHubertEncoder(SpeechEncoder):
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, K) zero-padded, (B,) int64 -> (B, T, D); frames behind a row's end mean nothing."""
-        audio, video = {
-            "audio": (inputs, None),
-            "video": (None, inputs),
-            "fused": (inputs[..., :AUDIO], inputs[..., AUDIO:]),
-        }[self.stream]
-        if video is not None:
-            video = video.unflatten(-1, (SIDE, SIDE))
+        if self.stream == "video":
+            inputs = video_features(inputs)  # here, since batches of bytes are a quarter of the size
+        inputs = inputs.to(self.dtype)
+        audio = inputs[..., :AUDIO] if "audio" in self.needs else None
+        video = inputs[..., -VIDEO:].unflatten(-1, (SIDE, SIDE)) if "video" in self.needs else None
         return self.model(audio, video, lengths)

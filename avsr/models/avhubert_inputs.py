@@ -48,16 +48,21 @@ def audio_features(wave: Tensor) -> Tensor:
     return torch.nn.functional.layer_norm(stacked.float(), (AUDIO,))
 
 
-def video_features(mouth: Tensor) -> Tensor:
-    """(T, H, W) uint8 grey, at least 88 x 88 -> (T, 88, 88) float32: the centre, scaled as in training.
+def video_crop(mouth: Tensor) -> Tensor:
+    """The middle (T, 88, 88) of (T, H, W) grey frames.
 
     Raises:
-        UserError: the frames are smaller than 88 x 88.
+        UserError: the frames are smaller than that.
     """
     height, width = mouth.shape[1:]
     if height < SIDE or width < SIDE:
         raise UserError(f"AV-HuBERT reads mouth frames of {SIDE} x {SIDE} pixels; these are {width} x {height}")
-    return (center_crop(mouth, SIDE, SIDE).float() / 255.0 - _MEAN) / _STD
+    return center_crop(mouth, SIDE, SIDE)
+
+
+def video_features(grey: Tensor) -> Tensor:
+    """uint8 grey values of any shape -> float32, scaled as in the model's training."""
+    return (grey.float() / 255.0 - _MEAN) / _STD
 
 
 def _mel_filters() -> Tensor:

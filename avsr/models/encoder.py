@@ -34,16 +34,21 @@ class SpeechEncoder(nn.Module):
     batch: int = 16
     identity: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     def frames(self, samples: int, video_frames: int) -> int:
         """Features of a clip with so many samples and mouth frames."""
         raise NotImplementedError
 
     def prepare(self, clip: Clip) -> Tensor:
-        """(T, K) float32, the input for one clip with T = number of features."""
+        """(T, K) float32 or uint8, the input for one clip with T = number of features."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, K) inputs, zero-padded behind ``lengths`` (B,) -> (B, T, D)."""
+        """(B, T, K) prepared inputs, zero-padded behind ``lengths`` (B,) -> (B, T, D) in the weights' dtype."""
         raise NotImplementedError
 
     def feature_count(self, rows: int) -> int:

@@ -11,10 +11,7 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +24,8 @@ from torch import Tensor
 
 from avsr.errors import UserError
 from avsr.models.avhubert_network import HEAD, AVHubert, AVHubertConfig
-from avsr.models.sources import cache_folder, resolve
+from avsr.models.sources import cache_folder, convert_once, resolve
+from avsr.models.torch_file import load_torch_file
 
 WEIGHTS = "model.safetensors"
 LICENCE = "AV-HuBERT's weights are for non-commercial research only (Meta's AV-HuBERT licence agreement)"
@@ -80,23 +78,14 @@ def convert_fairseq(path: Path) -> Path:
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     target = cache_folder() / "models" / f"{path.stem}-{key}"
-    if (target / "config.json").is_file():
-        return target
-    config, state = read_fairseq(path)
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        save_file(state, str(part / WEIGHTS))
+
+    def write(folder: Path) -> None:
+        config, state = read_fairseq(path)
+        save_file(state, str(folder / WEIGHTS))
         about = {"model": "avhubert", **asdict(config), "source": path.name, "licence": LICENCE}
-        (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if (target / "config.json").is_file():  # another process was faster
-            return target
-        raise UserError(f"{path}: cannot convert to {target}: {error}") from error
-    return target
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    return convert_once(path, target, "config.json", write)
 
 
 def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
@@ -106,7 +95,7 @@ def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
     Raises:
         UserError: see :func:`load_avhubert`.
     """
-    checkpoint = _unpickle(path)
+    checkpoint = load_torch_file(path, {_DICTIONARY: _Inert}, _tokenizer_hint)
     model = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
     if not isinstance(model, Mapping):
         found = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, Mapping) else type(checkpoint)
@@ -187,24 +176,10 @@ def _check_options(cfg: Any, config: AVHubertConfig, path: Path) -> None:
             raise UserError(f"{path}: its cfg.model.{key} is {options[key]!r}; only {value!r} is supported")
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        zipped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([(_Inert, _DICTIONARY)]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except Exception as error:  # a damaged pickle can raise anything
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: not a readable checkpoint: {reason}") from error
-        name = found[1]
-        hint = ""
-        if re.match(r"sentencepiece\b|fairseq\.data\.encoders\b", name):
-            hint = f". {_fine_tuned('this class is its text tokenizer')}"
-        raise UserError(
-            f"{path}: refused, the file holds the foreign class {name}, and loading it would run code that is not "
-            f"ours{hint}"
-        ) from error
+def _tokenizer_hint(name: str) -> str:
+    if re.match(r"sentencepiece\b|fairseq\.data\.encoders\b", name):
+        return f". {_fine_tuned('this class is its text tokenizer')}"
+    return ""
 
 
 def _fine_tuned(reason: str) -> str:

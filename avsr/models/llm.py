@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import cache_folder, resolve
+from avsr.models.sources import cache_folder, convert_once, resolve
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,8 @@ def convert_gguf(path: Path) -> Path:
     stat = path.stat()
     key = hashlib.sha256(f"{path.name} {stat.st_size}".encode()).hexdigest()[:12]
     target = cache_folder() / "models" / f"{path.stem}-{key}"
-    if (target / "done").is_file():
-        return target
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
+
+    def write(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers refuses to save a model that came from a quantised file, also after dequantising it
@@ -114,17 +109,11 @@ def convert_gguf(path: Path) -> Path:
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.to(torch.bfloat16).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        (part / "done").write_text(json.dumps({"source": path.name, "bytes": stat.st_size}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if (target / "done").is_file():  # another process was faster
-            return target
-        raise UserError(f"{path}: cannot convert to {target}: {str(error).splitlines()[0]}") from error
-    return target
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "done").write_text(json.dumps({"source": path.name, "bytes": stat.st_size}))
+
+    return convert_once(path, target, "done", write)
 
 
 def _special(tokenizer: Any, named: str | None, own: int | None, key: str) -> int:

@@ -15,16 +15,15 @@ The names are those of github.com/umbertocappellazzo/Llama-AVSR.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from avsr.errors import UserError
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.torch_file import load_torch_file
 
 State = dict[str, Tensor]
 PROJECTORS = {"audio_proj": "audio", "video_proj": "video", "audiovisual_proj": "fused"}
@@ -49,17 +48,7 @@ def read_official(path: Path) -> State:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except Exception as error:  # a damaged pickle can raise anything
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise UserError(
-                f"{path}: refused, the file holds the foreign class {foreign[1]}, and loading it would run code that "
-                "is not ours"
-            ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a readable checkpoint: {reason}") from error
+    found = load_torch_file(path)
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not found:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from avsr.errors import UserError
 
@@ -48,3 +53,38 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avsr"
+
+
+def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:
+    """``target``, a folder in the cache made of ``source`` where there is none yet.
+
+    Processes that start together (the ranks of a training) each write a folder of their own, of which the first
+    one stays for all: others may already read it.
+
+    Args:
+        source: for messages.
+        target: the folder; complete when it holds ``last``.
+        last: the file that ``write`` writes last.
+        write: fills the folder that it is given.
+
+    Raises:
+        UserError: ``write`` fails, or the cache cannot be written.
+    """
+    if (target / last).is_file():
+        return target
+    part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(part)
+        try:
+            os.replace(part, target)  # fails where another process was faster
+        except OSError:
+            if not (target / last).is_file():
+                raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: cannot convert to {target}: {reason}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target

@@ -276,7 +276,7 @@ class SpeechLLM(nn.Module):
             with torch.no_grad():
                 rows = encoder(inputs[present], lengths[present]).half().float()  # as from the cache
         else:
-            rows = encoder(inputs[present].to(next(encoder.parameters()).dtype), lengths[present])
+            rows = encoder(inputs[present], lengths[present])
         out = rows.new_zeros(len(lengths), *rows.shape[1:])
         out[present] = rows
         return out
@@ -286,7 +286,7 @@ class SpeechLLM(nn.Module):
         if name not in self.encoders:
             return torch.zeros(1, 0, self._widths[name], device=device)
         encoder: Any = self.encoders[name]
-        inputs = encoder.prepare(_BLANK)[None].to(device, next(encoder.parameters()).dtype)
+        inputs = encoder.prepare(_BLANK)[None].to(device)
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
 
     def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:

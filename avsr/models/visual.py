@@ -126,7 +126,7 @@ class VisualModel(nn.Module):
     def _frames(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """(N, config.width) of the N valid frames, row by row."""
         valid = _valid(inputs, lengths)
-        grey = _standardise(inputs, valid).unflatten(-1, (self.side, self.side))
+        grey = _standardise(inputs, valid).to(self.feature_mean.dtype).unflatten(-1, (self.side, self.side))
         around = nn.functional.pad(grey, (0, 0, 0, 0, _SPAN // 2, _SPAN // 2)).unfold(1, _SPAN, 1)
         stacked = around[valid].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.project(self.trunk(self.stem(stacked)).flatten(1))

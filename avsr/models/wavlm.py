@@ -82,7 +82,7 @@ class WavLMEncoder(SpeechEncoder):
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """(B, samples, 1) zero-padded, (B,) int64 samples -> (B, frames, D); frames behind a row's end mean
         nothing."""
-        waves = inputs[..., 0]
+        waves = inputs[..., 0].to(self.dtype)
         counts = lengths.tolist()
         if self._alone:
             rows = [

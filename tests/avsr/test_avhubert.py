@@ -281,6 +281,16 @@ def test_a_missing_modality_is_a_half_of_zeros(make_encoder: Callable[..., AVHub
     assert (features[0] - hearing.encode([both])[0]).abs().max() > 0.1
 
 
+def test_batches_of_mouths_are_bytes(make_encoder: Callable[..., AVHubertEncoder], network: AVHubert) -> None:
+    """Scaled by the encoder, where it runs: a batch of float32 would be four times as large."""
+    encoder, given = make_encoder("video"), clip(None, 6)
+    inputs = encoder.prepare(given)
+    assert inputs.dtype == torch.uint8 and inputs.shape == (6, 88 * 88)
+    scaled = (given.mouth[:, 4:92, 4:92].double() / 255.0 - 0.421) / 0.165
+    expected = copy.deepcopy(network).double()(None, scaled[None], torch.tensor([6]))[0]
+    torch.testing.assert_close(encoder(inputs[None], torch.tensor([6]))[0].double(), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("samples", [640 * 3, 640 * 20])
 def test_mouth_frames_decide_the_length_of_a_fused_clip(
     make_encoder: Callable[..., AVHubertEncoder], samples: int

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from avsr.errors import UserError
-from avsr.models.avhubert_inputs import _mel_filters, audio_features, audio_frames, video_features
+from avsr.models.avhubert_inputs import _mel_filters, audio_features, audio_frames, video_crop, video_features
 
 
 def filter_banks() -> np.ndarray:
@@ -78,9 +78,9 @@ def test_a_clip_has_as_many_audio_frames_as_video_frames() -> None:
 def test_video_is_the_centre_scaled(height: int, width: int, top: int, left: int) -> None:
     mouth = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected = (mouth.numpy()[:, top : top + 88, left : left + 88] / 255.0 - 0.421) / 0.165
-    np.testing.assert_allclose(video_features(mouth).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(video_features(video_crop(mouth)).numpy(), expected, atol=1e-6)
 
 
 def test_small_mouth_frames_are_refused_with_their_size() -> None:
     with pytest.raises(UserError, match="88 x 88 pixels; these are 96 x 64"):
-        video_features(torch.zeros(2, 64, 96, dtype=torch.uint8))
+        video_crop(torch.zeros(2, 64, 96, dtype=torch.uint8))

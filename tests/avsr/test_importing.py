@@ -44,6 +44,12 @@ def imported_logits(run: Path, task: str, features: dict[str, Tensor], *override
         return model, model.label_logits(batch, model.assemble(batch, with_text=True))[0]
 
 
+def grey_mouth(frames: int) -> tuple[Tensor, Tensor]:
+    """(T, 88 * 88) bytes as a batch holds them, and as AV-HuBERT reads them."""
+    grey = torch.randint(0, 256, (frames, 88 * 88), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return grey, ((grey.double() / 255.0 - 0.421) / 0.165).float()
+
+
 @pytest.mark.parametrize(("prefix", "by_factor"), [("", True), ("model.", False)])
 def test_an_audio_model_gives_the_logits_of_the_merged_llama(
     parts: Any, audio_recipe: Callable[..., Path], audio: Any, tmp_path: Path, prefix: str, by_factor: bool
@@ -139,8 +145,8 @@ def test_a_video_model_carries_its_own_encoder(
     official.add_avhubert("video_encoder")
     path = official.write(tmp_path / "vsr.pth")
     run = import_checkpoint(path, str(parts.mouth_recipe(audio_recipe, "video")), tmp_path / "out")
-    mouth = torch.randn(13, 88 * 88, generator=torch.Generator().manual_seed(2))
-    model, logits = imported_logits(run, "video", {"video": mouth})
+    grey, mouth = grey_mouth(13)
+    model, logits = imported_logits(run, "video", {"video": grey})
     features = parts.run_network(parts.avhubert(official, "video_encoder"), None, mouth)
     speech = [("video", official.project("video_proj", parts.pooled(features, 3)))]
     expected = official.logits(parts.PROMPTS["video"], speech, official.merged_llm())[:, : logits.shape[1]]
@@ -209,9 +215,9 @@ def test_one_avhubert_for_two_projectors(
         **{"model.task": "audiovisual", "model.audio": stream, "model.video": stream, "data.cache": None}
     )
     run = import_checkpoint(path, str(recipe), tmp_path / "out")
-    generator = torch.Generator().manual_seed(3)
-    sound, mouth = (torch.randn(8, width, generator=generator) for width in (104, 88 * 88))
-    _, logits = imported_logits(run, "audiovisual", {"audio": sound, "video": mouth})
+    sound = torch.randn(8, 104, generator=torch.Generator().manual_seed(3))
+    grey, mouth = grey_mouth(8)
+    _, logits = imported_logits(run, "audiovisual", {"audio": sound, "video": grey})
     network = parts.avhubert(official, "audiovisual_encoder")
     speech = [
         ("audio", official.project("audio_proj", parts.pooled(parts.run_network(network, sound, None), 2))),

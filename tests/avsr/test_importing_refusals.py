@@ -187,7 +187,7 @@ def test_files_that_are_no_such_checkpoint(
 
     has(message(), str(path), "no such file")
     path.write_bytes(b"not a checkpoint")
-    has(message(), str(path), "not a readable checkpoint")
+    has(message(), str(path), "not a readable checkpoint: damaged, or not a file of torch.save")
     torch.save({"state_dict": {"model.llm.x": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, path)
     has(message(), str(path), "foreign class argparse.Namespace")
     path.write_bytes(path.read_bytes()[:-300])

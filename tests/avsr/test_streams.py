@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from avsr.build import build_model, build_store, load_weights
 from avsr.config import (
@@ -32,6 +33,7 @@ from avsr.models.encoder import SpeechEncoder
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import load_llm
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.visual import VisualConfig, VisualModel, save_visual
 from avsr.training.checkpoint import publish
 
 CPU = torch.device("cpu")
@@ -253,6 +255,29 @@ def test_every_encoder_can_be_averaged_and_stacked(
                 torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)  # float16 steps of the features
                 prompt = len(model.prompts[stream])
                 assert int(rows.spans[b]) == first + len(expected) + (0 if stream == "fused" else 1) + prompt
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream"),
+    [("wavlm", "audio"), ("visual", "video"), ("avhubert", "audio"), ("avhubert", "video"), ("avhubert", "fused")],
+)
+def test_an_encoder_casts_its_input_to_its_weights(
+    tiny_avhubert: Path, tiny_wavlm: Path, tmp_path: Path, kind: str, stream: str
+) -> None:
+    if kind == "visual":
+        save_visual(
+            VisualModel(VisualConfig(pool=8, channels=[4, 6, 8], width=12, hidden=8), ["none"], ["a"]), tmp_path
+        )
+    source = {"wavlm": tiny_wavlm, "avhubert": tiny_avhubert, "visual": tmp_path}[kind]
+    encoder = build_encoder(EncoderConfig(kind=kind, name=str(source)), stream)
+    inputs = [encoder.prepare(clip) for clip in clips(stream)]
+    padded, lengths = pad_sequence(inputs, batch_first=True), torch.tensor([len(row) for row in inputs])
+    with torch.no_grad():
+        exact, rounded = encoder(padded, lengths), encoder.to(torch.bfloat16)(padded, lengths)
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    for a, b, length in zip(exact, rounded.float(), lengths.tolist(), strict=True):
+        count = encoder.feature_count(length)
+        assert (a - b)[:count].norm() < 0.05 * a[:count].norm()
 
 
 # Encoders inside the model

@@ -280,7 +280,7 @@ def test_without_a_cache_every_epoch_is_new(av_recipe: Callable[..., Path], tmp_
     mouth = read_manifest(config.data.train)[1]
     plain = load_clip(mouth, {"video"}, 0.2).mouth
     assert plain is not None
-    torch.testing.assert_close(middle, ((center_crop(plain, 88, 88).float() / 255 - 0.421) / 0.165).flatten(1))
+    assert torch.equal(middle, center_crop(plain, 88, 88).flatten(1))
 
 
 def test_a_cache_and_endless_versions_do_not_go_together(av_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_is_refused() -> None:
-    with pytest.raises(UserError, match="the video encoder: someone/some-model is no folder"):
+    with pytest.raises(UserError, match=r"model\.video\.encoder\.name: someone/some-model is no folder"):
         VisualEncoder(EncoderConfig(name="someone/some-model"))
 
 

@@ -1,0 +1,44 @@
+"""Files of ``torch.save``, read without running any code that they name."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avsr.errors import UserError
+
+
+def load_torch_file(
+    path: Path, stand_ins: Mapping[str, type] | None = None, explain: Callable[[str], str] = lambda name: ""
+) -> Any:
+    """The content of a file, on the CPU; tensors of a zipped one stay on disk until they are used.
+
+    Args:
+        path: the file, a pickle with tensors. torch's restricted unpickler knows tensors and plain containers.
+        stand_ins: what to make of further classes, by their full names.
+        explain: given the name of a class that is refused, ends the message.
+
+    Raises:
+        UserError: a file with any other class, which the message names, a damaged one or none of torch's.
+    """
+    known: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
+    try:
+        zipped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        # no word of torch's own: it advises to load the file with weights_only=False, which runs its code
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign is None:
+            raise UserError(f"{path}: not a readable checkpoint: damaged, or not a file of torch.save") from error
+        raise UserError(
+            f"{path}: refused, the file holds the foreign class {foreign[1]}, and loading it would run code that is "
+            f"not ours{explain(foreign[1])}"
+        ) from error

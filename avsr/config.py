@@ -50,7 +50,7 @@ class EncoderConfig:
     pad_to_30s: bool = False  # Whisper: exact parity with Hugging Face; else only the clip itself is encoded
     normalise: bool | None = None  # layer-normalise the waveform; null = as the encoder was trained
     batch: int = 16  # clips encoded at once for the cache
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))  # of the encoder itself (avhubert, visual)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))  # of the encoder itself (avhubert alone)
 
 
 @dataclass
@@ -338,7 +338,7 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
         if key.endswith("lora.dropout") and not 0.0 <= value < 1.0:
             raise UserError(f"{key}: expected 0 <= dropout < 1, got {value}")
     for stream, part in model.streams.items():
-        if part.encoder.lora.rank and part.encoder.kind not in ("avhubert", "visual"):
+        if part.encoder.lora.rank and part.encoder.kind != "avhubert":
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")
     parts = parts_of(model.task)
     for key, tasks in (("training.tasks", config.training.tasks), ("decode.tasks", config.decode.tasks)):

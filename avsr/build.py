@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from avsr.data.transforms import Transforms
 from avsr.errors import UserError
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import LoadedLLM, load_llm
+from avsr.models.sources import inside_run
 from avsr.models.speech_llm import SpeechLLM
 
 WEIGHTS = "model.safetensors"
@@ -51,7 +53,8 @@ def build_store(
     encoders = {}
     for name, part in config.model.streams.items():
         torch.manual_seed(config.training.seed)  # of its adapters
-        encoders[name] = build_encoder(part.encoder, name, device)
+        settings = replace(part.encoder, name=inside_run(str(part.encoder.name), config.run))
+        encoders[name] = build_encoder(settings, name, device)
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
     transforms = Transforms(config.augment, make_babble(config.noise, levels, config.data.train), config.training.seed)

@@ -43,7 +43,8 @@ class LoraConfig:
 
 @dataclass
 class EncoderConfig:
-    """A frozen encoder: ``name`` is a hub id, a file, a folder, or ``package:NAME`` of an installed package."""
+    """A frozen encoder: ``name`` is a hub id, a file, a folder, ``package:NAME`` of an installed package, or
+    ``run:PATH`` inside the run's folder, wherever that lies (``avsr import`` writes it)."""
 
     kind: str = "whisper"  # whisper | wavlm | avhubert | visual
     name: str | None = None  # required for the streams of model.task

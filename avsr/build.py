@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from avsr.data.transforms import Transforms
 from avsr.errors import UserError
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import LoadedLLM, load_llm
+from avsr.models.sources import inside_run
 from avsr.models.speech_llm import SpeechLLM
 
 WEIGHTS = "model.safetensors"
@@ -38,36 +40,55 @@ def settle_precision(config: Config) -> None:
 
 
 def build_store(
-    config: Config, device: torch.device, tasks: Sequence[str] = (), levels: Sequence[float] = ()
+    config: Config,
+    device: torch.device,
+    tasks: Sequence[str] = (),
+    levels: Sequence[float] = (),
+    widths: Mapping[str, int] | None = None,
 ) -> FeatureStore:
-    """The encoders of all streams, with noise and transforms.
+    """The encoders of the streams, with noise and transforms.
 
     Args:
         config: the run's.
         device: of the encoders.
         tasks: say which streams are read; default: the model's own.
         levels: signal-to-noise ratios (dB) that will be asked for. Only noise that is heard is read.
+        widths: known widths of features by stream. A stream with one needs no encoder unless it is read or its encoder
+            has weights in the checkpoint.
     """
+    read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     encoders = {}
     for name, part in config.model.streams.items():
+        if name not in read and not part.encoder.lora.rank and name in (widths or {}):
+            continue
         torch.manual_seed(config.training.seed)  # of its adapters
+<<<<<<< HEAD
         encoders[name] = build_encoder(part.encoder, name, device)
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
     trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
     hears = any("audio" in encoders[name].needs for name in encoders if name in read)
     babble = make_babble(config.noise, levels if hears else [], config.data.train)
     transforms = Transforms(config.augment, babble, config.training.seed)
+=======
+        settings = replace(part.encoder, name=inside_run(str(part.encoder.name), config.run))
+        encoders[name] = build_encoder(settings, name, device)
+    trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
+    transforms = Transforms(config.augment, make_babble(config.noise, levels, config.data.train), config.training.seed)
+>>>>>>> part-fixa
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 
 
-def build_model(config: Config, store: FeatureStore, device: torch.device) -> tuple[SpeechLLM, LoadedLLM]:
-    """The untrained model; its new parameters depend on ``training.seed`` alone."""
+def build_model(
+    config: Config, store: FeatureStore, device: torch.device, widths: Mapping[str, int] | None = None
+) -> tuple[SpeechLLM, LoadedLLM]:
+    """The untrained model; its new parameters depend on ``training.seed`` alone. ``widths`` are those of streams that
+    the store has no encoder of."""
     settle_precision(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     loaded = load_llm(config.model.llm, dtype)
     torch.manual_seed(config.training.seed)
     encoders = {name: encoder for name, encoder in store.encoders.items() if name in store.inside}
-    return SpeechLLM(config.model, loaded, store.widths, encoders).to(device), loaded
+    return SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders).to(device), loaded
 
 
 def find_checkpoint(run: str | Path, which: str = "best") -> Path:
@@ -146,10 +167,22 @@ def load_run(
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
     tasks, levels = (config.decode.tasks[:1], []) if single else (config.decode.tasks, config.noise.snr)
-    store = build_store(config, device, tasks, levels)
-    model, _ = build_model(config, store, device)
+    widths = _projected_widths(config.model, folder)
+    store = build_store(config, device, tasks, levels, widths)
+    model, _ = build_model(config, store, device, widths)
     load_weights(model, folder)
     return config, model.eval(), store
+
+
+def _projected_widths(model: ModelConfig, folder: Path) -> dict[str, int]:
+    """The width of the features that each projector of a checkpoint reads."""
+    shapes = checkpoint_shapes(folder)
+    widths = {}
+    for name, part in model.streams.items():
+        shape = shapes.get(f"projectors.{name}.0.weight")
+        if shape is not None and len(shape) == 2:
+            widths[name] = shape[1] // (part.compression.rate if part.compression.kind == "stack" else 1)
+    return widths
 
 
 def _config_differences(ours: ModelConfig, folder: Path) -> str:

@@ -43,14 +43,15 @@ class LoraConfig:
 
 @dataclass
 class EncoderConfig:
-    """A frozen encoder: ``name`` is a hub id, a file, a folder, or ``package:NAME`` of an installed package."""
+    """A frozen encoder: ``name`` is a hub id, a file, a folder, ``package:NAME`` of an installed package, or
+    ``run:PATH`` inside the run's folder, wherever that lies (``avsr import`` writes it)."""
 
     kind: str = "whisper"  # whisper | wavlm | avhubert | visual
     name: str | None = None  # required for the streams of model.task
     pad_to_30s: bool = False  # Whisper: exact parity with Hugging Face; else only the clip itself is encoded
     normalise: bool | None = None  # layer-normalise the waveform; null = as the encoder was trained
     batch: int = 16  # clips encoded at once for the cache
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))  # of the encoder itself (avhubert, visual)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=0))  # of the encoder itself (avhubert alone)
 
 
 @dataclass
@@ -350,7 +351,7 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
         if key.endswith("lora.alpha") and not 0.0 < value < math.inf:
             raise UserError(f"{key}: expected more than 0, got {value}")
     for stream, part in model.streams.items():
-        if part.encoder.lora.rank and part.encoder.kind not in ("avhubert", "visual"):
+        if part.encoder.lora.rank and part.encoder.kind != "avhubert":
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")
     parts = parts_of(model.task)
     for key, tasks in (("training.tasks", config.training.tasks), ("decode.tasks", config.decode.tasks)):

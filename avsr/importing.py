@@ -20,6 +20,7 @@ from avsr.models import official
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.fairseq_file import TRAINING_ONLY
 from avsr.models.llm import lora_from_reduction
+from avsr.models.sources import RUN
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.checkpoint import publish
 
@@ -38,11 +39,11 @@ def import_checkpoint(
 ) -> Path:
     """Writes a run folder with the checkpoint's trained tensors under our names.
 
-    The AV-HuBERT that the checkpoint holds goes with them (``encoders/*.safetensors``): its batch statistics moved
-    in training. The language model and a Whisper or WavLM encoder are frozen and stay where the config names them;
-    a few of their values are compared. Whisper is set to 30 s windows and normalised waveforms, as it was trained,
-    unless ``overrides`` say otherwise. The rate of average pooling leaves no trace in the weights: the recipe's has to
-    be the right one.
+    The AV-HuBERT that the checkpoint holds goes with them (``encoders/*.safetensors``; the config names it by ``run:``,
+    so that the run can be moved): its batch statistics moved in training. The language model and a Whisper or WavLM
+    encoder are frozen and stay where the config names them; a few of their values are compared. Whisper is set to 30 s
+    windows and normalised waveforms, as it was trained, unless ``overrides`` say otherwise. The rate of average pooling
+    leaves no trace in the weights: the recipe's has to be the right one.
 
     Args:
         checkpoint: ``model_avg_N.pth``.
@@ -93,8 +94,9 @@ def _write(part: Path, out: Path, state: official.State, config: Config, path: P
     for stream in config.model.streams:
         file = _export_encoder(part, stream, state, config, path)
         if file is not None:
-            getattr(config.model, stream).encoder.name = str(part / file)
-            getattr(saved.model, stream).encoder.name = str(out / file)
+            for each in (config, saved):
+                getattr(each.model, stream).encoder.name = f"{RUN}{file.as_posix()}"
+    config.run = str(part)
     config.data.cache, config.augment = None, AugmentConfig()  # nothing is read or encoded here
     store = build_store(config, torch.device("cpu"))
     model, _ = build_model(config, store, torch.device("cpu"))

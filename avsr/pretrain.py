@@ -54,6 +54,7 @@ class PretrainConfig:
         steps: of the optimizer, each over ``batch`` clips.
         ctc: weight of the CTC loss beside the losses of single frames.
         limit: first n clips of the training manifest, 0 = all.
+        threads: CPU threads; in so small a model more of them mostly wait for each other.
     """
 
     run: str = MISSING
@@ -72,6 +73,7 @@ class PretrainConfig:
     ctc: float = 0.3
     validate_every: int = 200
     limit: int = 0
+    threads: int = 1
     seed: int = 42
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -83,6 +85,7 @@ def pretrain(config: PretrainConfig) -> Path:
         UserError: bad settings, a run folder in use, or clips that cannot be used.
     """
     check_pretrain(config)
+    torch.set_num_threads(config.threads)
     run = Path(config.run)
     if (run / WEIGHTS).exists():
         raise UserError(f"run: {run} holds a trained model already; name another folder with run=")
@@ -113,7 +116,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_visual(config.model, "model.")
     if config.targets not in TARGETS:
         raise UserError(f"targets: expected one of {', '.join(TARGETS)}, got {config.targets!r}")
-    for key in ("steps", "batch", "validate_every"):
+    for key in ("steps", "batch", "validate_every", "threads"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}: expected at least 1, got {getattr(config, key)}")
     for key in ("warmup", "weight_decay", "ctc", "limit"):

@@ -49,7 +49,7 @@ class AVHubertEncoder(SpeechEncoder):
         self.width = model.config.width
         self.identity = f"avhubert {config.name} {fingerprint(model)} {stream}"
         self.model = model.to(device)
-        add_encoder_lora(self.model, config.lora)
+        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora")
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:

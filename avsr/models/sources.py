@@ -1,4 +1,4 @@
-"""Where weights come from: a hub id, a local path, or a file inside an installed package."""
+"""Where weights come from: a hub id, a local path, or a file inside a run or an installed package."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from avsr.errors import UserError
 
 PACKAGE = "package:"
+RUN = "run:"
 
 
 def resolve(name: str) -> Path | str:
@@ -45,6 +46,11 @@ def resolve(name: str) -> Path | str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
         raise UserError(f"{name}: there is no such file or folder, and it is no hub id (ORGANISATION/NAME)")
     return name
+
+
+def inside_run(name: str, run: str | Path) -> str:
+    """``run:PATH`` as the path below the folder of the run that names it; any other name as it is."""
+    return str(Path(run) / name.removeprefix(RUN)) if name.startswith(RUN) else name
 
 
 def cache_folder() -> Path:

@@ -24,7 +24,6 @@ from avsr.config import EncoderConfig
 from avsr.data.clip import Clip, center_crop
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
-from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.sources import resolve
 
 CROP = 88  # pixels of the mouth frame that are looked at, as in AV-HuBERT
@@ -162,7 +161,6 @@ class VisualEncoder(SpeechEncoder):
         self.batch = config.batch
         self.width = self.model.width
         self.identity = f"visual {hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]}"
-        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora")
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:

@@ -17,11 +17,9 @@ from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
-from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.sources import resolve
 
 SAMPLE_RATE = 16_000
-_LENT = {"q_proj", "k_proj", "v_proj", "out_proj"}
 
 
 class WavLMEncoder(SpeechEncoder):
@@ -50,13 +48,6 @@ class WavLMEncoder(SpeechEncoder):
         self.frames_per_second = SAMPLE_RATE // math.prod(stride for _, stride in self._convolutions)
         self.identity = f"wavlm {config.name} {fingerprint(model)} normalise={self._normalise}"
         self.model = model.to(device)
-        lora = config.lora
-        if lora.rank and (lent := sorted(_LENT & set(lora.targets))):
-            raise UserError(
-                f"lora.targets: WavLM's attention reads the weights of {', '.join(lent)} without calling these "
-                "layers, so LoRA on them would do nothing; use intermediate_dense and output_dense"
-            )
-        add_encoder_lora(self.model, lora)
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:

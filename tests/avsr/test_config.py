@@ -316,6 +316,15 @@ def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("task", "kind"), [("audio", "wavlm"), ("video", "visual")])
+def test_only_avhubert_has_lora(recipe: Callable[..., str], task: str, kind: str) -> None:
+    """cuDNN trains no recurrent layer in eval mode, and WavLM's attention never calls its linear layers."""
+    stream = f"model.{task}.encoder"
+    settings = [f"model.task={task}", f"{stream}.name=e", f"{stream}.kind={kind}", f"{stream}.lora.rank=4"]
+    assert f"{stream}.lora: not available for {kind}" in refusal(recipe(), *settings)
+    assert load_config(recipe(), [*settings[:2], f"{stream}.kind=avhubert", settings[3]]).model.task == task
+
+
 def test_bad_values_in_a_file(recipe: Callable[..., str]) -> None:
     path = recipe("training: {steps: soon}\n")
     message = refusal(path)

@@ -17,6 +17,7 @@ from avsr.cli import main
 from avsr.config import read_run_config
 from avsr.data.batches import Example, collate
 from avsr.data.manifest import Utterance
+from avsr.errors import UserError
 from avsr.importing import import_checkpoint
 
 Recipe = Callable[..., Path]
@@ -153,9 +154,33 @@ def test_a_video_model_carries_its_own_encoder(
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     frozen = parts.run_network(parts.avhubert(official, "video_encoder", lora=False), None, mouth)
     assert (frozen - features).abs().max() > 0.1  # else the adapters would prove nothing
-    assert read_run_config(run).model.video.encoder.name == str(run / "encoders" / "video_encoder.safetensors")
+    assert read_run_config(run).model.video.encoder.name == "run:encoders/video_encoder.safetensors"
     held = load_file(str(run / "encoders" / "video_encoder.safetensors"))
     assert not any("lora" in key or "final_proj" in key or "label_embs" in key for key in held)
+
+
+def test_an_imported_run_can_be_moved(
+    parts: Any, audio_recipe: Callable[..., Path], plain_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official = parts.Official(plain_llm, {"video_proj": (128, 32)})
+    official.add_avhubert("video_encoder")
+    recipe = parts.mouth_recipe(audio_recipe, "video")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = import_checkpoint(official.write(tmp_path / "vsr.pth"), str(recipe), Path("out"))
+    grey, _ = grey_mouth(6)
+    _, before = imported_logits(run, "video", {"video": grey})
+    (tmp_path / "there").mkdir()
+    run.rename(tmp_path / "there" / "moved")
+    monkeypatch.chdir(tmp_path / "there")
+    _, after = imported_logits(Path("moved"), "video", {"video": grey})
+    assert torch.equal(before, after)
+    monkeypatch.chdir(tmp_path)
+    _, after = imported_logits(tmp_path / "there" / "moved", "video", {"video": grey})
+    assert torch.equal(before, after)
+    (tmp_path / "there" / "moved" / "encoders" / "video_encoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"there/moved/encoders/video_encoder\.safetensors: there is no such file"):
+        load_run("there/moved", [], torch.device("cpu"))
 
 
 def test_a_fused_model_has_no_delimiters(

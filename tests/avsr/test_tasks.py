@@ -126,6 +126,15 @@ def test_what_is_clean_needs_no_noise(all_tasks: Path, tmp_path: Path) -> None:
         evaluate(all_tasks, [*away, "noise.snr=[0]"])
 
 
+def test_only_encoders_that_are_read_are_needed(all_tasks: Path) -> None:
+    gone = "model.video.encoder.name=gone.pt"
+    assert evaluate(all_tasks, ["decode.tasks=[audio]", gone]) == evaluate(all_tasks, ["decode.tasks=[audio]"])
+    with pytest.raises(UserError, match=r"gone\.pt"):
+        evaluate(all_tasks, ["decode.tasks=[video]", gone])
+    with pytest.raises(UserError, match=r"projectors\.audio\.0\.\S+ has shape"):
+        evaluate(all_tasks, ["decode.tasks=[audio]", gone, "model.projector.hidden=20"])
+
+
 def test_a_file_is_transcribed_by_the_task_it_fits(all_tasks: Path, tmp_path: Path) -> None:
     both, mute = clip(tmp_path / "both.mp4"), clip(tmp_path / "mute.mp4", sound=False)
     wave = tmp_path / "sound.wav"

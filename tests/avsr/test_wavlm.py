@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from transformers import WavLMConfig, WavLMModel
 
+from avsr.config import EncoderConfig
 from avsr.errors import UserError
 from avsr.models.wavlm import WavLMEncoder
 
@@ -36,9 +36,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def encoder(name: Path | str, *, normalise: bool | None = None, rank: int = 0, targets: Any = ()) -> WavLMEncoder:
-    lora = SimpleNamespace(rank=rank, alpha=8.0, dropout=0.0, targets=list(targets))
-    return WavLMEncoder(SimpleNamespace(name=str(name), batch=3, normalise=normalise, lora=lora))  # type: ignore[arg-type]
+def encoder(name: Path | str, *, normalise: bool | None = None) -> WavLMEncoder:
+    return WavLMEncoder(EncoderConfig(kind="wavlm", name=str(name), batch=3, normalise=normalise))
 
 
 def clip(samples: int, seed: int = 0) -> SimpleNamespace:
@@ -91,21 +90,6 @@ def test_it_is_frozen_and_its_identity_names_weights_and_options(folder: Path) -
     assert not any(part.training for part in model.modules())
     assert not any(p.requires_grad for p in model.parameters())
     assert model.identity == encoder(folder, normalise=True).identity != encoder(folder, normalise=False).identity
-
-
-def test_lora_on_the_feed_forward_takes_gradients(folder: Path) -> None:
-    model = encoder(folder, rank=2, targets=["intermediate_dense", "output_dense"])
-    rows, lengths = torch.stack([model.prepare(clip(4000, i)) for i in (1, 2)]), torch.tensor([4000, 3000])
-    model(rows, lengths).square().sum().backward()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 3 * 2 * 2
-    assert all(p.grad is not None and p.grad.any() for name, p in trained.items() if "lora_B" in name)
-
-
-def test_lora_that_would_do_nothing_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="weights of q_proj, v_proj without calling"):
-        encoder(folder, rank=2, targets=["q_proj", "v_proj"])
-    encoder(folder, rank=0, targets=["q_proj", "v_proj"])
 
 
 def test_bad_clips_and_models_are_refused(folder: Path, tmp_path: Path, tiny_whisper: Path) -> None:

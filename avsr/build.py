@@ -62,19 +62,12 @@ def build_store(
         if name not in read and not part.encoder.lora.rank and name in (widths or {}):
             continue
         torch.manual_seed(config.training.seed)  # of its adapters
-<<<<<<< HEAD
-        encoders[name] = build_encoder(part.encoder, name, device)
-    read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
-    trained = [name for name, part in config.model.streams.items() if part.encoder.lora.rank]
-    hears = any("audio" in encoders[name].needs for name in encoders if name in read)
-    babble = make_babble(config.noise, levels if hears else [], config.data.train)
-    transforms = Transforms(config.augment, babble, config.training.seed)
-=======
         settings = replace(part.encoder, name=inside_run(str(part.encoder.name), config.run))
         encoders[name] = build_encoder(settings, name, device)
     trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
-    transforms = Transforms(config.augment, make_babble(config.noise, levels, config.data.train), config.training.seed)
->>>>>>> part-fixa
+    hears = any("audio" in encoders[name].needs for name in encoders if name in read)
+    babble = make_babble(config.noise, levels if hears else [], config.data.train)
+    transforms = Transforms(config.augment, babble, config.training.seed)
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 
 

@@ -42,7 +42,7 @@ def mouth_video(path: Path) -> Path:
         frames, valid, outside = mouths(Job(source, "", DETECT, options.skew, options.coverage))
         check_landmarks(valid, outside, options.coverage)
     except Refused as refused:
-        raise UserError(f"no mouth could be cut out of {path}: {refused}") from refused
+        raise UserError(f"no mouth could be cut out of {path} ({width}x{height}): {refused}") from refused
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

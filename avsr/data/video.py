@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
         parts: list[np.ndarray] = []
         samples = 0
-        for frame in [*_guarded_frames(container, stream, path, where), None]:
+        for frame in chain(_frames(stream, path, where), [None]):  # None: what is left in the resampler
             for part in resampler.resample(frame):
                 parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
                 samples += len(parts[-1])
@@ -147,8 +148,8 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
             f"allowed are sides of 1 to {MAX_SIDE}"
         )
     context.thread_type, context.thread_count = "NONE", 1
-    first, last, count = None, 0.0, 0
-    for frame in _guarded_frames(stream.container, stream, path, where):
+    first, last = None, 0.0
+    for count, frame in enumerate(_frames(stream, path, where)):
         if frame.is_corrupt:
             raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
         # a raw stream has no time stamps
@@ -156,18 +157,20 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
         first = time if first is None else first
         last = max(last, time - first)
         yield _grey(frame), last
-        count += 1
-    if count < stream.frames:
-        raise UserError(
-            f"{_prefix(where)}{path} is truncated or damaged: {count} of its {stream.frames} frames can be read"
-        )
 
 
-def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iterator[Any]:
+def _frames(stream: Any, path: Path, where: str) -> Iterator[Any]:
+    """The decoded frames of a stream, if everything that the file's index lists is there."""
+    packets = 0
     try:
-        yield from container.decode(stream)
+        for packet in stream.container.demux(stream):
+            packets += packet.size > 0
+            yield from packet.decode()
     except (av.FFmpegError, ValueError) as error:
         raise UserError(f"{_prefix(where)}{path} is damaged: {_reason(error)}") from error
+    listed = len(stream.index_entries)  # of an mp4 all, of other containers some or none
+    if packets < listed:
+        raise UserError(f"{_prefix(where)}{path} is truncated: {packets} of its {listed} pieces can be read")
 
 
 def _grey(frame: Any) -> np.ndarray:

@@ -16,8 +16,9 @@ FRAMES_PER_SECOND = 25
 SOUND_RATE = 16_000  # Hz
 
 _SOUND_BITS = 64_000  # a second
-# With B-frames x264 (core 165) reads memory that it has not set, and its choices vary from run to run.
-_X264 = {"preset": "veryfast", "x264-params": "bframes=0:threads=1"}
+# B-frames and macroblock trees make x264 (core 165) read memory that it has not set, so that one clip in hundreds
+# comes out different; without them, and without the look-ahead that feeds them, it does not.
+_X264 = {"preset": "veryfast", "x264-params": "bframes=0:no-mbtree=1:rc-lookahead=0:threads=1"}
 
 
 def write_video(
@@ -36,7 +37,7 @@ def write_video(
 
 
 def encode_video(
-    frames: np.ndarray, fps: int = FRAMES_PER_SECOND, *, sound: np.ndarray | None = None, crf: int = 20
+    frames: np.ndarray, fps: int = FRAMES_PER_SECOND, *, sound: np.ndarray | None = None, crf: int = 23
 ) -> bytes:
     """An mp4 file; the same input gives the same bytes.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -146,20 +147,57 @@ def _draw_clip(generator: np.random.Generator, frames: int) -> _Clip:
     )
 
 
+class _Edge:
+    """0 below, 1 above zero pixels, soft between."""
+
+    def __init__(self, soft: float) -> None:
+        self._slope = np.float32(-1.6 / soft)
+
+    def __call__(self, distance: np.ndarray) -> np.ndarray:
+        soft: np.ndarray = 1 / (1 + np.exp(np.clip(distance * self._slope, -30, 30)))
+        return soft
+
+
 def _picture(track: np.ndarray, head: np.ndarray, who: _Speaker, scene: _Clip) -> np.ndarray:
     """(T, 96, 96) float32 grey levels of some frames, without the noise."""
-    opening, width, rounding, teeth, tongue, tip, tuck = (column[:, None, None] for column in track.T)
     right, down, angle, size = (column[:, None, None] for column in head.T)
     ruler = np.arange(SIZE, dtype=np.float32) - np.float32(SIZE / 2 - 0.5)
     across, along = ruler[None, None, :], ruler[None, :, None]
     turn, rise = np.cos(angle) / size, np.sin(angle) / size
     x = (across - right) * turn + (along - down) * rise
     y = (along - down) * turn - (across - right) * rise
+    edge = _Edge(scene.soft)
+    shape = {name: column[:, None, None] for name, column in zip(PARAMETERS, track.T, strict=True)}
+    curves = _curves(shape, x, who)
 
-    def edge(distance: np.ndarray) -> np.ndarray:
-        """0 below, 1 above zero pixels, soft between."""
-        return 1 / (1 + np.exp(np.clip(distance * np.float32(-1.6 / scene.soft), -30, 30)))
+    picture = who.skin * _skin(who.face, head)
+    # below the chin there is only the neck in the shade; the chin falls with the jaw
+    chin = who.jaw + 0.45 * curves.gap - 0.008 * x**2
+    picture *= 1 - 0.45 * edge((y - chin) * 0.35)
+    picture *= 1 - 0.25 * np.maximum(1 - np.abs(y - curves.end - 3.5) / 4.5, 0) * curves.across_lips
+    _paint_lips(picture, y, shape, curves, who, edge)
+    _paint_inside(picture, x, y, shape, curves, who, edge)
+    picture *= scene.gain * (1 + scene.slope[0] * across / SIZE + scene.slope[1] * along / SIZE)
+    result: np.ndarray = picture.astype(np.float32, copy=False)
+    return result
 
+
+class _Curves(NamedTuple):
+    """The outlines of the lips at every pixel's column, as rows below the middle of the mouth; pixels."""
+
+    gap: np.ndarray  # in the middle
+    inner: np.ndarray  # half width of the gap
+    corner: np.ndarray  # 0 at the corners, 1 and more towards the middle, below 0 outside
+    across_lips: np.ndarray  # 1 in the middle, 0 at the corners
+    across_gap: np.ndarray
+    top: np.ndarray
+    inner_top: np.ndarray
+    inner_end: np.ndarray
+    end: np.ndarray
+
+
+def _curves(shape: dict[str, np.ndarray], x: np.ndarray, who: _Speaker) -> _Curves:
+    opening, width, rounding, tuck = (shape[name] for name in ("opening", "width", "rounding", "tuck"))
     gap = np.maximum(opening, 0) * who.gape
     press = np.maximum(-opening, 0)
     half = who.half_width * (1 + 0.16 * width - 0.13 * rounding - 0.05 * np.maximum(opening, 0))
@@ -176,34 +214,42 @@ def _picture(track: np.ndarray, head: np.ndarray, who: _Speaker, scene: _Clip) -
     upper = who.upper * (1 + 0.3 * rounding - 1.1 * press) * plump * notch
     lower = who.lower * (1 + 0.3 * rounding - 1.1 * press - 0.45 * tuck) * plump
     outer = 0.5 * (arch + plump) * gap
-    top, end = np.minimum(line - 0.32 * outer, inner_top) - upper, np.maximum(line + 0.68 * outer, inner_end) + lower
+    top = np.minimum(line - 0.32 * outer, inner_top) - upper
+    end = np.maximum(line + 0.68 * outer, inner_end) + lower
+    corner = (1 - np.abs(x) / half) * 12
+    return _Curves(gap, inner, corner, across_lips, across_gap, top, inner_top, inner_end, end)
 
-    picture = who.skin * _skin(who.face, head)
-    # below the chin there is only the neck in the shade; the chin falls with the jaw
-    chin = who.jaw + 0.45 * gap - 0.008 * x**2
-    picture *= 1 - 0.45 * edge((y - chin) * 0.35)
-    shade = np.maximum(1 - np.abs(y - end - 3.5) / 4.5, 0) * across_lips
-    picture *= 1 - 0.25 * shade
 
-    lips = edge(y - top) * edge(end - y) * edge((1 - np.abs(x) / half) * 12)
-    middle = (y - 0.5 * (inner_end + end)) / np.maximum(0.5 * lower, 1)
-    shine = np.maximum(1 - middle**2, 0) * across_lips * (0.16 + 0.14 * rounding)
-    level = who.skin * who.lip * (1 - 0.12 * edge(inner_top - y) + shine)
+def _paint_lips(
+    picture: np.ndarray, y: np.ndarray, shape: dict[str, np.ndarray], at: _Curves, who: _Speaker, edge: _Edge
+) -> None:
+    lips = edge(y - at.top) * edge(at.end - y) * edge(at.corner)
+    middle = (y - 0.5 * (at.inner_end + at.end)) / np.maximum(0.5 * (at.end - at.inner_end), 1)
+    shine = np.maximum(1 - middle**2, 0) * at.across_lips * (0.16 + 0.14 * shape["rounding"])
+    level = who.skin * who.lip * (1 - 0.12 * edge(at.inner_top - y) + shine)
     picture += lips * (level - picture)
 
-    hole = edge(y - inner_top) * edge(inner_end - y) * edge((1 - np.abs(x) / half) * 12)
-    depth = 14 + who.tongue * edge(y - inner_end + tongue * gap * (0.25 + 0.6 * across_gap)) * np.minimum(tongue * 2, 1)
-    band = edge(inner_top + who.tooth * (0.4 + 0.6 * teeth) - y) * edge((inner * 0.92 - np.abs(x)) * 0.6)
-    gums = who.teeth * (0.55 + 0.45 * across_gap) * (0.94 + 0.06 * np.cos(x * np.float32(2 * np.pi / 6)))
-    depth += np.minimum(1.5 * teeth, 1) * band * (gums - depth)
-    picture += hole * (depth - picture)
 
-    out = 1 - (x / (0.5 * inner)) ** 2 - ((y - inner_end + 1) / (0.35 * gap + 3.0)) ** 2
-    picture += np.minimum(1.2 * tip, 1) * edge(3 * out) * (1.25 * who.tongue - picture)
-    light = 1 + scene.slope[0] * across / SIZE + scene.slope[1] * along / SIZE
-    picture *= scene.gain * light
-    result: np.ndarray = picture.astype(np.float32, copy=False)
-    return result
+def _paint_inside(
+    picture: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    shape: dict[str, np.ndarray],
+    at: _Curves,
+    who: _Speaker,
+    edge: _Edge,
+) -> None:
+    """The dark, in it the tongue, in front of it the upper teeth; then a tongue between the teeth, over the lip."""
+    teeth, tongue = shape["teeth"], shape["tongue"]
+    hole = edge(y - at.inner_top) * edge(at.inner_end - y) * edge(at.corner)
+    above = y - at.inner_end + tongue * at.gap * (0.25 + 0.6 * at.across_gap)
+    depth = 14 + who.tongue * edge(above) * np.minimum(tongue * 2, 1)
+    row = edge(at.inner_top + who.tooth * (0.4 + 0.6 * teeth) - y) * edge((at.inner * 0.92 - np.abs(x)) * 0.6)
+    enamel = who.teeth * (0.55 + 0.45 * at.across_gap) * (0.94 + 0.06 * np.cos(x * np.float32(2 * np.pi / 6)))
+    depth += np.minimum(1.5 * teeth, 1) * row * (enamel - depth)
+    picture += hole * (depth - picture)
+    out = 1 - (x / (0.5 * at.inner)) ** 2 - ((y - at.inner_end + 1) / (0.35 * at.gap + 3.0)) ** 2
+    picture += np.minimum(1.2 * shape["tip"], 1) * edge(3 * out) * (1.25 * who.tongue - picture)
 
 
 def _skin(face: np.ndarray, head: np.ndarray) -> np.ndarray:

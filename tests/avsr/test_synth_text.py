@@ -68,7 +68,7 @@ def test_open_sentences_have_the_right_article() -> None:
 
 
 def test_options_defaults_and_overrides() -> None:
-    assert parse_options([]) == SynthOptions(1000, 1000, 100, 120, 8, 4, 1, 0)
+    assert parse_options([]) == SynthOptions(1000, 1000, 100, 120, 8, 4, 1, 0, 0)
     assert parse_options(["grid=0", "seed=7", "voices=30"]) == SynthOptions(grid=0, seed=7, voices=30)
 
 
@@ -84,6 +84,7 @@ def test_options_defaults_and_overrides() -> None:
         ("unseen_voices=11", ["unseen_voices", "from 1 to 10", "got 11"]),
         ("test=0", ["test", "from 1"]),
         ("workers=-1", ["workers", "from 0"]),
+        ("video=2", ["video", "from 0 to 1", "got 2"]),
         ("grid", ["key=value", "'grid'"]),
         ("grid=64000", ["grid", "64340", "at most grid=63660"]),
     ],

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -49,13 +50,11 @@ def _until_a_crash(
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
     try:
         while True:
-            try:
+            with suppress(BrokenProcessPool):  # the futures tell
                 for job in islice(jobs, max(0, 2 * workers - len(running))):
                     lost.append(job)  # it is nowhere else if the pool breaks now
                     running[pool.submit(work, job)] = job
                     lost.pop()
-            except BrokenProcessPool:
-                pass
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import string
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,9 +271,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         assert caught.value.code == status
         shown = capsys.readouterr().err
         assert "Traceback" not in shown
-        lines = shown.splitlines()
-        (first,) = [i for i, line in enumerate(lines) if line.startswith("avsr: ")][:1] or [0]
-        return "\n".join(lines[first:])
+        return shown[max(f"\n{shown}".find("\navsr: "), 0) :].rstrip("\n")
 
     return run
 
@@ -291,8 +290,8 @@ def write_checkpoint(config: Config, run: Path) -> None:
 @pytest.fixture
 def run_folder(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Path:
     """A run as training leaves it, untrained."""
-    write_checkpoint(load_config(str(tiny_recipe(tmp_path))), tmp_path / "run")
-    return tmp_path / "run"
+    write_checkpoint(load_config(str(tiny_recipe(tmp_path))), run := tmp_path / "run")
+    return run
 
 
 @pytest.fixture
@@ -310,7 +309,6 @@ def tone() -> Callable[[Path, float], Path]:
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``avsr train`` up to the engine: a process group of one, without DeepSpeed's start-up."""
-
     own = not dist.is_initialized()  # a test before this one may have started DeepSpeed in this process
 
     def start() -> tuple[int, int]:
@@ -382,13 +380,7 @@ def draw_face() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 @pytest.fixture(scope="session")
 def parts() -> Any:
     """The module official_checkpoint.py beside this file."""
-    spec = importlib.util.spec_from_file_location(
-        "official_checkpoint", Path(__file__).with_name("official_checkpoint.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("official_checkpoint.py"))))
 
 
 @pytest.fixture(scope="session")

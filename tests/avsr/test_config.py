@@ -11,7 +11,6 @@ from avsr import composing as composing_module
 from avsr.composing import compose, configs_folder, differences
 from avsr.config import (
     Config,
-    ModelConfig,
     load_config,
     read_run_config,
     to_yaml,
@@ -393,18 +392,3 @@ def test_the_resolved_config_round_trips(recipe: Callable[..., str], tmp_path: P
     again = read_run_config(tmp_path / "run")
     assert again.run == str(tmp_path / "run")
     assert differences(config, again) == [f"run: 'runs/x' != {str(tmp_path / 'run')!r}"]
-
-
-def test_a_run_folder_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a run.*config.yaml"):
-        read_run_config(tmp_path)
-
-
-def test_differences_name_every_leaf() -> None:
-    ours, theirs = ModelConfig(), ModelConfig()
-    theirs.lora.rank = 3
-    theirs.prompts.audio = "other"
-    assert differences(ours, theirs, "model.") == [
-        f"model.prompts.audio: {ours.prompts.audio!r} != 'other'",
-        f"model.lora.rank: {ours.lora.rank} != 3",
-    ]

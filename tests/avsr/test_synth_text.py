@@ -1,15 +1,18 @@
-"""Tests of what ``avsr synth`` says and of its options."""
+"""Tests of what ``avsr synth`` says, of its voices and of its options."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from avsr.errors import UserError
-from avsr.synth import sentences, words
+from avsr.synth import sentences, shards, words
 from avsr.synth.corpus import SynthOptions, parse_options, synthesise
+from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
 
 # --- sentences --------------------
 
@@ -101,3 +104,29 @@ def test_nothing_to_make_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unseen_voices"):
         synthesise(tmp_path / "x", SynthOptions(unseen_voices=0))
     assert not (tmp_path / "x").exists()
+
+
+def test_voice_table_is_consistent() -> None:
+    assert len(VOICES) >= 32
+    assert TRAINING_VOICES + UNSEEN_VOICES == VOICES
+    assert len(UNSEEN_VOICES) == len(VOICES) // 4
+    assert len({voice.name for voice in VOICES}) == len({voice.voice for voice in VOICES}) == len(VOICES)
+    variants = [{voice.voice.split("+")[1] for voice in part} for part in (TRAINING_VOICES, UNSEEN_VOICES)]
+    assert not variants[0] & variants[1]
+    assert all(120 <= voice.rate <= 200 and 0 <= voice.pitch <= 99 for voice in VOICES)
+
+
+def test_normalise_sets_a_repeatable_peak() -> None:
+    waves = [np.sin(np.arange(2000) * step).astype(np.float32) * 0.01 for step in (0.1, 0.2, 0.3)]
+    peaks = [float(np.abs(shards.normalise(wave)).max()) for wave in waves]
+    assert peaks == [float(np.abs(shards.normalise(wave.copy())).max()) for wave in waves]
+    assert all(0.499 < peak < 0.901 for peak in peaks)
+    assert len(set(peaks)) == 3
+    assert not shards.normalise(np.zeros(10, np.float32)).any()
+
+
+def test_without_espeak_the_message_has_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(UserError, match=r"espeakng_loader.*pip install 'flashsink\[demo\]'"):
+        synthesise(tmp_path / "out", SynthOptions())
+    assert not (tmp_path / "out").exists()

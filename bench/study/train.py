@@ -1,0 +1,63 @@
+"""One training of the study, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avsr.config import Config, load_config
+from avsr.models.speech_llm import SpeechLLM
+from avsr.train import attach, train_and_leave
+from bench.study import corpus
+from bench.study.arms import STEPS, Arm
+from bench.study.faithful import make_faithful
+from bench.study.penalty import attach_penalty
+from bench.study.warm_start import load_projector, warm_projector
+
+FOLDER = Path("runs/study")
+
+
+def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
+    """The config of ``arm``'s run."""
+    steps = arm.steps or STEPS[arm.rate]
+    return load_config(
+        "demo",
+        [
+            f"run={folder / arm.key}",
+            *corpus.OVERRIDES,
+            f"model.audio.compression.rate={arm.rate}",
+            f"loss.decorrelation={arm.weight}",
+            f"loss.margin={arm.margin}",
+            f"training.seed={arm.seed}",
+            f"training.steps={steps}",
+            "training.frames=4000",
+            "training.validate_every=50",
+            "training.save_every=100000",
+            "training.gradient_norms_every=25",
+            "log.tensorboard=false",
+            *arm.overrides,
+        ],
+    )
+
+
+def projector_file(rate: int, folder: Path = FOLDER) -> Path:
+    """The warm projector of a rate; made when it is missing."""
+    config = load_config(
+        "demo", ["run=none", *corpus.OVERRIDES, *corpus.WARM, f"model.audio.compression.rate={rate}", "training.seed=0"]
+    )
+    return warm_projector(config, folder / f"projector-{rate}.safetensors")
+
+
+def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
+    """Trains ``arm`` and returns its run folder."""
+    projector = projector_file(arm.rate, folder)
+
+    def prepare(model: SpeechLLM, config: Config) -> None:
+        load_projector(model.projectors["audio"], projector)
+        if arm.faithful:
+            make_faithful(model)
+        if arm.penalty is None:
+            attach(model, config)
+        else:
+            attach_penalty(model, config, arm.penalty)
+
+    return train_and_leave(config_of(arm, folder), prepare)

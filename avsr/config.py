@@ -68,7 +68,8 @@ class ProjectorConfig:
 
 @dataclass
 class DelimiterConfig:
-    init: str = "normal:0.02"  # normal:STD | table (the embedding table's std) | mean (its mean)
+    # normal:STD | table (the embedding table's std) | mean (its mean) | none (the speech has no delimiters)
+    init: str = "normal:0.02"
     train: bool = False
 
 
@@ -94,11 +95,12 @@ def _mouth_stream() -> StreamConfig:
 
 @dataclass
 class PromptConfig:
-    """The text behind the speech, for each task; "fused" takes that of audiovisual."""
+    """The text beside the speech, for each task; "fused" takes that of audiovisual."""
 
     audio: str = "Transcribe speech to text."
     video: str = "Transcribe video to text."
     audiovisual: str = "Transcribe speech and video to text."
+    first: bool = False  # in front of the speech, right behind BOS; else behind it
 
 
 @dataclass
@@ -350,6 +352,8 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
             raise UserError(f"{key}: expected 0 <= dropout < 1, got {value}")
         if key.endswith("lora.alpha") and not 0.0 < value < math.inf:
             raise UserError(f"{key}: expected more than 0, got {value}")
+    if model.delimiters.init == "none" and model.delimiters.train:
+        raise UserError("model.delimiters.train: there is nothing to train with model.delimiters.init = none")
     for stream, part in model.streams.items():
         if part.encoder.lora.rank and part.encoder.kind != "avhubert":
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")

@@ -1,7 +1,8 @@
 """Measures a model over utterances with their reference texts and averages by token group and layer.
 
 Groups of positions: BOS, every delimiter and every prompt token by name, all speech tokens, all text tokens.
-"Intermediate" is the delimiter that opens the first stream. Layers count from 1; L is their number.
+"Intermediate" is the delimiter that opens the first stream, without delimiters the first prompt token. Layers count
+from 1; L is their number.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _group(name: str, position: int, span: int) -> str:
 
 
 def _opener(model: SpeechLLM, groups: dict[str, _Sums]) -> str:
-    """The first delimiter; where a fused stream has none, the first prompt token."""
+    """The first delimiter; where the first stream has none, the first prompt token."""
     first = f"<{model.streams[0]}>"
     return first if first in groups else next(name for name in groups if name.startswith("prompt "))
 

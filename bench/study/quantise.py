@@ -22,8 +22,8 @@ def int8_inputs(decoder: nn.Module) -> Iterator[None]:
     hooks = [
         module.register_forward_pre_hook(_round_input)
         for layer in layers
-        for module in layer.modules()
-        if isinstance(module, nn.Linear)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name  # which would be merged
     ]
     try:
         yield

@@ -11,6 +11,7 @@ from bench.study import corpus
 from bench.study.arms import STEPS, Arm
 from bench.study.faithful import make_faithful
 from bench.study.penalty import attach_penalty
+from bench.study.sink_logits import add_sink_logits
 from bench.study.warm_start import load_projector, warm_projector
 
 FOLDER = Path("runs/study")
@@ -47,17 +48,24 @@ def projector_file(rate: int, folder: Path = FOLDER) -> Path:
     return warm_projector(config, folder / f"projector-{rate}.safetensors")
 
 
+def change(model: SpeechLLM, arm: Arm) -> None:
+    """What of ``arm`` is in the model itself, in training and after."""
+    if arm.sink_logits:
+        add_sink_logits(model)
+
+
 def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
     """Trains ``arm`` and returns its run folder."""
     projector = projector_file(arm.rate, folder)
 
     def prepare(model: SpeechLLM, config: Config) -> None:
         load_projector(model.projectors["audio"], projector)
+        change(model, arm)
         if arm.faithful:
             make_faithful(model)
-        if arm.penalty is None:
-            attach(model, config)
-        else:
+        if arm.penalty is not None:
             attach_penalty(model, config, arm.penalty)
+        elif not arm.sink_logits:  # which have an attention of their own
+            attach(model, config)
 
     return train_and_leave(config_of(arm, folder), prepare)

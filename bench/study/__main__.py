@@ -1,0 +1,81 @@
+"""``make study``: trains and measures what has no row yet, then writes the tables.
+
+Rows are kept in rows.jsonl beside this file; a restart goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from avsr.errors import guarded
+from avsr.machine import cpus
+from bench.study import corpus
+from bench.study.grid import ARMS, STARTS
+from bench.study.rows import ROWS, read_rows
+from bench.study.train import FOLDER, projector_file
+
+logger = logging.getLogger("avsr")
+
+
+def run_all(full: bool, only: str, workers: int) -> list[str]:
+    """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
+    corpus.make_corpus()
+    wanted = [key for key, arm in ARMS.items() if full or not arm.full]
+    wanted = [key for key in [*STARTS, *wanted] if only in key and key not in read_rows()]
+    for rate in sorted({ARMS[key.removeprefix("start ")].rate for key in wanted}):
+        projector_file(rate)
+    logs = FOLDER / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    total = len(wanted)
+    while wanted or running:
+        while wanted and len(running) < workers:
+            key = wanted.pop(0)
+            running[key] = _start(key, logs)
+            logger.info("%s (%d to go)", key, len(wanted))
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        for key, process in list(running.items()):
+            if process.poll() is not None:
+                del running[key]
+                if process.returncode:
+                    failed.append(key)
+                    logger.warning("%s failed: %s", key, logs / f"{key}.log")
+                else:
+                    _keep(logs / f"{key}.json")
+    logger.info("%d of %d done", total - len(failed), total)
+    return failed
+
+
+def _start(key: str, logs: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bench.study.one", key, str(logs / f"{key}.json")]
+    with (logs / f"{key}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _keep(path: Path) -> None:
+    row = json.loads(path.read_text(encoding="utf-8"))
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.study", description="The study of PLAN.md.")
+    parser.add_argument("grid", nargs="?", default="base", choices=["base", "full"])
+    parser.add_argument("--only", default="", help="arms whose name holds this")
+    parser.add_argument("--workers", type=int, default=cpus(), help="trainings side by side (default: one a core)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with guarded():
+        failed = run_all(arguments.grid == "full", arguments.only, arguments.workers)
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

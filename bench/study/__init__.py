@@ -1,1 +1,1 @@
-"""Does the decorrelation loss do in a miniature what the paper says? PLAN.md has the questions, README.md the answers."""
+"""Does the decorrelation loss do in a miniature what the paper says? PLAN.md asks, README.md answers."""

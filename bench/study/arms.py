@@ -24,6 +24,7 @@ class Arm:
         overrides: of the config.
         faithful: with the reference's habits (bench.study.faithful).
         sink_logits: a learnable sink a head.
+        cold: the projector starts at random, as in the demo.
         steps: optimizer steps; 0 = those of the rate.
         full: only in ``study=full``.
     """
@@ -37,6 +38,7 @@ class Arm:
     overrides: tuple[str, ...] = ()
     faithful: bool = False
     sink_logits: bool = False
+    cold: bool = False
     steps: int = 0
     full: bool = False
 

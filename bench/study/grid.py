@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.study.arms import HIGH, LOW, SEEDS, Arm
+from bench.study.arms import LOW, SEEDS, Arm
 from bench.study.penalty import Penalty
 
 # PLAN.md: chosen on the validation split of seed 1, by its rule
@@ -48,6 +48,7 @@ CONTROLS = [
     penalised("norm", Penalty(kind="norm")),
     penalised("stop-gradient", Penalty(detach=True)),
     Arm("off-clip-1", overrides=("training.clip=1.0",)),
+    Arm("off-cold", cold=True),
     Arm("off-half-rate", overrides=("training.learning_rate=5.0e-4",)),
     Arm("faithful-off", faithful=True),
     replace(paper(PAPER), name="faithful-paper", faithful=True),

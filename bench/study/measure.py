@@ -22,8 +22,7 @@ from bench.study.arms import Arm
 from bench.study.interventions import MassiveMeans, intervene
 from bench.study.plain_text import perplexity, plain_text
 from bench.study.quantise import int8_inputs
-from bench.study.train import FOLDER, change, config_of, projector_file
-from bench.study.warm_start import load_projector
+from bench.study.train import FOLDER, change, config_of
 
 ANALYSED = 100  # utterances whose attention is looked at
 CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
@@ -34,8 +33,7 @@ def load_arm(arm: Arm, folder: Path = FOLDER, *, trained: bool = True) -> tuple[
     config = config_of(arm, folder)
     store = build_store(config, pick_device())
     model, _ = build_model(config, store, pick_device())
-    load_projector(model.projectors["audio"], projector_file(arm.rate, folder))
-    change(model, arm)
+    change(model, arm, folder)
     if trained:
         load_weights(model, find_checkpoint(config.run))
     return config, model.eval(), store

@@ -28,7 +28,7 @@ def plain_text() -> str:
 
 @torch.no_grad()
 def perplexity(model: SpeechLLM, text: str) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood (nats) of the tokens of ``text``, in windows behind BOS; and their number."""
+    """exp of the mean negative log-likelihood (nats) of the tokens of ``text``, in windows behind BOS; their number."""
     ids = model.tokenize(text)
     total = 0.0
     for first in range(0, len(ids), WINDOW):

@@ -48,19 +48,19 @@ def projector_file(rate: int, folder: Path = FOLDER) -> Path:
     return warm_projector(config, folder / f"projector-{rate}.safetensors")
 
 
-def change(model: SpeechLLM, arm: Arm) -> None:
-    """What of ``arm`` is in the model itself, in training and after."""
+def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
+    """Makes the untrained ``model`` the one that ``arm`` starts with."""
+    if not arm.cold:
+        load_projector(model.projectors["audio"], projector_file(arm.rate, folder))
     if arm.sink_logits:
         add_sink_logits(model)
 
 
 def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
     """Trains ``arm`` and returns its run folder."""
-    projector = projector_file(arm.rate, folder)
 
     def prepare(model: SpeechLLM, config: Config) -> None:
-        load_projector(model.projectors["audio"], projector)
-        change(model, arm)
+        change(model, arm, folder)
         if arm.faithful:
             make_faithful(model)
         if arm.penalty is not None:

@@ -2,7 +2,8 @@
 
 A cold projector needs most of a training of this size to find the language model's embedding space, and WER does not
 settle. The corpus knows when each word was said: every speech token is taught the sum of the mean token embeddings of
-the words that overlap it, weighted by the overlap (cosine loss). No decoder layer takes part, so nothing is decided about sinks.
+the words that overlap it, weighted by the overlap (cosine loss). No decoder layer takes part, so nothing is decided
+about sinks.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
     projector.load_state_dict(load_file(path))
 
 
-def _targets(words: list[tuple[str, float, float]], count: int, seconds: float, table: Tensor, llm: LoadedLLM) -> Tensor:
+def _targets(
+    words: list[tuple[str, float, float]], count: int, seconds: float, table: Tensor, llm: LoadedLLM
+) -> Tensor:
     """(count, C): of tokens of so many seconds each."""
     targets = torch.zeros(count, table.shape[1])
     for word, start, end in words:

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-av test test-long lint bench gpu gpu-tune clean
+.PHONY: install demo demo-av test test-long lint bench study gpu gpu-tune clean
 
 install: $(STAMP)
 
@@ -32,6 +32,12 @@ test: install lint
 
 test-long: install lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+# make study [STUDY=full] [WORKERS=n]: hours on two cores; goes on where it stopped
+STUDY ?= base
+study: install
+	$(BIN)/python -m bench.study $(STUDY) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/python -m bench.study.tables
 
 bench: install
 	$(BIN)/python -m bench.run --budget 350

@@ -1,13 +1,17 @@
-"""``avsr analyze RUN [RUN2]``: ``analysis.json`` and ``report.html``."""
+"""``avsr analyze TARGET...``: ``analysis.json`` and ``report.html`` of runs or of plain language models."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from avsr.analysis.collect import attention_map, collect
+from avsr.analysis.collect import collect
+from avsr.analysis.example import look_at
+from avsr.analysis.inputs import load_text_subject, parse_model_options, read_texts
 from avsr.analysis.report import write_report
+from avsr.analysis.subject import Subject, speech_subject
 from avsr.build import load_run, pick_device
 from avsr.config import Config, to_yaml
 from avsr.data.dataset import SpeechDataset
@@ -16,11 +20,73 @@ from avsr.evaluate import test_sets
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.metrics import read_metrics
 
+RUN, MODEL = "run", "language model"
+MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
+
+
+def analyze(targets: list[str], overrides: list[str], out: str | None = None, text: str | None = None) -> Path:
+    """Analyses one target or several side by side; returns the report's path.
+
+    Args:
+        targets: run folders, over their first test set; or language models (hub id, folder, .gguf file,
+            ``package:NAME/path``), over plain text.
+        overrides: ``key=value``: of a run's config, or a model's (``model.llm.bos_token``, ``model.llm.eos_token``,
+            ``limit``).
+        out: folder of both files; by default the first run's, or ``runs/analysis/NAME`` of a model.
+        text: a file with one text a line, for models.
+
+    Raises:
+        UserError: a target is neither, cannot be analysed, or cannot be compared with the first.
+    """
+    kinds = {kind_of(target) for target in targets}
+    if len(kinds) > 1:
+        raise UserError("a run and a language model cannot be compared: one reads speech, the other plain text")
+    kind = kinds.pop()
+    if kind == RUN and text is not None:
+        raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
+    analyses: list[tuple[str, dict[str, Any]]] = []
+    for target in targets:
+        label = run_label(target, targets)
+        first = analyses[0] if analyses else None
+        if kind == RUN:
+            analyses.append((label, _analyze_run(target, label, overrides, first)))
+        else:
+            analyses.append((label, _analyze_text(target, label, overrides, text, first)))
+    default = targets[0] if kind == RUN else str(Path(MODELS_OUT, analyses[0][0]))
+    return write_results(Path(out or default), analyses)
+
+
+def kind_of(target: str) -> str:
+    """``RUN`` or ``MODEL``, by what lies in the folder or what the name looks like.
+
+    Raises:
+        UserError: a folder that is neither, or a name that can be neither.
+    """
+    path = Path(target)
+    if (path / "config.yaml").is_file():
+        return RUN
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{target} is not a run and no model: neither config.yaml nor config.json is in it "
+            "(train a run with 'avsr train CONFIG')"
+        )
+    named = target.startswith("package:") or (target.count("/") == 1 and target[0] not in "./~")
+    if path.exists() or named or path.suffix == ".gguf":
+        return MODEL
+    raise UserError(f"{target} is not a run and no model: there is no such folder, and it is no hub id")
+
+
+def analyze_subject(subject: Subject) -> dict[str, Any]:
+    """Every measurement of a subject. Each entry is one section of the report."""
+    analysis, example = collect(subject)
+    analysis["example"] = look_at(subject, example)
+    return analysis
+
 
 def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run: Path) -> dict[str, Any]:
     """Statistics of a loaded run with its curve, scores and errors (as far as it has them)."""
-    analysis = collect(model, dataset, config)
-    analysis["attention_map"] = attention_map(model, dataset)
+    subject = speech_subject(model, dataset, config)
+    analysis: dict[str, Any] = {"identity": _run_identity(subject, config, dataset)} | analyze_subject(subject)
     analysis["curve"] = read_metrics(run)
     analysis["settings"] = to_yaml(config)
     analysis["lambda"], analysis["margin"] = config.loss.decorrelation, config.loss.margin
@@ -33,19 +99,70 @@ def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run:
     return analysis
 
 
-def analyze(runs: list[str], overrides: list[str], out: str | None = None) -> Path:
-    """Analyses one run or several side by side over the first test set; returns the report's path.
+def _analyze_run(
+    run: str, label: str, overrides: list[str], first: tuple[str, dict[str, Any]] | None
+) -> dict[str, Any]:
+    config, model, store = load_run(run, overrides, pick_device())
+    config.data.test = dict(list(config.data.test.items())[:1])
+    dataset = next(iter(test_sets(config, model, store).values()))
+    if first is not None:
+        refuse_unlike(first, (label, _run_identity(speech_subject(model, dataset, config), config, dataset)))
+    return analyze_model(config, model, dataset, Path(run))
 
-    Everything is written to ``out``, by default the first run's folder.
-    """
-    analyses: list[tuple[str, dict[str, Any]]] = []
-    for run in runs:
-        config, model, store = load_run(run, overrides, pick_device())
-        first = dict(list(config.data.test.items())[:1])
-        config.data.test = first
-        dataset = next(iter(test_sets(config, model, store).values()))
-        analyses.append((run_label(run, runs), analyze_model(config, model, dataset, Path(run))))
-    return write_results(Path(out or runs[0]), analyses)
+
+def _analyze_text(
+    name: str, label: str, overrides: list[str], file: str | None, first: tuple[str, dict[str, Any]] | None
+) -> dict[str, Any]:
+    options = parse_model_options(overrides)
+    texts = read_texts(file, options.limit)
+    subject = load_text_subject(name, texts, options, pick_device())
+    identity = _sizes(subject) | {
+        "reads": "plain text",
+        "data": file or "100 fixed sentences",
+        "digest": _digest(texts),
+    }
+    if first is not None:
+        refuse_unlike(first, (label, identity))
+    return {"identity": identity} | analyze_subject(subject)
+
+
+def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
+    """Raises a ``UserError`` that says why the analysis ``first`` and a subject of the identity ``second`` do not
+    belong side by side: other sizes of the language model, another task, other data."""
+    ours, theirs = first[1]["identity"], second[1]
+    for key, what in (
+        ("layers", "decoder layers"),
+        ("hidden_size", "hidden size"),
+        ("heads", "attention heads"),
+        ("reads", "input"),
+    ):
+        if ours[key] != theirs[key]:
+            raise UserError(f"{first[0]} and {second[0]} cannot be compared: {what} {ours[key]} and {theirs[key]}")
+    if ours["digest"] != theirs["digest"]:
+        raise UserError(
+            f"{first[0]} and {second[0]} cannot be compared: they read other data ({ours['data']} and {theirs['data']})"
+        )
+
+
+def _run_identity(subject: Subject, config: Config, dataset: SpeechDataset) -> dict[str, Any]:
+    return _sizes(subject) | {
+        "reads": dataset.reading.task,
+        "data": next(iter(config.data.test.values()), ""),
+        "digest": _digest([f"{u.id}\t{u.duration}\t{u.text}" for u in dataset.utterances]),
+    }
+
+
+def _sizes(subject: Subject) -> dict[str, Any]:
+    config = subject.decoder.config
+    return {
+        "layers": subject.layers,
+        "hidden_size": int(config.hidden_size),
+        "heads": int(config.num_attention_heads),
+    }
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def write_results(folder: Path, analyses: list[tuple[str, dict[str, Any]]]) -> Path:
@@ -61,6 +178,6 @@ def write_results(folder: Path, analyses: list[tuple[str, dict[str, Any]]]) -> P
 
 
 def run_label(run: str, runs: list[str]) -> str:
-    """The folder's name, or the whole path where two runs share one."""
+    """The folder's or model's name, or the whole path where two share one."""
     names = [Path(other).name for other in runs]
     return Path(run).name if names.count(Path(run).name) == 1 else run

@@ -15,10 +15,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse does not find positional arguments that stand behind an option
-    if any(text.startswith("-") for text in rest) or rest and not hasattr(arguments, "overrides"):
+    behind = getattr(arguments, "overrides", getattr(arguments, "targets", None))
+    if any(text.startswith("-") for text in rest) or rest and behind is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
+    if behind is not None:
+        behind += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -68,11 +69,11 @@ def _transcribe(arguments: argparse.Namespace) -> None:
 def _analyze(arguments: argparse.Namespace) -> None:
     from avsr.analyze import analyze
 
-    runs = [name for name in arguments.runs if "=" not in name or Path(name).exists()]
-    overrides = [name for name in arguments.runs if name not in runs]
-    if not runs:
-        raise UserError("analyze: no run given")
-    print(analyze(runs, overrides, arguments.out))
+    targets = [name for name in arguments.targets if "=" not in name or Path(name).exists()]
+    overrides = [name for name in arguments.targets if name not in targets]
+    if not targets:
+        raise UserError("analyze: no run or model given")
+    print(analyze(targets, overrides, arguments.out, arguments.text))
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -135,9 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     transcribe.add_argument("run", help="the run folder")
     transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")
     transcribe.set_defaults(run_command=_transcribe)
-    analyze = commands.add_parser("analyze", help="write analysis.json and report.html of one run or several")
-    analyze.add_argument("runs", nargs="+", metavar="RUN", help="run folders, and key=value overrides")
-    analyze.add_argument("--out", help="folder of the report (default: the first run)")
+    analyze = commands.add_parser("analyze", help="write analysis.json and report.html of runs or language models")
+    analyze.add_argument(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="run folders, or language models (hub id, folder, .gguf, package:NAME/path) that read plain text; and "
+        "key=value: of a run's config, or of a model model.llm.bos_token=TOKEN, model.llm.eos_token=TOKEN, limit=N",
+    )
+    analyze.add_argument("--text", metavar="FILE", help="one text a line, for models (default: 100 fixed sentences)")
+    analyze.add_argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)")
     analyze.set_defaults(run_command=_analyze)
     average = commands.add_parser("average", help="write the mean of a run's newest checkpoints as checkpoints/average")
     average.add_argument("run", help="the run folder, trained with training.keep_last")

@@ -1,148 +1,200 @@
-"""Figures as inline SVG that follow the page's text colour, in light and in dark."""
+"""Figures of an analysis, each of one run but for :func:`lines_by_layer`; ``Run`` is a name with its analysis.
+
+Functions over several runs return a figure for each, with axes of the same range, so that they can be compared.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-_INK = "#010203"  # becomes the page's text colour
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#b8860b")
+from avsr.analysis.plots import COLOURS, legend_below, panels, styled, to_svg, token_label
 
-matplotlib.use("Agg")
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+Run = tuple[str, dict[str, Any]]
+_PITCH, _CELL = 0.11, 0.09  # inches for one token: of a bar, of a map
 
 
-def lines_by_layer(
-    runs: Sequence[tuple[str, dict[str, Any]]],
-    key: str,
-    groups: Sequence[str],
-    ylabel: str,
-    *,
-    log: bool = False,
-) -> str:
-    """A panel a run: ``key`` of every group over layers 1..L."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(runs))
+def lines_by_layer(runs: Sequence[Run], key: str, groups: Sequence[str], ylabel: str, *, log: bool = False) -> str:
+    """One figure with a panel a run: ``key`` of every group over layers 1..L."""
+    with styled():
+        figure, axes = panels(len(runs), width=4.9)
         for axis, (name, analysis) in zip(axes, runs, strict=True):
-            for colour, group in zip(COLOURS, groups, strict=False):
-                if group in analysis["groups"]:
-                    values = analysis["groups"][group][key]
-                    axis.plot(range(1, len(values) + 1), values, label=group, color=colour, linewidth=1.8)
+            _draw_lines(axis, analysis, key, groups)
             axis.set_title(name)
-            axis.set_xlabel("layer")
             if log:
                 axis.set_yscale("log")
         axes[0].set_ylabel(ylabel)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-        return _svg(figure, f"{key} by layer")
+        legend_below(figure, axes[0])
+        return to_svg(figure, f"{ylabel} by layer")
 
 
-def lines_over(labels: Sequence[str], curves: Sequence[tuple[str, Sequence[float]]], xlabel: str, ylabel: str) -> str:
-    """One panel: every named curve over the same labelled points, from 0 up."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(1)
-        for colour, (name, values) in zip(COLOURS, curves, strict=False):
-            axes[0].plot(labels, values, label=name, color=colour, linewidth=1.8, marker="o")
-        axes[0].set_ylim(bottom=0)
-        axes[0].set_xlabel(xlabel)
-        axes[0].set_ylabel(ylabel)
-        axes[0].legend()
-        return _svg(figure, f"{ylabel} by {xlabel}")
-
-
-def heatmap_by_position(runs: Sequence[tuple[str, dict[str, Any]]], key: str, groups: Sequence[str]) -> str:
-    """A panel a run: ``key`` by token (rows) and layer (columns), 0 to 1."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(runs), height=0.28 * len(groups) + 1.0)
-        for axis, (name, analysis) in zip(axes, runs, strict=True):
-            rows = [analysis["groups"][g][key] for g in groups if g in analysis["groups"]]
-            image = axis.imshow(
-                rows,
-                aspect="auto",
-                cmap="viridis",
-                vmin=0,
-                vmax=1,
-                extent=(0.5, len(rows[0]) + 0.5, len(rows), 0),
-            )
-            axis.set_title(name)
-            axis.set_xlabel("layer")
-            axis.set_yticks([i + 0.5 for i in range(len(rows))], [g for g in groups if g in analysis["groups"]])
-        figure.colorbar(image, ax=list(axes), label="share of heads")
-        return _svg(figure, f"{key} by token and layer")
-
-
-def attention_maps(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A panel a run: queries down, keys across, with token names."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(runs), height=4.6)
-        for axis, (name, analysis) in zip(axes, runs, strict=True):
-            shown = analysis["attention_map"]
-            axis.imshow(shown["weights"], cmap="magma", vmin=0, vmax=1)
-            ticks = range(len(shown["tokens"]))
-            labels = [token.strip() or "_" for token in shown["tokens"]]
-            axis.set_xticks(ticks, labels, rotation=90, fontsize=5)
-            axis.set_yticks(ticks, labels, fontsize=5)
-            axis.set_title(f"{name}, layer {shown['layer']}")
-        return _svg(figure, "attention map")
-
-
-def curves(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Cross entropy, decorrelation and gradient norm over steps, a line a run."""
-    keys = [
-        ("ce", "cross entropy (nats)"),
-        ("decorrelation", "decorrelation loss"),
-        ("grad_norm", "gradient norm"),
+def layer_lines(
+    runs: Sequence[Run], key: str, groups: Sequence[str], ylabel: str, *, log: bool = False, mark: float | None = None
+) -> list[str]:
+    """``key`` of every group over layers 1..L; ``mark`` draws a dashed line across. "" where no group has it."""
+    values = [
+        value
+        for _, analysis in runs
+        for group in groups
+        for value in analysis["groups"].get(group, {}).get(key) or []
+        if not log or value > 0
     ]
-    keys = [(key, label) for key, label in keys if any(key in row for _, rows in runs for row in rows)]
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(len(keys), share=False)
-        for axis, (key, label) in zip(axes, keys, strict=True):
-            for colour, (name, rows) in zip(COLOURS, runs, strict=False):
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if not values:
+        return [""] * len(runs)
+    low, high = min(values), max(values)
+    pictures = []
+    for name, analysis in runs:
+        with styled():
+            figure, (axis,) = panels(height=3.0 + 0.2 * (len(groups) // 3))
+            _draw_lines(axis, analysis, key, groups)
+            if mark is not None:
+                axis.axhline(mark, color="#8a8a8a", linestyle="--", linewidth=1.0)
+            if log:
+                axis.set_yscale("log")
+                axis.set_ylim(low / 1.3, high * 1.3)
+            else:
+                margin = 0.04 * (high - low or 1.0)
+                axis.set_ylim(min(low, 0.0) - margin, high + margin)
+            axis.set_ylabel(ylabel)
+            legend_below(figure, axis)
+            pictures.append(to_svg(figure, f"{name}: {ylabel} by layer, a line for each kind of token"))
+    return pictures
+
+
+def _draw_lines(axis: Axes, analysis: dict[str, Any], key: str, groups: Sequence[str]) -> None:
+    for colour, group in zip(COLOURS, groups, strict=False):
+        values = analysis["groups"].get(group, {}).get(key)
+        if values:
+            axis.plot(range(1, len(values) + 1), values, label=token_label(group), color=colour, linewidth=1.8)
+    axis.set_xlabel("layer")
+
+
+def positions(runs: Sequence[Run]) -> list[str]:
+    """Sink rate, raw and corrected, by absolute position."""
+    pictures = []
+    for name, analysis in runs:
+        rows = analysis["positions"]
+        with styled():
+            figure, (axis,) = panels()
+            for key, label, colour in (
+                ("sink_rate", "raw", COLOURS[0]),
+                ("sink_rate_corrected", "corrected", COLOURS[1]),
+            ):
+                points = [(row["position"], row[key]) for row in rows if row[key] is not None]
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, label=name)
-                if key == "ce":
-                    validated = [(r["step"], r["validation_ce"]) for r in rows if "validation_ce" in r]
-                    if validated:
-                        axis.plot(*zip(*validated, strict=True), "o", color=colour, label=f"{name}, validation")
+                    axis.plot(*zip(*points, strict=True), "o-", label=label, color=colour, markersize=3, linewidth=1.2)
+            axis.set_ylim(-0.03, 1.03)
+            axis.set_xlabel("position (0 = BOS)")
+            axis.set_ylabel("sink rate")
+            legend_below(figure, axis)
+            pictures.append(to_svg(figure, f"{name}: sink rate by position"))
+    return pictures
+
+
+def heat_by_token(runs: Sequence[Run], key: str, groups: Sequence[str]) -> list[str]:
+    """``key`` (0 to 1) by group (rows) and layer (columns); "" for a run that has none."""
+    pictures = []
+    for name, analysis in runs:
+        rows = [(group, analysis["groups"].get(group, {}).get(key)) for group in groups]
+        shown = [(group, values) for group, values in rows if values]
+        if not shown:
+            pictures.append("")
+            continue
+        with styled():
+            figure, (axis,) = panels(height=0.26 * len(shown) + 1.3)
+            _heat(axis, [values for _, values in shown], "layer")
+            axis.set_yticks(range(1, len(shown) + 1), [token_label(group) for group, _ in shown])
+            pictures.append(to_svg(figure, f"{name}: {key} by token and layer"))
+    return pictures
+
+
+def heat_by_head(run: Run, group: str) -> str:
+    """Sink rate of one group by head (rows) and layer (columns)."""
+    name, analysis = run
+    by_head = [list(heads) for heads in zip(*analysis["heads"][group], strict=True)]
+    with styled():
+        figure, (axis,) = panels(height=min(0.14 * len(by_head) + 1.6, 4.6))
+        _heat(axis, by_head, "layer")
+        axis.set_ylabel("head")
+        axis.set_title(token_label(group))
+        return to_svg(figure, f"{name}: share of rows in which {group} is a sink, by layer and head")
+
+
+def _heat(axis: Axes, rows: Sequence[Sequence[float]], xlabel: str) -> None:
+    """Columns count from 1, and so do rows, from the top."""
+    extent = (0.5, len(rows[0]) + 0.5, len(rows) + 0.5, 0.5)
+    image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    axis.set_xlabel(xlabel)
+    if axis.figure is not None:
+        axis.figure.colorbar(image, ax=axis, pad=0.02)
+
+
+def mass(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
+    """The share of the text queries' attention that goes to every group, stacked to 1, by layer."""
+    pictures = []
+    for name, analysis in runs:
+        table, layers = analysis["groups"], range(1, analysis["layers"] + 1)
+        named = [group for group in groups if group in table]
+        others = [table[group]["mass"] for group in table if group not in named]
+        shares = [table[group]["mass"] for group in named]
+        labels = [token_label(group) for group in named]
+        colours = list(COLOURS[: len(named)])
+        if others:
+            shares.append([sum(values) for values in zip(*others, strict=True)])
+            labels.append("other prompt tokens")
+            colours.append("#606060")
+        with styled():
+            figure, (axis,) = panels(height=3.0 + 0.2 * (len(labels) // 3))
+            bottom = [0.0] * len(layers)
+            for label, colour, share in zip(labels, colours, shares, strict=True):
+                axis.bar(layers, share, bottom=bottom, width=1.0, color=colour, label=label)
+                bottom = [low + value for low, value in zip(bottom, share, strict=True)]
+            axis.set_ylim(0, 1)
+            axis.set_xlim(0.5, len(layers) + 0.5)
+            axis.set_xlabel("layer")
+            axis.set_ylabel("share of attention")
+            legend_below(figure, axis)
+            pictures.append(to_svg(figure, f"{name}: where the text's attention goes, by layer"))
+    return pictures
+
+
+def activation_bars(runs: Sequence[Run]) -> list[str]:
+    """max |h| of every token of one row in the layer of the largest activation."""
+    top = max(max(analysis["example"]["activation"]["max_abs"]) for _, analysis in runs)
+    low = min(min(analysis["example"]["activation"]["max_abs"]) for _, analysis in runs)
+    pictures = []
+    for name, analysis in runs:
+        example = analysis["example"]
+        shown, labels = example["activation"], [token_label(token) for token in example["tokens"]]
+        with styled():
+            figure, (axis,) = panels(width=max(4.6, _PITCH * len(labels) + 1.0), height=3.4)
+            axis.bar(range(len(labels)), shown["max_abs"], color=COLOURS[0], width=0.8)
+            axis.axhline(1000 * shown["median"], color="#8a8a8a", linestyle="--", linewidth=1.0)
             axis.set_yscale("log")
-            axis.set_xlabel("step")
-            axis.set_title(label)
-        axes[0].legend(fontsize=8)
-        return _svg(figure, "training curves")
+            axis.set_ylim(low / 2, max(top, 1000 * shown["median"]) * 1.5)
+            axis.set_xlim(-0.8, len(labels) - 0.2)
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+            axis.set_ylabel("max |h|")
+            axis.set_title(f"layer {shown['layer']}", loc="left")
+            pictures.append(to_svg(figure, f"{name}: largest activation of every token in layer {shown['layer']}"))
+    return pictures
 
 
-def _panels(count: int, *, height: float = 3.2, share: bool = True) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(4.6 * count + 0.6, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False, sharey=share)[0]
-    return figure, list(axes)
-
-
-def _svg(figure: Figure, title: str) -> str:
-    figure.patch.set_alpha(0.0)
-    for axis in figure.axes:
-        axis.patch.set_alpha(0.0)
-    out = io.StringIO()
-    # ids inside the page must differ from figure to figure, and not from day to day
-    with matplotlib.rc_context({"svg.hashsalt": title}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Title": title})
-    text = out.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+def attention_maps(run: Run) -> list[str]:
+    """Queries down, keys across, with token names; a figure for every map."""
+    name, analysis = run
+    labels = [token_label(token) for token in analysis["example"]["tokens"]]
+    side = _CELL * len(labels) + 0.8
+    pictures = []
+    for shown in analysis["example"]["maps"]:
+        what = "mean over heads" if shown["head"] is None else f"head {shown['head']}"
+        with styled():
+            figure, (axis,) = panels(width=max(side, 2.6), height=max(side, 2.6) + 0.3)
+            axis.imshow(shown["weights"], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+            axis.set_yticks(range(len(labels)), labels, fontsize=6)
+            axis.set_title(f"layer {shown['layer']}, {what}", fontsize=10, loc="left")
+            pictures.append(to_svg(figure, f"{name}: attention map of layer {shown['layer']}, {what}"))
+    return pictures

@@ -8,10 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from avsr.analysis.collect import collect
 from avsr.analysis.subject import speech_subject
 from avsr.build import build_model, build_store, find_checkpoint, load_weights, pick_device
 from avsr.config import Config
+from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.data.features import FeatureStore
 from avsr.evaluate import decode_set, test_sets
@@ -104,8 +107,9 @@ def _score(model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str) 
 
 def _interventions(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
     means = MassiveMeans()
-    with intervene(model, "watch", means):
-        _score(model, dataset, config, "watch")
+    with torch.no_grad(), intervene(model, "watch", means):
+        for indices in make_batches(dataset.sizes, config.training.frames, config.decode.batch):
+            model.hidden_states(model.assemble(collate([dataset[i] for i in indices]), with_text=False))
     scores = {}
     for kind in ("zero", "mean", "zero others", "mean others"):
         with intervene(model, kind, means):

@@ -188,8 +188,9 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
     parts = [
         "# Results of the study\n",
         f"Written by `python -m bench.study.tables`; {sum(key in rows for key in base)} of {len(base)} "
-        "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; sink rates are the "
-        "corrected ones; shares of attention are those of the text queries, means over layers 1..29 and heads.\n",
+        "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; "
+        "sink rates are the corrected ones; shares of attention are those of the text queries; both are means over "
+        "layers 1..29 and heads.\n",
         "## Main comparison\n", main_table(rows),
         "## Side effects, high rate\n", side_table(rows, MAIN),
         "## Side effects, low rate\n", side_table(rows, low),

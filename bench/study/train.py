@@ -34,6 +34,7 @@ def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
             "training.validate_every=50",
             "training.save_every=100000",
             "training.gradient_norms_every=25",
+            "decode.batch=50",
             "log.tensorboard=false",
             *arm.overrides,
         ],

@@ -1,0 +1,116 @@
+"""Inline SVG that follows the page's text colour, in light and in dark, and plots that know nothing of sinks."""
+
+from __future__ import annotations
+
+import html
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_INK = "#010203"  # becomes the page's text colour
+COLOURS = (
+    *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#b8860b", "#8f6fd1", "#c0334d"),
+    *("#5b8a3c", "#a0785a"),
+)
+
+matplotlib.use("Agg")
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Everything from the figure to its SVG happens in here."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Glyph.*")  # the browser's fonts draw the text
+        yield
+
+
+def panels(count: int = 1, *, width: float = 4.6, height: float = 3.2, share: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` axes side by side, each ``width`` x ``height`` inches."""
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=share)[0])
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """The ``<svg>`` element. ``title`` is its text for readers who do not see it, and must differ from figure to figure
+    of a page: the ids inside depend on it."""
+    figure.patch.set_alpha(0.0)
+    for axis in figure.axes:
+        axis.patch.set_alpha(0.0)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids that do not change from day to day
+        figure.savefig(out, format="svg", metadata={"Date": None, "Title": title})
+    text = out.getvalue()
+    marks = f'<svg role="img" aria-label="{html.escape(title)}"'
+    return text[text.index("<svg") :].replace("<svg", marks, 1).replace(_INK, "currentColor")
+
+
+def token_label(name: str) -> str:
+    """A token's text as a label: visible where it is blank, and without a meaning for matplotlib."""
+    shown = name.strip() if name.strip().isprintable() and name.strip() else repr(name)[1:-1].replace(" ", "_")
+    return shown.replace("$", r"\$")
+
+
+def legend_below(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, handlelength=1.4, columnspacing=1.2)
+
+
+def lines_over(labels: Sequence[str], curves: Sequence[tuple[str, Sequence[float]]], xlabel: str, ylabel: str) -> str:
+    """One panel: every named curve over the same labelled points, from 0 up."""
+    with styled():
+        figure, (axis,) = panels(width=5.2)
+        for colour, (name, values) in zip(COLOURS, curves, strict=False):
+            axis.plot(labels, values, label=name, color=colour, linewidth=1.8, marker="o")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        axis.legend()
+        return to_svg(figure, f"{ylabel} by {xlabel}")
+
+
+def training_curves(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
+    """Cross entropy, decorrelation and gradient norm over steps: a figure each, a line a run."""
+    keys = [
+        ("ce", "cross entropy (nats)"),
+        ("decorrelation", "decorrelation loss"),
+        ("grad_norm", "gradient norm"),
+    ]
+    return [
+        _curve(runs, key, label) for key, label in keys if any(row.get(key) is not None for _, r in runs for row in r)
+    ]
+
+
+def _curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label: str) -> str:
+    with styled():
+        figure, (axis,) = panels()
+        for colour, (name, rows) in zip(COLOURS, runs, strict=False):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, label=name)
+            validated = [(row["step"], row["validation_ce"]) for row in rows if "validation_ce" in row]
+            if key == "ce" and validated:
+                axis.plot(*zip(*validated, strict=True), "o", color=colour, label=f"{name}, validation")
+        axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        legend_below(figure, axis)
+        return to_svg(figure, f"Training: {label} by step")

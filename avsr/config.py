@@ -211,6 +211,15 @@ class DecodeConfig:
 
 
 @dataclass
+class ActConfig:
+    """Attention calibration (Yu et al. 2024) in avsr evaluate and transcribe, with heads that avsr act-search finds."""
+
+    beta: float = 1.0  # what is left of a sink's attention; 1 = off, the paper has 0.4
+    threshold: float = 0.1  # mean attention that a token gets in a head from which on it is a sink
+    heads: str | None = None  # null: act_heads.json of the run | all | a file of that kind
+
+
+@dataclass
 class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project name
@@ -228,6 +237,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    act: ActConfig = field(default_factory=ActConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -323,6 +333,10 @@ def _check_values(config: Config, name: str) -> None:
     for key in ("training.learning_rate", "training.clip", "data.max_seconds"):
         if not values[key] > 0:
             raise UserError(f"{key}: expected more than 0, got {values[key]}")
+    if not 0.0 <= config.act.beta <= 1.0:
+        raise UserError(f"act.beta: expected 0 <= beta <= 1, got {config.act.beta}")
+    if not 0.0 < config.act.threshold < 1.0:
+        raise UserError(f"act.threshold: expected 0 < threshold < 1, got {config.act.threshold}")
     if len(config.training.betas) != 2 or not all(0 <= beta < 1 for beta in config.training.betas):
         raise UserError(f"training.betas: expected two numbers in [0, 1), got {config.training.betas}")
     if config.decode.nbest > config.decode.beams:

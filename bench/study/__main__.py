@@ -16,7 +16,8 @@ from pathlib import Path
 from avsr.errors import guarded
 from avsr.machine import cpus
 from bench.study import corpus
-from bench.study.grid import ARMS, STARTS
+from bench.study.arms import SEEDS, STEPS, Arm
+from bench.study.grid import ARMS, START, STARTS
 from bench.study.rows import ROWS, read_rows
 from bench.study.train import FOLDER, projector_file
 
@@ -26,15 +27,24 @@ logger = logging.getLogger("avsr")
 def run_all(full: bool, only: str, workers: int) -> list[str]:
     """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
     corpus.make_corpus()
+    done = read_rows()
     wanted = [key for key, arm in ARMS.items() if full or not arm.full]
-    wanted = [key for key in [*STARTS, *wanted] if only in key and key not in read_rows()]
-    for rate in sorted({ARMS[key.removeprefix("start ")].rate for key in wanted}):
+    wanted = [key for key in [*wanted, *STARTS] if only in key and key not in done]
+    for rate in sorted({ARMS[key.removeprefix(START)].rate for key in wanted}):
         projector_file(rate)
+    first = [Arm("off", rate, SEEDS[0]).key for rate in STEPS]  # ACT's heads are searched on them
+    failed: list[str] = []
+    for wave in ([key for key in wanted if key in first], [key for key in wanted if key not in first]):
+        failed += _run(wave, workers)
+    logger.info("%d of %d done", len(wanted) - len(failed), len(wanted))
+    return failed
+
+
+def _run(wanted: list[str], workers: int) -> list[str]:
     logs = FOLDER / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
-    total = len(wanted)
     while wanted or running:
         while wanted and len(running) < workers:
             key = wanted.pop(0)
@@ -49,7 +59,6 @@ def run_all(full: bool, only: str, workers: int) -> list[str]:
                     logger.warning("%s failed: %s", key, logs / f"{key}.log")
                 else:
                     _keep(logs / f"{key}.json")
-    logger.info("%d of %d done", total - len(failed), total)
     return failed
 
 

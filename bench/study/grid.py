@@ -94,9 +94,10 @@ def _grid() -> dict[str, Arm]:
 
 
 ARMS = _grid()
+START = "start "  # of the key of an arm before its training
 # before training: five draws of every start; trained or frozen does not matter there, and "mean" is no draw
 STARTS = [
-    f"start {replace(arm, seed=seed).key}"
+    START + replace(arm, seed=seed).key
     for arm in ORIGINS
     if "trained" not in arm.name
     for seed in (SEEDS if "mean" not in arm.name else SEEDS[:1])

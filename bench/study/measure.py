@@ -12,34 +12,24 @@ import torch
 
 from avsr.analysis.collect import collect
 from avsr.analysis.subject import speech_subject
-from avsr.build import build_model, build_store, find_checkpoint, load_weights, pick_device
 from avsr.config import Config
 from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.data.features import FeatureStore
 from avsr.evaluate import decode_set, test_sets
+from avsr.evaluation.act import calibrated
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.metrics import read_metrics
+from bench.study.act import act_heads, calibrating
 from bench.study.arms import Arm
 from bench.study.interventions import MassiveMeans, intervene
 from bench.study.plain_text import perplexity, plain_text
 from bench.study.quantise import int8_inputs
-from bench.study.train import FOLDER, change, config_of
+from bench.study.train import FOLDER, load_arm
 
 ANALYSED = 100  # utterances whose attention is looked at
 CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
-
-
-def load_arm(arm: Arm, folder: Path = FOLDER, *, trained: bool = True) -> tuple[Config, SpeechLLM, FeatureStore]:
-    """The model of ``arm``: as trained, or as training begins."""
-    config = config_of(arm, folder)
-    store = build_store(config, pick_device())
-    model, _ = build_model(config, store, pick_device())
-    change(model, arm, folder)
-    if trained:
-        load_weights(model, find_checkpoint(config.run))
-    return config, model.eval(), store
 
 
 def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
@@ -53,6 +43,8 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
         row["scores"]["sentences int8"] = _score(model, sets["sentences"], config, "sentences int8")
     if arm.name == "off":
         row["scores"] |= _interventions(model, sets["sentences"], config)
+        with calibrated(calibrating(config), model, act_heads(arm.rate, folder)):
+            row["scores"] |= {f"{name} act": _score(model, data, config, name) for name, data in sets.items()}
     row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())
     return row
 

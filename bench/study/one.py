@@ -8,22 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
 from avsr.errors import guarded
-from avsr.machine import cpus
 from avsr.training.metrics import read_metrics
-from bench.study.grid import ARMS
+from bench.study.grid import ARMS, START
 from bench.study.measure import measure, measure_start
 from bench.study.train import config_of, train_arm
-
-START = "start "
 
 
 def main(key: str, out: Path) -> None:
     arm = ARMS[key.removeprefix(START)]
-    if not torch.cuda.is_available():
-        torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if key.startswith(START):
         row = measure_start(arm)
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from avsr.build import build_model, build_store, find_checkpoint, load_weights, pick_device
 from avsr.config import Config, load_config
+from avsr.data.features import FeatureStore
 from avsr.models.speech_llm import SpeechLLM
 from avsr.train import attach, train_and_leave
 from bench.study import corpus
@@ -70,3 +73,17 @@ def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
             attach(model, config)
 
     return train_and_leave(config_of(arm, folder), prepare)
+
+
+def load_arm(
+    arm: Arm, folder: Path = FOLDER, *overrides: str, trained: bool = True
+) -> tuple[Config, SpeechLLM, FeatureStore]:
+    """The model of ``arm``: as trained, or as training begins."""
+    arm = replace(arm, overrides=(*arm.overrides, *overrides))
+    config = config_of(arm, folder)
+    store = build_store(config, pick_device())
+    model, _ = build_model(config, store, pick_device())
+    change(model, arm, folder)
+    if trained:
+        load_weights(model, find_checkpoint(config.run))
+    return config, model.eval(), store

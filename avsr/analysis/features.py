@@ -60,7 +60,7 @@ def feature_sets(subject: Subject, seen: list[Seen] | None = None, layer: int | 
         empty); both None when there is no such label but BOS.
 
         By label: ``count`` (tokens that stand out), ``features`` (``feature``, ``count`` of the tokens in which it is
-        massive, mean signed ``value``), ``common`` (those of more than half of them), ``identical`` (tokens with exactly
+        massive, mean signed ``value``), ``common`` (those of more than half of them), ``identical`` (tokens with just
         their BOS' set, which is not empty), ``jaccard`` and ``cosine`` (means, to BOS) and ``p_value`` (of the overlap
         of the common sets when the label's features are drawn at random from C, see :func:`overlap_p`; None for BOS).
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from avsr.analysis.features import feature_sets, overlap_p
+from avsr.analysis.tokens import look
 from avsr.errors import UserError
 
 planted: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted_sinks.py"))))
@@ -52,6 +53,15 @@ def test_a_token_with_another_feature_is_not_the_same() -> None:
     assert stray["common"] == [planted.OTHER_FEATURE]
     assert (stray["count"], stray["identical"], stray["jaccard"], stray["p_value"]) == (6, 0, 0.0, 1.0)
     assert abs(stray["cosine"]) < 0.1
+
+
+def test_the_threshold_is_that_of_the_tokens_own_row() -> None:
+    subject = planted.planted_subject(planted.planted_model())
+    seen = look(subject)
+    seen[0].median[:, 1] = 1e3  # nothing in this row reaches a thousand times that
+    audio = feature_sets(subject, seen, layer=4)["tokens"]["<audio>"]
+    assert (audio["count"], audio["identical"], audio["features"][0]["count"]) == (6, 5, 5)
+    assert audio["common"] == [planted.FEATURE]
 
 
 @torch.no_grad()

@@ -60,6 +60,28 @@ def test_a_token_half_way_to_a_sink_is_neither() -> None:
     assert changed.ordinary.sum() == seen.ordinary.sum() - 1
 
 
+def test_what_is_massive_in_the_last_layer_alone_is_not() -> None:
+    seen = look(planted.planted_subject(planted.planted_model()))[0]
+    size = seen.size.clone()
+    size[5, 0, 5] = size[4, 0, 6] = 1e5
+    changed = dataclasses.replace(seen, size=size)
+    assert not changed.massive[0, 5] and changed.massive[0, 6]
+
+
+def test_keys_that_few_queries_see_are_no_sinks() -> None:
+    """In rows of five tokens every key would be one by its mean; none has the eight queries that count."""
+    subject = planted.planted_subject(planted.planted_model())
+
+    def short() -> Iterator[Assembled]:
+        for rows in subject.batches():
+            names = [row[:5] for row in rows.names]
+            yield Assembled(rows.embeddings[:, :5], rows.mask[:, :5], rows.spans.clamp(max=5), names)
+
+    for batch in look(dataclasses.replace(subject, batches=short)):
+        assert not batch.sinks.any() and not batch.rate.any()
+        assert batch.massive[:, :2].all() and not batch.massive[:, 2:].any()
+
+
 def test_labels() -> None:
     row = ["BOS", "<audio>", "a0", "v12", "f3", "Trans", " a1b", "a", "<x>", "a0", "\n", " word"]
     assert [label(name, s, 8) for s, name in enumerate(row)] == [

@@ -10,7 +10,7 @@ FOLDER = Path("data/study")
 OPEN = FOLDER / "open"
 OPTIONS = ["grid=0", "open=9000", "validation=100", "test=250", "video=0"]
 TUNING = 4000  # utterances that the trainings see; the others teach the projector
-SETS = {"sentences": OPEN / "test_sentences.jsonl", "voices": OPEN / "test_voices.jsonl"}
+SETS = {"sentences": OPEN / "test_sentences.jsonl", "unseen_voices": OPEN / "test_voices.jsonl"}
 
 OVERRIDES = [
     f"data.train={OPEN / 'tuning.jsonl'}",

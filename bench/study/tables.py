@@ -131,8 +131,8 @@ def comparisons(rows: Rows) -> list[tuple[str, Difference, int]]:
         wanted += [(f"{title}, low rate", LOW, arm, "sentences", "sentences")]
     wanted += [("ACT, low rate", LOW, MAIN[0], "sentences", ACT)]
     for title, arm in (("paper's form", paper_arm), ("margin form", margin_arm)):
-        wanted += [(f"{title}, high rate, unseen voices", HIGH, arm, "voices", "voices")]
-    wanted += [("ACT, high rate, unseen voices", HIGH, MAIN[0], "voices", "voices act")]
+        wanted += [(f"{title}, high rate, unseen voices", HIGH, arm, "unseen_voices", "unseen_voices")]
+    wanted += [("ACT, high rate, unseen voices", HIGH, MAIN[0], "unseen_voices", "unseen_voices act")]
     found = []
     for title, rate, arm, plain_set, other_set in wanted:
         pairs = [

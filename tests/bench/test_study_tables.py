@@ -30,7 +30,7 @@ def made_up(arm: Arm, rate: float, peak: float = 5000.0) -> dict[str, Any]:
         "speech": {**group, "mass": 0.2, "peak": 50.0},
         "text": {**group, "mass": 0.05, "peak": 50.0},
     }
-    names = ("sentences", "voices", "sentences int8", tables.ACT, "voices act")
+    names = ("sentences", "unseen_voices", "sentences int8", tables.ACT, "unseen_voices act")
     return {
         "arm": asdict(arm),
         "key": arm.key,
@@ -53,7 +53,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tables, "HERE", tmp_path)
     held = {"words": [8] * UTTERANCES, "speakers": [f"s{i % 4}" for i in range(UTTERANCES)]}
     monkeypatch.setattr(tables, "UTTERANCES", tmp_path / "utterances.json")
-    tables.UTTERANCES.write_text(json.dumps({"sentences": held, "voices": held}))
+    tables.UTTERANCES.write_text(json.dumps({"sentences": held, "unseen_voices": held}))
     tables.write_results(tmp_path / "RESULTS.md")
     return tmp_path
 

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-av test test-long browser lint bench gpu gpu-tune clean
+.PHONY: install demo demo-av test test-long browser lint bench study gpu gpu-tune clean
 
 install: $(STAMP)
 
@@ -40,6 +40,12 @@ test: install lint browser
 
 test-long: install lint browser
 	$(BIN)/python -m pytest -m "not gpu"
+
+# make study [STUDY=full] [WORKERS=n]: hours on two cores; goes on where it stopped
+STUDY ?= base
+study: install
+	$(BIN)/python -m bench.study $(STUDY) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/python -m bench.study.tables
 
 bench: install
 	$(BIN)/python -m bench.run --budget 350

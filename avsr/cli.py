@@ -66,6 +66,12 @@ def _transcribe(arguments: argparse.Namespace) -> None:
         raise SystemExit(EXIT_USER)
 
 
+def _act_search(arguments: argparse.Namespace) -> None:
+    from avsr.act_search import act_search
+
+    print(act_search(arguments.run, arguments.overrides, arguments.checkpoint))
+
+
 def _analyze(arguments: argparse.Namespace) -> None:
     from avsr.analyze import analyze
 
@@ -136,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     transcribe.add_argument("run", help="the run folder")
     transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")
     transcribe.set_defaults(run_command=_transcribe)
+    act = commands.add_parser("act-search", help="find the heads that attention calibration (act.beta) helps")
+    act.add_argument("run", help="the run folder")
+    act.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
+    _add(act, _act_search)
     analyze = commands.add_parser("analyze", help="write analysis.json and report.html of runs or language models")
     analyze.add_argument(
         "targets",

@@ -68,7 +68,8 @@ class ProjectorConfig:
 
 @dataclass
 class DelimiterConfig:
-    init: str = "normal:0.02"  # normal:STD | table (the embedding table's std) | mean (its mean)
+    # normal:STD | table (the embedding table's std) | mean (its mean) | none (the speech has no delimiters)
+    init: str = "normal:0.02"
     train: bool = False
 
 
@@ -94,11 +95,12 @@ def _mouth_stream() -> StreamConfig:
 
 @dataclass
 class PromptConfig:
-    """The text behind the speech, for each task; "fused" takes that of audiovisual."""
+    """The text beside the speech, for each task; "fused" takes that of audiovisual."""
 
     audio: str = "Transcribe speech to text."
     video: str = "Transcribe video to text."
     audiovisual: str = "Transcribe speech and video to text."
+    first: bool = False  # in front of the speech, right behind BOS; else behind it
 
 
 @dataclass
@@ -209,6 +211,15 @@ class DecodeConfig:
 
 
 @dataclass
+class ActConfig:
+    """Attention calibration (Yu et al. 2024) in avsr evaluate and transcribe, with heads that avsr act-search finds."""
+
+    beta: float = 1.0  # what is left of a sink's attention; 1 = off, the paper has 0.4
+    threshold: float = 0.1  # mean attention that a token gets in a head from which on it is a sink
+    heads: str | None = None  # null: act_heads.json of the run | all | a file of that kind
+
+
+@dataclass
 class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project name
@@ -226,6 +237,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    act: ActConfig = field(default_factory=ActConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -321,6 +333,10 @@ def _check_values(config: Config, name: str) -> None:
     for key in ("training.learning_rate", "training.clip", "data.max_seconds"):
         if not values[key] > 0:
             raise UserError(f"{key}: expected more than 0, got {values[key]}")
+    if not 0.0 <= config.act.beta <= 1.0:
+        raise UserError(f"act.beta: expected 0 <= beta <= 1, got {config.act.beta}")
+    if not 0.0 < config.act.threshold < 1.0:
+        raise UserError(f"act.threshold: expected 0 < threshold < 1, got {config.act.threshold}")
     if len(config.training.betas) != 2 or not all(0 <= beta < 1 for beta in config.training.betas):
         raise UserError(f"training.betas: expected two numbers in [0, 1), got {config.training.betas}")
     if config.decode.nbest > config.decode.beams:
@@ -350,6 +366,8 @@ def _check_model(config: Config, values: dict[str, Any], name: str) -> None:
             raise UserError(f"{key}: expected 0 <= dropout < 1, got {value}")
         if key.endswith("lora.alpha") and not 0.0 < value < math.inf:
             raise UserError(f"{key}: expected more than 0, got {value}")
+    if model.delimiters.init == "none" and model.delimiters.train:
+        raise UserError("model.delimiters.train: there is nothing to train with model.delimiters.init = none")
     for stream, part in model.streams.items():
         if part.encoder.lora.rank and part.encoder.kind != "avhubert":
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")

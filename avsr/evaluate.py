@@ -17,6 +17,7 @@ from avsr.data.manifest import Utterance
 from avsr.data.noise import CLEAN
 from avsr.data.transforms import View
 from avsr.errors import UserError
+from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_speaker
 from avsr.evaluation.decode import Hypothesis, transcribe
 from avsr.evaluation.wer import Score, alignment, normaliser, score
@@ -85,13 +86,22 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
 
 
 def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
-    """Decodes every test set of a run; writes ``metrics.json``, ``hypotheses.jsonl`` and ``errors.txt``."""
+    """Decodes every test set of a run, with ACT where ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl``
+    and ``errors.txt``."""
     config, model, store = load_run(run, overrides, pick_device(), which)
-    return evaluate_model(config, model, test_sets(config, model, store), Path(run))
+    with calibrated(config, model) as act:
+        return evaluate_model(config, model, test_sets(config, model, store), Path(run), act)
 
 
-def evaluate_model(config: Config, model: SpeechLLM, sets: dict[str, SpeechDataset], folder: Path) -> dict[str, Score]:
-    """As :func:`evaluate`, with what is loaded already."""
+def evaluate_model(
+    config: Config,
+    model: SpeechLLM,
+    sets: dict[str, SpeechDataset],
+    folder: Path,
+    act: dict[str, Any] | None = None,
+) -> dict[str, Score]:
+    """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``; ``act`` is what
+    :func:`~avsr.evaluation.act.calibrated` says of the model."""
     scores: dict[str, Score] = {}
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -101,7 +111,9 @@ def evaluate_model(config: Config, model: SpeechLLM, sets: dict[str, SpeechDatas
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
         result[name] = {**asdict(scores[name]), **parts}
         rows += part
-    decoding = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
+    decoding: dict[str, Any] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
+    if act:
+        decoding["act"] = act
     try:
         (folder / "metrics.json").write_text(json.dumps({**result, "decoding": decoding}, indent=2) + "\n")
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -144,8 +156,9 @@ def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) ->
         except UserError as error:
             results[index] = error
     seconds = [example.utterance.duration for _, example in examples]
-    for place, hypotheses in transcribe(model, lambda i: examples[i][1], seconds, config.decode):
-        results[examples[place][0]] = hypotheses[0].text
+    with calibrated(config, model):
+        for place, hypotheses in transcribe(model, lambda i: examples[i][1], seconds, config.decode):
+            results[examples[place][0]] = hypotheses[0].text
     return [(name, results[index]) for index, name in enumerate(files)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from avsr.config import Config, load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
+from avsr.models.speech_llm import SpeechLLM
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import make_engine, start_distributed
@@ -26,8 +28,12 @@ from avsr.training.trainer import Trainer, seed_everything
 logger = logging.getLogger("avsr")
 
 
-def train(config: Config) -> Path:
+def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:
     """Trains ``config`` to the end and returns the run folder.
+
+    Args:
+        config: what to train.
+        prepare: called once with the model before the engine takes its parameters, in place of :func:`attach`.
 
     Raises:
         UserError: bad input.
@@ -67,7 +73,7 @@ def train(config: Config) -> Path:
     progress = checkpoint.load_progress(config, model) if config.resume else Progress()
     if config.training.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    attach(model, config)
+    (prepare or attach)(model, config)
     engine = make_engine(model, config)
     if config.resume:
         checkpoint.load_engine(engine, config)
@@ -80,9 +86,9 @@ def train(config: Config) -> Path:
     return Path(config.run)
 
 
-def attach(model: torch.nn.Module, config: Config) -> None:
+def attach(model: SpeechLLM, config: Config) -> None:
     """flashsink for training: the decorrelation loss only when it counts, sinks only through its own attention."""
-    model.attach(  # type: ignore[operator]
+    model.attach(
         attention=config.model.llm.attention == "flashsink",
         decorrelation=config.loss.decorrelation > 0,
         activations=False,
@@ -90,11 +96,11 @@ def attach(model: torch.nn.Module, config: Config) -> None:
     )
 
 
-def train_and_leave(config: Config) -> Path:
+def train_and_leave(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:
     """:func:`train`, then stops the threads of the process group that it started, or the exit would abort."""
     own = not dist.is_initialized()
     try:
-        return train(config)
+        return train(config, prepare)
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()

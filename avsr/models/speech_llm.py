@@ -1,8 +1,9 @@
 """The composition: encoder features -> compression -> projector -> prompt assembly -> LLM with LoRA.
 
 A row is ``BOS <audio> A </audio> <video> V </video> PROMPT TEXT`` with the streams and the prompt of its task, tight
-per utterance; a fused stream has no delimiters; the end token is only predicted. Dimensions: B utterances, T encoder
-frames, S tokens, C hidden size.
+per utterance; a fused stream has no delimiters, nor has any with ``model.delimiters.init: none``; with
+``model.prompts.first`` the prompt stands behind BOS. The end token is only predicted. Dimensions: B utterances, T
+encoder frames, S tokens, C hidden size.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class SpeechLLM(nn.Module):
         self.config = config
         self.streams = TASKS[config.task]
         self.bos, self.eos = loaded.bos, loaded.eos
+        self._prompt_first = config.prompts.first
         self.prompts = {task: loaded.tokenize(_prompt(config, task)) for task in parts_of(config.task)}
         self.tokenizer = loaded.tokenizer
         self.tokenize = loaded.tokenize
@@ -89,7 +91,7 @@ class SpeechLLM(nn.Module):
                 for name, part in config.streams.items()
             }
         )
-        framed = [name for name in self.streams if name != "fused"]
+        framed = [name for name in self.streams if name != "fused" and config.delimiters.init != "none"]
         self._delimiter_of = {name: 2 * index for index, name in enumerate(framed)}
         self.delimiters: nn.Parameter | None = None
         if framed:
@@ -152,12 +154,12 @@ class SpeechLLM(nn.Module):
         texts = embedded[len(self.prompts) :]
         rows, spans, labels = [], [], []
         for b, task in enumerate(batch.tasks):
-            parts = [bos]
+            parts = []
             for name in self.streams:
                 tokens = speech[name][b].to(dtype)
                 # no tokens of a stream that the task lacks, but their (zero) gradients: see _project
                 parts += self._framed(name, tokens) if name in TASKS[task] else [tokens]
-            parts.append(prompts[task])
+            parts = [bos, prompts[task], *parts] if self._prompt_first else [bos, *parts, prompts[task]]
             spans.append(sum(len(part) for part in parts))
             if with_text:
                 parts.append(texts[b])
@@ -290,11 +292,12 @@ class SpeechLLM(nn.Module):
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
 
     def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:
-        names = ["BOS"]
+        speech: list[str] = []
         for name, count in counts.items():
             tokens = [f"{name[0]}{i}" for i in range(count)]
-            names += [f"<{name}>", *tokens, f"</{name}>"] if name in self._delimiter_of else tokens
-        return names + [self.tokenizer.decode([index]) for index in self.prompts[task] + text]
+            speech += [f"<{name}>", *tokens, f"</{name}>"] if name in self._delimiter_of else tokens
+        prompt, written = ([self.tokenizer.decode([index]) for index in ids] for ids in (self.prompts[task], text))
+        return ["BOS", *prompt, *speech, *written] if self._prompt_first else ["BOS", *speech, *prompt, *written]
 
 
 def _prompt(config: ModelConfig, task: str) -> str:
@@ -320,5 +323,5 @@ def init_delimiters(kind: str, count: int, table: Tensor) -> Tensor:
     except ValueError:
         std = -1.0
     if name != "normal" or not 0 <= std < float("inf"):
-        raise UserError(f"model.delimiters.init: expected normal:STD, table or mean, got {kind!r}")
+        raise UserError(f"model.delimiters.init: expected normal:STD, table, mean or none, got {kind!r}")
     return torch.randn(shape) * std

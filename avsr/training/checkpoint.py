@@ -30,7 +30,7 @@ _TAG = "engine"
 # A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps.
 _FREE = (
     *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_last"),
-    "noise.snr",  # of a later evaluation
+    *("noise.snr", "act."),  # of a later evaluation
 )
 
 

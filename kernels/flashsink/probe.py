@@ -38,6 +38,7 @@ class _Forward:
     recorded: bool  # whether sinks and activations are
     trained: bool  # whether a backward may follow
     fused: bool  # whether the norms are to do their part
+    behind: Tensor | None  # the first positions behind the spans that were set, one a row or packed sequence
     sinks: dict[int, SinkStats] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     activations: dict[int, ActivationStats] = field(default_factory=dict)
@@ -138,7 +139,9 @@ class Probe:
         """ACT in the given (layer, head) pairs, both from 0, from the next forward on; None switches it off.
 
         The sinks of a head are the keys but BOS whose mean received attention in the prompt exceeds
-        ``threshold``. They are found in every full forward and kept while decoding from its cache.
+        ``threshold``. They are found in every full forward and kept while decoding from its cache. The prompt is
+        the span where :meth:`spans` sets one, so a text behind it is treated as while decoding; else it is all
+        there is. ``beta`` = 1 finds the sinks (:attr:`calibrated_sinks`) and changes nothing.
 
         Raises:
             ValueError: a pair or a number out of range, or attention is not attached.
@@ -162,6 +165,11 @@ class Probe:
                 )
             chosen.setdefault(layer, []).append(head)
         self._calibration = _Calibration(chosen, beta, threshold)
+
+    @property
+    def calibrated_sinks(self) -> dict[int, Tensor]:
+        """(B, H, S) bool of every layer with calibrated heads: the keys that ACT scaled in the last full forward."""
+        return dict(self._calm)
 
     def detach(self) -> None:
         """Leaves the model as it was; the last forward stays readable."""
@@ -239,6 +247,7 @@ class Probe:
             recorded=self._count == 0,
             trained=torch.is_grad_enabled(),
             fused=not any(module.training and getattr(x, "gradient_checkpointing", False) for x in self._layers),
+            behind=None if self._spans is None else layout.starts + spans,
         )
         if not self._options["attention"]:
             return None
@@ -326,8 +335,8 @@ class Probe:
         counted: list[Tensor | None] = []
         if record:
             counted.append(None if self._options["queries"] == "all" else first)
-        if calibrated and live:
-            counted.append(None)
+        if calibrated and live and forward is not None:
+            counted += [None] if forward.behind is None else [None, forward.behind]
         chosen = implementation(None, q.device.type, q)
         out, stats = chosen.attention(q, k, v, layout, causal=True, scale=scale, counted=counted)
         if record and live and forward is not None:
@@ -335,22 +344,26 @@ class Probe:
             if not forward.fused:
                 stats[0].wait_for_backward()
         if calibrated and live:
-            self._calm[index] = self._choose(index, stats[-1], layout)
+            self._calm[index] = self._choose(index, stats[record:], layout)
         sinks = self._calm.get(index)
-        if not calibrated or sinks is None:
+        if self._calibration is None or not calibrated or sinks is None or self._calibration.beta == 1.0:
             return out
         if sinks.shape[0] != q.shape[0]:
             raise ValueError(f"calibrate: the prompt had {sinks.shape[0]} rows, this step has {q.shape[0]}")
         sinks = nn.functional.pad(sinks, (0, k.shape[2] - sinks.shape[2]))
-        assert self._calibration is not None
         return chosen.calibrated_attention(q, k, v, sinks, layout, beta=self._calibration.beta, scale=scale)
 
-    def _choose(self, index: int, stats: SinkStats, layout: Layout) -> Tensor:
-        """(B, H, S) bool: the sinks of the calibrated heads, never BOS."""
+    def _choose(self, index: int, stats: list[SinkStats], layout: Layout) -> Tensor:
+        """(B, H, S) bool: the sinks of the calibrated heads, never BOS. ``stats`` counts all queries and, where the
+        prompt is a span, those behind it: the difference is what the prompt's own give."""
         assert self._calibration is not None
-        heads = torch.zeros(stats.received.shape[1], dtype=torch.bool, device=stats.received.device)
+        mean = stats[0].mean_received
+        if len(stats) > 1:
+            queries = (stats[0].queries - stats[1].queries).clamp(min=1)
+            mean = (stats[0].received - stats[1].received) / queries.unsqueeze(1)
+        heads = torch.zeros(mean.shape[1], dtype=torch.bool, device=mean.device)
         heads[self._calibration.heads[index]] = True
-        sinks = stats.mean_received > self._calibration.threshold
+        sinks = mean > self._calibration.threshold
         return sinks & heads[:, None] & (layout.offsets() > 0)[:, None, :]
 
 

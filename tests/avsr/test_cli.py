@@ -133,14 +133,14 @@ def test_damaged_model_folders(
 # Runs and checkpoints
 
 
-@pytest.mark.parametrize("command", ["evaluate", "analyze", "transcribe"])
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "transcribe", "act-search"])
 def test_a_missing_run(tone: Tone, refuse: Refuse, tmp_path: Path, command: str) -> None:
     run = tmp_path / "nowhere"
     message = refuse(command, run, *([tone(tmp_path / "a.wav", 0.5)] if command == "transcribe" else []))
     assert str(run) in message and "is not a run" in message
 
 
-@pytest.mark.parametrize("command", ["evaluate", "analyze", "transcribe"])
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "transcribe", "act-search"])
 def test_a_run_without_a_checkpoint(tone: Tone, refuse: Refuse, run_folder: Path, tmp_path: Path, command: str) -> None:
     shutil.rmtree(run_folder / "checkpoints")
     message = refuse(command, run_folder, *([tone(tmp_path / "a.wav", 0.5)] if command == "transcribe" else []))

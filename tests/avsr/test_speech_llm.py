@@ -16,6 +16,7 @@ from avsr.config import (
     ModelConfig,
     PromptConfig,
     StreamConfig,
+    load_config,
 )
 from avsr.config import ProjectorConfig as Projector
 from avsr.data.batches import Batch, Example, collate
@@ -117,6 +118,43 @@ def test_rows_are_bos_delimiter_speech_delimiter_prompt_text(tiny_llm: Path) -> 
     frames = batch.features["audio"][0, :12].reshape(3, 4, WIDTH).mean(dim=1)
     torch.testing.assert_close(rows.embeddings[0, 2:5], model.projectors["audio"](frames))
     assert rows.mask.sum(dim=1).tolist() == [len(rows.names[0]), len(rows.names[1])]
+
+
+@pytest.mark.parametrize("init", ["table", "none"])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_place_of_the_prompt_and_no_delimiters(tiny_llm: Path, init: str, first: bool) -> None:
+    """Rows are put together by hand; text is predicted from the last token of the span, whatever that is."""
+    prompts = PromptConfig(audio="say it", first=first)
+    model = make_model(tiny_llm, delimiters=DelimiterConfig(init=init), prompts=prompts)
+    batch = make_batch(model, [13, 8], ["bin", "now"])
+    rows = model.assemble(batch, with_text=True, names=True)
+    table = model.decoder.get_input_embeddings().weight
+    prompt, bos, text = (table[ids] for ids in (model.tokenize("say it"), [model.bos], batch.text[0]))
+    frames = batch.features["audio"][0, :12].reshape(3, 4, WIDTH).mean(dim=1)
+    speech, names = model.projectors["audio"](frames), ["a0", "a1", "a2"]
+    if init == "none":
+        assert model.delimiters is None and "delimiters" not in model.own_state()
+    else:
+        assert model.delimiters is not None
+        speech = torch.cat([model.delimiters[:1], speech, model.delimiters[1:]])
+        names = ["<audio>", *names, "</audio>"]
+    row = torch.cat([bos, prompt, speech, text] if first else [bos, speech, prompt, text])
+    torch.testing.assert_close(rows.embeddings[0, : len(row)], row)
+    letters = list("say it")
+    assert rows.names[0] == ["BOS", *(letters + names if first else names + letters), *"bin"]
+    assert rows.spans.tolist() == model.span_tokens(batch)
+    assert rows.spans[0] == len(row) - 3
+    hidden = model.decoder.model(inputs_embeds=row[None], use_cache=False).last_hidden_state[0, -4:]
+    logits, targets = model.label_logits(batch, rows)
+    torch.testing.assert_close(logits[:4], model.decoder.lm_head(hidden), rtol=1e-4, atol=1e-4)
+    assert targets[:4].tolist() == [*batch.text[0], model.eos]
+
+
+def test_no_delimiters_cannot_be_trained() -> None:
+    none = "model.delimiters.init=none"
+    assert load_config("demo", [none]).model.delimiters.init == "none"
+    with pytest.raises(UserError, match=r"^model\.delimiters\.train: .*init = none"):
+        load_config("demo", [none, "model.delimiters.train=true"])
 
 
 def test_padding_is_left_for_generation_and_never_inside(tiny_llm: Path) -> None:

@@ -103,8 +103,50 @@ def test_beta_one_is_no_change(model):
     probe = flashsink.attach(model)
     before, tokens = model(input_ids=ids, attention_mask=mask).logits, generate(model, ids, mask)
     probe.calibrate(EVERY_HEAD, beta=1.0)
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
     assert torch.equal(generate(model, ids, mask), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_the_sinks_can_be_read(model, beta):
+    """Those of the calibrated heads alone; with beta = 1 every layer's are those of the unchanged model."""
+    ids, mask = prompts([0, 4])
+    probe = flashsink.attach(model)
+    model(input_ids=ids, attention_mask=mask)
+    mean = [stats.mean_received for stats in probe.sinks]
+    probe.calibrate([(0, 1), (2, 0), (2, 3)], beta=beta, threshold=0.15)
+    model(input_ids=ids, attention_mask=mask)
+    sinks = probe.calibrated_sinks
+    assert set(sinks) == {0, 2}
+    inner = (mask.cumsum(1) > 1)[:, None]
+    for layer, heads in ((0, [1]), (2, [0, 3])):
+        want = (mean[layer] > 0.15) & inner
+        want[:, [h for h in range(4) if h not in heads]] = False
+        assert want.any()
+        assert torch.equal(sinks[layer], want) or (beta < 1 and layer == 2)  # layer 0 has changed layer 2's input
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("starts", [[0, 0], [0, 4]], ids=["no padding", "left padding"])
+def test_a_text_behind_a_span_is_treated_as_while_decoding(model, starts):
+    """One forward over prompt and text gives the logits of a prefill of the prompt and a step of all the text."""
+    ids, mask = prompts(starts, tokens=14)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    probe = flashsink.attach(model)
+    probe.calibrate(EVERY_HEAD, beta=0.2, threshold=0.15)
+    whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 9:]
+    with probe.spans(9 - torch.tensor(starts)):
+        got = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 9:]
+    sinks = probe.calibrated_sinks
+    cache = model(
+        input_ids=ids[:, :9], attention_mask=mask[:, :9], position_ids=positions[:, :9], use_cache=True
+    ).past_key_values
+    for layer, chosen in probe.calibrated_sinks.items():
+        assert torch.equal(sinks[layer], torch.nn.functional.pad(chosen, (0, 5)))
+    step = model(input_ids=ids[:, 9:], attention_mask=mask, position_ids=positions[:, 9:], past_key_values=cache)
+    torch.testing.assert_close(got, step.logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +262,11 @@ def test_packed_sequences_are_calibrated_each_for_itself(model):
     probe.calibrate(heads, beta=0.4, threshold=0.15)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    for first, end in ((0, 5), (5, 12)):
+    with probe.spans(torch.tensor([3, 4])):
+        spanned = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    for first, end, span in ((0, 5, 3), (5, 12, 4)):
         alone = model(input_ids=ids[:, first:end], use_cache=False).logits
         torch.testing.assert_close(packed[:, first:end], alone, rtol=1e-4, atol=1e-4)
+        with probe.spans(torch.tensor([span])):
+            alone = model(input_ids=ids[:, first:end], use_cache=False).logits
+        torch.testing.assert_close(spanned[:, first:end], alone, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,90 @@
+"""``make study``: trains and measures what has no row yet, then writes the tables.
+
+Rows are kept in rows.jsonl beside this file; a restart goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from avsr.errors import guarded
+from avsr.machine import cpus
+from bench.study import corpus
+from bench.study.arms import SEEDS, STEPS, Arm
+from bench.study.grid import ARMS, START, STARTS
+from bench.study.rows import ROWS, read_rows
+from bench.study.train import FOLDER, projector_file
+
+logger = logging.getLogger("avsr")
+
+
+def run_all(full: bool, only: str, workers: int) -> list[str]:
+    """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
+    corpus.make_corpus()
+    done = read_rows()
+    wanted = [key for key, arm in ARMS.items() if full or not arm.full]
+    wanted = [key for key in [*wanted, *STARTS] if only in key and key not in done]
+    for rate in sorted({ARMS[key.removeprefix(START)].rate for key in wanted}):
+        projector_file(rate)
+    first = [Arm("off", rate, SEEDS[0]).key for rate in STEPS]  # ACT's heads are searched on them
+    failed: list[str] = []
+    for wave in ([key for key in wanted if key in first], [key for key in wanted if key not in first]):
+        failed += _run(wave, workers)
+    logger.info("%d of %d done", len(wanted) - len(failed), len(wanted))
+    return failed
+
+
+def _run(wanted: list[str], workers: int) -> list[str]:
+    logs = FOLDER / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    while wanted or running:
+        while wanted and len(running) < workers:
+            key = wanted.pop(0)
+            running[key] = _start(key, logs)
+            logger.info("%s (%d to go)", key, len(wanted))
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        for key, process in list(running.items()):
+            if process.poll() is not None:
+                del running[key]
+                if process.returncode:
+                    failed.append(key)
+                    logger.warning("%s failed: %s", key, logs / f"{key}.log")
+                else:
+                    _keep(logs / f"{key}.json")
+    return failed
+
+
+def _start(key: str, logs: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bench.study.one", key, str(logs / f"{key}.json")]
+    with (logs / f"{key}.log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _keep(path: Path) -> None:
+    row = json.loads(path.read_text(encoding="utf-8"))
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.study", description="The study of PLAN.md.")
+    parser.add_argument("grid", nargs="?", default="base", choices=["base", "full"])
+    parser.add_argument("--only", default="", help="arms whose name holds this")
+    parser.add_argument("--workers", type=int, default=cpus(), help="trainings side by side (default: one a core)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with guarded():
+        failed = run_all(arguments.grid == "full", arguments.only, arguments.workers)
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a trained arm is worth: word errors, sinks, side effects. A row of ``rows.jsonl``."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avsr.analysis.collect import collect
+from avsr.analysis.subject import speech_subject
+from avsr.config import Config
+from avsr.data.batches import collate, make_batches
+from avsr.data.dataset import SpeechDataset
+from avsr.data.features import FeatureStore
+from avsr.evaluate import decode_set, test_sets
+from avsr.evaluation.act import calibrated
+from avsr.evaluation.wer import score
+from avsr.models.speech_llm import SpeechLLM
+from avsr.training.metrics import read_metrics
+from bench.study.act import act_heads, calibrating
+from bench.study.arms import Arm
+from bench.study.interventions import MassiveMeans, intervene
+from bench.study.plain_text import perplexity, plain_text
+from bench.study.quantise import int8_inputs
+from bench.study.train import FOLDER, load_arm
+
+ANALYSED = 100  # utterances whose attention is looked at
+CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
+
+
+def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
+    """The row of a trained arm. WER are fractions; errors are edits of every utterance, in the manifest's order."""
+    config, model, store = load_arm(arm, folder)
+    sets = test_sets(config, model, store)
+    row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
+    row["sinks"] = sinks(model, _few(config, model, store), config)
+    row["scores"] = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
+    with int8_inputs(model.decoder.model):
+        row["scores"]["sentences int8"] = _score(model, sets["sentences"], config, "sentences int8")
+    if arm.name == "off":
+        row["scores"] |= _interventions(model, sets["sentences"], config)
+        with calibrated(calibrating(config), model, act_heads(arm.rate, folder)):
+            row["scores"] |= {f"{name} act": _score(model, data, config, name) for name, data in sets.items()}
+    row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())
+    return row
+
+
+def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
+    """The sinks of an arm before its training."""
+    config, model, store = load_arm(arm, folder, trained=False)
+    return {"arm": _plain(arm), "key": f"start {arm.key}", "sinks": sinks(model, _few(config, model, store), config)}
+
+
+def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset:
+    """The utterances of the first test set whose attention is looked at."""
+    data = replace(config.data, limit=ANALYSED, test=dict(list(config.data.test.items())[:1]))
+    return next(iter(test_sets(replace(config, data=data), model, store).values()))
+
+
+def sinks(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
+    """The analysis in few numbers: every token group's means over layers 1..L-1, its peak, its share of attention."""
+    analysis, _ = collect(speech_subject(model, dataset, config))
+    groups = {}
+    for name in analysis["shown"]:
+        group = analysis["groups"][name]
+        inner = {key: group[key][:-1] for key in ("max_abs", "cosine", "sink_rate", "mass")}
+        groups[name] = {key: round(sum(values) / len(values), 5) for key, values in inner.items()}
+        groups[name]["peak"] = round(max(inner["max_abs"]), 1)
+        if group["sink_rate_corrected"] is not None:
+            corrected = group["sink_rate_corrected"][:-1]
+            groups[name]["sink_rate_corrected"] = round(sum(corrected) / len(corrected), 5)
+    massive = {(m["group"], m["feature"]) for m in analysis["massive"] if m["layer"] < analysis["layers"]}
+    return {
+        "cos2": analysis["cos2"],
+        "massive_tokens": analysis["massive_tokens_per_utterance"],
+        "massive_features": sorted(massive),
+        "groups": groups,
+    }
+
+
+def machine() -> str:
+    """Commit and processor."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    return f"{commit.strip()}, {platform.machine()} CPU, one thread"
+
+
+def _score(model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str) -> dict[str, Any]:
+    total, rows = decode_set(model, dataset, config, name)
+    errors = []
+    for row in rows:
+        one = score([row["reference"]], [row["hypothesis"]])
+        errors.append(one.substitutions + one.deletions + one.insertions)
+    return {"wer": total.wer, "words": total.words, "errors": errors}
+
+
+def _interventions(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
+    means = MassiveMeans()
+    with torch.no_grad(), intervene(model, "watch", means):
+        for indices in make_batches(dataset.sizes, config.training.frames, config.decode.batch):
+            model.hidden_states(model.assemble(collate([dataset[i] for i in indices]), with_text=False))
+    scores = {}
+    for kind in ("zero", "mean", "zero others", "mean others"):
+        with intervene(model, kind, means):
+            scores[f"sentences massive {kind}"] = _score(model, dataset, config, kind)
+    return scores
+
+
+def _curves(run: Path) -> dict[str, Any]:
+    rows = read_metrics(run)
+    validated = [(row["step"], round(row["validation_ce"], 4)) for row in rows if "validation_ce" in row]
+    kept = [row for row in rows if "grad_norm_ce" in row or row["step"] % 50 == 0]
+    curve = [{"step": r["step"], **{k: float(f"{r[k]:.4g}") for k in CURVE if r.get(k) is not None}} for r in kept]
+    return {"validation": validated, "curve": curve, "seconds": round(sum(row["seconds"] for row in rows))}
+
+
+def _plain(arm: Arm) -> dict[str, Any]:
+    """The arm without what is left at its default."""
+    defaults = asdict(Arm(arm.name))
+    return {name: value for name, value in asdict(arm).items() if name == "name" or value != defaults[name]}

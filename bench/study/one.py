@@ -1,0 +1,41 @@
+"""``python -m bench.study.one KEY OUT``: trains one arm unless it is trained, measures it and writes its row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from avsr.errors import guarded
+from avsr.training.metrics import read_metrics
+from bench.study.grid import ARMS, START
+from bench.study.measure import measure, measure_start
+from bench.study.train import config_of, train_arm
+
+
+def main(key: str, out: Path) -> None:
+    arm = ARMS[key.removeprefix(START)]
+    if key.startswith(START):
+        row = measure_start(arm)
+    else:
+        config = config_of(arm)
+        run = Path(config.run)
+        if run.exists() and not _finished(run, config.training.steps):
+            shutil.rmtree(run)
+        if not run.exists():
+            train_arm(arm)
+        row = measure(arm)
+    out.write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def _finished(run: Path, steps: int) -> bool:
+    rows = read_metrics(run)
+    return bool(rows) and rows[-1]["step"] == steps
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with guarded():
+        main(sys.argv[1], Path(sys.argv[2]))

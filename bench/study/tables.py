@@ -1,0 +1,212 @@
+"""``python -m bench.study.tables``: RESULTS.md, curves.svg and sweep.svg from the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from avsr.evaluation.wer import plain
+from bench.study import corpus
+from bench.study.arms import HIGH, LOW, SEEDS, Arm
+from bench.study.figures import curves, sweep
+from bench.study.grid import ARMS, BEYOND, CONTROLS, MAIN, MARGIN_SWEEP, ORIGINS, PAPER_SWEEP, PEERS, margin, paper
+from bench.study.rows import read_rows
+from bench.study.statistics import Difference, compare, holm
+
+HERE = Path(__file__).parent
+UTTERANCES = HERE / "utterances.json"
+ACT = "sentences act"
+_SIDE = (
+    "seeds", "WER", "INT8", "validation CE", "strongest mark", "its peak", "its sink rate", "BOS peak", "BOS sink rate",
+    "attention BOS", "marks", "speech", "text", "perplexity", "grad. norms", "their cosine",
+)  # fmt: skip
+
+Rows = dict[str, dict[str, Any]]
+
+
+def keep_utterances() -> None:
+    """Words and speakers of the test sets, which the statistics need and the corpus, not committed, holds."""
+    held = {}
+    for name, path in corpus.SETS.items():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        held[name] = {
+            "words": [len(plain(line["text"]).split()) for line in lines],
+            "speakers": [line["speaker"] for line in lines],
+        }
+    UTTERANCES.write_text(json.dumps(held) + "\n", encoding="utf-8")
+
+
+def marks(row: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The token groups of delimiters and prompt."""
+    return {name: g for name, g in row["sinks"]["groups"].items() if name.startswith(("<", "prompt "))}
+
+
+def strongest(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The delimiter or prompt token with the largest activation."""
+    return max(marks(row).items(), key=lambda item: item[1]["peak"])
+
+
+def side_effects(rows: Rows, arm: Arm, seeds: Sequence[int] = SEEDS) -> list[str]:
+    """The cells of ``_SIDE``, means over the seeds that are there."""
+    found = [rows[k] for k in (Arm(arm.name, rate=arm.rate, seed=s).key for s in seeds) if k in rows]
+    if not found:
+        return ["0"] + [""] * (len(_SIDE) - 1)
+    name, _ = strongest(found[0])
+    mark = [marks(row).get(name, strongest(row)[1]) for row in found]
+    bos = [row["sinks"]["groups"]["BOS"] for row in found]
+    logged = [point for row in found for point in row["curve"] if "grad_norm_decorrelation" in point]
+    shares = [_shares(row) for row in found]
+    cells = [
+        str(len(found)),
+        _mean((row["scores"]["sentences"]["wer"] for row in found), "{:.3f}"),
+        _mean((row["scores"]["sentences int8"]["wer"] for row in found), "{:.3f}"),
+        _mean((row["validation"][-1][1] for row in found), "{:.3f}"),
+        f"`{name}`",
+        _mean((m["peak"] for m in mark), "{:,.0f}"),
+        _mean((m.get("sink_rate_corrected", 0.0) for m in mark), "{:.2f}"),
+        _mean((b["peak"] for b in bos), "{:,.0f}"),
+        _mean((b.get("sink_rate_corrected", 0.0) for b in bos), "{:.2f}"),
+        *(_mean((share[part] for share in shares), "{:.2f}") for part in ("BOS", "marks", "speech", "text")),
+        _mean((row["perplexity"] for row in found), "{:.1f}"),
+    ]
+    if logged:
+        ratio = mean(p["grad_norm_decorrelation"] / p["grad_norm_ce"] for p in logged)
+        return [*cells, f"{ratio:.2g}", f"{mean(p['grad_cosine'] for p in logged):.2f}"]
+    return [*cells, "", ""]
+
+
+def _shares(row: dict[str, Any]) -> dict[str, float]:
+    groups = row["sinks"]["groups"]
+    marked = sum(group["mass"] for group in marks(row).values())
+    shares = {name: groups[name]["mass"] for name in ("BOS", "speech", "text")}
+    # prompt tokens that the analysis does not show are marks too
+    return {**shares, "marks": max(marked, 1.0 - sum(shares.values()))}
+
+
+def _mean(values: Iterable[float], form: str) -> str:
+    return form.format(mean(values))
+
+
+def origin_table(rows: Rows) -> str:
+    """Before and after training, by start of the delimiters."""
+    lines = []
+    for arm in ORIGINS:
+        before = [row for key, row in rows.items() if key.startswith("start ") and _start_of(arm) == key.split("-r")[0]]
+        after = [rows[k] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
+        lines.append([arm.name, _state(before), _state(after)])
+    return _table(("delimiters", "before training", "after training"), lines)
+
+
+def _start_of(arm: Arm) -> str:
+    return f"start {arm.name.replace('trained', 'frozen')}"
+
+
+def _state(found: list[dict[str, Any]]) -> str:
+    """The strongest mark over draws: its name, peak and sink rate, lowest to highest."""
+    if not found:
+        return ""
+    peaks = sorted(strongest(row)[1]["peak"] for row in found)
+    rates = sorted(strongest(row)[1].get("sink_rate_corrected", 0.0) for row in found)
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(strongest(row)[0] for row in found))
+    massive = sum(any(group != "BOS" for group, _ in row["sinks"]["massive_features"]) for row in found)
+    return f"{names} {_range(peaks, '{:,.0f}')}, {_range(rates, '{:.2f}')}; massive in {massive} of {len(found)}"
+
+
+def _range(values: list[float], form: str) -> str:
+    low, high = form.format(values[0]), form.format(values[-1])
+    return low if low == high else f"{low}..{high}"
+
+
+def comparisons(rows: Rows) -> list[tuple[str, Difference, int]]:
+    """The primary comparison first, then the secondary ones of PLAN.md: title, difference, number of seeds."""
+    utterances = json.loads(UTTERANCES.read_text(encoding="utf-8"))
+    _, paper_arm, margin_arm = MAIN
+    wanted = [("paper's form, high rate", HIGH, paper_arm, "sentences", "sentences")]
+    wanted += [("margin form, high rate", HIGH, margin_arm, "sentences", "sentences")]
+    wanted += [("ACT, high rate", HIGH, MAIN[0], "sentences", ACT)]
+    for title, arm in (("paper's form", paper_arm), ("margin form", margin_arm)):
+        wanted += [(f"{title}, low rate", LOW, arm, "sentences", "sentences")]
+    wanted += [("ACT, low rate", LOW, MAIN[0], "sentences", ACT)]
+    for title, arm in (("paper's form", paper_arm), ("margin form", margin_arm)):
+        wanted += [(f"{title}, high rate, unseen voices", HIGH, arm, "voices", "voices")]
+    wanted += [("ACT, high rate, unseen voices", HIGH, MAIN[0], "voices", "voices act")]
+    found = []
+    for title, rate, arm, plain_set, other_set in wanted:
+        pairs = [
+            (rows[off]["scores"][plain_set]["errors"], rows[on]["scores"][other_set]["errors"])
+            for off, on in ((Arm("off", rate, s).key, Arm(arm.name, rate, s).key) for s in SEEDS)
+            if off in rows and on in rows and other_set in rows[on]["scores"]
+        ]
+        if pairs:
+            base, other = zip(*pairs, strict=True)
+            held = utterances[plain_set]
+            found.append((title, compare(base, other, held["words"], held["speakers"]), len(pairs)))
+    return found
+
+
+def main_table(rows: Rows) -> str:
+    found = comparisons(rows)
+    adjusted = holm([difference.p for _, difference, _ in found[1:]])
+    lines = []
+    for index, (title, d, seeds) in enumerate(found):
+        corrected = "primary" if index == 0 else f"{adjusted[index - 1]:.3f}"
+        interval = f"{d.low:+.4f} to {d.high:+.4f}"
+        values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, f"{d.p:.4f}", corrected]
+        lines.append([title, str(seeds), *values, f"{d.smallest:.4f}"])
+    head = ("against off", "seeds", "off", "with", "difference", "95% interval", "p", "Holm", "smallest seen")
+    return _table(head, lines)
+
+
+def side_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int] = SEEDS) -> str:
+    return _table(("arm", *_SIDE), [[arm.name, *side_effects(rows, arm, seeds)] for arm in arms])
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    parts = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*parts, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+
+
+def at_inference(rows: Rows) -> str:
+    """What was done to the models of off without training them again."""
+    parts = []
+    for kind in ("sentences", ACT, *(f"sentences massive {k}" for k in ("zero", "zero others", "mean", "mean others"))):
+        found = [rows[k] for k in (Arm("off", seed=s).key for s in SEEDS) if k in rows]
+        rates = [row["scores"][kind]["wer"] for row in found if kind in row["scores"]]
+        if rates:
+            parts.append(f"{kind}: WER {mean(rates):.3f} ({len(rates)} seeds)")
+    return "On the models of off, at inference: " + "; ".join(parts) + ".\n"
+
+
+def write_results(path: Path = HERE / "RESULTS.md") -> None:
+    """Writes the page and its figures."""
+    rows = read_rows()
+    low = [Arm(arm.name, rate=LOW) for arm in MAIN]
+    base = [key for key, arm in ARMS.items() if not arm.full]
+    parts = [
+        "# Results of the study\n",
+        f"Written by `python -m bench.study.tables`; {sum(key in rows for key in base)} of {len(base)} "
+        "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; "
+        "sink rates are the corrected ones; shares of attention are those of the text queries; both are means over "
+        "layers 1..29 and heads.\n",
+        "## Main comparison\n", main_table(rows),
+        "## Side effects, high rate\n", side_table(rows, MAIN),
+        "## Side effects, low rate\n", side_table(rows, low),
+        "## Lambda sweep, high rate, seed 1\n",
+        side_table(rows, [Arm("off"), *map(paper, PAPER_SWEEP), *map(margin, MARGIN_SWEEP)], (1,)),
+        "## Where sinks come from\n", origin_table(rows),
+        "## Controls and peers, high rate\n", side_table(rows, [*CONTROLS, *PEERS]),
+        at_inference(rows),
+        "## Beyond the paper, high rate\n", side_table(rows, BEYOND),
+    ]  # fmt: skip
+    path.write_text("\n".join(parts), encoding="utf-8")
+    curves(rows, MAIN, HERE / "curves.svg")
+    sweep(rows, PAPER_SWEEP, MARGIN_SWEEP, HERE / "sweep.svg")
+
+
+if __name__ == "__main__":
+    if corpus.OPEN.is_dir():
+        keep_utterances()
+    write_results()

@@ -1,0 +1,89 @@
+"""One training of the study, in this process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from avsr.build import build_model, build_store, find_checkpoint, load_weights, pick_device
+from avsr.config import Config, load_config
+from avsr.data.features import FeatureStore
+from avsr.models.speech_llm import SpeechLLM
+from avsr.train import attach, train_and_leave
+from bench.study import corpus
+from bench.study.arms import STEPS, Arm
+from bench.study.faithful import make_faithful
+from bench.study.penalty import attach_penalty
+from bench.study.sink_logits import add_sink_logits
+from bench.study.warm_start import load_projector, warm_projector
+
+FOLDER = Path("runs/study")
+
+
+def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
+    """The config of ``arm``'s run."""
+    steps = arm.steps or STEPS[arm.rate]
+    return load_config(
+        "demo",
+        [
+            f"run={folder / arm.key}",
+            *corpus.OVERRIDES,
+            f"model.audio.compression.rate={arm.rate}",
+            f"loss.decorrelation={arm.weight}",
+            f"loss.margin={arm.margin}",
+            f"training.seed={arm.seed}",
+            f"training.steps={steps}",
+            "training.frames=4000",
+            "training.validate_every=50",
+            "training.save_every=100000",
+            "training.gradient_norms_every=25",
+            "decode.batch=50",
+            "log.tensorboard=false",
+            *arm.overrides,
+        ],
+    )
+
+
+def projector_file(rate: int, folder: Path = FOLDER) -> Path:
+    """The warm projector of a rate; made when it is missing."""
+    config = load_config(
+        "demo", ["run=none", *corpus.OVERRIDES, *corpus.WARM, f"model.audio.compression.rate={rate}", "training.seed=0"]
+    )
+    return warm_projector(config, folder / f"projector-{rate}.safetensors")
+
+
+def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
+    """Makes the untrained ``model`` the one that ``arm`` starts with."""
+    if not arm.cold:
+        load_projector(model.projectors["audio"], projector_file(arm.rate, folder))
+    if arm.sink_logits:
+        add_sink_logits(model)
+
+
+def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
+    """Trains ``arm`` and returns its run folder."""
+
+    def prepare(model: SpeechLLM, config: Config) -> None:
+        change(model, arm, folder)
+        if arm.faithful:
+            make_faithful(model)
+        if arm.penalty is not None:
+            attach_penalty(model, config, arm.penalty)
+        elif not arm.sink_logits:  # which have an attention of their own
+            attach(model, config)
+
+    return train_and_leave(config_of(arm, folder), prepare)
+
+
+def load_arm(
+    arm: Arm, folder: Path = FOLDER, *overrides: str, trained: bool = True
+) -> tuple[Config, SpeechLLM, FeatureStore]:
+    """The model of ``arm``: as trained, or as training begins."""
+    arm = replace(arm, overrides=(*arm.overrides, *overrides))
+    config = config_of(arm, folder)
+    store = build_store(config, pick_device())
+    model, _ = build_model(config, store, pick_device())
+    change(model, arm, folder)
+    if trained:
+        load_weights(model, find_checkpoint(config.run))
+    return config, model.eval(), store

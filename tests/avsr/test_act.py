@@ -1,0 +1,449 @@
+"""ACT at inference: decoding and the search for heads, against attention by hand in float64 without a cache."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from avsr.act_search import search
+from avsr.build import load_run
+from avsr.cli import main
+from avsr.config import (
+    ActConfig,
+    CompressionConfig,
+    Config,
+    DecodeConfig,
+    EncoderConfig,
+    LLMConfig,
+    LoraConfig,
+    ModelConfig,
+    StreamConfig,
+    load_config,
+    to_yaml,
+)
+from avsr.config import ProjectorConfig as Projector
+from avsr.data.batches import Example, collate
+from avsr.data.manifest import Utterance
+from avsr.errors import UserError
+from avsr.evaluate import evaluate, transcribe_files
+from avsr.evaluation.act import Heads, calibrated, every_head
+from avsr.evaluation.decode import token_budget, transcribe_batch
+from avsr.models.llm import load_llm
+from avsr.models.speech_llm import SpeechLLM
+
+WIDTH = 32
+SOME: Heads = [(0, 1), (1, 0), (1, 3), (2, 2)]
+CPU = torch.device("cpu")
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def model(tiny_llm: Path) -> SpeechLLM:
+    config = ModelConfig(
+        audio=StreamConfig(EncoderConfig(name="none"), CompressionConfig(rate=4)),
+        llm=LLMConfig(name=str(tiny_llm)),
+        projector=Projector(hidden=16),
+        lora=LoraConfig(rank=4),
+    )
+    torch.manual_seed(0)
+    model = SpeechLLM(config, load_llm(config.llm), {"audio": WIDTH})
+    with torch.no_grad():
+        for name, parameter in model.own_state().items():
+            if "lora_" in name or name.startswith("projectors.") and parameter.dim() == 1:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def make_examples(model: SpeechLLM, seconds: list[float], texts: list[str] | None = None) -> list[Example]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        Example(
+            Utterance(id=f"u{i}", audio=Path(f"u{i}.wav"), text=text, duration=duration),
+            {"audio": 3 * torch.randn(round(duration * 50), WIDTH, generator=generator)},
+            model.tokenize(text),
+        )
+        for i, (duration, text) in enumerate(zip(seconds, texts or [""] * len(seconds), strict=True))
+    ]
+
+
+class ByHand:
+    """The model in float64 with ACT as Yu et al. write it down: every column and row of attention of one utterance,
+    always over the whole row. The sinks are those of the prompt."""
+
+    def __init__(self, model: SpeechLLM, act: ActConfig, heads: Heads) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.beta, self.threshold, self.heads = act.beta, act.threshold, heads
+        self.span = 0
+        self.found: set[tuple[int, int]] = set()  # heads in which there was a sink
+        AttentionInterface.register("act_by_hand", self._attend)
+        self.model.decoder.model.set_attn_implementation("act_by_hand")
+
+    @torch.no_grad()
+    def log_probs(self, example: Example, ids: list[int]) -> Tensor:
+        """(1 + n, vocabulary) of what follows the prompt and each of the n tokens behind it."""
+        rows = self.model.assemble(collate([example]), with_text=False)
+        self.span = int(rows.spans[0])
+        text = self.model.decoder.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+        row = torch.cat([rows.embeddings, text], dim=1)
+        # again: an instance made since may have taken the name
+        AttentionInterface.register("act_by_hand", self._attend)
+        logits = self.model.decoder(inputs_embeds=row, use_cache=False).logits
+        return logits[0, self.span - 1 :].log_softmax(dim=-1)
+
+    def loss(self, example: Example) -> float:
+        targets = [*example.text, self.model.eos]
+        return -float(self.log_probs(example, example.text)[torch.arange(len(targets)), targets].sum())
+
+    def _attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1)[0], v.repeat_interleave(groups, dim=1)[0]
+        scores = q[0] @ k.mT * options["scaling"]
+        a = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf).softmax(dim=-1)
+        for layer, head in self.heads:
+            if layer == module.layer_idx:
+                a[head] = self._calm(a[head], layer, head)
+        return (a @ v).transpose(0, 1)[None], None
+
+    def _calm(self, a: Tensor, layer: int, head: int) -> Tensor:
+        means = [float(a[key : self.span, key].sum()) / (self.span - key) for key in range(self.span)]
+        assert min(abs(mean - self.threshold) for mean in means[1:]) > 1e-6  # rounding decides nothing
+        sinks = [key for key, mean in enumerate(means) if mean > self.threshold and key > 0]
+        self.found |= {(layer, head)} if sinks else set()
+        out = a.clone()
+        for query in range(1, len(a)):
+            freed = (1 - self.beta) * a[query, sinks].sum()
+            others = [key for key in range(query + 1) if key not in sinks]
+            out[query, sinks] = self.beta * a[query, sinks]
+            out[query, others] += freed * a[query, others] / a[query, others].sum()
+        return out
+
+
+def decode(model: SpeechLLM, examples: list[Example], config: DecodeConfig) -> list[list[tuple[str, float]]]:
+    return [[tuple(h) for h in found] for found in transcribe_batch(model, collate(examples), config)]
+
+
+def run_config(beta: float, threshold: float = 0.1, **decoding: Any) -> Config:
+    decoder = DecodeConfig(**{"base_tokens": 6, "tokens_per_second": 8.0, **decoding})
+    return Config(run="none", act=ActConfig(beta, threshold), decode=decoder)
+
+
+class Numbers:
+    """A tokenizer whose text is the token ids themselves: nothing is left out or stripped."""
+
+    pad_token_id = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
+
+
+def without_end(model: SpeechLLM) -> None:
+    """Texts go on to their budget: a beam search is then short to write down."""
+
+    def forbid(module: Any, args: Any, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., model.eos] = -1e4
+        return logits
+
+    model.decoder.lm_head.register_forward_hook(forbid)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("heads", [SOME, None], ids=["some heads", "all heads"])
+def test_decoding_equals_full_recomputation(model: SpeechLLM, beams: int, heads: Heads | None) -> None:
+    """Token by token: cache, padding, batch and beams against whole rows of one utterance."""
+    without_end(model)
+    config = run_config(0.2, beams=beams)
+    examples = make_examples(model, [0.4, 1.3, 0.7])
+    heads = heads or every_head(model)
+    oracle = ByHand(model, config.act, heads)
+    plain = decode(model, examples, config.decode)
+    with calibrated(config, model, heads) as act:
+        got = decode(model, examples, config.decode)
+    assert act == {"beta": 0.2, "threshold": 0.1, "heads": len(heads)}
+    assert model.probe is None and decode(model, examples, config.decode) == plain
+    for example, found, before in zip(examples, got, plain, strict=True):
+        texts: list[tuple[float, list[int]]] = [(0.0, [])]
+        for _ in range(token_budget(config.decode, example.utterance.duration)):
+            more = []
+            for total, ids in texts:
+                best = oracle.log_probs(example, ids)[-1].topk(beams)
+                more += [(total + float(p), [*ids, int(i)]) for p, i in zip(*best, strict=True)]
+            texts = sorted(more, reverse=True)[:beams]
+        score, ids = texts[0]
+        want = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert found[0][0] == want != before[0][0]
+        assert found[0][1] == pytest.approx(score / (len(ids) + 1), abs=1e-5)
+    assert oracle.found == set(heads)
+
+
+def test_scores_of_texts_that_end_by_themselves(model: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """n-best lists of a beam search: the log-probability of a text is that of one pass over all of it."""
+    monkeypatch.setattr(model, "tokenizer", Numbers())
+    model.decoder.lm_head.weight.data[model.eos] *= 6
+    config = run_config(0.3, beams=3, nbest=3)
+    examples = make_examples(model, [0.5, 0.9, 0.3])
+    oracle = ByHand(model, config.act, SOME)
+    with calibrated(config, model, SOME):
+        got = decode(model, examples, config.decode)
+    ended = 0
+    for example, found in zip(examples, got, strict=True):
+        budget = token_budget(config.decode, example.utterance.duration)
+        for text, score in found:
+            ids = [int(word) for word in text.split()]
+            targets = [*ids, model.eos] if len(ids) < budget else ids
+            ended += len(ids) < budget
+            log_probs = oracle.log_probs(example, ids)[torch.arange(len(targets)), targets]
+            assert score == pytest.approx(float(log_probs.sum()) / (len(ids) + 1), abs=1e-5)
+    assert ended >= 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_decode_as_alone(model: SpeechLLM, beams: int) -> None:
+    config = run_config(0.1, beams=beams)
+    examples = make_examples(model, [0.4, 2.2, 0.9, 1.3])
+    with calibrated(config, model, every_head(model)):
+        together = decode(model, examples, config.decode)
+        alone = [decode(model, [example], config.decode)[0] for example in examples]
+    assert [found[0][0] for found in together] == [found[0][0] for found in alone]
+
+
+# The search
+
+
+class Dataset(list[Example]):
+    sizes = (20, 65, 35, 45, 20)
+
+
+@pytest.fixture
+def dataset(model: SpeechLLM) -> Any:
+    return Dataset(make_examples(model, [0.4, 1.3, 0.7, 0.9, 0.4], ["bin", "lay blue", "set", "a", "now red"]))
+
+
+@pytest.fixture
+def setting() -> Config:
+    config = run_config(0.2, 0.33)
+    config.training.frames = 150  # several batches
+    return config
+
+
+def test_the_search_finds_what_brute_force_finds(model: SpeechLLM, dataset: Any, setting: Config) -> None:
+    """A whole pass over every utterance for every head; heads that are left out change nothing."""
+    found = search(model, dataset, setting)
+
+    def brute_force(heads: Heads) -> tuple[float, bool]:
+        oracle = ByHand(model, setting.act, heads)
+        return sum(oracle.loss(example) for example in dataset) / found.tokens, bool(oracle.found)
+
+    assert model.probe is None and found.tokens == sum(len(e.text) + 1 for e in dataset)
+    plain, _ = brute_force([])
+    assert found.plain == pytest.approx(plain, abs=1e-6)
+    want = {}
+    for head in every_head(model):
+        loss, has_sinks = brute_force([head])
+        assert has_sinks == (head in found.alone)
+        if has_sinks:
+            want[head] = loss
+        else:
+            assert abs(loss - plain) < 1e-9
+    assert found.alone == pytest.approx(want, abs=1e-6)
+    assert 2 < len(want) < len(every_head(model))
+    ranked = sorted((head for head in want if want[head] < plain), key=lambda head: want[head])
+    sets = {size: brute_force(ranked[:size])[0] for size in dict(found.together)}
+    assert dict(found.together) == pytest.approx(sets, abs=1e-6) and len(ranked) in sets and 1 in sets
+    size = min(sets, key=lambda n: sets[n])
+    assert found.heads == ranked[:size] and found.best == pytest.approx(sets[size], abs=1e-6)
+
+
+def test_the_search_repeats_itself(model: SpeechLLM, dataset: Any, setting: Config) -> None:
+    assert search(model, dataset, setting) == search(model, dataset, setting)
+
+
+def test_the_search_finds_a_planted_head(model: SpeechLLM) -> None:
+    """Texts that the model says only when the sinks of one head are calmed."""
+    setting, planted = run_config(0.05), (1, 2)
+    setting.training.frames = 150
+    seconds = [0.4, 1.3, 0.7, 0.9, 0.4]
+    with calibrated(setting, model, [planted]):
+        texts = [found[0][0] for found in decode(model, make_examples(model, seconds), setting.decode)]
+    found = search(model, Dataset(make_examples(model, seconds, texts)), setting)  # type: ignore[arg-type]
+    assert found.heads[0] == planted
+    assert found.alone[planted] < min([found.plain, *(loss for head, loss in found.alone.items() if head != planted)])
+
+
+def test_heads_without_sinks_are_no_ops(model: SpeechLLM, dataset: Any, setting: Config) -> None:
+    found = search(model, dataset, setting)
+    idle = [head for head in every_head(model) if head not in found.alone]
+    assert idle
+    batch = collate(list(dataset))
+    rows = model.assemble(batch, with_text=True)
+    with torch.no_grad():
+        with calibrated(setting, model, []):
+            before, _ = model.label_logits(batch, rows)
+        with calibrated(setting, model, idle):
+            after, _ = model.label_logits(batch, rows)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_no_sink_at_all_finds_no_head(model: SpeechLLM, dataset: Any, setting: Config) -> None:
+    setting.act.threshold = 0.9999999
+    found = search(model, dataset, setting)
+    assert (found.heads, found.alone, found.together, found.best) == ([], {}, [], found.plain)
+
+
+# Runs
+
+
+@pytest.fixture
+def lively(run_folder: Path) -> Iterator[Path]:
+    """A run whose adapters do something and whose validation finds heads."""
+    from safetensors.torch import load_file, save_file
+
+    for name in ("best", "last"):
+        path = run_folder / "checkpoints" / name / "model.safetensors"
+        generator = torch.Generator().manual_seed(3)
+        state = load_file(str(path))
+        for key, value in state.items():
+            if "lora_" in key:
+                state[key] = 0.3 * torch.randn(value.shape, generator=generator)
+        save_file(state, str(path))
+    yield run_folder
+
+
+def hypotheses(run: Path) -> list[str]:
+    return [json.loads(line)["hypothesis"] for line in (run / "hypotheses.jsonl").read_text().splitlines()]
+
+
+def decoding(run: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((run / "metrics.json").read_text())["decoding"]
+    return held
+
+
+def test_search_and_evaluate_by_command(lively: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(lively)])
+    plain = hypotheses(lively)
+    capsys.readouterr()
+    main(["act-search", str(lively), "act.beta=0.1"])
+    shown = capsys.readouterr().out
+    held = json.loads((lively / "act_heads.json").read_text())
+    assert held["heads"] and f"{len(held['heads'])} of 12 heads" in shown and "act_heads.json" in shown
+    assert (held["layers"], held["heads_per_layer"], held["beta"], held["threshold"]) == (3, 4, 0.1, 0.1)
+    assert held["checkpoint"] == "best" and held["validation"].endswith("validation/manifest.jsonl")
+    assert held["ce_act"] < held["ce"] and {row["heads"] for row in held["together"]} >= {1}
+    assert len(held["alone"]) + held["heads_without_sink"] == 12
+    main(["evaluate", str(lively), "act.beta=0.1"])
+    assert decoding(lively)["act"] == {"beta": 0.1, "threshold": 0.1, "heads": len(held["heads"])}
+    found = hypotheses(lively)
+    main(["evaluate", str(lively), "act.beta=0.1", "act.heads=all", "act.threshold=0.15"])
+    assert decoding(lively)["act"] == {"beta": 0.1, "threshold": 0.15, "heads": 12}
+    assert hypotheses(lively) != plain
+    main(["evaluate", str(lively), "act.beta=0.1", f"act.heads={lively / 'act_heads.json'}"])
+    assert hypotheses(lively) == found
+
+
+def test_the_papers_beta_is_searched_where_act_is_off(lively: Path) -> None:
+    main(["act-search", str(lively), "act.heads=" + str(lively / "other.json")])
+    assert json.loads((lively / "other.json").read_text())["beta"] == 0.4
+    assert not (lively / "act_heads.json").exists()
+
+
+def test_transcribe_does_as_evaluate(lively: Path, tmp_path: Path) -> None:
+    settings = ["act.beta=0.1", "act.heads=all"]
+    evaluate(lively, settings)
+    rows = [json.loads(line) for line in (lively / "hypotheses.jsonl").read_text().splitlines()]
+    folder = tmp_path / "corpus" / "sentences"
+    by_id = {row["id"]: folder / row["audio"] for row in map(json.loads, (folder / "manifest.jsonl").open())}
+    files = [str(by_id[row["id"]]) for row in rows if row["set"] == "sentences"]
+    texts = [text for _, text in transcribe_files(lively, files, settings)]
+    assert texts == [row["hypothesis"] for row in rows if row["set"] == "sentences"]
+    assert texts != [text for _, text in transcribe_files(lively, files, [])]
+
+
+def test_beta_one_is_the_plain_path(lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(lively, [])
+    before = {name: (lively / name).read_bytes() for name in ("metrics.json", "hypotheses.jsonl")}
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("attached")
+
+    monkeypatch.setattr(SpeechLLM, "attach", refuse)
+    evaluate(lively, ["act.beta=1", "act.heads=all"])
+    assert {name: (lively / name).read_bytes() for name in before} == before
+    assert "act" not in decoding(lively)
+
+
+def test_a_file_without_heads(lively: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main(["act-search", str(lively), "act.beta=0.1", "act.threshold=0.999"])
+    assert json.loads((lively / "act_heads.json").read_text())["heads"] == []
+    evaluate(lively, [])
+    plain = hypotheses(lively)
+    with caplog.at_level(logging.WARNING):
+        evaluate(lively, ["act.beta=0.2"])
+    assert "names no head" in caplog.text and "searched with beta 0.1 and threshold 0.999" in caplog.text
+    assert hypotheses(lively) == plain and decoding(lively)["act"]["heads"] == 0
+
+
+def test_an_old_run_has_act_off(run_folder: Path) -> None:
+    config = load_config(str(run_folder / "config.yaml"))
+    text = to_yaml(config)
+    old = text[: text.index("act:\n")] + text[text.index("log:\n") :]
+    assert old != text
+    (run_folder / "config.yaml").write_text(old)
+    assert load_run(run_folder, [], CPU)[0] == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("act.beta=1.5", ["act.beta", "1.5"]),
+        ("act.beta=-0.1", ["act.beta", "-0.1"]),
+        ("act.beta=nan", ["act.beta"]),
+        ("act.threshold=0", ["act.threshold", "got 0"]),
+        ("act.threshold=1", ["act.threshold", "got 1"]),
+    ],
+)
+def test_numbers_out_of_range(refuse: Refuse, run_folder: Path, override: str, parts: list[str]) -> None:
+    for command in ("evaluate", "act-search"):
+        message = refuse(command, run_folder, override)
+        assert all(part in message for part in parts) and "\n" not in message
+
+
+GOOD = {"heads": [[0, 1]], "layers": 3, "heads_per_layer": 4, "beta": 0.4, "threshold": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("held", "parts"),
+    [
+        (None, ["is missing", "avsr act-search", "act.heads=all"]),
+        ("{", ["not a readable JSON file"]),
+        ("[]", ["not a file of avsr act-search"]),
+        (json.dumps({**GOOD, "heads": [1]}), ["not a file of avsr act-search"]),
+        (json.dumps({**GOOD, "layers": 30}), ["expected 3 layers of 4 heads", "30"]),
+        (json.dumps({**GOOD, "heads": [[0, 4]]}), ["no head [0, 4]"]),
+        (json.dumps({**GOOD, "heads": [[-1, 0]]}), ["no head [-1, 0]"]),
+    ],
+)
+def test_files_that_are_no_use(refuse: Refuse, run_folder: Path, held: str | None, parts: list[str]) -> None:
+    path = run_folder / "act_heads.json"
+    if held is not None:
+        path.write_text(held)
+    message = refuse("evaluate", run_folder, "act.beta=0.4")
+    assert all(part in message for part in [*parts, "act.heads", str(path)]) and "\n" not in message
+
+
+def test_a_file_that_cannot_be_written(lively: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["act-search", str(lively), "act.heads=" + str(lively / "no" / "file.json")])
+    with pytest.raises(UserError, match="is missing"), calibrated(run_config(0.4), SpeechLLM.__new__(SpeechLLM)):
+        pass

@@ -1,0 +1,91 @@
+"""The study's grid, and its tables over made-up rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avsr.config import Config
+from bench.study import tables
+from bench.study.arms import HIGH, LOW, SEEDS, Arm
+from bench.study.grid import ARMS, MAIN, STARTS
+from bench.study.rows import read_rows
+from bench.study.train import config_of
+
+UTTERANCES = 24
+
+
+def made_up(arm: Arm, rate: float, peak: float = 5000.0) -> dict[str, Any]:
+    random = np.random.default_rng(arm.seed)
+    score = {"wer": rate, "words": 8 * UTTERANCES, "errors": random.binomial(8, rate, UTTERANCES).tolist()}
+    group = {"cosine": 0.5, "sink_rate": 0.2, "sink_rate_corrected": 0.1, "max_abs": peak}
+    groups = {
+        "BOS": {**group, "mass": 0.6, "peak": 20000.0},
+        "<audio>": {**group, "mass": 0.1, "peak": peak},
+        "speech": {**group, "mass": 0.2, "peak": 50.0},
+        "text": {**group, "mass": 0.05, "peak": 50.0},
+    }
+    names = ("sentences", "voices", "sentences int8", tables.ACT, "voices act")
+    return {
+        "arm": asdict(arm),
+        "key": arm.key,
+        "scores": dict.fromkeys(names, score),
+        "sinks": {"cos2": 0.2, "massive_features": [["<audio>", 507]], "groups": groups},
+        "validation": [[50, 2.0], [100, 1.0]],
+        "curve": [{"step": 25, "grad_norm_ce": 2.0, "grad_norm_decorrelation": 1.0, "grad_cosine": 0.1}],
+        "perplexity": 20.0,
+    }
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rows = {}
+    for arm in ARMS.values():
+        rows[arm.key] = made_up(arm, 0.2 if arm.name.startswith("paper") else 0.4)
+    for key in STARTS:
+        rows[key] = {**made_up(ARMS[key.removeprefix("start ")], 0.4), "key": key}
+    monkeypatch.setattr(tables, "read_rows", lambda: rows)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    held = {"words": [8] * UTTERANCES, "speakers": [f"s{i % 4}" for i in range(UTTERANCES)]}
+    monkeypatch.setattr(tables, "UTTERANCES", tmp_path / "utterances.json")
+    tables.UTTERANCES.write_text(json.dumps({"sentences": held, "voices": held}))
+    tables.write_results(tmp_path / "RESULTS.md")
+    return tmp_path
+
+
+def test_the_page_has_every_comparison_and_arm(page: Path) -> None:
+    text = (page / "RESULTS.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| paper's form, high rate |"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1] == "5" and cells[7] == "primary"
+    assert -0.26 < float(cells[4]) < -0.14 and float(cells[6]) < 0.01
+    for arm in ARMS.values():
+        assert arm.full or f"| {arm.name} |" in text, arm.name
+    assert "massive in 5 of 5" in text
+    assert (page / "curves.svg").read_text().count("<svg") == 1
+    assert "lambda" in (page / "sweep.svg").read_text()
+
+
+def test_every_arm_has_a_config_and_keys_are_its_own() -> None:
+    base = {key: arm for key, arm in ARMS.items() if not arm.full or key.startswith("marks-table")}
+    settings = {key: config_of(arm) for key, arm in base.items()}
+    assert all(isinstance(config, Config) for config in settings.values())
+    assert len({config.run for config in settings.values()}) == len(base)
+    assert settings["off-r32-s1"].model.delimiters.init == "normal:0.02"
+    assert settings[f"marks-table-trained-later-r{HIGH}-s1"].model.prompts.first
+    assert {key.removeprefix("start ") for key in STARTS} <= ARMS.keys()
+    for arm in MAIN:
+        for rate in (HIGH, LOW):
+            assert all(not ARMS[Arm(arm.name, rate, seed).key].full for seed in SEEDS)
+
+
+def test_the_last_row_of_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == {}
+    path.write_text('{"key": "a", "n": 1}\n{"key": "b", "n": 2}\n{"key": "a", "n": 3}\n')
+    assert read_rows(path) == {"a": {"key": "a", "n": 3}, "b": {"key": "b", "n": 2}}

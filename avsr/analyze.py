@@ -77,7 +77,8 @@ def kind_of(target: str) -> str:
 
 
 def analyze_subject(subject: Subject) -> dict[str, Any]:
-    """Every measurement of a subject. Each entry is one section of the report."""
+    """Every measurement of a subject, plain numbers; a further one adds its key here and its section to
+    ``avsr.analysis.sections.SECTIONS``."""
     analysis, example = collect(subject)
     analysis["example"] = look_at(subject, example)
     return analysis

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from avsr.analysis.plots import COLOURS, legend_below, panels, styled, to_svg, token_label
 
 Run = tuple[str, dict[str, Any]]
-_PITCH, _CELL = 0.11, 0.09  # inches for one token: of a bar, of a map
+_PITCH, _CELL = 0.11, 0.085  # inches for one token: of a bar, of a map
 
 
 def lines_by_layer(runs: Sequence[Run], key: str, groups: Sequence[str], ylabel: str, *, log: bool = False) -> str:

@@ -22,7 +22,7 @@ from avsr.models.speech_llm import Assembled
 EPS = 0.3  # a key is a sink when its mean received attention exceeds this (Gu et al.)
 MIN_QUERIES = 8  # keys that fewer queries see are not counted
 CELLS = 4_000_000  # probabilities in one block
-_NAME = "avsr_watched"
+_NAME, _MARK = "avsr_watched", "_avsr_watched"
 # (layer from 0, q (B, H, S, D) and k, v (B, Hk, S, D) as attention gets them, the factor of the scores)
 See = Callable[[int, Tensor, Tensor, Tensor, float], None]
 
@@ -181,17 +181,22 @@ def _watching(decoder: Any, see: See) -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = decoder.config._attn_implementation
-    AttentionInterface.register(_NAME, functools.partial(_attend, see, ALL_ATTENTION_FUNCTIONS[before]))
+    AttentionInterface.register(_NAME, _attend)
+    for index, layer in enumerate(decoder.layers):
+        setattr(layer.self_attn, _MARK, (functools.partial(see, index), ALL_ATTENTION_FUNCTIONS[before]))
     decoder.set_attn_implementation(_NAME)
     try:
         yield
     finally:
         decoder.set_attn_implementation(before)
+        for layer in decoder.layers:
+            delattr(layer.self_attn, _MARK)
 
 
-def _attend(see: See, inner: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    see, inner = getattr(module, _MARK)
     scaling = options.get("scaling")
-    see(int(module.layer_idx), q, k, v, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
+    see(q, k, v, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
     return inner(module, q, k, v, mask, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,17 @@ def to_svg(figure: Figure, title: str) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None, "Title": title})
     text = out.getvalue()
     marks = f'<svg role="img" aria-label="{html.escape(title)}"'
-    return text[text.index("<svg") :].replace("<svg", marks, 1).replace(_INK, "currentColor")
+    return _slim(text[text.index("<svg") :]).replace("<svg", marks, 1).replace(_INK, "currentColor")
+
+
+def _slim(svg: str) -> str:
+    """Without comments, indentation, lists of fonts, and ids that nothing refers to (which would repeat from figure to
+    figure)."""
+    used = set(re.findall(r"#([\w.]+)", svg))
+    svg = re.sub(r"'DejaVu Sans',[^;\"]*sans-serif", "sans-serif", svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="([\w.]+)"', lambda found: found[0] if found[1] in used else "", svg)
+    return re.sub(r"\n\s*", "\n", svg)
 
 
 def token_label(name: str) -> str:

@@ -17,7 +17,8 @@ body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sa
   max-width: 66rem; padding: 1rem; overflow-wrap: anywhere; }
 a { color: var(--link); } h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { margin: 2.4rem 0 .3rem; font-size: 1.25rem; }
-nav ul { columns: 14rem; padding-left: 1.2rem; } nav li { break-inside: avoid; } .caption { max-width: 46rem; margin: .2rem 0 .8rem; }
+nav ul { columns: 14rem; padding-left: 1.2rem; } nav li { break-inside: avoid; }
+.caption { max-width: 46rem; margin: .2rem 0 .8rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.5rem; }
 .grid.wide { display: flex; flex-wrap: wrap; }
 figure { margin: 0; min-width: 0; max-width: 100%; } figure div, .table { overflow-x: auto; }

@@ -1,0 +1,159 @@
+"""The statistics of plain text against eager attention in float64, row by row and without padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from avsr.analysis.collect import collect
+from avsr.analysis.groups import GroupSums, group_of
+from avsr.analysis.inputs import ModelOptions, load_text_subject
+from avsr.analysis.subject import Subject
+
+TEXTS = ["bin blue at f two now", "lay red", "place white in q nine again", "set green by x", "a b"]
+MASSIVE = 7  # the feature in which BOS is made massive
+
+
+@pytest.fixture
+def subject(tiny_llm: Path) -> Subject:
+    made = load_text_subject(str(tiny_llm), TEXTS, ModelOptions(), torch.device("cpu"))
+    with torch.no_grad():
+        made.lm.get_input_embeddings().weight[1, MASSIVE] = 4000.0
+        for layer in made.decoder.layers:
+            layer.self_attn.q_proj.weight.mul_(4)  # peaked attention: some keys are sinks
+    return made
+
+
+def eager(subject: Subject) -> list[dict[str, Any]]:
+    """Of every row: names, attentions (L, H, S, S), states (L, S, C) and value norms (L, H, S), in float64."""
+    lm = subject.lm.double()
+    decoder = subject.decoder
+    decoder.set_attn_implementation("eager")
+    found = []
+    for rows in subject.batches():
+        for b, names in enumerate(rows.names):
+            values: list[torch.Tensor] = []
+            states: list[torch.Tensor] = []
+            hooks = []
+            for layer in decoder.layers:
+                hooks.append(layer.self_attn.v_proj.register_forward_hook(lambda m, a, out, at=values: at.append(out)))
+                hooks.append(layer.register_forward_hook(lambda m, a, out, at=states: at.append(out)))
+            with torch.no_grad():
+                out = decoder(inputs_embeds=rows.embeddings[b : b + 1, : len(names)], output_attentions=True)
+            for hook in hooks:
+                hook.remove()
+            heads = out.attentions[0].shape[1]
+            norms = [v[0].view(len(names), 2, -1).norm(dim=-1).T for v in values]
+            found.append(
+                {
+                    "names": names,
+                    "a": torch.stack([a[0] for a in out.attentions]),
+                    "h": torch.stack([state[0] for state in states]),
+                    "v": torch.stack([norm.repeat_interleave(heads // 2, dim=0) for norm in norms]),
+                }
+            )
+    lm.float()
+    decoder.set_attn_implementation("sdpa")
+    return found
+
+
+def test_corrected_rates_values_and_mass_are_those_of_eager_attention(subject: Subject) -> None:
+    got, example = collect(subject)
+    sums = {key: torch.zeros(3, dtype=torch.float64) for key in ("rate", "received", "value", "mass", "raw")}
+    heads = torch.zeros(3, 4, dtype=torch.float64)
+    queries = 0
+    for row in eager(subject):
+        a, size = row["a"], len(row["names"])
+        text = a[:, :, 1:]  # BOS is no text query
+        mean = text[..., 0].mean(dim=-1)  # BOS has no self term among them
+        sums["rate"] += (mean > 0.3).double().mean(dim=1)
+        heads += mean > 0.3
+        sums["received"] += mean.mean(dim=1)
+        sums["value"] += (mean * row["v"][..., 0]).mean(dim=1)
+        sums["mass"] += text[..., 0].mean(dim=1).sum(dim=-1)
+        sums["raw"] += (a[..., 0].mean(dim=-1) > 0.3).double().mean(dim=1) * (size >= 8)
+        queries += size - 1
+    bos = got["groups"]["BOS"]
+    assert bos["tokens"] == bos["counted"] == got["utterances"] == len(TEXTS)
+    assert got["groups"]["BOS"]["sink_rate_corrected"] == pytest.approx((sums["rate"] / 5).tolist(), abs=1e-6)
+    assert bos["sink_rate"] == pytest.approx((sums["raw"] / 5).tolist(), abs=1e-6)
+    assert bos["received"] == pytest.approx((sums["received"] / 5).tolist(), rel=1e-4)
+    assert bos["received_value"] == pytest.approx((sums["value"] / 5).tolist(), rel=1e-4)
+    assert bos["mass"] == pytest.approx((sums["mass"] / queries).tolist(), rel=1e-4)
+    assert torch.tensor(got["heads"]["BOS"]).double() == pytest.approx(heads / 5)
+    assert max(bos["sink_rate"]) > 0  # or the comparison says nothing
+    for layer in range(3):
+        assert sum(group["mass"][layer] for group in got["groups"].values()) == pytest.approx(1.0, abs=1e-5)
+    assert len(example.names[0]) == example.embeddings.shape[1] == int(example.mask.sum())
+
+
+def test_text_tokens_are_judged_without_themselves_and_by_eight_queries_at_least(subject: Subject) -> None:
+    got, _ = collect(subject)
+    total, counted, tokens = torch.zeros(3, dtype=torch.float64), 0, 0
+    places: dict[int, list[torch.Tensor]] = {}
+    for row in eager(subject):
+        a, size = row["a"], len(row["names"])
+        for key in range(1, size):
+            tokens += 1
+            if size - 1 - key < 8:
+                continue
+            rate = (a[:, :, key + 1 :, key].mean(dim=-1) > 0.3).double().mean(dim=1)
+            places.setdefault(key, []).append(rate.mean())
+            total += rate
+            counted += 1
+    text = [group for name, group in got["groups"].items() if name != "BOS"]
+    assert sum(group["tokens"] for group in text) == tokens
+    assert sum(group["counted"] for group in text) == counted > 0
+    sums = torch.zeros(3, dtype=torch.float64)
+    for group in text:
+        if group["counted"]:
+            sums += group["counted"] * torch.tensor(group["sink_rate_corrected"], dtype=torch.float64)
+        else:
+            assert group["sink_rate_corrected"] is None
+    torch.testing.assert_close(sums, total, rtol=1e-5, atol=1e-6)
+    by_position = {row["position"]: row for row in got["positions"]}
+    assert by_position[0]["rows"] == len(TEXTS) and max(by_position) == max(map(len, TEXTS))
+    for place, rates in places.items():
+        want = float(torch.stack(rates).mean())
+        assert by_position[place]["sink_rate_corrected"] == pytest.approx(want, abs=1e-6)
+    assert by_position[max(by_position)]["sink_rate_corrected"] is None
+
+
+def test_massive_activations_are_listed_with_feature_ratio_and_count(subject: Subject) -> None:
+    got, _ = collect(subject)
+    values, ratios = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for row in eager(subject):
+        size = row["h"][:, 0].abs().amax(dim=1)
+        ratios += torch.log10(size / row["h"].abs().flatten(1).median(dim=1).values)
+        values = torch.maximum(values, size)
+    massive = [entry for entry in got["massive"] if entry["group"] == "BOS"]
+    assert [(entry["layer"], entry["feature"], entry["count"]) for entry in massive] == [
+        (layer, MASSIVE, len(TEXTS)) for layer in (1, 2, 3)
+    ]
+    assert [entry["value"] for entry in massive] == pytest.approx(values.tolist(), rel=1e-4)
+    assert got["groups"]["BOS"]["log10_ratio"] == pytest.approx((ratios / 5).tolist(), rel=1e-4)
+    assert got["massive_tokens_per_utterance"] >= 1
+    assert got["cos2"] is None  # plain text has no prompt
+
+
+def test_the_strongest_text_tokens_stand_alone() -> None:
+    assert group_of("BOS", 0, 1, True) == "BOS"
+    assert group_of(" the", 3, 1, True) == "' the'"
+    assert group_of(" the", 3, 1, False) == "text"
+    assert group_of("<audio>", 1, 4, False) == "<audio>"
+    assert group_of("a12", 2, 4, False) == "speech"
+    assert group_of("\n", 3, 4, False) == r"prompt '\n'"
+
+
+def test_sums_of_names_that_come_later() -> None:
+    sums = GroupSums()
+    sums.add("x", sums.places(["a", "b", "a"]), torch.tensor([1.0, 2.0, 3.0]))
+    sums.add("n", sums.places(["a", "b", "a"]), torch.ones(3))
+    sums.add("x", sums.places(["c"]), torch.tensor([5.0]))
+    sums.add("n", sums.places(["c"]), torch.zeros(1))
+    assert sums.total("x", ["a", "c"]) == 9
+    assert sums.means("x", ["a", "b"], "n") == 2
+    assert sums.means("x", ["c"], "n") is None

@@ -16,8 +16,8 @@ from pathlib import Path
 from avsr.errors import guarded
 from avsr.machine import cpus
 from bench.study import corpus
-from bench.study.arms import SEEDS, STEPS, Arm
-from bench.study.grid import ARMS, START, STARTS
+from bench.study.arms import INFERENCE, SEEDS, arm_key
+from bench.study.grid import ARMS, INFERENCES, STARTS
 from bench.study.rows import ROWS, read_rows
 from bench.study.train import FOLDER, projector_file
 
@@ -28,13 +28,15 @@ def run_all(full: bool, only: str, workers: int) -> list[str]:
     """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
     corpus.make_corpus()
     done = read_rows()
-    wanted = [key for key, arm in ARMS.items() if full or not arm.full]
-    wanted = [key for key in [*wanted, *STARTS] if only in key and key not in done]
-    for rate in sorted({ARMS[key.removeprefix(START)].rate for key in wanted}):
+    trained = [key for key, arm in ARMS.items() if full or not arm.full]
+    wanted = [key for key in [*trained, *STARTS, *INFERENCES] if only in key and key not in done]
+    for rate in sorted({ARMS[arm_key(key)].rate for key in wanted}):
         projector_file(rate)
-    first = [Arm("off", rate, SEEDS[0]).key for rate in STEPS]  # ACT's heads are searched on them
+    # what is done at inference needs the trainings, and the others the heads that the first of them finds
+    late = [key for key in wanted if key.startswith(INFERENCE)]
+    first = [key for key in late if ARMS[arm_key(key)].seed == SEEDS[0]]
     failed: list[str] = []
-    for wave in ([key for key in wanted if key in first], [key for key in wanted if key not in first]):
+    for wave in ([key for key in wanted if key not in late], first, [key for key in late if key not in first]):
         failed += _run(wave, workers)
     logger.info("%d of %d done", len(wanted) - len(failed), len(wanted))
     return failed

@@ -8,6 +8,7 @@ from bench.study.penalty import Penalty
 
 HIGH, LOW = 32, 8  # encoder frames a token: 1.6 and 6.3 tokens a second
 SEEDS = (1, 2, 3, 4, 5)
+START, INFERENCE = "start ", "inference "  # of the key of an arm before training, and of one changed after it
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,8 @@ class Arm:
 
 
 STEPS = {HIGH: 300, LOW: 200}
+
+
+def arm_key(key: str) -> str:
+    """The key of the arm that a row is about."""
+    return key.removeprefix(START).removeprefix(INFERENCE)

@@ -13,6 +13,8 @@ from torch import Tensor
 from avsr.analysis.collect import MASSIVE_RATIO, MASSIVE_SIZE
 from avsr.models.speech_llm import SpeechLLM
 
+KINDS = ("zero", "zero others", "mean", "mean others")  # all tokens, or all but BOS
+
 
 class MassiveMeans:
     """Mean value of the massive activations of every (layer, feature), BOS and others apart."""

@@ -22,8 +22,8 @@ from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.metrics import read_metrics
 from bench.study.act import act_heads, calibrating
-from bench.study.arms import Arm
-from bench.study.interventions import MassiveMeans, intervene
+from bench.study.arms import INFERENCE, SEEDS, START, Arm
+from bench.study.interventions import KINDS, MassiveMeans, intervene
 from bench.study.plain_text import perplexity, plain_text
 from bench.study.quantise import int8_inputs
 from bench.study.train import FOLDER, load_arm
@@ -41,10 +41,6 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     row["scores"] = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
     with int8_inputs(model.decoder.model):
         row["scores"]["sentences int8"] = _score(model, sets["sentences"], config, "sentences int8")
-    if arm.name == "off":
-        row["scores"] |= _interventions(model, sets["sentences"], config)
-        with calibrated(calibrating(config), model, act_heads(arm.rate, folder)):
-            row["scores"] |= {f"{name} act": _score(model, data, config, name) for name, data in sets.items()}
     row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())
     return row
 
@@ -52,7 +48,19 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
 def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """The sinks of an arm before its training."""
     config, model, store = load_arm(arm, folder, trained=False)
-    return {"arm": _plain(arm), "key": f"start {arm.key}", "sinks": sinks(model, _few(config, model, store), config)}
+    return {"arm": _plain(arm), "key": START + arm.key, "sinks": sinks(model, _few(config, model, store), config)}
+
+
+def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
+    """What is done to a trained arm at inference alone: ACT, and for the first seed massive activations changed."""
+    config, model, store = load_arm(arm, folder)
+    sets = test_sets(config, model, store)
+    heads = act_heads(arm.rate, folder)
+    with calibrated(calibrating(config), model, heads):
+        scores = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
+    if arm.seed == SEEDS[0]:
+        scores |= _interventions(model, sets["sentences"], config)
+    return {"arm": _plain(arm), "key": INFERENCE + arm.key, "act_heads": heads, "scores": scores}
 
 
 def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset:
@@ -103,9 +111,9 @@ def _interventions(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> 
         for indices in make_batches(dataset.sizes, config.training.frames, config.decode.batch):
             model.hidden_states(model.assemble(collate([dataset[i] for i in indices]), with_text=False))
     scores = {}
-    for kind in ("zero", "mean", "zero others", "mean others"):
+    for kind in KINDS:
         with intervene(model, kind, means):
-            scores[f"sentences massive {kind}"] = _score(model, dataset, config, kind)
+            scores[f"massive {kind}"] = _score(model, dataset, config, kind)
     return scores
 
 

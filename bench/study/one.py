@@ -10,15 +10,18 @@ from pathlib import Path
 
 from avsr.errors import guarded
 from avsr.training.metrics import read_metrics
-from bench.study.grid import ARMS, START
-from bench.study.measure import measure, measure_start
+from bench.study.arms import INFERENCE, START, arm_key
+from bench.study.grid import ARMS
+from bench.study.measure import measure, measure_inference, measure_start
 from bench.study.train import config_of, train_arm
 
 
 def main(key: str, out: Path) -> None:
-    arm = ARMS[key.removeprefix(START)]
+    arm = ARMS[arm_key(key)]
     if key.startswith(START):
         row = measure_start(arm)
+    elif key.startswith(INFERENCE):
+        row = measure_inference(arm)
     else:
         config = config_of(arm)
         run = Path(config.run)

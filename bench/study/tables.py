@@ -10,15 +10,15 @@ from typing import Any
 
 from avsr.evaluation.wer import plain
 from bench.study import corpus
-from bench.study.arms import HIGH, LOW, SEEDS, Arm
+from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, Arm
 from bench.study.figures import curves, sweep
 from bench.study.grid import ARMS, BEYOND, CONTROLS, MAIN, MARGIN_SWEEP, ORIGINS, PAPER_SWEEP, PEERS, margin, paper
+from bench.study.interventions import KINDS
 from bench.study.rows import read_rows
 from bench.study.statistics import Difference, compare, holm
 
 HERE = Path(__file__).parent
 UTTERANCES = HERE / "utterances.json"
-ACT = "sentences act"
 _SIDE = (
     "seeds", "WER", "INT8", "validation CE", "strongest mark", "its peak", "its sink rate", "BOS peak", "BOS sink rate",
     "attention BOS", "marks", "speech", "text", "perplexity", "grad. norms", "their cosine",
@@ -94,14 +94,14 @@ def origin_table(rows: Rows) -> str:
     """Before and after training, by start of the delimiters."""
     lines = []
     for arm in ORIGINS:
-        before = [row for key, row in rows.items() if key.startswith("start ") and _start_of(arm) == key.split("-r")[0]]
+        before = [row for key, row in rows.items() if key.startswith(START) and _start_of(arm) == key.split("-r")[0]]
         after = [rows[k] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
         lines.append([arm.name, _state(before), _state(after)])
     return _table(("delimiters", "before training", "after training"), lines)
 
 
 def _start_of(arm: Arm) -> str:
-    return f"start {arm.name.replace('trained', 'frozen')}"
+    return f"{START}{arm.name.replace('trained', 'frozen')}"
 
 
 def _state(found: list[dict[str, Any]]) -> str:
@@ -124,25 +124,25 @@ def comparisons(rows: Rows) -> list[tuple[str, Difference, int]]:
     """The primary comparison first, then the secondary ones of PLAN.md: title, difference, number of seeds."""
     utterances = json.loads(UTTERANCES.read_text(encoding="utf-8"))
     _, paper_arm, margin_arm = MAIN
-    wanted = [("paper's form, high rate", HIGH, paper_arm, "sentences", "sentences")]
-    wanted += [("margin form, high rate", HIGH, margin_arm, "sentences", "sentences")]
-    wanted += [("ACT, high rate", HIGH, MAIN[0], "sentences", ACT)]
-    for title, arm in (("paper's form", paper_arm), ("margin form", margin_arm)):
-        wanted += [(f"{title}, low rate", LOW, arm, "sentences", "sentences")]
-    wanted += [("ACT, low rate", LOW, MAIN[0], "sentences", ACT)]
-    for title, arm in (("paper's form", paper_arm), ("margin form", margin_arm)):
-        wanted += [(f"{title}, high rate, unseen voices", HIGH, arm, "unseen_voices", "unseen_voices")]
-    wanted += [("ACT, high rate, unseen voices", HIGH, MAIN[0], "unseen_voices", "unseen_voices act")]
+    wanted = []
+    for rate, name, tests in ((HIGH, "high", ("sentences", "unseen_voices")), (LOW, "low", ("sentences",))):
+        for test in tests:
+            where = f"{name} rate" + (", unseen voices" if test != "sentences" else "")
+            wanted += [
+                (f"paper's form, {where}", rate, test, paper_arm.name, ""),
+                (f"margin form, {where}", rate, test, margin_arm.name, ""),
+                (f"ACT, {where}", rate, test, "off", INFERENCE),
+            ]
     found = []
-    for title, rate, arm, plain_set, other_set in wanted:
+    for title, rate, test, name, prefix in wanted:
         pairs = [
-            (rows[off]["scores"][plain_set]["errors"], rows[on]["scores"][other_set]["errors"])
-            for off, on in ((Arm("off", rate, s).key, Arm(arm.name, rate, s).key) for s in SEEDS)
-            if off in rows and on in rows and other_set in rows[on]["scores"]
+            (rows[off]["scores"][test]["errors"], rows[on]["scores"][test]["errors"])
+            for off, on in ((Arm("off", rate, s).key, prefix + Arm(name, rate, s).key) for s in SEEDS)
+            if off in rows and on in rows
         ]
         if pairs:
             base, other = zip(*pairs, strict=True)
-            held = utterances[plain_set]
+            held = utterances[test]
             found.append((title, compare(base, other, held["words"], held["speakers"]), len(pairs)))
     return found
 
@@ -170,14 +170,18 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def at_inference(rows: Rows) -> str:
-    """What was done to the models of off without training them again."""
-    parts = []
-    for kind in ("sentences", ACT, *(f"sentences massive {k}" for k in ("zero", "zero others", "mean", "mean others"))):
-        found = [rows[k] for k in (Arm("off", seed=s).key for s in SEEDS) if k in rows]
-        rates = [row["scores"][kind]["wer"] for row in found if kind in row["scores"]]
-        if rates:
-            parts.append(f"{kind}: WER {mean(rates):.3f} ({len(rates)} seeds)")
-    return "On the models of off, at inference: " + "; ".join(parts) + ".\n"
+    """What was done to the first seed's model of off without training it again."""
+    lines = []
+    for rate in (HIGH, LOW):
+        key = Arm("off", rate).key
+        if key in rows and INFERENCE + key in rows:
+            row = rows[INFERENCE + key]
+            changed = {name: score["wer"] for name, score in row["scores"].items() if name != "unseen_voices"}
+            cells = [f"{changed.pop('sentences'):.3f}", *(f"{changed[f'massive {kind}']:.3f}" for kind in KINDS)]
+            lines.append(
+                [str(rate), f"{rows[key]['scores']['sentences']['wer']:.3f}", str(len(row["act_heads"])), *cells]
+            )
+    return _table(("rate", "WER off", "ACT heads", "ACT", *(f"massive to {kind}" for kind in KINDS)), lines)
 
 
 def write_results(path: Path = HERE / "RESULTS.md") -> None:
@@ -198,7 +202,7 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
         side_table(rows, [Arm("off"), *map(paper, PAPER_SWEEP), *map(margin, MARGIN_SWEEP)], (1,)),
         "## Where sinks come from\n", origin_table(rows),
         "## Controls and peers, high rate\n", side_table(rows, [*CONTROLS, *PEERS]),
-        at_inference(rows),
+        "### At inference alone, seed 1\n", at_inference(rows),
         "## Beyond the paper, high rate\n", side_table(rows, BEYOND),
     ]  # fmt: skip
     path.write_text("\n".join(parts), encoding="utf-8")

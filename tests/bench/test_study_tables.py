@@ -12,8 +12,9 @@ import pytest
 
 from avsr.config import Config
 from bench.study import tables
-from bench.study.arms import HIGH, LOW, SEEDS, Arm
-from bench.study.grid import ARMS, MAIN, STARTS
+from bench.study.arms import HIGH, LOW, SEEDS, Arm, arm_key
+from bench.study.grid import ARMS, INFERENCES, MAIN, STARTS
+from bench.study.interventions import KINDS
 from bench.study.rows import read_rows
 from bench.study.train import config_of
 
@@ -30,7 +31,7 @@ def made_up(arm: Arm, rate: float, peak: float = 5000.0) -> dict[str, Any]:
         "speech": {**group, "mass": 0.2, "peak": 50.0},
         "text": {**group, "mass": 0.05, "peak": 50.0},
     }
-    names = ("sentences", "unseen_voices", "sentences int8", tables.ACT, "unseen_voices act")
+    names = ("sentences", "unseen_voices", "sentences int8", *(f"massive {kind}" for kind in KINDS))
     return {
         "arm": asdict(arm),
         "key": arm.key,
@@ -48,7 +49,9 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for arm in ARMS.values():
         rows[arm.key] = made_up(arm, 0.2 if arm.name.startswith("paper") else 0.4)
     for key in STARTS:
-        rows[key] = {**made_up(ARMS[key.removeprefix("start ")], 0.4), "key": key}
+        rows[key] = {**made_up(ARMS[arm_key(key)], 0.4), "key": key}
+    for key in INFERENCES:
+        rows[key] = {**made_up(ARMS[arm_key(key)], 0.4), "key": key, "act_heads": [[1, 2]]}
     monkeypatch.setattr(tables, "read_rows", lambda: rows)
     monkeypatch.setattr(tables, "HERE", tmp_path)
     held = {"words": [8] * UTTERANCES, "speakers": [f"s{i % 4}" for i in range(UTTERANCES)]}
@@ -78,7 +81,7 @@ def test_every_arm_has_a_config_and_keys_are_its_own() -> None:
     assert len({config.run for config in settings.values()}) == len(base)
     assert settings["off-r32-s1"].model.delimiters.init == "normal:0.02"
     assert settings[f"marks-table-trained-later-r{HIGH}-s1"].model.prompts.first
-    assert {key.removeprefix("start ") for key in STARTS} <= ARMS.keys()
+    assert {arm_key(key) for key in STARTS} <= ARMS.keys()
     for arm in MAIN:
         for rate in (HIGH, LOW):
             assert all(not ARMS[Arm(arm.name, rate, seed).key].full for seed in SEEDS)

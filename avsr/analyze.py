@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from avsr.analysis.causal import causal_test
 from avsr.analysis.collect import collect
 from avsr.analysis.example import look_at
+from avsr.analysis.features import feature_sets
 from avsr.analysis.inputs import load_text_subject, parse_model_options, read_texts
+from avsr.analysis.origin import trace_origin
 from avsr.analysis.report import write_report
 from avsr.analysis.subject import Subject, speech_subject
+from avsr.analysis.tokens import look
 from avsr.build import load_run, pick_device
 from avsr.config import Config, to_yaml
 from avsr.data.dataset import SpeechDataset
@@ -21,6 +25,7 @@ from avsr.models.speech_llm import SpeechLLM
 from avsr.training.metrics import read_metrics
 
 RUN, MODEL = "run", "language model"
+TRACED = 32  # rows in which causes are looked for
 MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
 
 
@@ -81,6 +86,12 @@ def analyze_subject(subject: Subject) -> dict[str, Any]:
     ``avsr.analysis.sections.SECTIONS``."""
     analysis, example = collect(subject)
     analysis["example"] = look_at(subject, example)
+    if subject.layers > 1:
+        part = subject.first(TRACED)
+        seen = look(part)
+        analysis["origin"] = trace_origin(part, seen)
+        analysis["features"] = feature_sets(part, seen)
+        analysis["causal"] = causal_test(part, seen, analysis["origin"])
     return analysis
 
 

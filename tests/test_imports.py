@@ -48,7 +48,7 @@ ORDER = [
     "avsr.evaluation.breakdown avsr.training.checkpoint",
     "avsr.training.trainer avsr.average avsr.importing",
     "avsr.analysis.plots avsr.analysis.subject avsr.analysis.groups",
-    "avsr.analysis.figures avsr.analysis.observe",
+    "avsr.analysis.figures avsr.analysis.mechanism avsr.analysis.observe",
     "avsr.analysis.collect avsr.analysis.example",
     "avsr.analysis.tokens",
     "avsr.analysis.origin avsr.analysis.features",

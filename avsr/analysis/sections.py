@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from avsr.analysis import figures, plots
+from avsr.analysis import figures, mechanism, plots
 from avsr.analysis.figures import Run
 
 Runs = Sequence[Run]
@@ -133,6 +133,102 @@ def _massive_tables(name: str, analysis: dict[str, Any]) -> str:
     return none + found + details(f"{name}: the largest activation of every layer", table(head, largest))
 
 
+def _having(runs: Runs, key: str) -> Runs:
+    """Those with this measurement, which models of one layer have not."""
+    return [run for run in runs if key in run[1]]
+
+
+def _origin(runs: Runs) -> str:
+    parts = []
+    for run in _having(runs, "origin"):
+        tokens = run[1]["origin"]["tokens"]
+        rows = [
+            [
+                escape(label),
+                f"{found['massive']} of {found['count']}",
+                str(found["feature"]),
+                f"{found['block']} of layer {found['layer']}",
+                f"{found['step']:+,.0f}",
+            ]
+            for label, found in tokens.items()
+        ]
+        head = ["token", "massive", "feature", "made by", "step"]
+        title = f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else ""
+        drawn = _in_grid([_framed(svg) for svg in mechanism.contributions(run)])
+        parts.append(title + drawn + table(head, rows) + "".join(_units(*item) for item in tokens.items()))
+    return "".join(parts)
+
+
+def _units(label: str, found: dict[str, Any]) -> str:
+    """Gate, up and down of the units behind one massive activation, beside what they do for ordinary tokens."""
+    if not found["massive"]:
+        return ""
+    rows = [
+        [
+            str(unit["unit"]),
+            f"{unit['share']:.0%}",
+            *(f"{unit[key]:,.2f}" for key in ("gate", "up", "product", "down")),
+            *(f"{unit['ordinary'][key]:,.2f}" if unit["ordinary"] else "" for key in ("gate", "product")),
+        ]
+        for unit in found["inside"]["units"]
+    ]
+    head = ["unit", "share", "gate", "up", "product", "down", "gate, ordinary tokens", "product, ordinary tokens"]
+    return details(f"{label}: units of the MLP of layer {found['inside']['layer']}", table(head, rows))
+
+
+def _features(runs: Runs) -> str:
+    parts = []
+    for name, analysis in _having(runs, "features"):
+        found = analysis["features"]
+        rows = [
+            [
+                escape(label),
+                str(one["count"]),
+                ", ".join(map(str, one["common"])) or "none",
+                f"{one['identical']} of {one['count']}",
+                f"{one['cosine']:.3f}",
+                "" if one["p_value"] is None else f"{one['p_value']:.2g}",
+            ]
+            for label, one in found["tokens"].items()
+        ]
+        said = {True: "All share BOS' set.", False: "Not all share BOS' set.", None: "There is none beside BOS."}
+        text = f"<p>{escape(name)}, layer {found['layer']}: {said[found['same']]}</p>"
+        head = ["token", "tokens", "massive features", "just as BOS", "cosine to BOS", "p"]
+        parts.append(text + table(head, rows))
+    return "".join(parts)
+
+
+def _causal(runs: Runs) -> str:
+    parts = []
+    for run in _having(runs, "causal"):
+        causal = run[1]["causal"]
+        normal = causal["normal"]
+        rows = [
+            _verdict(label, one, "activation_vanished", "sink_vanished", "vanishes")
+            for label, one in causal["sinks"].items()
+        ]
+        if normal is not None:
+            rows.append(_verdict("ordinary", normal, "activation_appeared", "sink_appeared", "appears"))
+        head = ["token turned", "behind layer", "rows", "angle", "|h| before", "after", "massive activation", "sink"]
+        title = f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else ""
+        parts.append(title + _in_grid([_framed(svg) for svg in mechanism.turning(run)]) + table(head, rows))
+    return "".join(parts)
+
+
+def _verdict(label: str, one: dict[str, Any], activation: str, sink: str, verb: str) -> list[str]:
+    said = {True: verb, False: "does not", None: "was none"}
+    sizes = [f"{one['activation'][index]:,.0f}" for index in (0, -1)]
+    return [
+        escape(label),
+        str(one["layer"]),
+        str(one["rows"]),
+        f"{one['angle']:.0f}&deg;",
+        *sizes,
+        said[one[activation]],
+        said[one[sink]],
+    ]
+
+
 def _activations(runs: Runs) -> str:
     return grid(runs, figures.activation_bars(runs), wide=True)
 
@@ -223,6 +319,30 @@ SECTIONS = [
         "The largest |h| of every token of one row, behind the layer with the largest of all. Dashed: 1000 times the "
         "median. A long row is drawn in 96 pieces, each by its largest and named after its first token.",
         _activations,
+    ),
+    Section(
+        "origin",
+        "Where massive activations are made",
+        "What attention and MLP of every layer add to the feature in which a token is massive (mean over the tokens "
+        "that stand out). Below, the units of the MLP that adds most: a unit's product is act(gate) x up, and product "
+        "x down is what it writes. A gate that opens for sinks alone is the paper's origin.",
+        _origin,
+    ),
+    Section(
+        "features",
+        "A fixed set of features",
+        "In which features sinks and massive tokens are massive, behind the layer where they are largest. p: how "
+        "likely so much overlap with BOS is when features are drawn at random.",
+        _features,
+    ),
+    Section(
+        "causal",
+        "Cause: turning a state",
+        "Before the layer that makes the massive activation, a sink's state is turned towards the nearest ordinary "
+        "token, and an ordinary token's towards BOS (dashed), with its length kept; then the rest of the network runs. "
+        "Vanishes: below a tenth, no sink any more. Appears: above ten times and massive, and drawing at least half "
+        "the attention of the row's sinks.",
+        _causal,
     ),
     Section(
         "cosine",

@@ -6,7 +6,7 @@ B rows, S tokens, C hidden size, L layers. Rows are padded on the right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,19 @@ class Subject:
     @property
     def layers(self) -> int:
         return len(self.decoder.layers)
+
+    def first(self, count: int) -> Subject:
+        """The first batches alone, until there are ``count`` rows."""
+
+        def batches() -> Iterator[Assembled]:
+            rows = 0
+            for batch in self.batches():
+                yield batch
+                rows += len(batch.names)
+                if rows >= count:
+                    return
+
+        return replace(self, count=min(self.count, count), batches=batches)
 
     def forward(self, rows: Assembled, **options: Any) -> Tensor:
         """(B, S, C) states after the final norm; ``options`` go to the decoder."""

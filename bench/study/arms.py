@@ -48,7 +48,7 @@ class Arm:
         return f"{self.name}-r{self.rate}-s{self.seed}"
 
 
-STEPS = {HIGH: 300, LOW: 200}
+STEPS = {HIGH: 200, LOW: 120}
 
 
 def arm_key(key: str) -> str:

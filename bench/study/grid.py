@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, Arm
+from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, STEPS, Arm
 from bench.study.penalty import Penalty
 
 # PLAN.md: chosen on the validation split of seed 1, by its rule
@@ -12,7 +12,7 @@ PAPER, MARGIN_WEIGHT = 10.0, 50.0
 MARGIN = 0.5
 EARLY = (9, 11)  # the layers before the MLP of layer 12, which makes SmolLM2's massive activations
 
-PAPER_SWEEP = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+PAPER_SWEEP = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 MARGIN_SWEEP = (10.0, 50.0, 200.0)
 INITS = ("normal:0.02", "table", "mean")
 
@@ -50,6 +50,7 @@ CONTROLS = [
     penalised("stop-gradient", Penalty(detach=True)),
     Arm("off-clip-1", overrides=("training.clip=1.0",)),
     Arm("off-cold", cold=True),
+    Arm("off-long", steps=2 * STEPS[HIGH]),
     Arm("off-half-rate", overrides=("training.learning_rate=5.0e-4",)),
     Arm("faithful-off", faithful=True),
     replace(paper(PAPER), name="faithful-paper", faithful=True),
@@ -58,7 +59,6 @@ BEYOND = [
     penalised("paper-warm-up", Penalty(warmup=100)),
     penalised("paper-early-layers", Penalty(layers=EARLY)),
     penalised("paper-marks", Penalty(tokens="marks")),
-    penalised("margin-warm-up", Penalty(margin=MARGIN, warmup=100), MARGIN_WEIGHT),
     penalised("margin-early-layers", Penalty(margin=MARGIN, layers=EARLY), MARGIN_WEIGHT),
 ]
 PEERS = [

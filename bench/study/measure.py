@@ -38,7 +38,9 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     sets = test_sets(config, model, store)
     row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
     row["sinks"] = sinks(model, _few(config, model, store), config)
-    row["scores"] = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
+    row["scores"] = {"sentences": _score(model, sets["sentences"], config, "sentences")}
+    if arm.name.partition("-")[0] in ("off", "paper", "margin"):
+        row["scores"]["unseen_voices"] = _score(model, sets["unseen_voices"], config, "unseen_voices")
     with int8_inputs(model.decoder.model):
         row["scores"]["sentences int8"] = _score(model, sets["sentences"], config, "sentences int8")
     row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())

@@ -115,6 +115,7 @@ def _check_decoder(name: str, source: str) -> None:
 
 def _check_lengths(name: str, loaded: LoadedLLM, texts: Sequence[str]) -> None:
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    window = getattr(loaded.model.config, "sliding_window", None)
     for number, text in enumerate(texts, 1):
         tokens = 1 + len(loaded.tokenize(text))
         if tokens == 1:
@@ -123,4 +124,9 @@ def _check_lengths(name: str, loaded: LoadedLLM, texts: Sequence[str]) -> None:
             raise UserError(
                 f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but {name} takes "
                 f"{limit} (max_position_embeddings)"
+            )
+        if window is not None and tokens > window:
+            raise UserError(
+                f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but the attention of {name} slides "
+                f"over {window} (sliding_window), which is not supported"
             )

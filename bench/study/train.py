@@ -38,6 +38,8 @@ def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
             "training.save_every=100000",
             "training.gradient_norms_every=25",
             "decode.batch=50",
+            "decode.base_tokens=4",
+            "decode.tokens_per_second=6",  # the longest reference has 5
             "log.tensorboard=false",
             *arm.overrides,
         ],

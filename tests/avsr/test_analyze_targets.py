@@ -71,6 +71,11 @@ def test_a_text_longer_than_the_model_takes(tiny_llm: Path, tmp_path: Path, refu
     text.write_text(f"short\n{'x' * 255}\n{'y' * 256}\n")
     message = refuse("analyze", tiny_llm, "--text", text)
     assert "text 3" in message and "257" in message and "256 (max_position_embeddings)" in message
+    folder = tmp_path / "sliding"
+    shutil.copytree(tiny_llm, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "sliding_window": 100}))
+    assert "100 (sliding_window)" in refuse("analyze", folder, "--text", text)
 
 
 def test_bad_texts_and_options(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:

@@ -129,6 +129,17 @@ def test_decoding_leaves_no_dropout_on(model: SpeechLLM, examples: list[Example]
     model.eval()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_head_reads_contiguous_states(model: SpeechLLM, examples: list[Example], beams: int) -> None:
+    """A slice of the prompt's states would be multiplied by one copy of the vocabulary's matrix for every row."""
+    seen: list[bool] = []
+    hook = model.decoder.lm_head.register_forward_hook(lambda head, args, out: seen.append(args[0].is_contiguous()))
+    transcribe_batch(model, collate(examples), DecodeConfig(beams=beams))
+    hook.remove()
+    assert len(seen) > 1 and all(seen)
+    assert not model.decoder.lm_head._forward_pre_hooks
+
+
 def test_transcribe_gives_every_index_once(model: SpeechLLM, examples: list[Example]) -> None:
     config = DecodeConfig(batch=2, base_tokens=6, tokens_per_second=10.0)
     found = list(transcribe(model, examples.__getitem__, lengths(examples), config))

@@ -45,7 +45,6 @@ test-long: install lint browser
 STUDY ?= base
 study: install
 	$(BIN)/python -m bench.study $(STUDY) $(if $(WORKERS),--workers $(WORKERS))
-	$(BIN)/python -m bench.study.tables
 
 bench: install
 	$(BIN)/python -m bench.run --budget 350

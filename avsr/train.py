@@ -70,10 +70,10 @@ def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = 
             ("validation", config.data.validation, Reading(config.model.task)),
         )
     ]
-    progress = checkpoint.load_progress(config, model) if config.resume else Progress()
     if config.training.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     (prepare or attach)(model, config)
+    progress = checkpoint.load_progress(config, model) if config.resume else Progress()
     engine = make_engine(model, config)
     if config.resume:
         checkpoint.load_engine(engine, config)

@@ -59,12 +59,12 @@ def calibrated(config: Config, model: SpeechLLM, heads: Heads | None = None) -> 
         return
     if heads is None:
         heads = every_head(model) if act.heads == "all" else _read(config, model)
-    if heads:
-        probe = model.attach(attention=True, decorrelation=False, activations=False)
-        probe.calibrate(heads, beta=act.beta, threshold=act.threshold)
-    else:
-        logger.warning("%s names no head: ACT changes nothing", heads_file(config))
     try:
+        if heads:
+            probe = model.attach(attention=True, decorrelation=False, activations=False)
+            probe.calibrate(heads, beta=act.beta, threshold=act.threshold)
+        else:
+            logger.warning("%s names no head: ACT changes nothing", heads_file(config))
         yield {"beta": act.beta, "threshold": act.threshold, "heads": len(heads)}
     finally:
         model.detach()

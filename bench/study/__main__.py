@@ -19,6 +19,7 @@ from bench.study import corpus
 from bench.study.arms import INFERENCE, SEEDS, arm_key
 from bench.study.grid import ARMS, INFERENCES, STARTS
 from bench.study.rows import ROWS, read_rows
+from bench.study.tables import keep_utterances, write_results
 from bench.study.train import FOLDER, projector_file
 
 logger = logging.getLogger("avsr")
@@ -29,7 +30,7 @@ def run_all(full: bool, only: str, workers: int) -> list[str]:
     corpus.make_corpus()
     done = read_rows()
     trained = [key for key, arm in ARMS.items() if full or not arm.full]
-    wanted = [key for key in [*trained, *STARTS, *INFERENCES] if only in key and key not in done]
+    wanted = [key for key in [*trained, *STARTS, *INFERENCES] if arm_key(key).startswith(only) and key not in done]
     for rate in sorted({ARMS[arm_key(key)].rate for key in wanted}):
         projector_file(rate)
     # what is done at inference needs the trainings, and the others the heads that the first of them finds
@@ -79,12 +80,14 @@ def _keep(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.study", description="The study of PLAN.md.")
     parser.add_argument("grid", nargs="?", default="base", choices=["base", "full"])
-    parser.add_argument("--only", default="", help="arms whose name holds this")
+    parser.add_argument("--only", default="", help="arms whose name begins so")
     parser.add_argument("--workers", type=int, default=cpus(), help="trainings side by side (default: one a core)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded():
         failed = run_all(arguments.grid == "full", arguments.only, arguments.workers)
+        keep_utterances()
+        write_results()
     raise SystemExit(bool(failed))
 
 

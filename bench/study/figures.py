@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from avsr.analysis.figures import COLOURS
 from bench.study.arms import HIGH, LOW, SEEDS, Arm
+from bench.study.rows import strongest
 
 matplotlib.use("Agg")
 _INK = "#808080"  # reads on white and on black
@@ -45,23 +46,23 @@ def curves(rows: Rows, arms: Sequence[Arm], path: Path) -> None:
         _save(figure, path)
 
 
-def sweep(rows: Rows, weights: Sequence[float], margins: Sequence[float], path: Path) -> None:
-    """Over lambda, seed 1: WER and the largest activations of BOS and of the marks."""
+def sweep(rows: Rows, weights: Sequence[float], margins: Sequence[float], seed: int, path: Path) -> None:
+    """Over lambda, one seed: WER and the largest activations of BOS and of the marks."""
     forms = [("paper", weights), ("margin", margins)]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         wer, activation = figure.subplots(1, 2)
         for colour, (form, values) in zip(COLOURS, forms, strict=False):
-            found = [(w, rows[k]) for w in values if (k := Arm(f"{form}-{w:g}").key) in rows]
+            found = [(w, rows[k]) for w in values if (k := Arm(f"{form}-{w:g}", seed=seed).key) in rows]
             if not found:
                 continue
             at = [weight for weight, _ in found]
             wer.plot(at, [row["scores"]["sentences"]["wer"] for _, row in found], "o-", color=colour, label=form)
-            groups = [row["sinks"]["groups"] for _, row in found]
-            activation.plot(at, [g["BOS"]["peak"] for g in groups], "o--", color=colour, label=f"{form}: BOS")
-            others = [max(g["peak"] for n, g in each.items() if n.startswith(("<", "prompt "))) for each in groups]
+            held = [row["sinks"] for _, row in found]
+            activation.plot(at, [s["groups"]["BOS"]["peak"] for s in held], "o--", color=colour, label=f"{form}: BOS")
+            others = [s["groups"][strongest(s)]["peak"] for s in held]
             activation.plot(at, others, "o-", color=colour, label=f"{form}: strongest mark")
-        off = rows.get(Arm("off").key)
+        off = rows.get(Arm("off", seed=seed).key)
         if off:
             wer.axhline(off["scores"]["sentences"]["wer"], color=_INK, linestyle=":", label="off")
         for axis, label in ((wer, "word error rate"), (activation, "largest activation")):

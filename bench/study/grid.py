@@ -8,6 +8,7 @@ from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, STEPS, Arm
 from bench.study.penalty import Penalty
 
 # PLAN.md: chosen on the validation split of seed 1, by its rule
+SWEEP_SEED = 1
 PAPER, MARGIN_WEIGHT = 10.0, 50.0
 MARGIN = 0.5
 EARLY = (9, 11)  # the layers before the MLP of layer 12, which makes SmolLM2's massive activations
@@ -39,10 +40,17 @@ def origin(init: str, trained: bool, later: bool) -> Arm:
 
 
 def penalised(name: str, penalty: Penalty, weight: float = PAPER) -> Arm:
-    return Arm(name, weight=weight, penalty=penalty)
+    return Arm(f"{name}-{weight:g}", weight=weight, penalty=penalty)
 
 
 ORIGINS = [origin(init, trained, later) for init in INITS for trained in (False, True) for later in (False, True)]
+# by name, the arm that begins in the same way
+FROZEN = {
+    origin(init, trained, later).name: origin(init, False, later).name
+    for init in INITS
+    for trained in (False, True)
+    for later in (False, True)
+}
 MAIN = [Arm("off"), paper(PAPER), margin(MARGIN_WEIGHT)]
 CONTROLS = [
     penalised("content", Penalty(anchor="content")),
@@ -53,7 +61,7 @@ CONTROLS = [
     Arm("off-long", steps=2 * STEPS[HIGH]),
     Arm("off-half-rate", overrides=("training.learning_rate=5.0e-4",)),
     Arm("faithful-off", faithful=True),
-    replace(paper(PAPER), name="faithful-paper", faithful=True),
+    replace(paper(PAPER), name=f"faithful-paper-{PAPER:g}", faithful=True),
 ]
 BEYOND = [
     penalised("paper-warm-up", Penalty(warmup=100)),
@@ -76,10 +84,9 @@ def _grid() -> dict[str, Arm]:
     low = [replace(arm, rate=LOW) for arm in MAIN]
     emerging = [arm for arm in ORIGINS if "marks-table" in arm.name]
     arms = [
-        Arm("off"),
-        *(paper(weight) for weight in PAPER_SWEEP),
-        *(margin(weight) for weight in MARGIN_SWEEP),
         *_seeds(MAIN[:1], SEEDS),
+        *(replace(paper(weight), seed=SWEEP_SEED) for weight in PAPER_SWEEP),
+        *(replace(margin(weight), seed=SWEEP_SEED) for weight in MARGIN_SWEEP),
         *ORIGINS,
         *_seeds(MAIN, SEEDS),
         *_seeds(low, SEEDS),

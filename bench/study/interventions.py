@@ -27,9 +27,10 @@ class MassiveMeans:
             total, count = self._sums.get((layer, feature, first), (0.0, 0))
             self._sums[layer, feature, first] = total + value, count + 1
 
-    def get(self, layer: int, feature: int, bos: bool) -> float:
-        total, count = self._sums.get((layer, feature, bos), (0.0, 1))
-        return total / count
+    def get(self, layer: int, feature: int, bos: bool) -> float | None:
+        """None where no activation of the untouched model was massive."""
+        total, count = self._sums.get((layer, feature, bos), (0.0, 0))
+        return total / count if count else None
 
 
 @contextmanager
@@ -69,8 +70,10 @@ def _change(
 ) -> Any:
     hidden = out[0] if isinstance(out, tuple) else out
     valid = masks[0]
-    if hidden.shape[:2] != valid.shape:  # a step of decoding
+    if hidden.shape[1] == 1 and valid.shape[1] > 1:  # a step of decoding
         return None
+    if hidden.shape[:2] != valid.shape:
+        raise ValueError(f"beams: expected 1, got {len(hidden)} rows for {len(valid)} utterances")
     size = hidden.float().abs()
     median = torch.stack([row[mask].median() for row, mask in zip(size, valid, strict=True)])
     massive = (size >= MASSIVE_RATIO * median[:, None, None]) & (size > MASSIVE_SIZE) & valid[..., None]
@@ -86,8 +89,8 @@ def _change(
         values = torch.zeros(len(f))
     else:
         assert means is not None
-        values = torch.tensor(
-            [means.get(index, feature, first) for feature, first in zip(f.tolist(), bos.tolist(), strict=True)]
-        )
+        known = [means.get(index, feature, first) for feature, first in zip(f.tolist(), bos.tolist(), strict=True)]
+        pick = pick & torch.tensor([value is not None for value in known], dtype=torch.bool)
+        values = torch.tensor([value or 0.0 for value in known])
     changed[b[pick], s[pick], f[pick]] = values[pick].to(hidden)
     return (changed, *out[1:]) if isinstance(out, tuple) else changed

@@ -37,7 +37,8 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     config, model, store = load_arm(arm, folder)
     sets = test_sets(config, model, store)
     row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
-    row["sinks"] = sinks(model, _few(config, model, store), config)
+    if not arm.sink_logits:  # whose attention the analysis does not know
+        row["sinks"] = sinks(model, _few(config, model, store), config)
     row["scores"] = {"sentences": _score(model, sets["sentences"], config, "sentences")}
     if arm.name.partition("-")[0] in ("off", "paper", "margin"):
         row["scores"]["unseen_voices"] = _score(model, sets["unseen_voices"], config, "unseen_voices")
@@ -72,24 +73,28 @@ def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset
 
 
 def sinks(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
-    """The analysis in few numbers: every token group's means over layers 1..L-1, its peak, its share of attention."""
+    """The analysis in few numbers: every token group's means over layers 1..L-1, its share of the text's attention, its
+    ``peak`` (the largest mean over tokens of any of these layers) and ``massive`` (the largest share of its tokens that
+    are massive in any of them)."""
     analysis, _ = collect(speech_subject(model, dataset, config))
+    inner = analysis["layers"] - 1
+    massive: dict[tuple[str, int], int] = {}
+    for found in analysis["massive"]:
+        place = found["group"], found["layer"]
+        massive[place] = massive.get(place, 0) + (found["count"] if found["layer"] <= inner else 0)
     groups = {}
-    for name in analysis["shown"]:
-        group = analysis["groups"][name]
-        inner = {key: group[key][:-1] for key in ("max_abs", "cosine", "sink_rate", "mass")}
-        groups[name] = {key: round(sum(values) / len(values), 5) for key, values in inner.items()}
-        groups[name]["peak"] = round(max(inner["max_abs"]), 1)
-        if group["sink_rate_corrected"] is not None:
-            corrected = group["sink_rate_corrected"][:-1]
-            groups[name]["sink_rate_corrected"] = round(sum(corrected) / len(corrected), 5)
-    massive = {(m["group"], m["feature"]) for m in analysis["massive"] if m["layer"] < analysis["layers"]}
-    return {
-        "cos2": analysis["cos2"],
-        "massive_tokens": analysis["massive_tokens_per_utterance"],
-        "massive_features": sorted(massive),
-        "groups": groups,
-    }
+    for name, group in analysis["groups"].items():
+        means = {key: _inner_mean(group[key]) for key in ("cosine", "sink_rate", "sink_rate_corrected", "mass")}
+        groups[name] = {key: value for key, value in means.items() if value is not None}
+        groups[name]["peak"] = round(max(group["max_abs"][:inner]), 1)
+        most = max((count for (other, _), count in massive.items() if other == name), default=0)
+        groups[name]["massive"] = round(most / group["tokens"], 4)
+    features = {(m["group"], m["feature"]) for m in analysis["massive"] if m["layer"] <= inner}
+    return {"cos2": analysis["cos2"], "features": sorted(features), "groups": groups}
+
+
+def _inner_mean(by_layer: list[float] | None) -> float | None:
+    return None if by_layer is None else round(sum(by_layer[:-1]) / len(by_layer[:-1]), 5)
 
 
 def machine() -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from avsr.errors import guarded
-from avsr.training.metrics import read_metrics
+from avsr.training.checkpoint import STATE
 from bench.study.arms import INFERENCE, START, arm_key
 from bench.study.grid import ARMS
 from bench.study.measure import measure, measure_inference, measure_start
@@ -34,8 +34,8 @@ def main(key: str, out: Path) -> None:
 
 
 def _finished(run: Path, steps: int) -> bool:
-    rows = read_metrics(run)
-    return bool(rows) and rows[-1]["step"] == steps
+    state = run / "checkpoints" / "last" / STATE
+    return state.is_file() and json.loads(state.read_text(encoding="utf-8"))["step"] == steps
 
 
 if __name__ == "__main__":

@@ -18,18 +18,22 @@ from torch import Tensor, nn
 @contextmanager
 def int8_inputs(decoder: nn.Module) -> Iterator[None]:
     """Inside, every ``nn.Linear`` of the layers of ``decoder`` reads rounded inputs."""
-    layers: Any = decoder.layers
-    hooks = [
-        module.register_forward_pre_hook(_round_input)
-        for layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name  # which would be merged
-    ]
+    hooks = [module.register_forward_pre_hook(_round_input) for module in _linear(decoder)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _linear(decoder: nn.Module) -> list[nn.Module]:
+    """The linear layers; one with an adapter counts as one, since the adapter would be merged."""
+    layers: Any = decoder.layers
+    found = dict(layers.named_modules())
+    adapted = [name for name, module in found.items() if hasattr(module, "base_layer")]
+    inside = tuple(f"{name}." for name in adapted)
+    plain = [m for name, m in found.items() if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    return plain + [found[name] for name in adapted]
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -12,16 +12,29 @@ from avsr.evaluation.wer import plain
 from bench.study import corpus
 from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, Arm
 from bench.study.figures import curves, sweep
-from bench.study.grid import ARMS, BEYOND, CONTROLS, MAIN, MARGIN_SWEEP, ORIGINS, PAPER_SWEEP, PEERS, margin, paper
+from bench.study.grid import (
+    ARMS,
+    BEYOND,
+    CONTROLS,
+    FROZEN,
+    MAIN,
+    MARGIN_SWEEP,
+    ORIGINS,
+    PAPER_SWEEP,
+    PEERS,
+    SWEEP_SEED,
+    margin,
+    paper,
+)
 from bench.study.interventions import KINDS
-from bench.study.rows import read_rows
+from bench.study.rows import marks, massive_mark, read_rows, strongest
 from bench.study.statistics import Difference, compare, holm
 
 HERE = Path(__file__).parent
 UTTERANCES = HERE / "utterances.json"
 _SIDE = (
-    "seeds", "WER", "INT8", "validation CE", "strongest mark", "its peak", "its sink rate", "BOS peak", "BOS sink rate",
-    "attention BOS", "marks", "speech", "text", "perplexity", "grad. norms", "their cosine",
+    "seeds", "WER", "INT8", "validation CE", "massive mark", "strongest mark", "its peak", "its sink rate", "cos2",
+    "BOS peak", "BOS sink rate", "attention BOS", "marks", "speech", "text", "perplexity", "gradients", "their cosine",
 )  # fmt: skip
 
 Rows = dict[str, dict[str, Any]]
@@ -39,37 +52,18 @@ def keep_utterances() -> None:
     UTTERANCES.write_text(json.dumps(held) + "\n", encoding="utf-8")
 
 
-def marks(row: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The token groups of delimiters and prompt."""
-    return {name: g for name, g in row["sinks"]["groups"].items() if name.startswith(("<", "prompt "))}
-
-
-def strongest(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The delimiter or prompt token with the largest activation."""
-    return max(marks(row).items(), key=lambda item: item[1]["peak"])
-
-
 def side_effects(rows: Rows, arm: Arm, seeds: Sequence[int] = SEEDS) -> list[str]:
     """The cells of ``_SIDE``, means over the seeds that are there."""
     found = [rows[k] for k in (Arm(arm.name, rate=arm.rate, seed=s).key for s in seeds) if k in rows]
     if not found:
         return ["0"] + [""] * (len(_SIDE) - 1)
-    name, _ = strongest(found[0])
-    mark = [marks(row).get(name, strongest(row)[1]) for row in found]
-    bos = [row["sinks"]["groups"]["BOS"] for row in found]
     logged = [point for row in found for point in row["curve"] if "grad_norm_decorrelation" in point]
-    shares = [_shares(row) for row in found]
     cells = [
         str(len(found)),
         _mean((row["scores"]["sentences"]["wer"] for row in found), "{:.3f}"),
         _mean((row["scores"]["sentences int8"]["wer"] for row in found), "{:.3f}"),
         _mean((row["validation"][-1][1] for row in found), "{:.3f}"),
-        f"`{name}`",
-        _mean((m["peak"] for m in mark), "{:,.0f}"),
-        _mean((m.get("sink_rate_corrected", 0.0) for m in mark), "{:.2f}"),
-        _mean((b["peak"] for b in bos), "{:,.0f}"),
-        _mean((b.get("sink_rate_corrected", 0.0) for b in bos), "{:.2f}"),
-        *(_mean((share[part] for share in shares), "{:.2f}") for part in ("BOS", "marks", "speech", "text")),
+        *_sink_cells([row["sinks"] for row in found if "sinks" in row]),
         _mean((row["perplexity"] for row in found), "{:.1f}"),
     ]
     if logged:
@@ -78,12 +72,29 @@ def side_effects(rows: Rows, arm: Arm, seeds: Sequence[int] = SEEDS) -> list[str
     return [*cells, "", ""]
 
 
-def _shares(row: dict[str, Any]) -> dict[str, float]:
-    groups = row["sinks"]["groups"]
-    marked = sum(group["mass"] for group in marks(row).values())
+def _sink_cells(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return [""] * 11
+    names = [strongest(sinks) for sinks in found]
+    mark = [sinks["groups"][name] for sinks, name in zip(found, names, strict=True)]
+    bos = [sinks["groups"]["BOS"] for sinks in found]
+    shares = [_shares(sinks) for sinks in found]
+    return [
+        str(sum(massive_mark(sinks) for sinks in found)),
+        ", ".join(f"`{name}`" for name in dict.fromkeys(names)),
+        _mean((m["peak"] for m in mark), "{:,.0f}"),
+        _mean((m.get("sink_rate_corrected", 0.0) for m in mark), "{:.2f}"),
+        _mean((sinks["cos2"] for sinks in found), "{:.3f}"),
+        _mean((b["peak"] for b in bos), "{:,.0f}"),
+        _mean((b.get("sink_rate_corrected", 0.0) for b in bos), "{:.2f}"),
+        *(_mean((share[part] for share in shares), "{:.2f}") for part in ("BOS", "marks", "speech", "text")),
+    ]
+
+
+def _shares(sinks: dict[str, Any]) -> dict[str, float]:
+    groups = sinks["groups"]
     shares = {name: groups[name]["mass"] for name in ("BOS", "speech", "text")}
-    # prompt tokens that the analysis does not show are marks too
-    return {**shares, "marks": max(marked, 1.0 - sum(shares.values()))}
+    return {**shares, "marks": sum(group["mass"] for group in marks(sinks).values())}
 
 
 def _mean(values: Iterable[float], form: str) -> str:
@@ -94,25 +105,29 @@ def origin_table(rows: Rows) -> str:
     """Before and after training, by start of the delimiters."""
     lines = []
     for arm in ORIGINS:
-        before = [row for key, row in rows.items() if key.startswith(START) and _start_of(arm) == key.split("-r")[0]]
-        after = [rows[k] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
+        start = _start_of(arm)
+        before = [rows[k]["sinks"] for k in (START + Arm(start, seed=s).key for s in SEEDS) if k in rows]
+        after = [rows[k]["sinks"] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
         lines.append([arm.name, _state(before), _state(after)])
     return _table(("delimiters", "before training", "after training"), lines)
 
 
 def _start_of(arm: Arm) -> str:
-    return f"{START}{arm.name.replace('trained', 'frozen')}"
+    """The name of the arm that begins as this one does, with frozen delimiters."""
+    return FROZEN[arm.name]
 
 
 def _state(found: list[dict[str, Any]]) -> str:
     """The strongest mark over draws: its name, peak and sink rate, lowest to highest."""
     if not found:
         return ""
-    peaks = sorted(strongest(row)[1]["peak"] for row in found)
-    rates = sorted(strongest(row)[1].get("sink_rate_corrected", 0.0) for row in found)
-    names = ", ".join(f"`{name}`" for name in dict.fromkeys(strongest(row)[0] for row in found))
-    massive = sum(any(group != "BOS" for group, _ in row["sinks"]["massive_features"]) for row in found)
-    return f"{names} {_range(peaks, '{:,.0f}')}, {_range(rates, '{:.2f}')}; massive in {massive} of {len(found)}"
+    names = [strongest(sinks) for sinks in found]
+    groups = [sinks["groups"][name] for sinks, name in zip(found, names, strict=True)]
+    peaks = sorted(group["peak"] for group in groups)
+    rates = sorted(group.get("sink_rate_corrected", 0.0) for group in groups)
+    shown = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+    massive = sum(massive_mark(sinks) for sinks in found)
+    return f"{shown} {_range(peaks, '{:,.0f}')}, {_range(rates, '{:.2f}')}; massive in {massive} of {len(found)}"
 
 
 def _range(values: list[float], form: str) -> str:
@@ -120,8 +135,9 @@ def _range(values: list[float], form: str) -> str:
     return low if low == high else f"{low}..{high}"
 
 
-def comparisons(rows: Rows) -> list[tuple[str, Difference, int]]:
-    """The primary comparison first, then the secondary ones of PLAN.md: title, difference, number of seeds."""
+def comparisons(rows: Rows) -> list[tuple[str, Difference | None, int]]:
+    """The primary comparison first, then the secondary ones of PLAN.md: title, difference (None while there is no pair
+    of seeds), number of seeds."""
     utterances = json.loads(UTTERANCES.read_text(encoding="utf-8"))
     _, paper_arm, margin_arm = MAIN
     wanted = []
@@ -140,23 +156,41 @@ def comparisons(rows: Rows) -> list[tuple[str, Difference, int]]:
             for off, on in ((Arm("off", rate, s).key, prefix + Arm(name, rate, s).key) for s in SEEDS)
             if off in rows and on in rows
         ]
+        held = utterances[test]
+        difference = None
         if pairs:
             base, other = zip(*pairs, strict=True)
-            held = utterances[test]
-            found.append((title, compare(base, other, held["words"], held["speakers"]), len(pairs)))
+            difference = compare(base, other, held["words"], held["speakers"])
+        found.append((title, difference, len(pairs)))
     return found
 
 
 def main_table(rows: Rows) -> str:
     found = comparisons(rows)
-    adjusted = holm([difference.p for _, difference, _ in found[1:]])
+    complete = all(seeds == len(SEEDS) for _, _, seeds in found)
+    adjusted = holm([d.p for _, d, _ in found[1:] if d is not None]) if complete else []
     lines = []
     for index, (title, d, seeds) in enumerate(found):
-        corrected = "primary" if index == 0 else f"{adjusted[index - 1]:.3f}"
+        if d is None:
+            lines.append([title, "0", *[""] * 8])
+            continue
+        corrected = "primary" if index == 0 else f"{adjusted[index - 1]:.3f}" if complete else ""
         interval = f"{d.low:+.4f} to {d.high:+.4f}"
-        values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, f"{d.p:.4f}", corrected]
+        p_values = [f"{p:.4f}" if seeds == len(SEEDS) else "" for p in (d.p_bootstrap, d.p_seeds)]
+        values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, *p_values, corrected]
         lines.append([title, str(seeds), *values, f"{d.smallest:.4f}"])
-    head = ("against off", "seeds", "off", "with", "difference", "95% interval", "p", "Holm", "smallest seen")
+    head = (
+        "against off",
+        "seeds",
+        "off",
+        "with",
+        "difference",
+        "95% interval",
+        "p bootstrap",
+        "p seeds",
+        "Holm",
+        "smallest seen",
+    )
     return _table(head, lines)
 
 
@@ -194,12 +228,12 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
         f"Written by `python -m bench.study.tables`; {sum(key in rows for key in base)} of {len(base)} "
         "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; "
         "sink rates are the corrected ones; shares of attention are those of the text queries; both are means over "
-        "layers 1..29 and heads.\n",
+        "layers 1..29 and heads. A peak is the largest mean over the utterances of any of these layers.\n",
         "## Main comparison\n", main_table(rows),
         "## Side effects, high rate\n", side_table(rows, MAIN),
         "## Side effects, low rate\n", side_table(rows, low),
-        "## Lambda sweep, high rate, seed 1\n",
-        side_table(rows, [Arm("off"), *map(paper, PAPER_SWEEP), *map(margin, MARGIN_SWEEP)], (1,)),
+        f"## Lambda sweep, high rate, seed {SWEEP_SEED}\n",
+        side_table(rows, [Arm("off"), *map(paper, PAPER_SWEEP), *map(margin, MARGIN_SWEEP)], (SWEEP_SEED,)),
         "## Where sinks come from\n", origin_table(rows),
         "## Controls and peers, high rate\n", side_table(rows, [*CONTROLS, *PEERS]),
         "### At inference alone, seed 1\n", at_inference(rows),
@@ -207,7 +241,7 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
     ]  # fmt: skip
     path.write_text("\n".join(parts), encoding="utf-8")
     curves(rows, MAIN, HERE / "curves.svg")
-    sweep(rows, PAPER_SWEEP, MARGIN_SWEEP, HERE / "sweep.svg")
+    sweep(rows, PAPER_SWEEP, MARGIN_SWEEP, SWEEP_SEED, HERE / "sweep.svg")
 
 
 if __name__ == "__main__":

@@ -87,5 +87,5 @@ def load_arm(
     model, _ = build_model(config, store, pick_device())
     change(model, arm, folder)
     if trained:
-        load_weights(model, find_checkpoint(config.run))
+        load_weights(model, find_checkpoint(config.run, "last"))
     return config, model.eval(), store

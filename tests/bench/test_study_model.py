@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,6 +67,23 @@ def test_int8_rounds_every_linear_layer_and_only_inside() -> None:
         assert torch.equal(rounded(seen[0]), seen[0]) and seen[0].unique().numel() <= 255
         assert not torch.equal(rough, plain) and torch.allclose(rough, plain, atol=1.0)
         assert torch.equal(model.decoder(ids).logits, plain)
+
+
+def test_int8_rounds_what_an_adapter_reads_too() -> None:
+    """It would be merged. Against the merged model: the same, but for bits."""
+    model = Model()
+    peft: Any = get_peft_model(model.decoder, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+        ids = torch.arange(8)[None]
+        with int8_inputs(peft.get_base_model().model):
+            apart = peft(ids).logits
+        merged = peft.merge_and_unload().eval()
+        with int8_inputs(merged.model):
+            torch.testing.assert_close(merged(ids).logits, apart, atol=2e-2, rtol=2e-2)
+        assert float((merged(ids).logits - apart).abs().max()) > 2e-2
 
 
 def massive_model() -> tuple[Model, Tensor]:

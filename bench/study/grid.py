@@ -13,7 +13,7 @@ PAPER, MARGIN_WEIGHT = 10.0, 50.0
 MARGIN = 0.5
 EARLY = (9, 11)  # the layers before the MLP of layer 12, which makes SmolLM2's massive activations
 
-PAPER_SWEEP = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+PAPER_SWEEP = (1.0, 10.0, 30.0, 100.0, 1000.0, 10000.0)
 MARGIN_SWEEP = (10.0, 50.0, 200.0)
 INITS = ("normal:0.02", "table", "mean")
 

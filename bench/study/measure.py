@@ -77,12 +77,10 @@ def sinks(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str,
     groups = {}
     for name in analysis["shown"]:
         group = analysis["groups"][name]
-        inner = {key: group[key][:-1] for key in ("max_abs", "cosine", "sink_rate", "mass")}
+        keys = ("max_abs", "cosine", "sink_rate", "mass", "sink_rate_corrected")
+        inner = {key: group[key][:-1] for key in keys if group[key] is not None}
         groups[name] = {key: round(sum(values) / len(values), 5) for key, values in inner.items()}
         groups[name]["peak"] = round(max(inner["max_abs"]), 1)
-        if group["sink_rate_corrected"] is not None:
-            corrected = group["sink_rate_corrected"][:-1]
-            groups[name]["sink_rate_corrected"] = round(sum(corrected) / len(corrected), 5)
     massive = {(m["group"], m["feature"]) for m in analysis["massive"] if m["layer"] < analysis["layers"]}
     return {
         "cos2": analysis["cos2"],

@@ -94,7 +94,7 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     _check_lengths(name, loaded, texts)
     loaded.model.to(device)
     subject = text_subject(loaded, texts)
-    _check_attention(name, subject)
+    check_attention(name, subject)
     return subject
 
 
@@ -119,7 +119,7 @@ def _check_decoder(name: str, source: str) -> None:
         ) from error
 
 
-def _check_attention(name: str, subject: Subject) -> None:
+def check_attention(name: str, subject: Subject) -> None:
     """Refuses a decoder whose attention flashsink cannot compute, by its shortest texts: before all measuring."""
     seen: set[int] = set()
     rows = next(iter(subject.batches()))

@@ -15,7 +15,7 @@ are those of the unchanged model, whose states at the entry of every layer are k
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from avsr.progress import ProgressBar
 
 PAPER_BETA = 0.4  # searched with where act.beta is 1, which means off
 ROWS = 16  # utterances in a batch, at most
+Load = Callable[[list[int]], tuple[Batch, Assembled]]  # a batch by its indices, anew in every pass: one is held
 
 
 @dataclass
@@ -74,6 +75,9 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
     act = config.act
     if act.beta == 1.0:
         act.beta = PAPER_BETA
+    path = heads_file(config)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     task = (config.decode.tasks or [config.model.task])[0]
     dataset = load_dataset(
         config.data.validation,
@@ -106,7 +110,6 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         "together": [{"heads": size, "ce": loss} for size, loss in found.together],
         "alone": [{"layer": layer, "head": head, "ce": loss} for (layer, head), loss in sorted(found.alone.items())],
     }
-    path = heads_file(config)
     try:
         path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -121,19 +124,20 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
 def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
     """The search with ``config.act``'s beta and threshold; the model is as before afterwards."""
     model.eval()
-    batches = []
-    for indices in make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS):
+    groups = make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS)
+
+    def load(indices: list[int]) -> tuple[Batch, Assembled]:
         batch = collate([dataset[i] for i in indices])
-        batches.append((batch, model.assemble(batch, with_text=True)))
-    tokens = sum(batch.label_tokens for batch, _ in batches)
+        return batch, model.assemble(batch, with_text=True)
+
     probe = model.attach(attention=True, decorrelation=False, activations=False)
     try:
-        plain, changes = _one_by_one(model, probe, batches, config.act)
+        plain, tokens, changes = _one_by_one(model, probe, groups, load, config.act)
         helping = sorted((head for head, change in changes.items() if change < 0), key=lambda head: changes[head])
         together = []
         for size in _sizes(len(helping)):
             probe.calibrate(helping[:size], config.act.beta, config.act.threshold)
-            loss = sum(float(_losses(model, batch, rows).sum()) for batch, rows in batches)
+            loss = sum(float(_losses(model, batch, rows).sum()) for batch, rows in map(load, groups))
             together.append((size, loss / tokens))
     finally:
         model.detach()
@@ -145,17 +149,18 @@ def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
 
 
 def _one_by_one(
-    model: SpeechLLM, probe: flashsink.Probe, batches: list[tuple[Batch, Assembled]], act: ActConfig
-) -> tuple[float, dict[tuple[int, int], float]]:
-    """The summed loss without ACT and by how much each head that has sinks changes it."""
-    plain = 0.0
+    model: SpeechLLM, probe: flashsink.Probe, groups: list[list[int]], load: Load, act: ActConfig
+) -> tuple[float, int, dict[tuple[int, int], float]]:
+    """The summed loss without ACT, over how many label tokens, and by how much each head that has sinks changes it."""
+    plain, tokens = 0.0, 0
     changes: dict[tuple[int, int], float] = {}
     layers, heads = size_of(model)
-    with ProgressBar("search heads", len(batches) * layers * (layers + 1) // 2) as bar:  # in passes through a layer
-        for batch, rows in batches:
+    with ProgressBar("search heads", len(groups) * layers * (layers + 1) // 2) as bar:  # in passes through a layer
+        for batch, rows in map(load, groups):
             probe.calibrate(every_head(model), 1.0, act.threshold)
             before, states = _plain(model, batch, rows)
             plain += float(before.sum())
+            tokens += batch.label_tokens
             sinks = {layer: found.any(dim=-1) for layer, found in probe.calibrated_sinks.items()}
             for layer in range(layers):
                 with _only_from(model, layer):
@@ -169,7 +174,7 @@ def _one_by_one(
                         change = (_losses(model, part, entering) - before[hit]).sum()
                         changes[layer, head] = changes.get((layer, head), 0.0) + float(change)
                 bar.advance(layers - layer)
-    return plain, changes
+    return plain, tokens, changes
 
 
 def _plain(model: SpeechLLM, batch: Batch, rows: Assembled) -> tuple[Tensor, list[Tensor]]:

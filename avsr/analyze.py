@@ -12,20 +12,21 @@ from avsr.analysis.collect import collect
 from avsr.analysis.example import look_at
 from avsr.analysis.features import feature_sets
 from avsr.analysis.inputs import load_text_subject, parse_model_options, read_texts
-from avsr.analysis.origin import trace_origin
+from avsr.analysis.origin import Untraceable, trace_origin
 from avsr.analysis.report import write_report
 from avsr.analysis.subject import Subject, speech_subject
 from avsr.analysis.tokens import look
 from avsr.build import load_run, pick_device
 from avsr.config import Config, to_yaml
 from avsr.data.dataset import SpeechDataset
+from avsr.data.noise import CLEAN
 from avsr.errors import UserError
 from avsr.evaluate import test_sets
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training.metrics import read_metrics
 
 RUN, MODEL = "run", "language model"
-TRACED = 32  # rows in which causes are looked for
+TRACED, TURNED = 32, 16  # rows of all lengths in which causes are looked for, and in which states are turned
 MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
 
 
@@ -33,8 +34,8 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
     """Analyses one target or several side by side; returns the report's path.
 
     Args:
-        targets: run folders, over their first test set; or language models (hub id, folder, .gguf file,
-            ``package:NAME/path``), over plain text.
+        targets: run folders, over their first test set, task and noise level; or language models (hub id, folder, .gguf
+            file, ``package:NAME/path``), over plain text. One that is named twice counts once.
         overrides: ``key=value``: of a run's config, or a model's (``model.llm.bos_token``, ``model.llm.eos_token``,
             ``limit``).
         out: folder of both files; by default the first run's, or ``runs/analysis/NAME`` of a model.
@@ -43,6 +44,10 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
     Raises:
         UserError: a target is neither, cannot be analysed, or cannot be compared with the first.
     """
+    by_path: dict[Path, str] = {}
+    for target in targets:
+        by_path.setdefault(Path(target).resolve(), target)
+    targets = list(by_path.values())
     kinds = {kind_of(target) for target in targets}
     if len(kinds) > 1:
         raise UserError("a run and a language model cannot be compared: one reads speech, the other plain text")
@@ -57,8 +62,8 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
             analyses.append((label, _analyze_run(target, label, overrides, first)))
         else:
             analyses.append((label, _analyze_text(target, label, overrides, text, first)))
-    default = targets[0] if kind == RUN else str(Path(MODELS_OUT, analyses[0][0]))
-    return write_results(Path(out or default), analyses)
+    default = Path(targets[0]) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
+    return write_results(Path(out) if out else default, analyses)
 
 
 def kind_of(target: str) -> str:
@@ -76,6 +81,8 @@ def kind_of(target: str) -> str:
             "(train a run with 'avsr train CONFIG')"
         )
     named = target.startswith("package:") or (target.count("/") == 1 and target[0] not in "./~")
+    if named and not path.exists() and path.parent.is_dir():
+        raise UserError(f"{target} is not a run and no model: there is none of this name in {path.parent}")
     if path.exists() or named or path.suffix == ".gguf":
         return MODEL
     raise UserError(f"{target} is not a run and no model: there is no such folder, and it is no hub id")
@@ -83,32 +90,57 @@ def kind_of(target: str) -> str:
 
 def analyze_subject(subject: Subject) -> dict[str, Any]:
     """Every measurement of a subject, plain numbers; a further one adds its key here and its section to
-    ``avsr.analysis.sections.SECTIONS``."""
+    ``avsr.analysis.sections.SECTIONS``.
+
+    ``origin`` and ``causal`` are missing where the decoder's layers are not such as they need; ``untraced`` says why.
+    ``traced`` is the number of rows that ``origin`` and ``features`` are of, ``turned`` that of ``causal``.
+    """
     analysis, example = collect(subject)
     analysis["example"] = look_at(subject, example)
     if subject.layers > 1:
-        part = subject.first(TRACED)
+        part = subject.spread(TRACED)
         seen = look(part)
-        analysis["origin"] = trace_origin(part, seen)
+        analysis["traced"] = part.count
         analysis["features"] = feature_sets(part, seen)
-        analysis["causal"] = causal_test(part, seen, analysis["origin"])
+        try:
+            analysis["origin"] = trace_origin(part, seen)
+        except Untraceable as error:
+            analysis["untraced"] = str(error)
+        else:
+            few = part.spread(TURNED)
+            analysis["turned"] = few.count
+            analysis["causal"] = causal_test(few, origin=analysis["origin"])
     return analysis
 
 
 def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run: Path) -> dict[str, Any]:
-    """Statistics of a loaded run with its curve, scores and errors (as far as it has them)."""
+    """Statistics of a loaded run with its curve, scores and errors (as far as it has them).
+
+    Raises:
+        UserError: ``metrics.jsonl`` or ``metrics.json`` is damaged.
+    """
+    held = {"curve": read_metrics(run), "scores": _scores(run)}
+    errors = run / "errors.txt"
+    held["errors"] = errors.read_text(encoding="utf-8") if errors.is_file() else ""
     subject = speech_subject(model, dataset, config)
     analysis: dict[str, Any] = {"identity": _run_identity(subject, config, dataset)} | analyze_subject(subject)
-    analysis["curve"] = read_metrics(run)
     analysis["settings"] = to_yaml(config)
     analysis["lambda"], analysis["margin"] = config.loss.decorrelation, config.loss.margin
-    scores = run / "metrics.json"
-    if scores.is_file():
-        held = json.loads(scores.read_text(encoding="utf-8"))
-        analysis["scores"] = {name: value for name, value in held.items() if "wer" in value}
-    errors = run / "errors.txt"
-    analysis["errors"] = errors.read_text(encoding="utf-8") if errors.is_file() else ""
-    return analysis
+    return analysis | held
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    """By test set what ``metrics.json`` says, as far as there is one."""
+    path = run / "metrics.json"
+    if not path.is_file():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable JSON file ('avsr evaluate' makes it anew): {error}") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{path}: expected an object with a key for every test set, got {type(held).__name__}")
+    return {name: value for name, value in held.items() if isinstance(value, dict) and "wer" in value}
 
 
 def _analyze_run(
@@ -116,6 +148,7 @@ def _analyze_run(
 ) -> dict[str, Any]:
     config, model, store = load_run(run, overrides, pick_device())
     config.data.test = dict(list(config.data.test.items())[:1])
+    config.decode.tasks, config.noise.snr = config.decode.tasks[:1], config.noise.snr[:1]
     dataset = next(iter(test_sets(config, model, store).values()))
     if first is not None:
         refuse_unlike(first, (label, _run_identity(speech_subject(model, dataset, config), config, dataset)))
@@ -130,6 +163,7 @@ def _analyze_text(
     subject = load_text_subject(name, texts, options, pick_device())
     identity = _sizes(subject) | {
         "reads": "plain text",
+        "noise": "none",
         "data": file or "100 fixed sentences",
         "digest": _digest(texts),
     }
@@ -140,13 +174,14 @@ def _analyze_text(
 
 def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
     """Raises a ``UserError`` that says why the analysis ``first`` and a subject of the identity ``second`` do not
-    belong side by side: other sizes of the language model, another task, other data."""
+    belong side by side: other sizes of the language model, another task, other noise, other data."""
     ours, theirs = first[1]["identity"], second[1]
     for key, what in (
         ("layers", "decoder layers"),
         ("hidden_size", "hidden size"),
         ("heads", "attention heads"),
         ("reads", "input"),
+        ("noise", "noise"),
     ):
         if ours[key] != theirs[key]:
             raise UserError(f"{first[0]} and {second[0]} cannot be compared: {what} {ours[key]} and {theirs[key]}")
@@ -157,8 +192,10 @@ def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str
 
 
 def _run_identity(subject: Subject, config: Config, dataset: SpeechDataset) -> dict[str, Any]:
+    snr = dataset.reading.view.snr
     return _sizes(subject) | {
         "reads": dataset.reading.task,
+        "noise": "none" if snr == CLEAN else f"at {snr:g} dB",
         "data": next(iter(config.data.test.values()), ""),
         "digest": _digest([f"{u.id}\t{u.duration}\t{u.text}" for u in dataset.utterances]),
     }
@@ -191,5 +228,9 @@ def write_results(folder: Path, analyses: list[tuple[str, dict[str, Any]]]) -> P
 
 def run_label(run: str, runs: list[str]) -> str:
     """The folder's or model's name, or the whole path where two share one."""
-    names = [Path(other).name for other in runs]
-    return Path(run).name if names.count(Path(run).name) == 1 else run
+    return name_of(run) if [name_of(other) for other in runs].count(name_of(run)) == 1 else run
+
+
+def name_of(target: str) -> str:
+    """The last part of its path, also of "."."""
+    return Path(target).resolve().name

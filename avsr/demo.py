@@ -58,7 +58,8 @@ def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def summarise(wer_before: float, analyses: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The numbers of ``summary.json``: WER as fractions, means over layers 1..L-1, intermediate = ``<audio>``."""
+    """The numbers of ``summary.json``: WER as fractions, means over layers 1..L-1, intermediate = ``<audio>``; a sink
+    rate is None where no row is long enough for one."""
     off, on = analyses["off"], analyses["on"]
     summary: dict[str, Any] = {"wer_before": wer_before}
     for name, analysis in analyses.items():
@@ -118,7 +119,8 @@ def _table(summary: dict[str, Any]) -> Table:
         ("seconds a step", "seconds_per_step_{}", "{:.2f}"),
     )
     for label, key, form in rows:
-        table.add_row(label, *(form.format(summary[key.format(name)]) for name in RECIPES))
+        values = [summary[key.format(name)] for name in RECIPES]
+        table.add_row(label, *("none" if value is None else form.format(value) for value in values))
     table.caption = (
         f"before training: WER {summary['wer_before']:.2f}; "
         f"lambda {summary['lambda']:g}, margin {summary['margin']:g}; "

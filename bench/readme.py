@@ -54,7 +54,8 @@ def main() -> None:
     Path(__file__).with_name("demo.svg").write_text(picture.replace("currentColor", GREY), encoding="utf-8")
     print("| | off | on |\n|---|---:|---:|")
     for label, key, form in ROWS:
-        print(f"| {label} | " + " | ".join(form.format(summary[key.format(name)]) for name in ("off", "on")) + " |")
+        values = [summary[key.format(name)] for name in ("off", "on")]
+        print(f"| {label} | " + " | ".join("none" if value is None else form.format(value) for value in values) + " |")
     print(f"\n{json.dumps(summary)}")
 
 

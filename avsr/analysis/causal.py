@@ -24,7 +24,6 @@ from avsr.errors import UserError
 from avsr.models.speech_llm import Assembled
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROWS = 16  # batches are taken until there are so many rows
 TENFOLD = 10.0  # an activation vanishes below a tenth of itself and appears above ten times itself
 HALF = 0.5  # of the rows, for what is said of all; of the attention of the row's sinks, for what draws like a sink
 
@@ -64,15 +63,17 @@ def causal_test(
     """Turns the states of sinks and of ordinary tokens by fractions of the angle and measures what becomes of them.
 
     Args:
-        subject: the model and its input; its first batches are used, until there are 16 rows.
+        subject: the model and its input, all of which is used.
         seen: what :func:`avsr.analysis.tokens.look` gave for it; looked at anew without.
-        origin: what :func:`avsr.analysis.origin.trace_origin` gave for it; traced anew without.
+        origin: what :func:`avsr.analysis.origin.trace_origin` gave for it, or for more rows (a label that it does not
+            have is left out); traced anew without.
         layer: whose output is turned, 0 for the embeddings; default: for every label the layer before its origin, for
             ordinary tokens that of BOS.
 
     Returns:
-        ``fractions``, ``sinks`` (by label, the first such token of every row) and ``normal`` (one table: the ordinary
-        token nearest to the middle of every row; None when no row has one).
+        ``fractions``, ``sinks`` (by label, the first such token of every row; None for what the embedding brings along,
+        as there is no layer before which to turn it) and ``normal`` (one table: the ordinary token nearest to the
+        middle of every row; None when no row has one, or when the embedding makes BOS what it is).
 
         A table holds ``layer``, ``rows``, ``angle`` (mean, degrees) and by fraction the means over rows of
         ``activation`` (the largest |h| in the later layers), ``log10_ratio`` (the largest, to the median), ``massive``
@@ -97,16 +98,19 @@ def causal_test(
     seen = look(subject) if seen is None else seen
     origin = trace_origin(subject, seen) if origin is None else origin
     made = {name: table["layer"] - 1 for name, table in origin["tokens"].items()}
-    names = [name for name in choose(subject, seen) if stands_out(seen, name)]
+    names = [name for name in choose(subject, seen) if name in made and stands_out(seen, name)]
     with observing(subject):
-        sinks = {}
+        sinks: dict[str, Any] = {}
         for name in names:
             at = made[name] if layer is None else layer
+            if at < 0:
+                sinks[name] = None
+                continue
             sums = _turn_all(subject, seen, at, partial(_sinks, name))
             if sums.rows:
                 sinks[name] = _table(sums, at, vanish=True)
         at = made["BOS"] if layer is None else layer
-        sums = _turn_all(subject, seen, at, _normal)
+        sums = _turn_all(subject, seen, at, _normal) if at >= 0 else _Sums()
     return {
         "fractions": list(FRACTIONS),
         "sinks": sinks,
@@ -159,7 +163,7 @@ def _places(found: list[tuple[int, int]], goals: Tensor, sinks: Tensor) -> _Plac
 
 
 def _turn_all(subject: Subject, seen: list[Seen], layer: int, find: Callable[[Seen], _Places]) -> _Sums:
-    sums, rows = _Sums(), 0
+    sums = _Sums()
     for batch, assembled in zip(seen, subject.batches(), strict=True):
         places = find(batch)
         if len(places.rows):
@@ -167,9 +171,6 @@ def _turn_all(subject: Subject, seen: list[Seen], layer: int, find: Callable[[Se
             bos: list[Tensor] = []  # its untouched states, by layer
             for index, fraction in enumerate(FRACTIONS):
                 _measure(_Turn(subject, layer, places, fraction, bos), assembled, sums, index)
-        rows += len(batch.valid)
-        if rows >= ROWS:
-            break
     return sums
 
 

@@ -25,7 +25,7 @@ POSITIONS = 64  # leading positions with rates of their own
 STRONGEST = 4  # text tokens that stand alone;
 RARE = 3  # they are counted that often at least; and
 SHOWN_PROMPT = 3  # prompt tokens that are drawn
-PER_TOKEN = ("sink_rate", "sink_rate_text", "cosine", "max_abs", "value_norm", "log10_ratio")
+PER_TOKEN = ("sink_rate_text", "cosine", "max_abs", "value_norm", "log10_ratio")
 PER_COUNTED = ("sink_rate_corrected", "received", "received_value")
 
 
@@ -49,7 +49,7 @@ class _Totals:
     queries: int = 0
     decorrelation: float = 0.0
     span_tokens: int = 0
-    positions: Tensor = field(default_factory=lambda: torch.zeros(4, POSITIONS, dtype=torch.float64))
+    positions: Tensor = field(default_factory=lambda: torch.zeros(5, POSITIONS, dtype=torch.float64))
 
 
 def collect(subject: Subject) -> tuple[dict[str, Any], Assembled]:
@@ -108,6 +108,7 @@ def _add(totals: _Totals, rows: Assembled, seen: Observed, words: bool) -> None:
     }
     totals.groups.add("tokens", places, torch.ones(len(places)))
     totals.groups.add("counted", places, seen.counted[valid].double())
+    totals.groups.add("counted_raw", places, seen.counted_raw[valid].double())
     totals.groups.add("heads", places, seen.sinks.permute(1, 3, 0, 2)[valid])
     for key, values in by_token.items():
         totals.groups.add(key, places, values.permute(1, 2, 0)[valid])
@@ -122,7 +123,9 @@ def _add(totals: _Totals, rows: Assembled, seen: Observed, words: bool) -> None:
 def _add_positions(totals: _Totals, seen: Observed, valid: Tensor) -> None:
     here = min(valid.shape[1], POSITIONS)
     corrected = seen.sinks.float().mean(dim=(0, 2))
-    for row, values in enumerate((valid, seen.rate.mean(dim=0) * valid, seen.counted, corrected * seen.counted)):
+    raw = seen.rate.mean(dim=0)
+    kept = (valid, seen.counted_raw, raw * seen.counted_raw, seen.counted, corrected * seen.counted)
+    for row, values in enumerate(kept):
         totals.positions[row, :here] += values.double().sum(dim=0)[:here]
 
 
@@ -130,7 +133,7 @@ def _add_massive(
     totals: _Totals, seen: Observed, ratio: Tensor, valid: Tensor, groups: list[str], names: list[str]
 ) -> None:
     found = is_massive(seen.max_abs, seen.median)[:, valid]  # (L, tokens)
-    totals.massive_tokens += int(found.any(dim=0).sum())
+    totals.massive_tokens += int(found[: max(totals.layers - 1, 1)].any(dim=0).sum())
     values, features, ratios = seen.max_abs[:, valid], seen.feature[:, valid], ratio[:, valid]
     for layer, token in found.nonzero().tolist():
         held = totals.massive.setdefault((layer, groups[token], int(features[layer, token])), _Massive())
@@ -194,9 +197,11 @@ def _averages(totals: _Totals, names: list[str]) -> dict[str, Any]:
     averages: dict[str, Any] = {
         "tokens": int(sums.total("tokens", names)),
         "counted": int(sums.total("counted", names)),
+        "counted_raw": int(sums.total("counted_raw", names)),
     }
     averages |= {key: sums.means(key, names) for key in PER_TOKEN}
     averages |= {key: sums.means(key, names, "counted") for key in PER_COUNTED}
+    averages["sink_rate"] = sums.means("sink_rate", names, "counted_raw")
     averages["mass"] = (sums.total("mass", names) / max(totals.queries, 1)).tolist()
     return averages
 
@@ -230,7 +235,7 @@ def _rate(group: dict[str, Any]) -> tuple[float, float]:
 def _shown(table: dict[str, Any]) -> list[str]:
     """What figures draw: all groups, but of the prompt's tokens only those that are most of a sink."""
     prompt = [name for name in table if name.startswith(PROMPT)]
-    prompt.sort(key=lambda name: -max(table[name]["sink_rate"]))
+    prompt.sort(key=lambda name: -max(table[name]["sink_rate"] or [0.0]))
     return [name for name in table if not name.startswith(PROMPT) or name in prompt[:SHOWN_PROMPT]]
 
 
@@ -239,10 +244,10 @@ def _positions(totals: _Totals) -> list[dict[str, Any]]:
         {
             "position": place,
             "rows": int(rows),
-            "sink_rate": rate / rows,
+            "sink_rate": rate / counted_raw if counted_raw else None,
             "sink_rate_corrected": corrected / counted if counted else None,
         }
-        for place, (rows, rate, counted, corrected) in enumerate(totals.positions.T.tolist())
+        for place, (rows, counted_raw, rate, counted, corrected) in enumerate(totals.positions.T.tolist())
         if rows
     ]
 

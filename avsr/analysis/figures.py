@@ -6,6 +6,7 @@ Functions over several runs return a figure for each, with axes of the same rang
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -64,7 +65,7 @@ def layer_lines(
 
 
 def _draw_lines(axis: Axes, analysis: dict[str, Any], key: str, groups: Sequence[str]) -> None:
-    for colour, group in zip(COLOURS, groups, strict=False):
+    for colour, group in zip(cycle(COLOURS), groups, strict=False):
         values = analysis["groups"].get(group, {}).get(key)
         if values:
             axis.plot(range(1, len(values) + 1), values, label=token_label(group), color=colour, linewidth=1.8)
@@ -119,7 +120,7 @@ def heat_by_head(run: Run, group: str) -> str:
         _heat(axis, by_head, "layer")
         axis.set_ylabel("head")
         axis.set_title(token_label(group))
-        return to_svg(figure, f"{name}: share of rows in which {group} is a sink, by layer and head")
+        return to_svg(figure, f"{name}: share of tokens in which {group} is a sink, by layer and head")
 
 
 def _heat(axis: Axes, rows: Sequence[Sequence[float]], xlabel: str) -> None:
@@ -140,7 +141,7 @@ def mass(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
         others = [table[group]["mass"] for group in table if group not in named]
         shares = [table[group]["mass"] for group in named]
         labels = [token_label(group) for group in named]
-        colours = list(COLOURS[: len(named)])
+        colours = list(islice(cycle(COLOURS), len(named)))
         if others:
             shares.append([sum(values) for values in zip(*others, strict=True)])
             labels.append("other prompt tokens")

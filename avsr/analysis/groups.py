@@ -17,7 +17,7 @@ def group_of(name: str, position: int, span: int, words: bool) -> str:
         return repr(name) if words else TEXT
     if name == BOS or name.startswith("<") or position == 0:
         return name
-    if name[0] in "avf" and name[1:].isdigit():
+    if name[:1] in ("a", "v", "f") and name[1:].isdigit():
         return SPEECH
     return f"{PROMPT}{name.strip() or name!r}"
 

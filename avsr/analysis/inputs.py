@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flashsink
+from avsr.analysis.observe import forward_watched
 from avsr.analysis.subject import Subject, text_subject
 from avsr.config import LLMConfig
 from avsr.errors import UserError
@@ -92,7 +93,9 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     loaded = load_llm(LLMConfig(str(source), options.bos_token, options.eos_token), dtype)
     _check_lengths(name, loaded, texts)
     loaded.model.to(device)
-    return text_subject(loaded, texts)
+    subject = text_subject(loaded, texts)
+    check_attention(name, subject)
+    return subject
 
 
 def _check_decoder(name: str, source: str) -> None:
@@ -106,11 +109,27 @@ def _check_decoder(name: str, source: str) -> None:
         raise UserError(f"{name}: {kind} is an encoder with a decoder; analyze takes causal decoders alone")
     try:
         with torch.device("meta"):
-            flashsink.attach(AutoModelForCausalLM.from_config(config), attention=False).detach()
-    except ValueError as error:
+            model = AutoModelForCausalLM.from_config(config)
+        flashsink.attach(model, attention=False).detach()
+        if not hasattr(model.model, "layers"):
+            raise ValueError("the layers lie elsewhere")
+    except (AttributeError, ValueError) as error:
         raise UserError(
             f"{name}: {kind} is no causal decoder with Llama's layers (an encoder, or another build)"
         ) from error
+
+
+def check_attention(name: str, subject: Subject) -> None:
+    """Refuses a decoder whose attention flashsink cannot compute, by its shortest texts: before all measuring."""
+    seen: set[int] = set()
+    rows = next(iter(subject.batches()))
+    try:
+        options = {"decorrelation": False, "activations": False}
+        forward_watched(subject, rows, lambda layer, q, k, v, scale: seen.add(layer), **options)
+    except ValueError as error:
+        raise UserError(f"{name}: its attention cannot be observed: {error}") from error
+    if len(seen) < subject.layers:
+        raise UserError(f"{name}: the attention of {subject.layers - len(seen)} layers cannot be observed")
 
 
 def _check_lengths(name: str, loaded: LoadedLLM, texts: Sequence[str]) -> None:
@@ -125,7 +144,7 @@ def _check_lengths(name: str, loaded: LoadedLLM, texts: Sequence[str]) -> None:
                 f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but {name} takes "
                 f"{limit} (max_position_embeddings)"
             )
-        if window is not None and tokens > window:
+        if window and tokens > window:  # 0 is off as well as None
             raise UserError(
                 f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but the attention of {name} slides "
                 f"over {window} (sliding_window), which is not supported"

@@ -4,6 +4,7 @@ makes a sink. They draw what ``trace_origin``, ``feature_sets`` and ``causal_tes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -46,13 +47,15 @@ def contributions(run: Run) -> list[str]:
 
 def turning(run: Run) -> list[str]:
     """Largest activation and sink rate over the fraction by which states are turned: a line for every sink, turned away
-    from BOS, and a dashed one for ordinary tokens, turned towards it."""
+    from BOS, and a dashed one for ordinary tokens, turned towards it. Nothing when nothing was turned."""
     name, analysis = run
     causal = analysis["causal"]
-    tables = [(label, table, "-") for label, table in causal["sinks"].items()]
+    tables = [(label, table, "-") for label, table in causal["sinks"].items() if table is not None]
     if causal["normal"] is not None:
         tables.append(("ordinary, towards BOS", causal["normal"], "--"))
-    pictures = []
+    pictures: list[str] = []
+    if not tables:
+        return pictures
     for key, title in (("activation", "largest |h| in later layers"), ("sink_rate", "sink rate in later layers")):
         with styled():
             figure, (axis,) = panels()
@@ -66,6 +69,6 @@ def turning(run: Run) -> list[str]:
 
 
 def _draw(axis: Axes, fractions: Sequence[float], tables: Sequence[tuple[str, dict[str, Any], str]], key: str) -> None:
-    for colour, (label, table, style) in zip(COLOURS, tables, strict=False):
+    for colour, (label, table, style) in zip(cycle(COLOURS), tables, strict=False):
         axis.plot(fractions, table[key], style, color=colour, marker="o", label=token_label(label), linewidth=1.6)
     axis.set_xlabel("fraction of the turn")

@@ -32,7 +32,8 @@ class Observed:
     """One batch. ``counted`` says which keys at least ``MIN_QUERIES`` text queries other than their own see, in a row
     with fewer text tokens all of them (so that its prompt counts); the statistics "of others" are of these queries."""
 
-    rate: Tensor  # (L, B, S) share of heads in which a key is a sink, of all queries, 0 for keys that few see
+    rate: Tensor  # (L, B, S) share of heads in which a key is a sink, of all queries; 0 where not ``counted_raw``
+    counted_raw: Tensor  # (B, S) bool, keys that at least ``MIN_QUERIES`` queries see, their own included
     rate_text: Tensor  # (L, B, S) the same of the text queries, however few
     sinks: Tensor  # (L, B, H, S) bool, sinks of others
     received: Tensor  # (L, B, S) mean attention from others, mean over heads
@@ -90,6 +91,7 @@ def observe(subject: Subject, rows: Assembled) -> Observed:
     return Observed(
         rate=torch.stack([stats.sink_rate(EPS, MIN_QUERIES) for stats in probe.sinks]).cpu(),
         **{key: torch.stack([seen[key] for seen in layers]) for key in layers[0]},
+        counted_raw=(lengths[:, None] - position >= MIN_QUERIES).cpu(),
         counted=counted.cpu(),
         cosine=torch.stack(cosines),
         max_abs=activations.max_abs.cpu(),

@@ -1,8 +1,8 @@
 """Where massive activations come from: which layer, which block, which hidden units of which MLP.
 
 A pre-norm decoder layer adds to the residual twice: h[l] = h[l-1] + attention + mlp. Followed at one feature f, the
-massive one, the largest of these terms is the origin. In the MLP it is a sum over hidden units u,
-sum_u W_down[f, u] * act(gate[u]) * up[u]. C hidden size, I units of an MLP, L layers; layers count from 1.
+massive one, the largest of these terms or of the embedding h[0] is the origin. In the MLP it is a sum over hidden
+units u, sum_u W_down[f, u] * act(gate[u]) * up[u]. C hidden size, I units of an MLP, L layers; layers count from 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from avsr.analysis.tokens import Seen, choose, input_of, look, observing, stands
 from avsr.errors import UserError
 
 TOP = 4  # units that are listed
+_ROUNDINGS = 4  # that an addition may be off, in units of the dtype's epsilon
 _VALUES = ("gate", "activated", "up", "product", "gate_positive")
+
+
+class Untraceable(UserError):
+    """A decoder in whose layers the origin of a value cannot be followed."""
 
 
 @dataclass
@@ -48,7 +53,8 @@ def trace_origin(subject: Subject, seen: list[Seen] | None = None) -> dict[str, 
         tokens that the means are taken over: those that stand out, or all when none does), ``feature`` (the most
         frequent place of their largest |h|), ``peak_layer`` (of the value at it), ``embedding`` (the mean value at the
         feature before layer 1), ``residual``, ``attention`` and ``mlp`` (by layer: the mean value after it and what its
-        blocks added), ``layer``, ``block`` and ``step`` (the largest addition up to the peak, of the peak's sign).
+        blocks added), ``layer``, ``block`` and ``step`` (the largest addition up to the peak, of the peak's sign; layer
+        0 and "embedding" when that is the value before layer 1).
 
         And ``inside``: of the MLP that added most its ``layer``, the ``sum`` over its units (without a bias), the
         number of ``ordinary_tokens``, and the 4 ``units`` that add most, each with its ``contribution`` = ``product`` *
@@ -57,10 +63,11 @@ def trace_origin(subject: Subject, seen: list[Seen] | None = None) -> dict[str, 
         ``gate_positive``, and under ``ordinary`` the same means over tokens that do not stand out (None without any).
 
     Raises:
-        UserError: the MLPs are not gated ones.
+        Untraceable: the MLPs are not gated ones, or a layer does not just add attention and MLP to its input.
     """
-    if any(not hasattr(layer.mlp, "gate_proj") for layer in subject.decoder.layers):
-        raise UserError(f"{type(subject.decoder).__name__}: expected MLPs with gate_proj, up_proj and down_proj")
+    if any(not hasattr(getattr(layer, "mlp", None), "gate_proj") for layer in subject.decoder.layers):
+        raise Untraceable(f"{type(subject.decoder).__name__}: expected MLPs with gate_proj, up_proj and down_proj")
+    _check_additions(subject)
     seen = look(subject) if seen is None else seen
     targets = [_target(name, seen) for name in choose(subject, seen)]
     with observing(subject):
@@ -70,6 +77,37 @@ def trace_origin(subject: Subject, seen: list[Seen] | None = None) -> dict[str, 
     for table, inside in zip(tables, insides, strict=True):
         table["inside"].update(inside)
     return {"layers": subject.layers, "tokens": {t.name: table for t, table in zip(targets, tables, strict=True)}}
+
+
+def _check_additions(subject: Subject) -> None:
+    """Raises :class:`Untraceable` unless in the first batch every layer's output is its input with what attention and
+    MLP gave, up to rounding: not so with norms behind the blocks or with scaled residuals."""
+    terms: list[Tensor] = []
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        terms[:] = [input_of(args, kwargs).double()]
+
+    def add(module: Any, args: Any, output: Any) -> None:
+        terms.append(state_of(output).double())
+
+    def leave(number: int, module: Any, args: Any, output: Any) -> None:
+        state = state_of(output)
+        size = sum(term.norm(dim=-1) for term in terms)
+        missed = (state.double() - sum(terms)).norm(dim=-1)
+        if bool((missed > _ROUNDINGS * torch.finfo(state.dtype).eps * size)[valid].any()):
+            raise Untraceable(
+                f"{type(subject.decoder).__name__}: layer {number} does not just add attention and MLP to its input"
+            )
+
+    with ExitStack() as stack, observing(subject):
+        for number, layer in enumerate(subject.decoder.layers, 1):
+            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for module in (layer.self_attn, layer.mlp):
+                stack.callback(module.register_forward_hook(add).remove)
+            stack.callback(layer.register_forward_hook(partial(leave, number)).remove)
+        rows = next(iter(subject.batches()))
+        valid = rows.mask.bool()
+        subject.forward(rows)
 
 
 def _target(name: str, seen: list[Seen]) -> _Target:
@@ -130,19 +168,20 @@ def _steps(target: _Target, embedding: float) -> dict[str, Any]:
     inner = residual[: max(len(residual) - 1, 1)]
     peak = int(inner.abs().argmax())
     sign = 1.0 if inner[peak] >= 0 else -1.0
-    upward = {block: sign * target.added[block][: peak + 1] for block in ("attention", "mlp")}
-    block = max(upward, key=lambda name: float(upward[name].max()))
-    layer = int(upward[block].argmax())
+    added = {"embedding": torch.tensor([embedding], dtype=torch.float64)}
+    added |= {block: target.added[block][: peak + 1] for block in ("attention", "mlp")}
+    block = max(added, key=lambda name: float((sign * added[name]).max()))
+    at = int((sign * added[block]).argmax())
     return {
         **target.counts,
         "feature": target.feature,
         "peak_layer": peak + 1,
         "embedding": embedding,
         **{key: value.tolist() for key, value in target.added.items()},
-        "layer": layer + 1,
+        "layer": 0 if block == "embedding" else at + 1,
         "block": block,
-        "step": float(target.added[block][layer]),
-        "inside": {"layer": int(upward["mlp"].argmax()) + 1},
+        "step": float(added[block][at]),
+        "inside": {"layer": int((sign * added["mlp"]).argmax()) + 1},
     }
 
 

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -89,7 +90,7 @@ def lines_over(labels: Sequence[str], curves: Sequence[tuple[str, Sequence[float
     """One panel: every named curve over the same labelled points, from 0 up."""
     with styled():
         figure, (axis,) = panels(width=5.2)
-        for colour, (name, values) in zip(COLOURS, curves, strict=False):
+        for colour, (name, values) in zip(cycle(COLOURS), curves, strict=False):
             axis.plot(labels, values, label=name, color=colour, linewidth=1.8, marker="o")
         axis.set_ylim(bottom=0)
         axis.set_xlabel(xlabel)
@@ -113,7 +114,7 @@ def training_curves(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[st
 def _curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label: str) -> str:
     with styled():
         figure, (axis,) = panels()
-        for colour, (name, rows) in zip(COLOURS, runs, strict=False):
+        for colour, (name, rows) in zip(cycle(COLOURS), runs, strict=False):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, label=name)

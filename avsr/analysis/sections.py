@@ -138,8 +138,21 @@ def _having(runs: Runs, key: str) -> Runs:
     return [run for run in runs if key in run[1]]
 
 
+def _rows(run: Run, key: str = "traced") -> str:
+    """How many rows a measurement of causes is of, with the run's name."""
+    name, analysis = run
+    taken, rows = analysis[key], analysis["utterances"]
+    if taken == rows:
+        return f"{escape(name)}: all {rows} rows"
+    return f"{escape(name)}: {taken} of {rows} rows, at even distances in the order of length"
+
+
+def _untraced(runs: Runs) -> list[str]:
+    return [f"<p>{escape(name)}: left out. {escape(held['untraced'])}.</p>" for name, held in _having(runs, "untraced")]
+
+
 def _origin(runs: Runs) -> str:
-    parts = []
+    parts = _untraced(runs)
     for run in _having(runs, "origin"):
         tokens = run[1]["origin"]["tokens"]
         rows = [
@@ -147,15 +160,16 @@ def _origin(runs: Runs) -> str:
                 escape(label),
                 f"{found['massive']} of {found['count']}",
                 str(found["feature"]),
-                f"{found['block']} of layer {found['layer']}",
+                "the embedding" if not found["layer"] else f"{found['block']} of layer {found['layer']}",
                 f"{found['step']:+,.0f}",
             ]
             for label, found in tokens.items()
         ]
         head = ["token", "massive", "feature", "made by", "step"]
-        title = f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else ""
         drawn = _in_grid([_framed(svg) for svg in mechanism.contributions(run)])
-        parts.append(title + drawn + table(head, rows) + "".join(_units(*item) for item in tokens.items()))
+        parts.append(
+            f"<p>{_rows(run)}.</p>" + drawn + table(head, rows) + "".join(_units(*item) for item in tokens.items())
+        )
     return "".join(parts)
 
 
@@ -178,8 +192,8 @@ def _units(label: str, found: dict[str, Any]) -> str:
 
 def _features(runs: Runs) -> str:
     parts = []
-    for name, analysis in _having(runs, "features"):
-        found = analysis["features"]
+    for run in _having(runs, "features"):
+        found = run[1]["features"]
         rows = [
             [
                 escape(label),
@@ -191,27 +205,41 @@ def _features(runs: Runs) -> str:
             ]
             for label, one in found["tokens"].items()
         ]
-        said = {True: "All share BOS' set.", False: "Not all share BOS' set.", None: "There is none beside BOS."}
-        text = f"<p>{escape(name)}, layer {found['layer']}: {said[found['same']]}</p>"
         head = ["token", "tokens", "massive features", "just as BOS", "cosine to BOS", "p"]
-        parts.append(text + table(head, rows))
+        parts.append(f"<p>{_rows(run)}, layer {found['layer']}: {_sets(found)}</p>" + table(head, rows))
     return "".join(parts)
 
 
+def _sets(found: dict[str, Any]) -> str:
+    """What the common sets of the labels beside BOS say, those with massive features and those without."""
+    others = [one["common"] for label, one in found["tokens"].items() if label != "BOS"]
+    if not others:
+        return "nothing stands out beside BOS."
+    none = sum(not common for common in others)
+    said = {True: "all have BOS' set", False: "not all have BOS' set", None: "there are none"}
+    return (
+        f"of those beside BOS that are massive, {said[found['same_massive']]}; "
+        f"{none} of {len(others)} kinds of tokens beside BOS have no massive feature."
+    )
+
+
 def _causal(runs: Runs) -> str:
-    parts = []
+    parts = _untraced(runs)
     for run in _having(runs, "causal"):
         causal = run[1]["causal"]
         normal = causal["normal"]
         rows = [
             _verdict(label, one, "activation_vanished", "sink_vanished", "vanishes")
             for label, one in causal["sinks"].items()
+            if one is not None
         ]
         if normal is not None:
             rows.append(_verdict("ordinary", normal, "activation_appeared", "sink_appeared", "appears"))
         head = ["token turned", "behind layer", "rows", "angle", "|h| before", "after", "massive activation", "sink"]
-        title = f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else ""
-        parts.append(title + _in_grid([_framed(svg) for svg in mechanism.turning(run)]) + table(head, rows))
+        embedded = ", ".join(label for label, one in causal["sinks"].items() if one is None)
+        left = f" Not turned, as the embedding makes it: {escape(embedded)}." if embedded else ""
+        drawn = _in_grid([_framed(svg) for svg in mechanism.turning(run)])
+        parts.append(f"<p>{_rows(run, 'turned')}.{left}</p>" + drawn + (table(head, rows) if rows else ""))
     return "".join(parts)
 
 
@@ -281,14 +309,14 @@ SECTIONS = [
         "where",
         "Where the sinks are",
         "The corrected rate by token and layer, and both rates by position, as a share of all layers and heads. A "
-        "position's corrected rate ends where too few text tokens follow.",
+        "position's rates end where too few tokens follow.",
         _where,
     ),
     Section(
         "heads",
         "Sinks by head",
-        "The share of rows in which BOS, and the strongest sink beside it, is a sink (corrected) of one head in one "
-        "layer. Yellow heads look at it almost always.",
+        "The share of tokens in which BOS (one a row), and the strongest sink beside it, is a sink (corrected) of one "
+        "head in one layer. Yellow heads look at it almost always.",
         _heads,
     ),
     Section(
@@ -323,16 +351,16 @@ SECTIONS = [
     Section(
         "origin",
         "Where massive activations are made",
-        "What attention and MLP of every layer add to the feature in which a token is massive (mean over the tokens "
-        "that stand out). Below, the units of the MLP that adds most: a unit's product is act(gate) x up, and product "
-        "x down is what it writes. A gate that opens for sinks alone is the paper's origin.",
+        "What attention and MLP of every layer add to the feature in which a token is massive (mean over the tokens of "
+        "these rows that stand out). Below, the units of the MLP that adds most: a unit's product is act(gate) x up, "
+        "and product x down is what it writes. A gate that opens for sinks alone is the paper's origin.",
         _origin,
     ),
     Section(
         "features",
         "A fixed set of features",
-        "In which features sinks and massive tokens are massive, behind the layer where they are largest. p: how "
-        "likely so much overlap with BOS is when features are drawn at random.",
+        "In which features the sinks and massive tokens of these rows are massive, behind the layer where they are "
+        "largest. p: how likely so much overlap with BOS is when features are drawn at random.",
         _features,
     ),
     Section(
@@ -340,8 +368,9 @@ SECTIONS = [
         "Cause: turning a state",
         "Before the layer that makes the massive activation, a sink's state is turned towards the nearest ordinary "
         "token, and an ordinary token's towards BOS (dashed), with its length kept; then the rest of the network runs. "
-        "Vanishes: below a tenth, no sink any more. Appears: above ten times and massive, and drawing at least half "
-        "the attention of the row's sinks.",
+        "Vanishes: below a tenth; no sink any more, which is one in at least 10% of the (layer, head) pairs of the "
+        "later layers, by the raw rate. Appears: above ten times and massive, and drawing at least half the attention "
+        "of the row's sinks.",
         _causal,
     ),
     Section(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsr.config import Config
+from avsr.config import TASKS, Config
 from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.models.llm import LoadedLLM
@@ -48,18 +48,18 @@ class Subject:
     def layers(self) -> int:
         return len(self.decoder.layers)
 
-    def first(self, count: int) -> Subject:
-        """The first batches alone, until there are ``count`` rows."""
-
-        def batches() -> Iterator[Assembled]:
-            rows = 0
-            for batch in self.batches():
-                yield batch
-                rows += len(batch.names)
-                if rows >= count:
-                    return
-
-        return replace(self, count=min(self.count, count), batches=batches)
+    def spread(self, count: int) -> Subject:
+        """At most ``count`` rows at even distances in the order of the batches, which is that of length. They are kept,
+        so that every pass reads the same."""
+        count = min(count, self.count)
+        chosen = {(2 * i + 1) * self.count // (2 * count) for i in range(count)}
+        kept, first = [], 0
+        for batch in self.batches():
+            places = [b for b in range(len(batch.names)) if first + b in chosen]
+            first += len(batch.names)
+            if places:
+                kept.append(_only(batch, places))
+        return replace(self, count=count, batches=lambda: iter(kept))
 
     def forward(self, rows: Assembled, **options: Any) -> Tensor:
         """(B, S, C) states after the final norm; ``options`` go to the decoder."""
@@ -67,14 +67,23 @@ class Subject:
         return self.decoder(**call, **options).last_hidden_state
 
 
+def _only(rows: Assembled, places: list[int]) -> Assembled:
+    names = [rows.names[b] for b in places]
+    length = max(map(len, names))
+    return Assembled(rows.embeddings[places, :length], rows.mask[places, :length], rows.spans[places], names)
+
+
 def speech_subject(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Subject:
     """A run's model over utterances with their reference texts."""
 
     def batches() -> Iterator[Assembled]:
         for indices in make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS):
-            yield model.assemble(collate([dataset[i] for i in indices]), with_text=True, names=True)
+            batch = collate([dataset[i] for i in indices])
+            with torch.no_grad():
+                rows = model.assemble(batch, with_text=True, names=True)
+            yield rows
 
-    opener = f"<{model.streams[0]}>" if model.delimiters is not None else ""
+    opener = f"<{TASKS[dataset.reading.task][0]}>" if model.delimiters is not None else ""
     return Subject(model.llm, len(dataset), batches, opener)
 
 

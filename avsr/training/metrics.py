@@ -51,10 +51,24 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``metrics.jsonl``, none when it has no such file.
+
+    Raises:
+        UserError: a line is not what :class:`MetricsLog` writes.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in _whole(path)]
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in _whole(path):
+            row = json.loads(line)
+            if not isinstance(row, dict) or "step" not in row:
+                raise ValueError("no object with a step")
+            rows.append(row)
+    except ValueError as error:
+        raise UserError(f"{path}: line {len(rows) + 1} is damaged: {error}") from error
+    return rows
 
 
 def _whole(path: Path) -> list[str]:

@@ -447,7 +447,7 @@ def _attend(
 
 
 def _check_window(window: int | None, tokens: int) -> None:
-    if window is not None and tokens > window:
+    if window and tokens > window:  # 0 is off as well as None
         raise ValueError(
             f"sliding_window: expected sequences of at most {window} tokens, got {tokens}; sliding-window "
             "attention is not supported"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+import avsr.act_search
 from avsr.act_search import search
 from avsr.build import load_run
 from avsr.cli import main
@@ -38,7 +40,7 @@ from avsr.evaluate import evaluate, transcribe_files
 from avsr.evaluation.act import Heads, calibrated, every_head
 from avsr.evaluation.decode import token_budget, transcribe_batch
 from avsr.models.llm import load_llm
-from avsr.models.speech_llm import SpeechLLM
+from avsr.models.speech_llm import Assembled, SpeechLLM
 
 WIDTH = 32
 SOME: Heads = [(0, 1), (1, 0), (1, 3), (2, 2)]
@@ -270,6 +272,23 @@ def test_the_search_repeats_itself(model: SpeechLLM, dataset: Any, setting: Conf
     assert search(model, dataset, setting) == search(model, dataset, setting)
 
 
+def test_the_search_holds_the_embeddings_of_one_batch(
+    model: SpeechLLM, dataset: Any, setting: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    assemble = model.assemble
+
+    def watched(*arguments: Any, **options: Any) -> Assembled:
+        assert sum(ref() is not None for ref in made) <= 1  # the loop's own
+        rows = assemble(*arguments, **options)
+        made.append(weakref.ref(rows.embeddings))
+        return rows
+
+    monkeypatch.setattr(model, "assemble", watched)
+    search(model, dataset, setting)
+    assert len(made) > 4
+
+
 def test_the_search_finds_a_planted_head(model: SpeechLLM) -> None:
     """Texts that the model says only when the sinks of one head are calmed."""
     setting, planted = run_config(0.05), (1, 2)
@@ -442,8 +461,10 @@ def test_files_that_are_no_use(refuse: Refuse, run_folder: Path, held: str | Non
     assert all(part in message for part in [*parts, "act.heads", str(path)]) and "\n" not in message
 
 
-def test_a_file_that_cannot_be_written(lively: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["act-search", str(lively), "act.heads=" + str(lively / "no" / "file.json")])
+def test_a_file_that_cannot_be_written(lively: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the search."""
+    monkeypatch.setattr(avsr.act_search, "search", None)
+    path = lively / "no" / "file.json"
+    assert f"cannot write {path}: there is no folder {path.parent}" in refuse("act-search", lively, f"act.heads={path}")
     with pytest.raises(UserError, match="is missing"), calibrated(run_config(0.4), SpeechLLM.__new__(SpeechLLM)):
         pass

@@ -111,12 +111,21 @@ def test_a_massive_token_that_is_no_sink_cannot_stop_being_one() -> None:
 
 
 def test_later_than_the_origin_the_activation_stays() -> None:
-    """In layer 4's output the activation is there already: turned away it is lost, but no token gets it from BOS'
-    direction, as the turn keeps the token's length."""
+    """In layer 4's output the activation is there already. The turn keeps a token's length: BOS stays massive, in the
+    direction of another, in which it is no sink; and no token gets the activation from BOS' direction."""
     got = causal_test(planted.planted_subject(planted.planted_model()), layer=4)
-    assert got["sinks"]["BOS"]["layer"] == 4 and got["normal"]["layer"] == 4
+    bos = got["sinks"]["BOS"]
+    assert bos["layer"] == 4 and got["normal"]["layer"] == 4
+    assert bos["massive"] == [1.0] * 5 and bos["activation_vanished"] is False and bos["sink_vanished"] is True
     assert got["normal"]["activation_appeared"] is False
     assert got["normal"]["activation"][-1] < 100
+
+
+def test_all_rows_are_turned_and_labels_without_an_origin_left_out() -> None:
+    subject = planted.planted_subject(planted.planted_model())
+    origin = {"tokens": {"BOS": {"layer": planted.LAYER}}}
+    got = causal_test(subject, origin=origin)
+    assert list(got["sinks"]) == ["BOS"] and got["sinks"]["BOS"]["rows"] == got["normal"]["rows"] == subject.count
 
 
 def test_a_model_of_one_layer_and_layers_that_are_not_there() -> None:

@@ -11,7 +11,9 @@ import torch
 from avsr.analysis.collect import collect
 from avsr.analysis.groups import GroupSums, group_of
 from avsr.analysis.inputs import ModelOptions, load_text_subject
+from avsr.analysis.report import write_report
 from avsr.analysis.subject import Subject
+from avsr.analyze import analyze_subject
 
 TEXTS = ["bin blue at f two now", "lay red", "place white in q nine again", "set green by x", "a b"]
 MASSIVE = 7  # the feature in which BOS is made massive
@@ -64,7 +66,7 @@ def test_corrected_rates_values_and_mass_are_those_of_eager_attention(subject: S
     got, example = collect(subject)
     sums = {key: torch.zeros(3, dtype=torch.float64) for key in ("rate", "received", "value", "mass", "raw")}
     heads = torch.zeros(3, 4, dtype=torch.float64)
-    queries = 0
+    queries = long = 0
     for row in eager(subject):
         a, size = row["a"], len(row["names"])
         text = a[:, :, 1:]  # BOS is no text query
@@ -74,12 +76,16 @@ def test_corrected_rates_values_and_mass_are_those_of_eager_attention(subject: S
         sums["received"] += mean.mean(dim=1)
         sums["value"] += (mean * row["v"][..., 0]).mean(dim=1)
         sums["mass"] += text[..., 0].mean(dim=1).sum(dim=-1)
-        sums["raw"] += (a[..., 0].mean(dim=-1) > 0.3).double().mean(dim=1) * (size >= 8)
+        if size >= 8:  # as many queries see BOS
+            sums["raw"] += (a[..., 0].mean(dim=-1) > 0.3).double().mean(dim=1)
+            long += 1
         queries += size - 1
     bos = got["groups"]["BOS"]
     assert bos["tokens"] == bos["counted"] == got["utterances"] == len(TEXTS)
     assert got["groups"]["BOS"]["sink_rate_corrected"] == pytest.approx((sums["rate"] / 5).tolist(), abs=1e-6)
-    assert bos["sink_rate"] == pytest.approx((sums["raw"] / 5).tolist(), abs=1e-6)
+    assert bos["counted_raw"] == long < len(TEXTS)
+    assert bos["sink_rate"] == pytest.approx((sums["raw"] / long).tolist(), abs=1e-6)
+    assert got["positions"][0]["sink_rate"] == pytest.approx(float(sums["raw"].mean()) / long, abs=1e-6)
     assert bos["received"] == pytest.approx((sums["received"] / 5).tolist(), rel=1e-4)
     assert bos["received_value"] == pytest.approx((sums["value"] / 5).tolist(), rel=1e-4)
     assert bos["mass"] == pytest.approx((sums["mass"] / queries).tolist(), rel=1e-4)
@@ -120,6 +126,47 @@ def test_text_tokens_are_judged_without_themselves_and_by_eight_queries_at_least
         want = float(torch.stack(rates).mean())
         assert by_position[place]["sink_rate_corrected"] == pytest.approx(want, abs=1e-6)
     assert by_position[max(by_position)]["sink_rate_corrected"] is None
+    assert by_position[max(by_position)]["sink_rate"] is None
+
+
+def test_raw_rates_are_means_over_the_keys_that_eight_queries_see(subject: Subject) -> None:
+    got, _ = collect(subject)
+    rates: dict[int, list[torch.Tensor]] = {}
+    for row in eager(subject):
+        a, size = row["a"], len(row["names"])
+        for key in range(1, size - 7):
+            mean = a[:, :, key:, key].mean(dim=-1)
+            rates.setdefault(key, []).append((mean > 0.3).double().mean(dim=1))
+    text = [group for name, group in got["groups"].items() if name != "BOS"]
+    each = [rate for found in rates.values() for rate in found]
+    assert sum(group["counted_raw"] for group in text) == len(each)
+    parts = [group["counted_raw"] * torch.tensor(group["sink_rate"]).double() for group in text if group["counted_raw"]]
+    torch.testing.assert_close(torch.stack(parts).sum(dim=0), torch.stack(each).sum(dim=0), rtol=1e-5, atol=1e-6)
+    for place, found in rates.items():
+        want = float(torch.stack(found).mean())
+        assert got["positions"][place]["sink_rate"] == pytest.approx(want, abs=1e-6)
+
+
+def test_rows_too_short_for_a_raw_rate_have_none(tiny_llm: Path, tmp_path: Path) -> None:
+    short = load_text_subject(str(tiny_llm), ["a b", "c d e"], ModelOptions(), torch.device("cpu"))
+    got = analyze_subject(short)
+    for group in got["groups"].values():
+        assert group["sink_rate"] is None and group["counted_raw"] == 0 and group["max_abs"]
+    assert got["bos_sink_rate"] is None and all(row["sink_rate"] is None for row in got["positions"])
+    write_report(tmp_path / "report.html", [("short", got)], "short")
+    page = (tmp_path / "report.html").read_text()
+    assert "BOS: sink rate, raw" in page and "None" not in page and ">nan<" not in page
+
+
+def test_massive_in_the_last_layer_alone_does_not_count(tiny_llm: Path) -> None:
+    calm = load_text_subject(str(tiny_llm), TEXTS, ModelOptions(), torch.device("cpu"))
+    mlp = calm.decoder.layers[-1].mlp
+    mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(48))
+    with torch.no_grad():
+        mlp.down_proj.bias[3] = 1e5
+    got, _ = collect(calm)
+    assert {entry["layer"] for entry in got["massive"]} == {3}
+    assert got["massive_tokens_per_utterance"] == 0
 
 
 def test_massive_activations_are_listed_with_feature_ratio_and_count(subject: Subject) -> None:
@@ -146,6 +193,7 @@ def test_the_strongest_text_tokens_stand_alone() -> None:
     assert group_of("<audio>", 1, 4, False) == "<audio>"
     assert group_of("a12", 2, 4, False) == "speech"
     assert group_of("\n", 3, 4, False) == r"prompt '\n'"
+    assert group_of("", 3, 5, False) == "prompt ''"
 
 
 def test_sums_of_names_that_come_later() -> None:

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from avsr.analysis.origin import trace_origin
+from avsr.analysis.causal import causal_test
+from avsr.analysis.origin import Untraceable, trace_origin
 from avsr.analysis.subject import Subject
 from avsr.analysis.tokens import choose, label, look
 from avsr.errors import UserError
@@ -178,6 +179,33 @@ def test_a_step_of_attention_is_called_so() -> None:
     table = trace_origin(planted.planted_subject(model))["tokens"]["BOS"]
     assert (table["layer"], table["block"], table["feature"]) == (2, "attention", 23)
     assert table["step"] == pytest.approx(table["attention"][1]) and table["step"] > 1e4
+
+
+def test_what_the_embedding_brings_along_is_made_by_no_layer() -> None:
+    """Nor can a turn before a layer say anything of it."""
+    model = planted.planted_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[planted.BOS, 23] = -5000.0
+        _calm(model)
+    subject = planted.planted_subject(model)
+    found = trace_origin(subject)
+    table = found["tokens"]["BOS"]
+    assert (table["layer"], table["block"], table["feature"], table["massive"]) == (0, "embedding", 23, 6)
+    assert table["step"] == table["embedding"] == -5000.0
+    causal = causal_test(subject, origin=found)
+    assert causal["sinks"]["BOS"] is None and causal["normal"] is None
+    assert causal_test(subject, layer=2)["sinks"]["BOS"]["layer"] == 2
+
+
+def test_a_layer_that_scales_what_it_adds_is_refused() -> None:
+    model = planted.planted_model()
+    subject = planted.planted_subject(model)
+    hooks = planted.hooks_of(model)
+    half = model.model.layers[3].register_forward_hook(lambda module, args, output: output * 1.001)
+    with pytest.raises(Untraceable, match="LlamaModel: layer 4 does not just add attention and MLP"):
+        trace_origin(subject)
+    half.remove()
+    assert planted.hooks_of(model) == hooks and trace_origin(subject)["tokens"]
 
 
 def test_adapters_count_and_the_model_is_left_as_it_was() -> None:

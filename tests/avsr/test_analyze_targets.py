@@ -8,12 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 
-from avsr.analyze import refuse_unlike
+import avsr.analyze
+from avsr.analysis.inputs import check_attention
+from avsr.analysis.subject import text_subject
+from avsr.analyze import analyze, kind_of, refuse_unlike, run_label
 from avsr.cli import main
 from avsr.errors import UserError
+from avsr.models.llm import LoadedLLM
 
 Refuse = Callable[..., str]
 
@@ -53,6 +74,21 @@ def test_the_anchor_is_named_where_the_tokenizer_has_none(tiny_llm: Path, tmp_pa
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_two_models_of_one_name_are_written_beside_neither(
+    tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report of models has its place, and one that is named twice is read once."""
+    for name in ("a", "b"):
+        shutil.copytree(tiny_llm, tmp_path / name / "model")
+    monkeypatch.chdir(tmp_path)
+    first, second = str(tmp_path / "a" / "model"), "b/model"
+    assert analyze([first, second, "./a/model"], ["limit=2"]) == Path("runs/analysis/model/report.html")
+    assert list(json.loads(Path("runs/analysis/model/analysis.json").read_text())) == [first, second]
+    monkeypatch.chdir(tmp_path / "b" / "model")
+    assert run_label(".", ["."]) == "model"
+    assert analyze(["."], ["limit=2"]) == Path("runs/analysis/model/report.html")
+
+
 def test_what_is_no_causal_decoder(tmp_path: Path, refuse: Refuse) -> None:
     sizes = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(hidden_size=32, **sizes)).save_pretrained(tmp_path / "bert")
@@ -66,6 +102,58 @@ def test_what_is_no_causal_decoder(tmp_path: Path, refuse: Refuse) -> None:
     assert str(tmp_path / "odd") in message and "no model that transformers knows" in message
 
 
+SIZES = {
+    **{"vocab_size": 73, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1},
+}
+
+
+def save(tiny_llm: Path, folder: Path, config: PretrainedConfig) -> Path:
+    """A random model of a family beside the tiny tokenizer."""
+    shutil.copytree(tiny_llm, folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_decoders_whose_attention_cannot_be_observed(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:
+    opt = OPTConfig(
+        vocab_size=73, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    message = refuse("analyze", save(tiny_llm, tmp_path / "opt", opt))
+    assert "OPTForCausalLM is no causal decoder with Llama's layers" in message and "\n" not in message
+    lm = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8)).eval()
+    loaded = LoadedLLM(lm, AutoTokenizer.from_pretrained(str(tiny_llm)), 1, 2)
+    with pytest.raises(UserError, match="gemma: its attention cannot be observed: softcap"):
+        check_attention("gemma", text_subject(loaded, ["a text"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (GraniteConfig(**SIZES, residual_multiplier=0.22), "GraniteModel: layer 1 does not just add attention and MLP"),
+        (Gemma3TextConfig(**SIZES, head_dim=8), "Gemma3TextModel: layer 1 does not just add attention and MLP"),
+        (Olmo2Config(**SIZES), "Olmo2Model: layer 1 does not just add attention and MLP"),
+        (Phi3Config(**SIZES), "Phi3Model: expected MLPs with gate_proj"),
+        (MixtralConfig(**SIZES, num_local_experts=2), "MixtralModel: expected MLPs with gate_proj"),
+        (GemmaConfig(**SIZES, head_dim=8), ""),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_decoder_without_an_origin_says_why(
+    tiny_llm: Path, tmp_path: Path, config: PretrainedConfig, why: str
+) -> None:
+    folder = save(tiny_llm, tmp_path / "model", config)
+    main(["analyze", str(folder), "limit=3", "--out", str(tmp_path / "out")])
+    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["model"]
+    assert held["features"] and held["traced"] == 3
+    if not why:
+        assert held["origin"] and held["causal"] and "untraced" not in held
+        return
+    assert why in held["untraced"] and "origin" not in held and "causal" not in held
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count(f"left out. {held['untraced']}.") == 2
+
+
 def test_a_text_longer_than_the_model_takes(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:
     text = tmp_path / "text.txt"
     text.write_text(f"short\n{'x' * 255}\n{'y' * 256}\n")
@@ -76,6 +164,8 @@ def test_a_text_longer_than_the_model_takes(tiny_llm: Path, tmp_path: Path, refu
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "sliding_window": 100}))
     assert "100 (sliding_window)" in refuse("analyze", folder, "--text", text)
+    (folder / "config.json").write_text(json.dumps({**settings, "sliding_window": 0}))
+    assert "max_position_embeddings" in refuse("analyze", folder, "--text", text)  # a window of 0 is none
 
 
 def test_bad_texts_and_options(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:
@@ -91,12 +181,19 @@ def test_bad_texts_and_options(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -
         assert f"limit: expected a whole number above 0, got {wrong!r}" in refuse("analyze", tiny_llm, f"limit={wrong}")
 
 
-def test_folders_that_are_neither_run_nor_model(tmp_path: Path, refuse: Refuse) -> None:
+def test_folders_that_are_neither_run_nor_model(
+    tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     message = refuse("analyze", empty)
     assert str(empty) in message and "config.yaml" in message and "config.json" in message
     assert "no hub id" in refuse("analyze", "nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert "empty/mien is not a run and no model: there is none of this name in empty" in refuse(
+        "analyze", "empty/mien"
+    )
+    assert kind_of("no-such-folder/mien") == "language model"
     assert "is not installed" in refuse("analyze", "package:nothing_of_that_name/model.gguf")
 
 
@@ -129,11 +226,45 @@ def test_runs_over_other_test_sets(
     assert "cannot be compared" in message and "other data" in message and str(manifest) in message
 
 
+def test_one_condition_of_a_run_is_read(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["analyze", str(run_folder), "noise.snr=[5,0]", "--out", str(tmp_path / "out")])
+    assert "sentences 5 dB" in (shown := capsys.readouterr().err) and "0 dB" not in shown.replace("5 dB", "")
+    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["run"]
+    assert held["identity"]["noise"] == "at 5 dB"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("metrics.json", '{"sentences": {"we', "not a readable JSON file"),
+        ("metrics.json", "[1]", "expected an object"),
+        ("metrics.jsonl", '{"step": 1}\n{"ste\n', "line 2 is damaged"),
+        ("metrics.jsonl", "3\n", "line 1 is damaged"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named_before_anything_is_measured(
+    run_folder: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, text: str, why: str
+) -> None:
+    (run_folder / name).write_text(text)
+    monkeypatch.setattr(avsr.analyze, "analyze_subject", None)
+    message = refuse("analyze", run_folder)
+    assert f"{run_folder / name}: " in message and why in message and "\n" not in message
+
+
+def test_scores_are_what_has_a_word_error_rate(run_folder: Path, tmp_path: Path) -> None:
+    (run_folder / "metrics.json").write_text('{"sentences": {"wer": 0.5}, "decoding": {"beams": 1}, "note": "wer"}')
+    main(["analyze", str(run_folder), "--out", str(tmp_path / "out")])
+    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["run"]
+    assert held["scores"] == {"sentences": {"wer": 0.5}} and held["curve"] == []
+
+
 def test_runs_of_other_tasks() -> None:
-    same = {"layers": 3, "hidden_size": 48, "heads": 4, "reads": "audio", "data": "a.jsonl", "digest": "1"}
+    same = {"layers": 3, "hidden_size": 48, "heads": 4, "reads": "audio", "noise": "none"}
+    same |= {"data": "a.jsonl", "digest": "1"}
     refuse_unlike(("one", {"identity": same}), ("two", dict(same, data="b.jsonl")))  # a copy of the same corpus
     for change, words in (
         ({"reads": "video"}, "input audio and video"),
+        ({"noise": "at -5 dB"}, "noise none and at -5 dB"),
         ({"hidden_size": 64}, "hidden size 48 and 64"),
         ({"digest": "2", "data": "b.jsonl"}, "other data \\(a.jsonl and b.jsonl\\)"),
     ):

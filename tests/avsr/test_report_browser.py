@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from avsr.cli import main
 
@@ -19,6 +22,7 @@ SIZES = ((390, 844), (1280, 900))
 FIGURES = {  # section: figures of one run
     **{"sinks": 2, "where": 2, "heads": 2, "value": 3, "mass": 1},
     **{"massive": 2, "activations": 1, "cosine": 1, "maps": 6},
+    **{"origin": 1, "features": 0, "causal": 2, "training": 1},  # two of training, for both runs
 }
 
 
@@ -35,7 +39,28 @@ def browse(page: Path, size: tuple[int, int], *options: str) -> str:
 
 
 @pytest.fixture
+def tiny_llm(tiny_llm: Path, tmp_path: Path) -> Path:
+    """The tiny Llama with a unit in layer 1 that makes BOS massive, so that there is an origin to draw."""
+    folder = tmp_path / "llm"
+    shutil.copytree(tiny_llm, folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        table, layer = model.get_input_embeddings().weight, model.model.layers[0]
+        table[:, 5] = 0.0
+        table[1, 5] = 20.0
+        layer.self_attn.o_proj.weight[5] = 0.0
+        for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
+            weight[3] = 0.0
+            weight[3, 5] = 5.0
+        layer.mlp.down_proj.weight[7, 3] = 20.0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def page(run_folder: Path, tmp_path: Path) -> Path:
+    steps = [{"step": step, "ce": 3.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     other = tmp_path / "other"
     shutil.copytree(run_folder, other)
     main(["analyze", str(run_folder), str(other), "--out", str(tmp_path / "report")])
@@ -77,7 +102,7 @@ def test_a_browser_shows_the_figures_at_both_sizes_in_light_and_in_dark(page: Pa
     for name, count in FIGURES.items():
         assert sections[name].count('<svg role="img" aria-label="') == 2 * count, name
         assert f'href="#{name}"' in shown
-    assert "NaN" not in shown
+    assert ">nan<" not in shown and "nan%" not in shown  # as Python writes what is no number
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', shown)
     assert len(set(labels)) == len(labels)
     ids = re.findall(r'\bid="([^"]+)"', shown)

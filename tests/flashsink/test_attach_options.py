@@ -235,6 +235,18 @@ def test_sliding_windows_shorter_than_the_sequence_are_refused(tiny, kind):
     assert torch.equal(model(input_ids=ids(2, 6)).logits, short)
 
 
+@torch.no_grad()
+def test_a_window_of_zero_is_none(tiny):
+    """In the config and in the call."""
+    model = tiny("mistral", sliding_window=None)
+    want = model(input_ids=ids(2, 9)).logits
+    model.config.sliding_window = 0
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 0
+    flashsink.attach(model)
+    torch.testing.assert_close(model(input_ids=ids(2, 9)).logits, want, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_dropout_is_not_ignored(tiny):
     model = tiny("llama", attention_dropout=0.1)
     flashsink.attach(model)

@@ -59,6 +59,7 @@ CONTROLS = [
     Arm("off-clip-1", overrides=("training.clip=1.0",)),
     Arm("off-cold", cold=True),
     Arm("off-long", steps=2 * STEPS[HIGH]),
+    replace(paper(PAPER), name=f"paper-long-{PAPER:g}", steps=2 * STEPS[HIGH]),
     Arm("off-half-rate", overrides=("training.learning_rate=5.0e-4",)),
     Arm("faithful-off", faithful=True),
     replace(paper(PAPER), name=f"faithful-paper-{PAPER:g}", faithful=True),

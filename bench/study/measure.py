@@ -51,7 +51,11 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
 def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """The sinks of an arm before its training."""
     config, model, store = load_arm(arm, folder, trained=False)
-    return {"arm": _plain(arm), "key": START + arm.key, "sinks": sinks(model, _few(config, model, store), config)}
+    found = sinks(model, _few(config, model, store), config)
+    row: dict[str, Any] = {"arm": _plain(arm), "key": START + arm.key, "sinks": found}
+    if arm.name == "off" and arm.seed == SEEDS[0]:
+        row["perplexity"] = perplexity(model, plain_text())[0]  # of the language model without adapters
+    return row
 
 
 def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def origin_table(rows: Rows) -> str:
         start = _start_of(arm)
         before = [rows[k]["sinks"] for k in (START + Arm(start, seed=s).key for s in SEEDS) if k in rows]
         after = [rows[k]["sinks"] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
-        lines.append([arm.name, _state(before), _state(after)])
+        name = "marks-normal-frozen-first (off)" if arm.name == "off" else arm.name
+        lines.append([name, _state(before), _state(after)])
     return _table(("delimiters", "before training", "after training"), lines)
 
 
@@ -223,12 +224,15 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
     rows = read_rows()
     low = [Arm(arm.name, rate=LOW) for arm in MAIN]
     base = [key for key, arm in ARMS.items() if not arm.full]
+    base_model = rows.get(START + Arm("off").key, {}).get("perplexity")
+    unadapted = f" Perplexity of the model without adapters: {base_model:.1f}." if base_model else ""
     parts = [
         "# Results of the study\n",
         f"Written by `python -m bench.study.tables`; {sum(key in rows for key in base)} of {len(base)} "
         "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; "
         "sink rates are the corrected ones; shares of attention are those of the text queries; both are means over "
-        "layers 1..29 and heads. A peak is the largest mean over the utterances of any of these layers.\n",
+        "layers 1..29 and heads. A peak is the largest mean over the utterances of any of these layers."
+        f"{unadapted}\n",
         "## Main comparison\n", main_table(rows),
         "## Side effects, high rate\n", side_table(rows, MAIN),
         "## Side effects, low rate\n", side_table(rows, low),

@@ -431,6 +431,8 @@ def _attend(
         raise ValueError(f"attention_dropout: expected 0, got {kwargs['dropout']}")
     if kwargs.get("softcap") is not None:
         raise ValueError(f"softcap: expected None, got {kwargs['softcap']}")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("s_aux: models with learned sink logits (GPT-OSS) are not supported; use attention=False")
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
     scaling = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -255,6 +255,17 @@ def test_attention_dropout_is_not_ignored(tiny):
         model.train()(input_ids=ids())
 
 
+def test_learned_sink_logits_are_not_ignored():
+    """GPT-OSS adds a column to every softmax; without it every probability would be another."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **heads)).eval()
+    flashsink.attach(model)
+    with pytest.raises(ValueError, match="s_aux.*GPT-OSS"):
+        model(input_ids=ids())
+
+
 @pytest.mark.parametrize(
     ("argument", "options"),
     [

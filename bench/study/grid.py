@@ -52,10 +52,13 @@ FROZEN = {
     for later in (False, True)
 }
 MAIN = [Arm("off"), paper(PAPER), margin(MARGIN_WEIGHT)]
-CONTROLS = [
+RIVALS = [
     penalised("content", Penalty(anchor="content")),
     penalised("norm", Penalty(kind="norm")),
     penalised("stop-gradient", Penalty(detach=True)),
+]
+CONTROLS = [
+    *RIVALS,
     Arm("off-clip-1", overrides=("training.clip=1.0",)),
     Arm("off-cold", cold=True),
     Arm("off-long", steps=2 * STEPS[HIGH]),
@@ -92,8 +95,8 @@ def _grid() -> dict[str, Arm]:
         *ORIGINS,
         *_seeds(low, SEEDS),
         *CONTROLS,
-        *PEERS,
-        *BEYOND,
+        # PLAN.md: what removes a sink is asked where "off" ends with one
+        *_seeds([*RIVALS, *PEERS, *BEYOND], (SWEEP_SEED,)),
         *_seeds(emerging, SEEDS, full=True),
         *_seeds([*ORIGINS, *CONTROLS, *PEERS, *BEYOND], SEEDS, full=True),
     ]

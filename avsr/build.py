@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from avsr import folders
 from avsr.composing import differences
 from avsr.config import TASKS, Config, ModelConfig, read_run_config
 from avsr.data.features import FeatureStore
@@ -159,6 +160,8 @@ def load_run(
     """
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
+    if problem := folders.damage(folder, WEIGHTS):
+        raise UserError(problem)
     tasks, levels = (config.decode.tasks[:1], []) if single else (config.decode.tasks, config.noise.snr)
     widths = _projected_widths(config.model, folder)
     store = build_store(config, device, tasks, levels, widths)

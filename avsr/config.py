@@ -186,6 +186,9 @@ class TrainingConfig:
     validate_every: int = 100  # steps
     save_every: int = 0  # steps; 0 = with every validation
     keep_last: int = 0  # newest saves kept as checkpoints/step-NNNNNN, for `avsr average`
+    keep_best: int = 0  # saves with the lowest validation loss kept in the same way, beside checkpoints/best
+    skip_nonfinite: int = 20  # steps of a run without finite loss and gradient that are skipped before it ends
+    timeout: float = 1800.0  # seconds in one stage of a step after which a rank counts as hung; 0 = never
     gradient_norms_every: int = 0  # steps between norms of both loss terms alone; 0 = never
     # Weights of the tasks drawn for every clip of an audiovisual model (modality dropout); empty = its own task
     tasks: dict[str, float] = field(default_factory=dict)
@@ -278,6 +281,9 @@ _AT_LEAST: dict[str, float] = {
     "training.save_every": 0,
     "training.gradient_norms_every": 0,
     "training.keep_last": 0,
+    "training.keep_best": 0,
+    "training.skip_nonfinite": 0,
+    "training.timeout": 0,
     "decode.beams": 1,
     "decode.nbest": 1,
     "decode.batch": 1,

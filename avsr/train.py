@@ -22,7 +22,7 @@ from avsr.errors import UserError, guarded
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training import resume
 from avsr.training.checkpoint import Progress, agree
-from avsr.training.engine import make_engine, start_distributed
+from avsr.training.engine import make_engine, partitioned_loading, start_distributed
 from avsr.training.trainer import Trainer, seed_everything
 
 logger = logging.getLogger("avsr")
@@ -53,7 +53,7 @@ def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = 
     seed_everything(config.training.seed)
     device = pick_device()
     store = build_store(config, device, levels=config.augment.snr)
-    model, loaded = build_model(config, store, device)
+    model, loaded = build_model(config, store, device, around=partitioned_loading(config))
 
     def refuse(frames: dict[str, int], tokens: int) -> str:
         count = sum(frames.values())

@@ -30,7 +30,7 @@ ORDER = [
     "flashsink",
     "avsr avsr.errors avsr.machine avsr.data avsr.models avsr.synth avsr.training avsr.evaluation avsr.analysis",
     "avsr.corpora avsr.prepare avsr.folders",
-    "avsr.composing avsr.progress",
+    "avsr.composing avsr.progress avsr.limits",
     "avsr.config",
     "avsr.data.audio avsr.data.manifest avsr.data.video_writer",
     "avsr.data.video avsr.models.sources avsr.models.compression avsr.models.torch_file",

@@ -8,7 +8,8 @@ encoder frames, S tokens, C hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -77,28 +78,19 @@ class SpeechLLM(nn.Module):
         self.prompts = {task: loaded.tokenize(_prompt(config, task)) for task in parts_of(config.task)}
         self.tokenizer = loaded.tokenizer
         self.tokenize = loaded.tokenize
-        table = loaded.model.get_input_embeddings().weight.detach()
-        self.hidden = int(table.shape[1])
+        table = loaded.model.get_input_embeddings().weight
         self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", 1 << 30))
-        self.llm: Any = add_lora(loaded.model, config.lora)
-        self.projectors = nn.ModuleDict(
-            {
-                name: make_projector(
-                    compressed_width(widths[name], part.compression.kind, part.compression.rate),
-                    config.projector.hidden,
-                    self.hidden,
-                    config.projector.layernorm,
-                    float(table.float().std()),
-                )
-                for name, part in config.streams.items()
-            }
-        )
+        self.hidden = int(loaded.model.config.hidden_size)
         framed = [name for name in self.streams if name != "fused" and config.delimiters.init != "none"]
         self._delimiter_of = {name: 2 * index for index, name in enumerate(framed)}
-        self.delimiters: nn.Parameter | None = None
-        if framed:
-            first = init_delimiters(config.delimiters.init, 2 * len(framed), table)
-            self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
+        with _whole(table) as embeddings:
+            scale = float(embeddings.float().std())
+            self.llm: Any = add_lora(loaded.model, config.lora)
+            self.projectors = nn.ModuleDict({name: self._projector(name, widths[name], scale) for name in self.streams})
+            self.delimiters: nn.Parameter | None = None
+            if framed:
+                first = init_delimiters(config.delimiters.init, 2 * len(framed), embeddings)
+                self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
         trained = {name: e for name, e in (encoders or {}).items() if config.streams[name].encoder.lora.rank}
         self.encoders = nn.ModuleDict(trained)
         # a plain dict: what is frozen is neither cast nor partitioned by the engine
@@ -108,6 +100,11 @@ class SpeechLLM(nn.Module):
         self.probe: flashsink.Probe | None = None
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
+
+    def _projector(self, name: str, width: int, scale: float) -> nn.Module:
+        part, settings = self.config.streams[name], self.config.projector
+        width = compressed_width(width, part.compression.kind, part.compression.rate)
+        return make_projector(width, settings.hidden, self.hidden, settings.layernorm, scale)
 
     @property
     def device(self) -> torch.device:
@@ -304,6 +301,18 @@ class SpeechLLM(nn.Module):
 
 def _prompt(config: ModelConfig, task: str) -> str:
     return str(getattr(config.prompts, "audiovisual" if task == "fused" else task))
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """The values of a parameter that ZeRO-3 may have partitioned."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter.detach()
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        yield parameter.detach()
 
 
 def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def gather(engine: Any) -> OptimizerState:
     merged = {key: value for part in reversed(parts) for key, value in part.items()}
     tensors = {}
     for key in sorted(key for key, value in merged.items() if value is None):
-        for name, whole in _assemble(engine, lambda piece, key=key: base.state.get(piece.holder, {}).get(key)):
+        for name, whole in _assemble(engine, partial(_kept, base, key)):
             if dist.get_rank() == 0:
                 tensors[f"{key}/{name}"] = whole.cpu()
     scalars = {key: value for key, value in merged.items() if value is not None}
@@ -110,6 +111,11 @@ def scatter(engine: Any, state: OptimizerState, weights: dict[str, Tensor]) -> N
         for key, number in state.scalars.items():
             # torch's optimizers count steps in tensors, DeepSpeed's own in integers
             kept[key] = torch.tensor(number) if type(base).__module__.startswith("torch.") else int(number)
+
+
+def _kept(base: Any, key: str, piece: _Piece) -> Tensor | None:
+    value: Tensor | None = base.state.get(piece.holder, {}).get(key)
+    return value
 
 
 def base_optimizer(engine: Any) -> Any:

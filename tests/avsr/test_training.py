@@ -140,11 +140,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         torch.testing.assert_close(final_weights(parts)[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, stage: int) -> None:
-    recipe = tiny_recipe(tmp_path, **{"training.accumulation": 2, "training.utterances": 2})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["deepspeed.stage=0"],
+        ["deepspeed.stage=2"],
+        ["deepspeed.stage=3"],
+        ["deepspeed.stage=2", "deepspeed.offload_optimizer=true"],
+        ["deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"],
+    ],
+)
+def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, settings: list[str]) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        **{
+            "training.accumulation": 2,
+            "training.utterances": 2,
+            "loss.decorrelation": 1.0,
+            "model.delimiters.train": True,
+        },
+    )
     one = read_metrics(run(recipe, f"run={tmp_path / 'one'}"))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", f"deepspeed.stage={stage}"))
+    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", *settings))
     for a, b in zip(one, other, strict=True):
         assert b["ce"] == pytest.approx(a["ce"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)

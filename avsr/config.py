@@ -183,6 +183,7 @@ class TrainingConfig:
     utterances: int = 64  # at most, in a micro-batch
     precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
     gradient_checkpointing: bool = False
+    packed: bool = False  # utterances one behind the other instead of padded; with model.llm.attention=flashsink
     seed: int = 42
     validate_every: int = 100  # steps
     save_every: int = 0  # steps; 0 = with every validation
@@ -301,6 +302,8 @@ def _check_values(config: Config, name: str) -> None:
     if config.deepspeed.stage == 3 and config.training.gradient_norms_every:
         raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
     _check_offload(config.deepspeed)
+    if config.training.packed and config.model.llm.attention != "flashsink":
+        raise UserError("training.packed: needs model.llm.attention=flashsink, which keeps packed utterances apart")
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
     if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):

@@ -96,6 +96,7 @@ def attach(model: SpeechLLM, config: Config) -> None:
         activations=False,
         margin=config.loss.margin,
     )
+    model.packed = config.training.packed
 
 
 def train_and_leave(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:

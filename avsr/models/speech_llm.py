@@ -8,9 +8,10 @@ encoder frames, S tokens, C hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,16 @@ class Assembled:
     mask: Tensor  # (B, S) int64, 1 = token
     spans: Tensor  # (B,) int64
     names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
+
+
+@dataclass
+class Packed:
+    """Rows one behind the other, T tokens in all. ``spans`` as in :class:`Assembled`."""
+
+    embeddings: Tensor  # (1, T, C)
+    positions: Tensor  # (1, T) int64, from 0 in every row
+    starts: list[int]  # of the B rows
+    spans: Tensor  # (B,) int64
 
 
 class Terms(NamedTuple):
@@ -98,6 +109,7 @@ class SpeechLLM(nn.Module):
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
+        self.packed = False  # rows of a forward stand one behind the other, without padding; flashsink keeps them apart
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
 
@@ -142,6 +154,15 @@ class SpeechLLM(nn.Module):
 
         Padding is zeros and is masked; it never changes a row.
         """
+        rows, spans, labels = self._rows(batch, with_text=with_text, names=names)
+        lengths = torch.tensor([len(row) for row in rows], device=spans.device)
+        side = "left" if left else "right"
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+        mask = torch.arange(embeddings.shape[1], device=spans.device) < lengths[:, None]
+        return Assembled(embeddings, (mask.flip(1) if left else mask).long(), spans, labels)
+
+    def _rows(self, batch: Batch, *, with_text: bool, names: bool) -> tuple[list[Tensor], Tensor, list[list[str]]]:
+        """Embeddings (S_b, C) of every utterance, spans (B,), and names of the tokens if asked for."""
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
         speech = {name: self._project(name, batch, device) for name in self.streams}
@@ -166,39 +187,39 @@ class SpeechLLM(nn.Module):
             if names:
                 counts = {name: len(speech[name][b]) for name in TASKS[task]}
                 labels.append(self._names(task, counts, batch.text[b] if with_text else []))
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        side = "left" if left else "right"
-        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-        position = torch.arange(embeddings.shape[1], device=device)
-        mask = position < lengths[:, None]
-        if left:
-            mask = mask.flip(1)
-        return Assembled(embeddings, mask.long(), torch.tensor(spans, device=device), labels)
+        return rows, torch.tensor(spans, device=device), labels
 
     def forward(self, batch: Batch) -> Terms:
         """One pass over a micro-batch with text. Logits are computed only where there are labels."""
-        rows = self.assemble(batch, with_text=True)
+        if self.packed:
+            rows: Assembled | Packed = _pack(*self._rows(batch, with_text=True, names=False)[:2])
+        else:
+            rows = self.assemble(batch, with_text=True)
         logits, targets = self.label_logits(batch, rows)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
         return Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
 
-    def label_logits(self, batch: Batch, rows: Assembled) -> tuple[Tensor, Tensor]:
+    def label_logits(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""
         hidden = self.hidden_states(rows)
         places: list[int] = []
         targets: list[int] = []
-        for b, (ids, span) in enumerate(zip(batch.text, rows.spans.tolist(), strict=True)):
-            first = b * hidden.shape[1] + span - 1  # the last prompt token predicts the first text token
+        starts = (
+            rows.starts if isinstance(rows, Packed) else range(0, hidden.shape[0] * hidden.shape[1], hidden.shape[1])
+        )
+        for ids, start, span in zip(batch.text, starts, rows.spans.tolist(), strict=True):
+            first = start + span - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
         chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
         return self.decoder.lm_head(chosen), torch.tensor(targets, device=hidden.device)
 
-    def hidden_states(self, rows: Assembled) -> Tensor:
-        """(B, S, C) after the final norm."""
-        call = {"inputs_embeds": rows.embeddings, "attention_mask": rows.mask, "use_cache": False}
+    def hidden_states(self, rows: Assembled | Packed) -> Tensor:
+        """After the final norm, of the embeddings' shape."""
+        call = {"inputs_embeds": rows.embeddings, "use_cache": False}
+        call |= {"position_ids": rows.positions} if isinstance(rows, Packed) else {"attention_mask": rows.mask}
         if self.probe is None:
             return self.decoder.model(**call).last_hidden_state
         with self.probe.spans(rows.spans):
@@ -301,6 +322,13 @@ class SpeechLLM(nn.Module):
 
 def _prompt(config: ModelConfig, task: str) -> str:
     return str(getattr(config.prompts, "audiovisual" if task == "fused" else task))
+
+
+def _pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
+    """Rows (S_b, C) and their spans (B,)."""
+    counts = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(count, device=spans.device) for count in counts])
+    return Packed(torch.cat(list(rows))[None], positions[None], [0, *accumulate(counts[:-1])], spans)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ logger = logging.getLogger("avsr")
 _FREE = (
     *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
     *("noise.snr", "act."),  # of a later evaluation
-    *("deepspeed.", "training.save_every", "training.gradient_checkpointing"),
+    *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
     "training.accumulation",  # its product with the number of ranks may not, see _check_parts
 )
 

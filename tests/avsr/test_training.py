@@ -184,6 +184,24 @@ def test_gradient_checkpointing_changes_nothing(tiny_recipe: Recipe, tmp_path: P
         assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
 
 
+@pytest.mark.parametrize("settings", [[], ["training.gradient_checkpointing=true"], ["training.utterances=1"]])
+def test_packed_batches_train_as_padded_ones(
+    tiny_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path: Path, settings: list[str]
+) -> None:
+    """Utterances of unlike length, with and without the recomputation of layers, and one alone in its batch."""
+    train_set = make_corpus(tmp_path / "uneven", seconds=[0.3, 0.9, 0.5, 1.4, 0.3, 0.7])
+    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 5.0, "data.train": str(train_set)})
+    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}", *settings))
+    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", "training.packed=true", *settings))
+    for key in ("ce", "decorrelation", "grad_norm"):
+        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
+
+
+def test_packed_batches_need_an_attention_that_keeps_them_apart(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.packed.*attention=flashsink"):
+        run(tiny_recipe(tmp_path, **{"training.packed": True, "model.llm.attention": "sdpa"}))
+
+
 def test_bf16_trains_and_keeps_float32_masters(tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = run(tiny_recipe(tmp_path, **{"training.precision": "bf16", "loss.decorrelation": 1.0}))
     weights = final_weights(folder)["projectors.audio.0.weight"]

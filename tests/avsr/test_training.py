@@ -20,7 +20,7 @@ from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import Interrupted, UserError
 from avsr.train import attach, train
 from avsr.training.checkpoint import Progress
-from avsr.training.engine import learning_rate_factor, make_engine, start_distributed
+from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
 from avsr.training.metrics import MetricsLog, read_metrics
 from avsr.training.trainer import Trainer
 
@@ -165,6 +165,23 @@ def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, s
     for a, b in zip(one, other, strict=True):
         assert b["ce"] == pytest.approx(a["ce"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_zero_3_reads_the_language_model_in_pieces(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """No weight is whole after loading, and the delimiters' scale is that of the whole table."""
+    start_distributed()
+    cpu = torch.device("cpu")
+    models = []
+    for stage in (1, 3):
+        settings = [f"deepspeed.stage={stage}", "model.delimiters.init=table"]
+        config = load_config(str(tiny_recipe(tmp_path)), settings)
+        store = build_store(config, cpu)
+        models.append(build_model(config, store, cpu, around=partitioned_loading(config))[0])
+    whole, pieces = models
+    sizes = {n: p.numel() for n, p in pieces.named_parameters() if n.startswith("llm.") and not p.requires_grad}
+    assert sizes and not any(sizes.values())
+    assert all(p.numel() for n, p in whole.named_parameters())
+    torch.testing.assert_close(pieces.delimiters, whole.delimiters)
 
 
 def test_a_users_deepspeed_json_trains_the_same(tiny_recipe: Recipe, tmp_path: Path) -> None:

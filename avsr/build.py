@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from avsr import folders
 from avsr.composing import differences
 from avsr.config import TASKS, Config, ModelConfig, read_run_config
 from avsr.data.features import FeatureStore
@@ -72,13 +74,17 @@ def build_store(
 
 
 def build_model(
-    config: Config, store: FeatureStore, device: torch.device, widths: Mapping[str, int] | None = None
+    config: Config,
+    store: FeatureStore,
+    device: torch.device,
+    widths: Mapping[str, int] | None = None,
+    around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
 ) -> tuple[SpeechLLM, LoadedLLM]:
     """The untrained model; its new parameters depend on ``training.seed`` alone. ``widths`` are those of streams that
-    the store has no encoder of."""
+    the store has no encoder of; the LLM's weights are read inside ``around``."""
     settle_precision(config)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    loaded = load_llm(config.model.llm, dtype)
+    loaded = load_llm(config.model.llm, dtype, around)
     torch.manual_seed(config.training.seed)
     encoders = {name: encoder for name, encoder in store.encoders.items() if name in store.inside}
     return SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders).to(device), loaded
@@ -159,6 +165,8 @@ def load_run(
     """
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
+    if problem := folders.damage(folder, WEIGHTS):
+        raise UserError(problem)
     tasks, levels = (config.decode.tasks[:1], []) if single else (config.decode.tasks, config.noise.snr)
     widths = _projected_widths(config.model, folder)
     store = build_store(config, device, tasks, levels, widths)

@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 
 from avsr.composing import compose, leaves
 from avsr.errors import UserError
+from avsr.limits import check_values
 
 # Streams of a task, in the order in which they stand in the prompt. "fused" is one encoder that reads sound and mouth.
 TASKS: dict[str, tuple[str, ...]] = {
@@ -182,10 +183,14 @@ class TrainingConfig:
     utterances: int = 64  # at most, in a micro-batch
     precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
     gradient_checkpointing: bool = False
+    packed: bool = False  # utterances one behind the other instead of padded; with model.llm.attention=flashsink
     seed: int = 42
     validate_every: int = 100  # steps
     save_every: int = 0  # steps; 0 = with every validation
     keep_last: int = 0  # newest saves kept as checkpoints/step-NNNNNN, for `avsr average`
+    keep_best: int = 0  # saves with the lowest validation loss kept in the same way, beside checkpoints/best
+    skip_nonfinite: int = 20  # steps of a run without finite loss and gradient that are skipped before it ends
+    timeout: float = 1800.0  # seconds in one stage of a step after which a rank counts as hung; 0 = never
     gradient_norms_every: int = 0  # steps between norms of both loss terms alone; 0 = never
     # Weights of the tasks drawn for every clip of an audiovisual model (modality dropout); empty = its own task
     tasks: dict[str, float] = field(default_factory=dict)
@@ -194,6 +199,8 @@ class TrainingConfig:
 @dataclass
 class DeepSpeedConfig:
     stage: int = 1
+    offload_optimizer: bool = False  # masters and optimizer state in the host's memory (stages 1 to 3)
+    offload_parameters: bool = False  # weights too, each fetched for its layer (stage 3)
     config: str | None = None  # a DeepSpeed JSON of your own instead
 
 
@@ -241,51 +248,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-_STREAMS = ("audio", "video", "fused")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.task": tuple(TASKS),
-    **{f"model.{stream}.compression.kind": ("average", "stack") for stream in _STREAMS},
-    "model.audio.encoder.kind": ("whisper", "wavlm", "avhubert"),
-    "model.video.encoder.kind": ("avhubert", "visual"),
-    "model.fused.encoder.kind": ("avhubert",),
-    "data.on_bad": ("refuse", "skip"),
-    "model.llm.attention": ("flashsink", "sdpa", "eager", "flash_attention_2"),
-    "training.precision": ("fp32", "bf16", "auto"),
-    "decode.normaliser": ("plain", "whisper"),
-}
-_AT_LEAST: dict[str, float] = {
-    **{f"model.{stream}.encoder.batch": 1 for stream in _STREAMS},
-    **{f"model.{stream}.encoder.lora.rank": 0 for stream in _STREAMS},
-    **{f"model.{stream}.compression.rate": 1 for stream in _STREAMS},
-    "model.projector.hidden": 1,
-    "model.lora.rank": 0,
-    "data.min_seconds": 0,
-    "data.max_text_tokens": 1,
-    "data.limit": 0,
-    "data.workers": 0,
-    "data.max_mismatch": 0,
-    "noise.talkers": 1,
-    "augment.views": 0,
-    "loss.decorrelation": 0,
-    "loss.margin": 0,
-    "training.steps": 1,
-    "training.warmup": 0,
-    "training.weight_decay": 0,
-    "training.accumulation": 1,
-    "training.frames": 1,
-    "training.utterances": 1,
-    "training.validate_every": 1,
-    "training.save_every": 0,
-    "training.gradient_norms_every": 0,
-    "training.keep_last": 0,
-    "decode.beams": 1,
-    "decode.nbest": 1,
-    "decode.batch": 1,
-    "decode.base_tokens": 1,
-    "decode.tokens_per_second": 0,
-}
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe, applies ``key=value`` overrides and checks every key and value.
 
@@ -318,21 +280,10 @@ def to_yaml(config: Config) -> str:
 
 def _check_values(config: Config, name: str) -> None:
     values = dict(leaves(config))
-    for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            extra = ""
-            if values[key] == "fp16":
-                extra = ": massive activations of 26,000 and a large lambda leave no room below fp16's 65,504"
-            raise UserError(f"{key}: expected one of {', '.join(choices)}, got {values[key]!r}{extra}")
-    for key, least in _AT_LEAST.items():
-        if not values[key] >= least:
-            raise UserError(f"{key}: expected at least {least}, got {values[key]}")
+    check_values(values)
     _check_model(config, values, name)
     if not 0.0 <= config.loss.margin < 1.0:
         raise UserError(f"loss.margin: expected 0 <= margin < 1, got {config.loss.margin}")
-    for key in ("training.learning_rate", "training.clip", "data.max_seconds"):
-        if not values[key] > 0:
-            raise UserError(f"{key}: expected more than 0, got {values[key]}")
     if not 0.0 <= config.act.beta <= 1.0:
         raise UserError(f"act.beta: expected 0 <= beta <= 1, got {config.act.beta}")
     if not 0.0 < config.act.threshold < 1.0:
@@ -350,10 +301,19 @@ def _check_values(config: Config, name: str) -> None:
             raise UserError(f"data.test.{key}: expected the path of a manifest, got {path!r}")
     if config.deepspeed.stage == 3 and config.training.gradient_norms_every:
         raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
+    _check_offload(config.deepspeed)
+    if config.training.packed and config.model.llm.attention != "flashsink":
+        raise UserError("training.packed: needs model.llm.attention=flashsink, which keeps packed utterances apart")
     if config.deepspeed.stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
     if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):
         raise UserError("data.validation: the best checkpoint must not be chosen on a test manifest")
+
+
+def _check_offload(deepspeed: DeepSpeedConfig) -> None:
+    for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
+        if getattr(deepspeed, key) and deepspeed.stage < least:
+            raise UserError(f"deepspeed.{key}: needs deepspeed.stage of at least {least}, got {deepspeed.stage}")
 
 
 def _check_model(config: Config, values: dict[str, Any], name: str) -> None:

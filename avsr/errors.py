@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER = 2
+EXIT_PREEMPTED = 75  # SIGTERM, a checkpoint is written: start the same command again (EX_TEMPFAIL)
+EXIT_HUNG = 124  # the watchdog ended it
 EXIT_INTERRUPTED = 130
 
 
@@ -18,7 +21,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal; a checkpoint has been written."""
+    """Training was stopped by the signal ``number``; a checkpoint has been written."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
@@ -29,9 +36,9 @@ def guarded() -> Iterator[None]:
     except UserError as error:
         print(f"avsr: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER) from None
-    except Interrupted:
+    except Interrupted as error:
         print("avsr: stopped, a checkpoint is written; continue with resume=true", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(EXIT_PREEMPTED if error.number == signal.SIGTERM else EXIT_INTERRUPTED) from None
     except KeyboardInterrupt:
         print("avsr: interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -38,6 +38,14 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def all_max(value: float, device: torch.device) -> float:
+    """The largest over ranks."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def count_step(batches: Sequence[Batch], spans: Sequence[Sequence[int]], device: torch.device) -> Counts:
     """All-reduced counts of one step's micro-batches of this rank."""
     labels, span = all_sum([sum(b.label_tokens for b in batches), sum(local_span(s) for s in spans)], device)

@@ -20,9 +20,9 @@ from avsr.data.dataset import Reading, load_dataset
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.models.speech_llm import SpeechLLM
-from avsr.training import checkpoint
-from avsr.training.checkpoint import Progress
-from avsr.training.engine import make_engine, start_distributed
+from avsr.training import resume
+from avsr.training.checkpoint import Progress, agree
+from avsr.training.engine import make_engine, partitioned_loading, start_distributed
 from avsr.training.trainer import Trainer, seed_everything
 
 logger = logging.getLogger("avsr")
@@ -39,19 +39,21 @@ def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = 
         UserError: bad input.
         avsr.errors.Interrupted: a signal stopped it; the run can be resumed.
     """
-    rank, _ = start_distributed()
+    rank, world = start_distributed()
     settle_precision(config)
-    failure = ""
+    failure, name = "", ""
     if rank == 0:
         try:
-            checkpoint.prepare_run(config)
+            name = resume.prepare_run(config, world)
         except UserError as error:
             failure = str(error)
-    checkpoint.agree(failure)
+    if failure := agree(failure):
+        raise UserError(failure)
+    name = agree(name)
     seed_everything(config.training.seed)
     device = pick_device()
     store = build_store(config, device, levels=config.augment.snr)
-    model, loaded = build_model(config, store, device)
+    model, loaded = build_model(config, store, device, around=partitioned_loading(config))
 
     def refuse(frames: dict[str, int], tokens: int) -> str:
         count = sum(frames.values())
@@ -73,15 +75,15 @@ def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = 
     if config.training.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     (prepare or attach)(model, config)
-    progress = checkpoint.load_progress(config, model) if config.resume else Progress()
+    start = resume.load_start(config, name, model)
     engine = make_engine(model, config)
-    if config.resume:
-        checkpoint.load_engine(engine, config)
     if rank == 0:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in model.trainable().values())
         logger.info("%s: %d utterances, %d trained parameters", config.run, len(splits[0]), count)
     torch.manual_seed(config.training.seed + rank)
-    Trainer(engine, config, splits[0], splits[1], progress).fit()
+    if start is not None:
+        resume.load_engine(engine, start)
+    Trainer(engine, config, splits[0], splits[1], start.progress if start else Progress()).fit()
     model.detach()
     return Path(config.run)
 
@@ -94,6 +96,7 @@ def attach(model: SpeechLLM, config: Config) -> None:
         activations=False,
         margin=config.loss.margin,
     )
+    model.packed = config.training.packed
 
 
 def train_and_leave(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:

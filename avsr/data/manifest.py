@@ -88,8 +88,9 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _parse_json(line: str, root: Path, where: str) -> Utterance:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object: {error}") from error
+        json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON object: {str(error).splitlines()[0]}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ class LoadedLLM:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def load_llm(config: LLMConfig, dtype: torch.dtype = torch.float32) -> LoadedLLM:
+def load_llm(
+    config: LLMConfig,
+    dtype: torch.dtype = torch.float32,
+    around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+) -> LoadedLLM:
     """Loads model and tokenizer, frozen, in eval mode, with an empty generation config (so that no sampling
-    setting of a model's own leaks into decoding).
+    setting of a model's own leaks into decoding). The weights are read inside ``around``.
 
     Raises:
         UserError: missing model, a tokenizer without BOS or EOS (with the key that names one).
@@ -51,7 +56,8 @@ def load_llm(config: LLMConfig, dtype: torch.dtype = torch.float32) -> LoadedLLM
     attention = "sdpa" if config.attention == "flashsink" else config.attention
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
+        with around:
+            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
     except ImportError as error:
         raise UserError(f"model.llm.attention: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError, SafetensorError) as error:

@@ -8,9 +8,11 @@ encoder frames, S tokens, C hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +41,20 @@ class Assembled:
 
 
 @dataclass
-class Terms:
-    """Sums of one micro-batch, to be divided by global counts (design: averages are global)."""
+class Packed:
+    """Rows one behind the other, T tokens in all. ``spans`` as in :class:`Assembled`."""
+
+    embeddings: Tensor  # (1, T, C)
+    positions: Tensor  # (1, T) int64, from 0 in every row
+    starts: list[int]  # of the B rows
+    spans: Tensor  # (B,) int64
+
+
+class Terms(NamedTuple):
+    """Sums of one micro-batch, to be divided by global counts (design: averages are global).
+
+    A tuple, since ZeRO-3 looks for tensors in tuples to gather weights before their backward.
+    """
 
     cross_entropy: Tensor  # float32 scalar, sum over label tokens
     decorrelation: Tensor | None  # float32 scalar, local mean over span tokens; None = not computed
@@ -75,28 +89,19 @@ class SpeechLLM(nn.Module):
         self.prompts = {task: loaded.tokenize(_prompt(config, task)) for task in parts_of(config.task)}
         self.tokenizer = loaded.tokenizer
         self.tokenize = loaded.tokenize
-        table = loaded.model.get_input_embeddings().weight.detach()
-        self.hidden = int(table.shape[1])
+        table = loaded.model.get_input_embeddings().weight
         self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", 1 << 30))
-        self.llm: Any = add_lora(loaded.model, config.lora)
-        self.projectors = nn.ModuleDict(
-            {
-                name: make_projector(
-                    compressed_width(widths[name], part.compression.kind, part.compression.rate),
-                    config.projector.hidden,
-                    self.hidden,
-                    config.projector.layernorm,
-                    float(table.float().std()),
-                )
-                for name, part in config.streams.items()
-            }
-        )
+        self.hidden = int(loaded.model.config.hidden_size)
         framed = [name for name in self.streams if name != "fused" and config.delimiters.init != "none"]
         self._delimiter_of = {name: 2 * index for index, name in enumerate(framed)}
-        self.delimiters: nn.Parameter | None = None
-        if framed:
-            first = init_delimiters(config.delimiters.init, 2 * len(framed), table)
-            self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
+        with _whole(table) as embeddings:
+            scale = float(embeddings.float().std())
+            self.llm: Any = add_lora(loaded.model, config.lora)
+            self.projectors = nn.ModuleDict({name: self._projector(name, widths[name], scale) for name in self.streams})
+            self.delimiters: nn.Parameter | None = None
+            if framed:
+                first = init_delimiters(config.delimiters.init, 2 * len(framed), embeddings)
+                self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
         trained = {name: e for name, e in (encoders or {}).items() if config.streams[name].encoder.lora.rank}
         self.encoders = nn.ModuleDict(trained)
         # a plain dict: what is frozen is neither cast nor partitioned by the engine
@@ -104,8 +109,14 @@ class SpeechLLM(nn.Module):
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
+        self.packed = False  # rows of a forward stand one behind the other, without padding; flashsink keeps them apart
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
+
+    def _projector(self, name: str, width: int, scale: float) -> nn.Module:
+        part, settings = self.config.streams[name], self.config.projector
+        width = compressed_width(width, part.compression.kind, part.compression.rate)
+        return make_projector(width, settings.hidden, self.hidden, settings.layernorm, scale)
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +154,15 @@ class SpeechLLM(nn.Module):
 
         Padding is zeros and is masked; it never changes a row.
         """
+        rows, spans, labels = self._rows(batch, with_text=with_text, names=names)
+        lengths = torch.tensor([len(row) for row in rows], device=spans.device)
+        side = "left" if left else "right"
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+        mask = torch.arange(embeddings.shape[1], device=spans.device) < lengths[:, None]
+        return Assembled(embeddings, (mask.flip(1) if left else mask).long(), spans, labels)
+
+    def _rows(self, batch: Batch, *, with_text: bool, names: bool) -> tuple[list[Tensor], Tensor, list[list[str]]]:
+        """Embeddings (S_b, C) of every utterance, spans (B,), and names of the tokens if asked for."""
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
         speech = {name: self._project(name, batch, device) for name in self.streams}
@@ -167,39 +187,39 @@ class SpeechLLM(nn.Module):
             if names:
                 counts = {name: len(speech[name][b]) for name in TASKS[task]}
                 labels.append(self._names(task, counts, batch.text[b] if with_text else []))
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        side = "left" if left else "right"
-        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-        position = torch.arange(embeddings.shape[1], device=device)
-        mask = position < lengths[:, None]
-        if left:
-            mask = mask.flip(1)
-        return Assembled(embeddings, mask.long(), torch.tensor(spans, device=device), labels)
+        return rows, torch.tensor(spans, device=device), labels
 
     def forward(self, batch: Batch) -> Terms:
         """One pass over a micro-batch with text. Logits are computed only where there are labels."""
-        rows = self.assemble(batch, with_text=True)
+        if self.packed:
+            rows: Assembled | Packed = _pack(*self._rows(batch, with_text=True, names=False)[:2])
+        else:
+            rows = self.assemble(batch, with_text=True)
         logits, targets = self.label_logits(batch, rows)
         loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
         return Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
 
-    def label_logits(self, batch: Batch, rows: Assembled) -> tuple[Tensor, Tensor]:
+    def label_logits(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""
         hidden = self.hidden_states(rows)
         places: list[int] = []
         targets: list[int] = []
-        for b, (ids, span) in enumerate(zip(batch.text, rows.spans.tolist(), strict=True)):
-            first = b * hidden.shape[1] + span - 1  # the last prompt token predicts the first text token
+        starts = (
+            rows.starts if isinstance(rows, Packed) else range(0, hidden.shape[0] * hidden.shape[1], hidden.shape[1])
+        )
+        for ids, start, span in zip(batch.text, starts, rows.spans.tolist(), strict=True):
+            first = start + span - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
         chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
         return self.decoder.lm_head(chosen), torch.tensor(targets, device=hidden.device)
 
-    def hidden_states(self, rows: Assembled) -> Tensor:
-        """(B, S, C) after the final norm."""
-        call = {"inputs_embeds": rows.embeddings, "attention_mask": rows.mask, "use_cache": False}
+    def hidden_states(self, rows: Assembled | Packed) -> Tensor:
+        """After the final norm, of the embeddings' shape."""
+        call = {"inputs_embeds": rows.embeddings, "use_cache": False}
+        call |= {"position_ids": rows.positions} if isinstance(rows, Packed) else {"attention_mask": rows.mask}
         if self.probe is None:
             return self.decoder.model(**call).last_hidden_state
         with self.probe.spans(rows.spans):
@@ -302,6 +322,25 @@ class SpeechLLM(nn.Module):
 
 def _prompt(config: ModelConfig, task: str) -> str:
     return str(getattr(config.prompts, "audiovisual" if task == "fused" else task))
+
+
+def _pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
+    """Rows (S_b, C) and their spans (B,)."""
+    counts = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(count, device=spans.device) for count in counts])
+    return Packed(torch.cat(list(rows))[None], positions[None], [0, *accumulate(counts[:-1])], spans)
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """The values of a parameter that ZeRO-3 may have partitioned."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter.detach()
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        yield parameter.detach()
 
 
 def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -1,13 +1,14 @@
 """Checkpoints: adapter, projector and delimiters as safetensors with their config, and what a resume needs.
 
-``checkpoints/last`` also holds the engine's optimizer state; ``checkpoints/best`` and the ``training.keep_last``
-newest ``checkpoints/step-NNNNNN`` are for use alone.
+``checkpoints/last`` also holds the optimizer's state and the generators'; ``checkpoints/previous`` is the one before.
+``checkpoints/best``, the ``training.keep_last`` newest and the ``training.keep_best`` best ``checkpoints/step-NNNNNN``
+are for use alone. Every folder has the SHA-256 of its files.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,19 +20,15 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avsr.build import WEIGHTS, load_weights, step_checkpoints
-from avsr.composing import differences
-from avsr.config import Config, read_run_config, to_yaml
-from avsr.errors import UserError
-from avsr.models.speech_llm import SpeechLLM
+from avsr import folders
+from avsr.build import WEIGHTS, step_checkpoints
+from avsr.config import Config, to_yaml
+from avsr.training import optimizer_state
+from avsr.training.optimizer_state import OptimizerState
 
 STATE = "state.json"
-_TAG = "engine"
-# A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps.
-_FREE = (
-    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_last"),
-    *("noise.snr", "act."),  # of a later evaluation
-)
+OPTIMIZER = "optimizer.safetensors"
+GENERATORS = "generators.safetensors"
 
 
 @dataclass
@@ -43,113 +40,100 @@ class Progress:
     step_in_epoch: int = 0
     best: float | None = None
     clipped: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    validation: float | None = None  # validation loss at this very step, where it was measured
 
 
-def gather_state(model: SpeechLLM) -> dict[str, Tensor]:
-    """The checkpoint's tensors on CPU, from the float32 masters where the engine keeps some. All ranks call it."""
+def gather_state(engine: Any) -> dict[str, Tensor]:
+    """The checkpoint's tensors on CPU, those that are trained from their float32 masters. All ranks call it."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
 
+    masters = optimizer_state.masters(engine)
     state = {}
-    for name, parameter in model.own_state().items():
-        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if master is None:
+    for name, parameter in engine.module.own_state().items():
+        value = masters.get(name)
+        if value is None:
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                master = parameter.detach().clone()
-        state[name] = master.detach().float().cpu().reshape(_full_shape(parameter)).contiguous()
+                value = parameter.detach().clone()
+        state[name] = value.detach().float().cpu().reshape(_full_shape(parameter)).contiguous()
     return state
 
 
-def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> None:
-    """Writes ``checkpoints/last``, when ``best`` ``checkpoints/best``, and with ``training.keep_last``
-    ``checkpoints/step-NNNNNN``, of which older ones go. All ranks call it.
+def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> str:
+    """Writes ``checkpoints/last``, when ``best`` ``checkpoints/best``, and with ``training.keep_last`` or
+    ``keep_best`` ``checkpoints/step-NNNNNN``, of which others go. All ranks call it.
 
-    Each folder is written beside and then swapped in, so that an interrupted save leaves the old one.
+    Each folder is written beside and then renamed, so that an interrupted save leaves the old one.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
+    Returns:
+        What failed, the same on every rank, or "".
     """
-    folder = Path(config.run) / "checkpoints"
-    state = gather_state(engine.module)
+    state = gather_state(engine)
+    kept = optimizer_state.gather(engine)
+    generators = _gather_generators()
     failure = ""
     if dist.get_rank() == 0:
+        folder = Path(config.run) / "checkpoints"
+        record = {**asdict(progress), **_engine_record(engine, config, kept)}
         try:
-            shutil.rmtree(folder / "last.part", ignore_errors=True)
-            _write(folder / "last.part", state, config, asdict(progress))
-        except OSError as error:
-            failure = f"cannot save a checkpoint in {folder}: {error}"
-    agree(failure)
-    engine.save_checkpoint(str(folder / "last.part"), tag=_TAG, exclude_frozen_parameters=True)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        try:
-            _swap(folder / "last.part", folder / "last")
-            if best:
+            if best:  # before "last", which says that this was the best
                 publish(folder / "best", state, config, asdict(progress))
-            if config.training.keep_last:
-                publish(folder / f"step-{progress.step:06d}", state, config, asdict(progress))
-                for old in step_checkpoints(config.run)[: -config.training.keep_last]:
-                    shutil.rmtree(old)
+            _keep_steps(folder, state, config, progress)
+            part = folder / "last.part"
+            _write(part, state, config, record)
+            save_file(kept.tensors, str(part / OPTIMIZER))
+            save_file(generators, str(part / GENERATORS))
+            folders.seal(part)
+            folders.swap_in(part, folder / "last", keep=folder / "previous")
         except OSError as error:
             failure = f"cannot save a checkpoint in {folder}: {error}"
-    agree(failure)
+            for part in folder.glob("*.part"):  # would fill the disk
+                shutil.rmtree(part, ignore_errors=True)
+    return agree(failure)
 
 
-def prepare_run(config: Config) -> None:
-    """Makes the run folder. Rank 0 alone.
+def _keep_steps(folder: Path, state: dict[str, Tensor], config: Config, progress: Progress) -> None:
+    """Keeps the newest and the best of the step checkpoints, this one among them."""
+    newest, best = config.training.keep_last, config.training.keep_best
+    if not newest and not best:
+        return
+    publish(folder / f"step-{progress.step:06d}", state, config, asdict(progress))
+    there = step_checkpoints(config.run)
+    by_loss = sorted((path for path in there if _validation(path) is not None), key=lambda path: _validation(path) or 0)
+    keep = {*(there[-newest:] if newest else []), *by_loss[:best]}
+    for path in there:
+        if path not in keep:
+            shutil.rmtree(path)
 
-    Raises:
-        UserError: it holds a run and ``resume`` is off, there is nothing to resume, or the config differs.
-    """
-    run = Path(config.run)
-    saved = run / "config.yaml"
-    if config.resume:
-        if not (run / "checkpoints" / "last" / STATE).is_file():
-            raise UserError(f"resume: {run} has no checkpoint to resume from")
-        changed = [line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)]
-        if changed:
-            raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
-    elif run.exists() and not run.is_dir() or run.is_dir() and _holds_something(run):
-        raise UserError(f"run: {run} exists already; continue it with resume=true, or name another folder with run=")
+
+def _validation(folder: Path) -> float | None:
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run: cannot write to {run}: {error}") from error
+        value = json.loads((folder / STATE).read_text(encoding="utf-8")).get("validation")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
-def _holds_something(run: Path) -> bool:
-    """More than this function's caller leaves behind when a training is refused before its first step."""
-    extra = {item.name for item in run.iterdir()} - {"config.yaml", "checkpoints"}
-    return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
+def _engine_record(engine: Any, config: Config, kept: OptimizerState) -> dict[str, Any]:
+    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else {}
+    version, numbers, rest = random.getstate()
+    return {
+        "ranks": dist.get_world_size(),
+        "accumulation": config.training.accumulation,
+        "optimizer": kept.scalars,
+        "scheduler": {key: value for key, value in scheduler.items() if key != "lr_lambdas"},
+        "random": [version, list(numbers), rest],
+    }
 
 
-def load_progress(config: Config, model: SpeechLLM) -> Progress:
-    """The progress of ``checkpoints/last``; its weights go into ``model`` (before the engine is made)."""
-    folder = Path(config.run) / "checkpoints" / "last"
-    load_weights(model, folder)
-    try:
-        return Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"resume: {folder / STATE} cannot be read: {error}") from error
-
-
-def load_engine(engine: Any, config: Config) -> None:
-    """Optimizer and schedule of ``checkpoints/last``.
-
-    Raises:
-        UserError: it was made by another number of ranks.
-    """
-    folder = Path(config.run) / "checkpoints" / "last"
-    try:
-        path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-    except Exception as error:  # DeepSpeed's own exceptions have no common base
-        raise UserError(
-            f"resume: the optimizer state in {folder} cannot be loaded ({str(error).splitlines()[0]}); use the same "
-            "number of processes and deepspeed.stage as before"
-        ) from error
-    if path is None:
-        raise UserError(f"resume: {folder} holds no optimizer state")
+def _gather_generators() -> dict[str, Tensor]:
+    """States of torch's generators of every rank: "cpu/RANK" and "cuda/RANK", uint8."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {f"{kind}/{rank}": value for rank, part in enumerate(parts) for kind, value in part.items()}
 
 
 def publish(folder: Path, state: dict[str, Tensor], config: Config, record: Mapping[str, Any]) -> None:
@@ -165,33 +149,24 @@ def publish(folder: Path, state: dict[str, Tensor], config: Config, record: Mapp
         OSError: the disk is full or the folder cannot be written.
     """
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     _write(part, state, config, record)
-    _swap(part, folder)
+    folders.seal(part)
+    folders.swap_in(part, folder)
 
 
 def _write(folder: Path, state: dict[str, Tensor], config: Config, record: Mapping[str, Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_file(state, str(folder / WEIGHTS), metadata={"format": "pt", "step": str(record["step"])})
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / STATE).write_text(json.dumps(dict(record)), encoding="utf-8")
 
 
-def _swap(new: Path, place: Path) -> None:
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def agree(failure: str) -> None:
-    """Raises rank 0's failure on every rank, so that none waits for another."""
-    message = [failure]
+def agree(value: str) -> str:
+    """Rank 0's ``value`` on every rank."""
+    message = [value]
     dist.broadcast_object_list(message, src=0)
-    if message[0]:
-        raise UserError(message[0])
+    return str(message[0])
 
 
 def _full_shape(parameter: torch.nn.Parameter) -> torch.Size:

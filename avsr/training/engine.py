@@ -9,7 +9,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-from avsr.config import Config, TrainingConfig
+from avsr.config import Config, DeepSpeedConfig, TrainingConfig
 from avsr.errors import UserError
 from avsr.models.resnet import VisualFrontEnd
 from avsr.models.speech_llm import SpeechLLM
@@ -77,7 +78,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     # batches have a frame budget, not a size; and our own log is enough
     fixed = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 30}
     if config.deepspeed.config is None:
-        return {**ours, **fixed, "zero_optimization": {"stage": config.deepspeed.stage}}
+        return {**ours, **fixed, **_zero(config.deepspeed)}
     path = Path(config.deepspeed.config)
     theirs = _read_json(path)
     theirs.pop("train_batch_size", None)
@@ -89,7 +90,35 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 f"deepspeed.config: {path}: {part} holds 'auto', which only the trainer of transformers fills in; "
                 "write the values, or leave the part out for the recipe's"
             )
+    theirs.setdefault("zero_optimization", {"stage": 0})
     return {**theirs, **fixed}
+
+
+def _zero(config: DeepSpeedConfig) -> dict[str, Any]:
+    stage: dict[str, Any] = {"stage": config.stage}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_optimizer:
+        stage["offload_optimizer"] = host
+    if config.offload_parameters:
+        stage["offload_param"] = host
+    # torch's AdamW steps the few trained parameters on the host too; DeepSpeed's own would have to be built first
+    return {"zero_optimization": stage, "zero_force_ds_cpu_optimizer": False}
+
+
+@contextmanager
+def partitioned_loading(config: Config) -> Iterator[None]:
+    """Under ZeRO-3 a model that transformers loads inside is partitioned weight by weight as its file is read, so that
+    no rank ever holds all of it; else nothing."""
+    settings = deepspeed_config(config)
+    if settings["zero_optimization"].get("stage") != 3:
+        yield
+        return
+    import_deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    known = HfDeepSpeedConfig(settings)  # transformers finds it for as long as someone holds it
+    yield
+    del known
 
 
 def _read_json(path: Path) -> dict[str, Any]:

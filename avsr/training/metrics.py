@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,8 @@ from typing import Any
 
 from avsr.config import LogConfig
 from avsr.errors import UserError
+
+logger = logging.getLogger("avsr")
 
 
 class MetricsLog:
@@ -22,6 +25,7 @@ class MetricsLog:
         elif self._path.is_file():
             kept = [line for line in _whole(self._path) if json.loads(line)["step"] <= resume_at]
             self._path.write_text("".join(line + "\n" for line in kept))
+        self._unwritten: list[str] = []
         self._writer: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -30,12 +34,21 @@ class MetricsLog:
         self._wandb = _start_wandb(config.wandb, run) if config.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """``row`` holds ``step`` and numbers; others are written to the file alone."""
+        """``row`` holds ``step`` and numbers; others are written to the file alone. What a full disk does not take is
+        kept and written with a later row."""
+        self._unwritten.append(json.dumps(row) + "\n")
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                place = file.tell()
+                try:
+                    file.write("".join(self._unwritten))
+                    file.flush()
+                except OSError:
+                    file.truncate(place)  # no half a line
+                    raise
+            self._unwritten.clear()
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error}") from error
+            logger.error("cannot write %s: %s; its rows are kept for later", self._path, error)
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         if self._writer is not None:
             for key, value in numbers.items():

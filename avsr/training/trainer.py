@@ -8,24 +8,27 @@ import random
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avsr.config import Config
 from avsr.data.batches import Batch, Schedule, collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import Interrupted, UserError
-from avsr.losses import all_sum, count_step, local_span, scaled
+from avsr.losses import all_max, all_sum, count_step, local_span, scaled
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.progress import ProgressBar
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
+from avsr.training.faults import Nonfinite, explained
 from avsr.training.metrics import MetricsLog, peak_memory_mb
+from avsr.training.term_gradients import TermGradients
+from avsr.training.watchdog import Watchdog
 
 logger = logging.getLogger("avsr")
 
@@ -43,8 +46,11 @@ class Trainer:
         self.progress = progress
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = self.model.device
-        self._stop = False
+        self._stop = 0  # the signal that asked for it
+        self._asked = -math.inf  # when Ctrl-C last did
         self._log: MetricsLog | None = None
+        self._watchdog = Watchdog(config.training.timeout)
+        self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
         self._schedule = Schedule(
             train.sizes, settings.frames, settings.utterances, settings.seed, self.world, settings.accumulation
@@ -55,15 +61,22 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal.
+            UserError: memory or a loader process gave out, too many steps were not finite, or the last checkpoint
+                cannot be written.
         """
         resumed = self.progress.step if self.config.resume else None
         if self.rank == 0:
             self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._watchdog.start()
         try:
-            with ProgressBar("train", self.settings.steps, done=self.progress.step, shown=self.rank == 0) as bar:
+            with (
+                ProgressBar("train", self.settings.steps, done=self.progress.step, shown=self.rank == 0) as bar,
+                explained(self.engine, self.config, self.progress),
+            ):
                 self._loop(bar)
         finally:
+            self._watchdog.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
             if self._log is not None:
@@ -71,15 +84,18 @@ class Trainer:
 
     def _loop(self, bar: ProgressBar) -> None:
         settings, progress = self.settings, self.progress
+        waiting = time.perf_counter()
         for batches in self._steps():
             started = time.perf_counter()
             row, stop = self._step(batches)
             row["seconds"] = time.perf_counter() - started
+            row["wait_seconds"] = started - waiting
             last = progress.step == settings.steps
             validated = progress.step % settings.validate_every == 0 or last
-            better = False
+            before, better, progress.validation = progress.best, False, None
             if validated:
                 row.update(self.validate())
+                progress.validation = row["validation_ce"]
                 better = progress.best is None or row["validation_ce"] < progress.best
                 progress.best = row["validation_ce"] if better else progress.best
             if self._log is not None:
@@ -87,11 +103,23 @@ class Trainer:
             bar.advance(1, _note(row))
             every = settings.save_every
             if better or stop or last or (validated if not every else progress.step % every == 0):
-                checkpoint.save(self.engine, self.config, progress, best=better)
+                self._watchdog.enter("checkpoint", progress.step)
+                failure = checkpoint.save(self.engine, self.config, progress, best=better)
+                if failure:
+                    progress.best = before
+                    self._cannot_save(failure, end=last or bool(stop))
             if stop and not last:
-                raise Interrupted
+                raise Interrupted(stop)
             if last:
                 return
+            waiting = time.perf_counter()
+            self._watchdog.enter("data", progress.step + 1)
+
+    def _cannot_save(self, failure: str, *, end: bool) -> None:
+        if end:
+            raise UserError(f"{failure}; what was trained since the last checkpoint is lost, resume=true repeats it")
+        if self.rank == 0:
+            logger.error("%s; training goes on, the old checkpoint stays", failure)
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of every step, from where progress stands, epoch after epoch."""
@@ -103,6 +131,8 @@ class Trainer:
                 batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],
                 collate_fn=collate,
                 num_workers=self.config.data.workers,
+                # its own, or a loader that is made anew by a resume would draw from the model's
+                generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
             )
             batches: list[Batch] = []
             for batch in _plain_errors(loader):
@@ -115,15 +145,17 @@ class Trainer:
             progress.epoch += 1
             progress.step_in_epoch = 0
 
-    def _step(self, batches: list[Batch]) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: the metrics row and whether a signal asked some rank to stop."""
+    def _step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
+        """One optimizer step: the metrics row, and the signal that asked some rank to stop, or 0."""
         self.engine.train()
+        step, enter = self.progress.step, self._watchdog.enter
         spans = [self.model.span_tokens(batch) for batch in batches]
         counts = count_step(batches, spans, self.device)
         every = self.settings.gradient_norms_every
-        split = _TermGradients(self.model) if every and self.progress.step % every == 0 else None
+        split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
         for batch, span in zip(batches, spans, strict=True):
+            enter("forward", step)
             terms: Terms = self.engine(batch)
             cross_entropy, decorrelation = scaled(terms, span, counts)
             loss = cross_entropy
@@ -132,23 +164,41 @@ class Trainer:
                 sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
             sums[0] += float(terms.cross_entropy.detach())
             sums[2] += int(terms.correct)
-            if not math.isfinite(float(loss.detach())):
-                ids = ", ".join(u.id for u in batch.utterances)
-                raise UserError(f"the loss of step {self.progress.step} is {float(loss)}; utterances: {ids}")
             if split is not None:
                 split.add(cross_entropy, decorrelation, counts.parts)
+            enter("backward", step)
             self.engine.backward(loss)
-            norm = self._plain_norm()
-            self.engine.step()
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
+            enter("optimizer", step)
+            norm = self._update()
+        enter("metrics", step)
         seconds = sum(batch.seconds for batch in batches)
         tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
-        totals = all_sum([*sums.tolist(), seconds, tokens, float(self._stop)], self.device)
-        row = self._row(totals, counts.labels, counts.span, None if norm is None else float(norm))
+        totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
+        row = self._row(totals, counts.labels, counts.span, norm)
         if split is not None:
             row.update(split.norms(self.config.loss.decorrelation))
-        return row, totals[5] > 0
+        if not math.isfinite(row["loss"]) or norm is None or not math.isfinite(norm):
+            self._nonfinite.add(self.progress, row, batches, sums)
+        return row, int(all_max(self._stop, self.device))
+
+    def _update(self) -> float | None:
+        """Ends a micro-batch, with the last one the step: the gradient's norm then. A step whose gradient is not
+        finite changes no weight, and the schedule goes on all the same."""
+        engine = self.engine
+        boundary = engine.is_gradient_accumulation_boundary()
+        norm = self._plain_norm() if boundary else None
+        if norm is not None and not math.isfinite(norm):
+            with _idle(engine.optimizer):
+                engine.step()
+        else:
+            engine.step()
+        if not boundary:
+            return None
+        if not engine.was_step_applied():
+            if engine.lr_scheduler is not None:
+                engine.lr_scheduler.step()
+            return math.inf
+        return float(engine.get_global_grad_norm()) if norm is None else norm
 
     def _row(self, totals: list[float], labels: int, span: int, norm: float | None) -> dict[str, Any]:
         progress, weight = self.progress, self.config.loss.decorrelation
@@ -170,8 +220,6 @@ class Trainer:
         engine = self.engine
         if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
             return None
-        if not engine.is_gradient_accumulation_boundary():
-            return None
         norms = [p.grad.norm() for p in self.model.trainable().values() if p.grad is not None]
         return float(torch.stack(norms).norm())
 
@@ -184,6 +232,7 @@ class Trainer:
         rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
         sums = [0.0] * 5
         for index in range(rounds):
+            self._watchdog.enter("validation", self.progress.step)
             own = index < len(mine)
             batch = collate([self.validation[i] for i in (mine[index] if own else order[0])])
             terms: Terms = self.engine(batch)
@@ -201,51 +250,25 @@ class Trainer:
         return row
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self._stop:
-            raise KeyboardInterrupt  # asked twice: now
-        self._stop = True
-        logger.warning("stopping after this step; a checkpoint will be written")
+        # the launcher and the scheduler each send their own; only Ctrl-C again, after a while, means at once
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if math.isfinite(self._asked) and now - self._asked > 1.0:
+                raise KeyboardInterrupt
+            self._asked = now
+        if not self._stop:
+            logger.warning("stopping after this step; a checkpoint will be written")
+        self._stop = max(self._stop, number)
 
 
-class _TermGradients:
-    """Gradients of both loss terms apart, over the micro-batches of one step.
-
-    A large lambda can starve the cross entropy: the norms, and the cosine between both, show it.
-    """
-
-    def __init__(self, model: SpeechLLM) -> None:
-        self._parameters = list(model.trainable().values())
-        if any(hasattr(p, "ds_id") for p in self._parameters):
-            raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
-        self._sums: list[Tensor | None] = [None, None]
-
-    def add(self, cross_entropy: Tensor, decorrelation: Tensor | None, parts: int) -> None:
-        for place, term in enumerate((cross_entropy, decorrelation)):
-            if term is None or not term.requires_grad:
-                continue
-            grads = torch.autograd.grad(term / parts, self._parameters, retain_graph=True, allow_unused=True)
-            flat = torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).float().flatten()
-                    for g, p in zip(grads, self._parameters, strict=True)
-                ]
-            )
-            before = self._sums[place]
-            self._sums[place] = flat if before is None else before + flat
-
-    def norms(self, weight: float) -> dict[str, float]:
-        """Norms of the global gradients: of the cross entropy and of lambda x decorrelation."""
-        row = {}
-        for total in self._sums:
-            if total is not None and dist.get_world_size() > 1:
-                dist.all_reduce(total)
-        ce, decorrelation = self._sums
-        if ce is not None:
-            row["grad_norm_ce"] = float(ce.norm())
-        if ce is not None and decorrelation is not None:
-            row["grad_norm_decorrelation"] = weight * float(decorrelation.norm())
-            row["grad_cosine"] = float(torch.nn.functional.cosine_similarity(ce, decorrelation, dim=0))
-        return row
+@contextmanager
+def _idle(optimizer: Any) -> Iterator[None]:
+    """Its steps change nothing."""
+    step, optimizer.step = optimizer.step, lambda: None
+    try:
+        yield
+    finally:
+        optimizer.step = step
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -262,6 +285,8 @@ def seed_everything(seed: int) -> None:
 
 
 def _note(row: dict[str, Any]) -> str:
+    if row.get("skipped"):
+        return "skipped: not finite"
     parts = [f"ce {row['ce']:.3f}"]
     if "decorrelation" in row:
         parts.append(f"decorrelation {row['decorrelation']:.4f}")

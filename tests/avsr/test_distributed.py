@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from avsr.config import load_config
+from avsr.errors import UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
 from avsr.train import train
 from avsr.training.metrics import read_metrics
@@ -27,63 +29,127 @@ SETTINGS = {
 }
 
 
-def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    folder = Path(sys.executable).parent
-    environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
-    port = str(20000 + os.getpid() % 20000)
-    command = [str(folder / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
-    command += ["--module", "avsr.train", str(recipe), *overrides]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+def environment() -> dict[str, str]:
+    found = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    found.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
+    return found
+
+
+def deepspeed(*arguments: str) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).parent / "deepspeed"), *arguments]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     try:
         out, err = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
         raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    port = str(20000 + os.getpid() % 20000)
+    where = ["--num_accelerators", str(ranks), "--master_port", port]
+    return finish(deepspeed(*where, "--module", "avsr.train", str(recipe), *overrides))
+
+
+def alone(recipe: Path, *overrides: str) -> Path:
+    """A training in this process."""
+    before = dict(os.environ)
+    try:
+        return train(load_config(str(recipe), list(overrides)))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def agree(one: Path, other: Path, *keys: str, rel: float = 1e-3) -> None:
+    """The curves and the weights of two runs."""
+    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
+        for key in [key for key in keys if key in a]:
+            assert b.get(key) == pytest.approx(a[key], rel=rel), (a["step"], key)
+    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, other)]
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+CURVE = ("ce", "decorrelation", "grad_norm", "tokens", "validation_ce")
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_as_one_process_with_two_micro_batches(
-    tiny_recipe: Callable[..., Path], tmp_path: Path
+    tiny_recipe: Callable[..., Path], tmp_path: Path, stage: int
 ) -> None:
-    """Unlike numbers of labels and prompt tokens on both ranks: losses, gradient norms and weights agree."""
-    recipe = tiny_recipe(tmp_path, **SETTINGS)
-    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=2")
+    """Unlike numbers of labels and prompt tokens on both ranks: losses, gradient norms and weights agree. Then one
+    process goes on from what two ranks saved half way."""
+    norms = {"training.gradient_norms_every": int(stage < 3)}
+    recipe = tiny_recipe(tmp_path, **{**SETTINGS, **norms, "model.delimiters.train": True})
+    done = launch(recipe, f"run={tmp_path / 'two'}", f"deepspeed.stage={stage}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    before = dict(os.environ)
-    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
-    os.environ.clear()
-    os.environ.update(before)
-    rows = zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True)
-    for a, b in rows:
-        for key in ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "tokens"):
-            assert b[key] == pytest.approx(a[key], rel=1e-3), (a["step"], key)
-        if a["step"] % 2 == 0:
-            assert b["validation_ce"] == pytest.approx(a["validation_ce"], rel=1e-3)
-    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, tmp_path / "two")]
-    for name, tensor in saved[0].items():
-        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
+    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2", "deepspeed.stage=1")
+    more = ("grad_norm_ce", "grad_norm_decorrelation") if stage < 3 else ()
+    agree(one, tmp_path / "two", *CURVE, *more)
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "last")  # the one before is of step 2
+    with pytest.raises(UserError, match=r"a step was 2 ranks x .* = 1.*training\.accumulation=2"):
+        alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "deepspeed.stage=1")
+    alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "training.accumulation=2", "deepspeed.stage=1")
+    agree(one, tmp_path / "two", *CURVE, *more)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_zero_3_on_two_ranks_saves_whole_tensors(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{**SETTINGS, "training.gradient_norms_every": 0})
-    done = launch(recipe, f"run={tmp_path / 'three'}", "deepspeed.stage=3")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_on_every_number_of_ranks_gives_one_curve(
+    tiny_recipe: Callable[..., Path],
+    make_corpus: Callable[..., Path],
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    checkpointing: bool,
+) -> None:
+    """Four micro-batches a step, in turn or at once."""
+    corpus = make_corpus(tmp_path / "many", seconds=[0.3 + 0.1 * (n % 7) for n in range(16)])
+    settings = {"training.utterances": 1, "training.steps": 3, "loss.decorrelation": 2.0, "training.clip": 1.0e9}
+    recipe = tiny_recipe(tmp_path, **settings, **{"data.train": str(corpus), "model.delimiters.train": True})
+    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=4")
+    options = [f"deepspeed.stage={stage}", f"training.accumulation={4 // ranks}"]
+    options.append(f"training.gradient_checkpointing={str(checkpointing).lower()}")
+    done = launch(recipe, f"run={tmp_path / 'many_ranks'}", *options, ranks=ranks)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=2")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    saved = [load_file(str(tmp_path / run / "checkpoints/last/model.safetensors")) for run in ("two", "three")]
-    for name, tensor in saved[0].items():
-        assert saved[1][name].shape == tensor.shape
-    for a, b in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "three"), strict=True):
-        assert b["ce"] == pytest.approx(a["ce"], rel=1e-3)
+    agree(one, tmp_path / "many_ranks", *CURVE)
+    evaluate = [sys.executable, "-m", "avsr.cli", "evaluate"]
+    scores = []
+    for run in (one, tmp_path / "many_ranks"):
+        subprocess.run([*evaluate, str(run)], check=True, env=environment(), capture_output=True, timeout=200)
+        scores.append((run / "hypotheses.jsonl").read_text())
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_meet_on_one_machine(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Two launchers, one rendezvous on loopback, as with deepspeed --hostfile --no_ssh on two machines."""
+    recipe = tiny_recipe(tmp_path, **SETTINGS)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    nodes = []
+    for rank in range(2):
+        where = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--node_rank", str(rank)]
+        where += ["--master_addr", "127.0.0.1", "--master_port", str(20000 + os.getpid() % 20000)]
+        nodes.append(deepspeed(*where, "--module", "avsr.train", str(recipe), f"run={tmp_path / 'two'}"))
+    for done in [finish(node) for node in nodes]:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    agree(alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2"), tmp_path / "two", *CURVE)
 
 
 @pytest.mark.distributed
@@ -98,10 +164,7 @@ def test_ranks_whose_batches_lack_other_streams_train_together(
     recipe = av_recipe(tmp_path, "audiovisual", **settings, **{"model.video.encoder.lora": {"rank": 2}})
     done = launch(recipe, f"run={tmp_path / 'two'}", f"deepspeed.stage={stage}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    before = dict(os.environ)
-    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
-    os.environ.clear()
-    os.environ.update(before)
+    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
     for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
         for key in ("ce", "grad_norm", "tokens"):
             assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
@@ -134,10 +197,7 @@ def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
     )
     done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    before = dict(os.environ)
-    one = train(load_config(str(recipe), [f"run={tmp_path / 'one'}", "training.accumulation=2"]))
-    os.environ.clear()
-    os.environ.update(before)
+    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
     for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
         for key in ("ce", "grad_norm", "tokens"):
             assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
@@ -152,9 +212,8 @@ def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
 def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Started threads of the process group must not abort the exit."""
     recipe = tiny_recipe(tmp_path, **{"data.train": str(tmp_path / "none.jsonl")})
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     command = [sys.executable, "-m", "avsr.cli", "train", str(recipe)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 2, done.stderr
     assert "none.jsonl" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and "terminate" not in done.stderr

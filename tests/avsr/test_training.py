@@ -13,15 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avsr.build import build_model, build_store, load_run
+from avsr.build import build_model, build_store
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import Interrupted, UserError
 from avsr.train import attach, train
-from avsr.training import checkpoint, trainer
 from avsr.training.checkpoint import Progress
-from avsr.training.engine import learning_rate_factor, make_engine, start_distributed
+from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
 from avsr.training.metrics import MetricsLog, read_metrics
 from avsr.training.trainer import Trainer
 
@@ -103,9 +102,7 @@ def test_training_lowers_the_loss(tiny_recipe: Recipe, tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused_or_resumed_only_as_it_was(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint to resume"):
-        run(recipe, "resume=true")
-    folder = run(recipe)
+    folder = run(recipe, "resume=true")  # nothing is there yet
     with pytest.raises(UserError, match="exists already.*resume=true"):
         run(recipe)
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.5 != "):
@@ -143,14 +140,48 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         torch.testing.assert_close(final_weights(parts)[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, stage: int) -> None:
-    recipe = tiny_recipe(tmp_path, **{"training.accumulation": 2, "training.utterances": 2})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["deepspeed.stage=0"],
+        ["deepspeed.stage=2"],
+        ["deepspeed.stage=3"],
+        ["deepspeed.stage=2", "deepspeed.offload_optimizer=true"],
+        ["deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"],
+    ],
+)
+def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, settings: list[str]) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        **{
+            "training.accumulation": 2,
+            "training.utterances": 2,
+            "loss.decorrelation": 1.0,
+            "model.delimiters.train": True,
+        },
+    )
     one = read_metrics(run(recipe, f"run={tmp_path / 'one'}"))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", f"deepspeed.stage={stage}"))
+    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", *settings))
     for a, b in zip(one, other, strict=True):
         assert b["ce"] == pytest.approx(a["ce"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_zero_3_reads_the_language_model_in_pieces(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """No weight is whole after loading, and the delimiters' scale is that of the whole table."""
+    start_distributed()
+    cpu = torch.device("cpu")
+    models = []
+    for stage in (1, 3):
+        settings = [f"deepspeed.stage={stage}", "model.delimiters.init=table"]
+        config = load_config(str(tiny_recipe(tmp_path)), settings)
+        store = build_store(config, cpu)
+        models.append(build_model(config, store, cpu, around=partitioned_loading(config))[0])
+    whole, pieces = models
+    sizes = {n: p.numel() for n, p in pieces.named_parameters() if n.startswith("llm.") and not p.requires_grad}
+    assert sizes and not any(sizes.values())
+    assert all(p.numel() for n, p in whole.named_parameters())
+    torch.testing.assert_close(pieces.delimiters, whole.delimiters)
 
 
 def test_a_users_deepspeed_json_trains_the_same(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -168,6 +199,24 @@ def test_gradient_checkpointing_changes_nothing(tiny_recipe: Recipe, tmp_path: P
     other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", "training.gradient_checkpointing=true"))
     for key in ("ce", "decorrelation", "grad_norm"):
         assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [[], ["training.gradient_checkpointing=true"], ["training.utterances=1"]])
+def test_packed_batches_train_as_padded_ones(
+    tiny_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path: Path, settings: list[str]
+) -> None:
+    """Utterances of unlike length, with and without the recomputation of layers, and one alone in its batch."""
+    train_set = make_corpus(tmp_path / "uneven", seconds=[0.3, 0.9, 0.5, 1.4, 0.3, 0.7])
+    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 5.0, "data.train": str(train_set)})
+    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}", *settings))
+    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", "training.packed=true", *settings))
+    for key in ("ce", "decorrelation", "grad_norm"):
+        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
+
+
+def test_packed_batches_need_an_attention_that_keeps_them_apart(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.packed.*attention=flashsink"):
+        run(tiny_recipe(tmp_path, **{"training.packed": True, "model.llm.attention": "sdpa"}))
 
 
 def test_bf16_trains_and_keeps_float32_masters(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -204,40 +253,6 @@ def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(tiny_recipe: Re
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["ce"] == pytest.approx(float(terms.cross_entropy.detach()) / together.label_tokens, rel=1e-5)
     assert row["decorrelation"] == pytest.approx(float(terms.decorrelation.detach()), rel=1e-5)
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_utterances(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = trainer.scaled
-
-    def broken(*args: Any) -> Any:
-        cross_entropy, decorrelation = real(*args)
-        return cross_entropy * float("nan"), decorrelation
-
-    monkeypatch.setattr(trainer, "scaled", broken)
-    with pytest.raises(UserError, match="the loss of step 1 is nan; utterances: "):
-        run(tiny_recipe(tmp_path))
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = checkpoint.save_file, []
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        if len(calls) > 2:
-            raise OSError(28, "No space left on device")
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="cannot save a checkpoint.*No space left"):
-        run(tiny_recipe(tmp_path))
-    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
-    assert state["step"] == 2
-    config, model, _ = load_run(tmp_path / "run", [], torch.device("cpu"))
-    assert model.probe is None and config.training.steps == 4
 
 
 def test_validation_is_the_mean_over_its_split(tiny_recipe: Recipe, tmp_path: Path) -> None:

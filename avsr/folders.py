@@ -1,0 +1,77 @@
+"""Folders that are there whole or not at all: written beside, summed, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+SUMS = "SHA256SUMS"  # as sha256sum -c reads it
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files of ``folder`` and flushes everything to the disk.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    lines = [f"{_sum(path)}  {path.name}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in (*files, folder / SUMS, folder):
+        _flush(path)
+
+
+def damage(folder: Path, name: str = "") -> str:
+    """What is wrong with a sealed folder, or with its file ``name`` alone, or "". A folder that was never sealed has no
+    sums to hold one file to."""
+    sums = folder / SUMS
+    if name and not sums.is_file():
+        return ""
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return f"{folder} is not there or has no {SUMS}"
+    for line in lines:
+        expected, _, file = line.partition("  ")
+        path = folder / file
+        if not file or Path(file).name != file:
+            return f"{sums} is damaged"
+        if name and file != name:
+            continue
+        try:
+            if _sum(path) != expected:
+                return f"{path} is damaged: its SHA-256 is not that of {SUMS}"
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+    return "" if lines else f"{sums} is empty"
+
+
+def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
+    """Gives ``new`` the name ``place``. What had it gets the name ``keep``, or goes.
+
+    Raises:
+        OSError: a rename failed.
+    """
+    old = keep or place.with_name(place.name + ".old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(new, place)
+    _flush(place.parent)
+    if keep is None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

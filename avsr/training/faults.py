@@ -1,0 +1,98 @@
+"""What can go wrong in the middle of a training: numbers that are not finite, memory, loader processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avsr.config import Config
+from avsr.data.batches import Batch
+from avsr.errors import UserError
+from avsr.training.checkpoint import Progress
+from avsr.training.memory import measured
+
+logger = logging.getLogger("avsr")
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class Nonfinite:
+    """Counts the steps of a run that were skipped because their loss or gradient was not finite, and writes what was
+    in them to ``nonfinite.jsonl``; after ``most`` of them training ends."""
+
+    def __init__(self, run: Path, most: int) -> None:
+        self._path, self._most = run / "nonfinite.jsonl", most
+
+    def add(self, progress: Progress, row: dict[str, Any], batches: Sequence[Batch], sums: Tensor) -> None:
+        """All ranks call it. ``row`` loses its numbers that are none, ``sums`` are this rank's own.
+
+        Raises:
+            UserError: it was one step too many.
+        """
+        ids = [utterance.id for batch in batches for utterance in batch.utterances]
+        own = {"rank": dist.get_rank(), "finite": bool(sums.isfinite().all()), "utterances": ids}
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[key] = None
+        row["skipped"] = True
+        progress.skipped += 1
+        # a gradient alone, of a finite loss, cannot be said to be of one rank
+        guilty = [part for part in parts if not part["finite"]] or parts
+        names = ", ".join(name for part in guilty for name in part["utterances"])
+        if dist.get_rank() == 0:
+            self._write({"step": progress.step, "ranks": guilty})
+            logger.warning("step %d is skipped: its loss or gradient is not finite (%s)", progress.step, names)
+        if progress.skipped > self._most:
+            raise UserError(
+                f"the loss or gradient of step {progress.step} is not finite; utterances: {names}; {progress.skipped} "
+                f"steps so far, training.skip_nonfinite = {self._most}; all are in {self._path}"
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            logger.warning("cannot write %s: %s", self._path, error)
+
+
+@contextmanager
+def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]:
+    """Turns an end by lack of memory or by a dead loader process into a message that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            raise UserError(
+                f"a loader process died at step {progress.step} ({text.splitlines()[0]}): mostly the kernel ended it "
+                f"for want of memory; set data.workers lower than {config.data.workers}, then continue with resume=true"
+            ) from error
+        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
+        if not lacking:
+            raise
+        raise UserError(_out_of_memory(engine, config, progress, text.splitlines()[0])) from error
+
+
+def _out_of_memory(engine: Any, config: Config, progress: Progress, cause: str) -> str:
+    parts = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in measured(engine).items())
+    training = config.training
+    ways = [f"training.frames={training.frames // 2} training.accumulation={training.accumulation * 2}"]
+    if not training.gradient_checkpointing:
+        ways.append("training.gradient_checkpointing=true")
+    if config.deepspeed.stage < 3:
+        ways.append("deepspeed.stage=3 (with several ranks, or with deepspeed.offload_parameters=true)")
+    return (
+        f"out of memory in step {progress.step} on rank {dist.get_rank()} ({cause}); in use: {parts}. What helps: "
+        f"{'; '.join(ways)}. The first changes the batches and needs a new run, the others go with resume=true"
+    )

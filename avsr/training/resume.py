@@ -1,0 +1,171 @@
+"""How a run goes on where its last whole checkpoint left it, on as many ranks as there are now."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from avsr import folders
+from avsr.build import WEIGHTS, load_weights
+from avsr.composing import differences
+from avsr.config import Config, read_run_config, to_yaml
+from avsr.errors import UserError
+from avsr.models.speech_llm import SpeechLLM
+from avsr.training import optimizer_state
+from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
+from avsr.training.optimizer_state import OptimizerState
+
+logger = logging.getLogger("avsr")
+# A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps
+_FREE = (
+    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
+    *("noise.snr", "act."),  # of a later evaluation
+    *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
+    "training.accumulation",  # its product with the number of ranks may not, see _check_parts
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to go on from: the weights must be in the model before the engine is made, the rest afterwards."""
+
+    folder: Path
+    progress: Progress
+    record: dict[str, Any]  # all of state.json
+
+
+def prepare_run(config: Config, ranks: int) -> str:
+    """Makes the run folder, or with ``resume`` finds the checkpoint to go on from. Rank 0 alone.
+
+    Returns:
+        The name of the newest whole checkpoint, or "" to begin with the first step.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is off, all its checkpoints are damaged, the config differs,
+            or ranks x accumulation does.
+    """
+    run = Path(config.run)
+    saved = run / "config.yaml"
+    name = ""
+    if config.resume:
+        name = _newest(run)
+        if saved.is_file():
+            changed = [line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)]
+            if changed:
+                raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
+        if name:
+            _check_parts(_read_record(run / "checkpoints" / name), config.training.accumulation, ranks)
+        else:
+            logger.warning("resume: %s has no checkpoint yet, training begins with the first step", run)
+    elif run.exists() and not run.is_dir() or run.is_dir() and _holds_something(run):
+        raise UserError(f"run: {run} exists already; continue it with resume=true, or name another folder with run=")
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        part = saved.with_suffix(".part")
+        part.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(part, saved)
+    except OSError as error:
+        raise UserError(f"run: cannot write to {run}: {error}") from error
+    return name
+
+
+def _newest(run: Path) -> str:
+    """ "last", or "previous" where that is damaged or missing, or "" where neither has been written."""
+    found: list[str] = []
+    for name in ("last", "previous"):
+        folder = run / "checkpoints" / name
+        if not folder.is_dir():
+            continue
+        problem = folders.damage(folder)
+        if not problem:
+            if found:  # or the next save would keep the damaged one as the one before
+                folders.swap_in(run / "checkpoints" / "last", run / "checkpoints" / "last.damaged")
+            return name
+        found.append(problem)
+        logger.warning("resume: %s", problem)
+    if found:
+        raise UserError(f"resume: no checkpoint of {run} is whole: {'; '.join(found)}")
+    return ""
+
+
+def _check_parts(record: dict[str, Any], accumulation: int, ranks: int) -> None:
+    before, now = int(record["ranks"]) * int(record["accumulation"]), ranks * accumulation
+    if before != now:
+        fits = before % ranks == 0
+        way = f"training.accumulation={before // ranks}" if fits else f"a number of ranks that divides {before}"
+        raise UserError(
+            f"resume: a step was {record['ranks']} ranks x training.accumulation = {record['accumulation']}, now it "
+            f"would be {ranks} x {accumulation}, with other batches; the same steps need {way}"
+        )
+
+
+def _holds_something(run: Path) -> bool:
+    """More than this function's caller leaves behind when a training is refused before its first step."""
+    extra = {item.name for item in run.iterdir()} - {"config.yaml", "config.part", "checkpoints"}
+    return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not {"step", "ranks", "accumulation", "optimizer", "scheduler", "random"} <= record.keys():
+            raise ValueError("it is not that of a training")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"resume: {folder / STATE} cannot be read: {error}") from error
+    return dict(record)
+
+
+def load_start(config: Config, name: str, model: SpeechLLM) -> Start | None:
+    """Loads the weights of the checkpoint ``name`` into ``model``; None without a name."""
+    if not name:
+        return None
+    folder = Path(config.run) / "checkpoints" / name
+    record = _read_record(folder)
+    load_weights(model, folder)
+    progress = Progress(**{item.name: record[item.name] for item in fields(Progress)})
+    return Start(folder, progress, record)
+
+
+def load_engine(engine: Any, start: Start) -> None:
+    """Optimizer, schedule and generators. All ranks call it; they read the same folder.
+
+    Raises:
+        UserError: the state is of another model or optimizer.
+    """
+    record = start.record
+    state = OptimizerState(_read(start.folder / OPTIMIZER), record["optimizer"])
+    optimizer_state.scatter(engine, state, _read(start.folder / WEIGHTS))
+    scheduler = engine.lr_scheduler
+    if scheduler is not None:
+        scheduler.load_state_dict({**scheduler.state_dict(), **record["scheduler"]})
+        for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+    engine.global_steps = start.progress.step
+    if record["ranks"] != dist.get_world_size():
+        logger.warning("resume: another number of ranks: the same batches, but dropout draws other numbers")
+        return
+    version, numbers, rest = record["random"]
+    random.setstate((version, tuple(numbers), rest))
+    generators = _read(start.folder / GENERATORS)
+    torch.set_rng_state(generators[f"cpu/{dist.get_rank()}"])
+    cuda = generators.get(f"cuda/{dist.get_rank()}")
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"resume: {path} cannot be read: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -46,8 +47,6 @@ class Measured:
     tokens: int
     audio_seconds: float
     flops: float
-    frames: int  # padded encoder frames of this rank's largest micro-batch
-    peak: int  # bytes on this rank
 
 
 def profile(config: Config, steps: int = 10) -> dict[str, Any]:
@@ -66,8 +65,9 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     trainer = make_trainer(config)
     source = trainer.batches()
     rows = [_measure(trainer, source) for _ in range(WARM_UP + steps)][WARM_UP:]
-    trace = _trace(trainer, source, out)
+    frames, trace = _trace(trainer, source, out)
     result = _summary(trainer, rows, trace)
+    result.update(_room(result["memory, MB"], frames, trainer))
     if dist.get_rank() == 0:
         (out / "profile.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(_page(result))
@@ -81,8 +81,6 @@ def profile_and_leave(config: Config, steps: int = 10) -> dict[str, Any]:
 
 
 def _measure(trainer: Trainer, source: Any) -> Measured:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     _settle()
     began = time.perf_counter()
     batches = next(source)
@@ -91,9 +89,7 @@ def _measure(trainer: Trainer, source: Any) -> Measured:
     _settle()
     seconds = time.perf_counter() - began
     flops = all_sum([step_flops(trainer.model, _rows(trainer, batches))], trainer.device)[0]
-    frames = max(sum(f.shape[0] * f.shape[1] for f in batch.features.values()) for batch in batches)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Measured(seconds, ready - began, row["tokens"], row["audio_seconds"], flops, frames, peak)
+    return Measured(seconds, ready - began, row["tokens"], row["audio_seconds"], flops)
 
 
 def _settle() -> None:
@@ -110,8 +106,8 @@ def _rows(trainer: Trainer, batches: Sequence[Batch]) -> Rows:
     return Rows(lengths, speech, sum(batch.label_tokens for batch in batches))
 
 
-def _trace(trainer: Trainer, source: Any, out: Path) -> Trace:
-    """A step under torch's profiler."""
+def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[int, Trace]:
+    """A step under torch's profiler, and the frames of its first micro-batch."""
     cuda = torch.cuda.is_available()
     batches = next(source)
     if cuda:
@@ -125,7 +121,40 @@ def _trace(trainer: Trainer, source: Any, out: Path) -> Trace:
     if cuda:
         torch.cuda.memory._dump_snapshot(str(out / f"memory-{dist.get_rank()}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-    return Trace(path, device=int(cuda))
+    return _frames(batches[0]), Trace(path, device=int(cuda))
+
+
+def _frames(batch: Batch) -> int:
+    """Padded encoder frames, as training.frames bounds them."""
+    return sum(features.shape[0] * features.shape[1] for features in batch.features.values())
+
+
+def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, Any]:
+    """What a frame costs, and the largest frame budget for the device's memory, a tenth of it left free.
+
+    What is kept for the backward grows with the number of tokens, attention's part too, which keeps one number a row.
+    """
+    moving = ("activations", "logits", "loss", "backward beyond")
+    each = sum(parts[name] for name in moving) / frames
+    fixed = sum(size for name, size in parts.items() if name not in moving)
+    whole = _memory()
+    room = 0.9 * whole - fixed
+    return {
+        "memory of the device, MB": whole,
+        "memory of 1,000 frames, MB": 1000 * each,
+        "largest training.frames": max(int(room / each), 0),
+        "training.frames": trainer.settings.frames,
+    }
+
+
+def _memory() -> float:
+    """MB that this process may fill: the device's, or what is available on the host with what it already has."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**20
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return free / 2**10 + resident / 2**20
 
 
 def _summary(trainer: Trainer, rows: Sequence[Measured], trace: Trace) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def test_a_profile_says_where_time_and_memory_go(
     assert memory["backward beyond"] < 50  # DeepSpeed's own buckets would be 2 GB
     assert 0 <= result["exposed communication share"] < 1 and 0 < result["data-wait share"] < 1
     assert len(result["stages, ms"]) == 4 and min(result["stages, ms"].values()) > 0
+    assert result["largest training.frames"] > 1e5 and result["training.frames"] == 120
     assert not (tmp_path / "run").exists()
     profile(load_config(str(recipe)), 1)  # in place of the first
 

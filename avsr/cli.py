@@ -34,6 +34,13 @@ def _train(arguments: argparse.Namespace) -> None:
     print(train_and_leave(load_config(arguments.config, arguments.overrides)))
 
 
+def _profile(arguments: argparse.Namespace) -> None:
+    from avsr.config import load_config
+    from avsr.profiling import profile_and_leave
+
+    profile_and_leave(load_config(arguments.config, arguments.overrides), arguments.steps)
+
+
 def _pretrain(arguments: argparse.Namespace) -> None:
     from avsr.composing import compose
     from avsr.pretrain import PretrainConfig, pretrain
@@ -131,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a config")
     train.add_argument("config", help="a YAML file or a recipe's name")
     _add(train, _train)
+    profile = commands.add_parser("profile", help="measure a few steps of a config: speed, time and memory by part")
+    profile.add_argument("config", help="a YAML file or a recipe's name")
+    profile.add_argument("--steps", type=int, default=10, help="steps that are measured")
+    _add(profile, _profile)
     pretrain = commands.add_parser("pretrain", help="teach the small visual encoder a corpus with known times")
     pretrain.add_argument("config", help="a YAML file or a recipe's name")
     _add(pretrain, _pretrain)

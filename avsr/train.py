@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from avsr.build import build_model, build_store, pick_device, settle_precision
 from avsr.config import Config, load_config
-from avsr.data.dataset import Reading, load_dataset
+from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.features import FeatureStore
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.models.speech_llm import SpeechLLM
@@ -28,7 +30,10 @@ from avsr.training.trainer import Trainer, seed_everything
 logger = logging.getLogger("avsr")
 
 
-def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:
+Prepare = Callable[[SpeechLLM, Config], None]
+
+
+def train(config: Config, prepare: Prepare | None = None) -> Path:
     """Trains ``config`` to the end and returns the run folder.
 
     Args:
@@ -39,53 +44,63 @@ def train(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = 
         UserError: bad input.
         avsr.errors.Interrupted: a signal stopped it; the run can be resumed.
     """
+    trainer = make_trainer(config, prepare)
+    trainer.fit()
+    trainer.model.detach()
+    return Path(config.run)
+
+
+def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
+    """Everything up to the first step; the run folder is made, or with ``resume`` read."""
     rank, world = start_distributed()
     settle_precision(config)
-    failure, name = "", ""
+    failure, checkpoint = "", ""
     if rank == 0:
         try:
-            name = resume.prepare_run(config, world)
+            checkpoint = resume.prepare_run(config, world)
         except UserError as error:
             failure = str(error)
     if failure := agree(failure):
         raise UserError(failure)
-    name = agree(name)
+    checkpoint = agree(checkpoint)
     seed_everything(config.training.seed)
     device = pick_device()
     store = build_store(config, device, levels=config.augment.snr)
     model, loaded = build_model(config, store, device, around=partitioned_loading(config))
-
-    def refuse(frames: dict[str, int], tokens: int) -> str:
-        count = sum(frames.values())
-        if count > config.training.frames:
-            return f"has {count} frames and does not fit training.frames = {config.training.frames}"
-        return model.refuse(frames, tokens)
-
-    settings = config.training
-    reading = Reading(
-        config.model.task, PLAIN, settings.tasks, config.augment.views, config.augment.active, settings.seed
-    )
-    splits = [
-        load_dataset(manifest, config.data, store, loaded.tokenize, title=f"read {name}", reading=how, refuse=refuse)
-        for name, manifest, how in (
-            ("train", config.data.train, reading),
-            ("validation", config.data.validation, Reading(config.model.task)),
-        )
-    ]
+    train_set, validation = _load_splits(config, store, model, loaded.tokenize)
     if config.training.gradient_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     (prepare or attach)(model, config)
-    start = resume.load_start(config, name, model)
+    start = resume.load_start(config, checkpoint, model)
     engine = make_engine(model, config)
     if rank == 0:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in model.trainable().values())
-        logger.info("%s: %d utterances, %d trained parameters", config.run, len(splits[0]), count)
+        logger.info("%s: %d utterances, %d trained parameters", config.run, len(train_set), count)
     torch.manual_seed(config.training.seed + rank)
     if start is not None:
         resume.load_engine(engine, start)
-    Trainer(engine, config, splits[0], splits[1], start.progress if start else Progress()).fit()
-    model.detach()
-    return Path(config.run)
+    return Trainer(engine, config, train_set, validation, start.progress if start else Progress())
+
+
+def _load_splits(
+    config: Config, store: FeatureStore, model: SpeechLLM, tokenize: Callable[[str], list[int]]
+) -> tuple[SpeechDataset, SpeechDataset]:
+    """The sets to train on and to validate with."""
+    settings = config.training
+
+    def refuse(frames: dict[str, int], tokens: int) -> str:
+        count = sum(frames.values())
+        if count > settings.frames:
+            return f"has {count} frames and does not fit training.frames = {settings.frames}"
+        return model.refuse(frames, tokens)
+
+    def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
+        title = f"read {name}"
+        return load_dataset(manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse)
+
+    task, augment = config.model.task, config.augment
+    reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed)
+    return load("train", config.data.train, reading), load("validation", config.data.validation, Reading(task))
 
 
 def attach(model: SpeechLLM, config: Config) -> None:
@@ -99,11 +114,18 @@ def attach(model: SpeechLLM, config: Config) -> None:
     model.packed = config.training.packed
 
 
-def train_and_leave(config: Config, prepare: Callable[[SpeechLLM, Config], None] | None = None) -> Path:
+def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:
     """:func:`train`, then stops the threads of the process group that it started, or the exit would abort."""
+    with process_group():
+        return train(config, prepare)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Ends the process group that is started inside."""
     own = not dist.is_initialized()
     try:
-        return train(config, prepare)
+        yield
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 import flashsink
 from avsr.config import TASKS, ModelConfig, parts_of
@@ -196,7 +197,8 @@ class SpeechLLM(nn.Module):
         else:
             rows = self.assemble(batch, with_text=True)
         logits, targets = self.label_logits(batch, rows)
-        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        with record_function("avsr/loss"):
+            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
         return Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
@@ -213,8 +215,9 @@ class SpeechLLM(nn.Module):
             first = start + span - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
-        chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
-        return self.decoder.lm_head(chosen), torch.tensor(targets, device=hidden.device)
+        with record_function("avsr/logits"):
+            chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
+            return self.decoder.lm_head(chosen), torch.tensor(targets, device=hidden.device)
 
     def hidden_states(self, rows: Assembled | Packed) -> Tensor:
         """After the final norm, of the embeddings' shape."""

@@ -159,6 +159,10 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     settings = deepspeed_config(config)
     _gather_whole(model)
     parameters = list(model.trainable().values())
+    # DeepSpeed's own bucket has room for 500 million gradients, 1 to 2 GB that so few would never fill
+    count = sum(parameter.numel() for parameter in parameters)
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        settings["zero_optimization"].setdefault(bucket, max(count, 1))
     optimizer = None if "optimizer" in settings else make_optimizer(parameters, config.training)
     training = config.training
 

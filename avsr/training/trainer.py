@@ -27,6 +27,7 @@ from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import Nonfinite, explained
 from avsr.training.metrics import MetricsLog, peak_memory_mb
+from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
 from avsr.training.watchdog import Watchdog
 
@@ -50,6 +51,7 @@ class Trainer:
         self._asked = -math.inf  # when Ctrl-C last did
         self._log: MetricsLog | None = None
         self._watchdog = Watchdog(config.training.timeout)
+        self._stages = Stages(self._watchdog)
         self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
         self._schedule = Schedule(
@@ -85,9 +87,9 @@ class Trainer:
     def _loop(self, bar: ProgressBar) -> None:
         settings, progress = self.settings, self.progress
         waiting = time.perf_counter()
-        for batches in self._steps():
+        for batches in self.batches():
             started = time.perf_counter()
-            row, stop = self._step(batches)
+            row, stop = self.step(batches)
             row["seconds"] = time.perf_counter() - started
             row["wait_seconds"] = started - waiting
             last = progress.step == settings.steps
@@ -103,8 +105,8 @@ class Trainer:
             bar.advance(1, _note(row))
             every = settings.save_every
             if better or stop or last or (validated if not every else progress.step % every == 0):
-                self._watchdog.enter("checkpoint", progress.step)
-                failure = checkpoint.save(self.engine, self.config, progress, best=better)
+                with self._stages.enter("checkpoint", progress.step):
+                    failure = checkpoint.save(self.engine, self.config, progress, best=better)
                 if failure:
                     progress.best = before
                     self._cannot_save(failure, end=last or bool(stop))
@@ -121,7 +123,7 @@ class Trainer:
         if self.rank == 0:
             logger.error("%s; training goes on, the old checkpoint stays", failure)
 
-    def _steps(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of every step, from where progress stands, epoch after epoch."""
         progress, micro = self.progress, self.settings.accumulation
         while True:
@@ -145,35 +147,35 @@ class Trainer:
             progress.epoch += 1
             progress.step_in_epoch = 0
 
-    def _step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
+    def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
         """One optimizer step: the metrics row, and the signal that asked some rank to stop, or 0."""
         self.engine.train()
-        step, enter = self.progress.step, self._watchdog.enter
+        step, enter = self.progress.step, self._stages.enter
         spans = [self.model.span_tokens(batch) for batch in batches]
         counts = count_step(batches, spans, self.device)
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
         for batch, span in zip(batches, spans, strict=True):
-            enter("forward", step)
-            terms: Terms = self.engine(batch)
-            cross_entropy, decorrelation = scaled(terms, span, counts)
-            loss = cross_entropy
-            if decorrelation is not None:
-                loss = loss + self.config.loss.decorrelation * decorrelation
-                sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
-            sums[0] += float(terms.cross_entropy.detach())
-            sums[2] += int(terms.correct)
+            with enter("forward", step):
+                terms: Terms = self.engine(batch)
+                cross_entropy, decorrelation = scaled(terms, span, counts)
+                loss = cross_entropy
+                if decorrelation is not None:
+                    loss = loss + self.config.loss.decorrelation * decorrelation
+                    sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
+                sums[0] += float(terms.cross_entropy.detach())
+                sums[2] += int(terms.correct)
             if split is not None:
                 split.add(cross_entropy, decorrelation, counts.parts)
-            enter("backward", step)
-            self.engine.backward(loss)
-            enter("optimizer", step)
-            norm = self._update()
-        enter("metrics", step)
+            with enter("backward", step):
+                self.engine.backward(loss)
+            with enter("optimizer", step):
+                norm = self._update()
         seconds = sum(batch.seconds for batch in batches)
         tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
-        totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
+        with enter("metrics", step):
+            totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
         row = self._row(totals, counts.labels, counts.span, norm)
         if split is not None:
             row.update(split.norms(self.config.loss.decorrelation))
@@ -232,10 +234,10 @@ class Trainer:
         rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
         sums = [0.0] * 5
         for index in range(rounds):
-            self._watchdog.enter("validation", self.progress.step)
             own = index < len(mine)
-            batch = collate([self.validation[i] for i in (mine[index] if own else order[0])])
-            terms: Terms = self.engine(batch)
+            with self._stages.enter("validation", self.progress.step):
+                batch = collate([self.validation[i] for i in (mine[index] if own else order[0])])
+                terms: Terms = self.engine(batch)
             if not own:
                 continue
             span = local_span(self.model.span_tokens(batch))

@@ -246,7 +246,7 @@ KILLER = """
         os.replace = dying(os.replace, after=True)
     elif point == "step":
         from avsr.training.trainer import Trainer
-        Trainer._step = dying(Trainer._step, after=True)
+        Trainer.step = dying(Trainer.step, after=True)
     main(["train", recipe, "resume=true", *sys.argv[4:]])
 """
 

@@ -66,6 +66,9 @@ class Trainer:
             UserError: memory or a loader process gave out, too many steps were not finite, or the last checkpoint
                 cannot be written.
         """
+        if self.progress.step >= self.settings.steps:
+            logger.info("%s has all its %d steps", self.config.run, self.settings.steps)
+            return
         resumed = self.progress.step if self.config.resume else None
         if self.rank == 0:
             self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)

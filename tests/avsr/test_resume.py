@@ -180,6 +180,16 @@ def test_a_full_disk_at_the_end_is_an_error(
         run(tiny_recipe(tmp_path))
 
 
+def test_a_finished_run_stays_as_it_is(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """resume=true may stand in every start."""
+    recipe = tiny_recipe(tmp_path)
+    folder = run(recipe)
+    before = [weights(folder), read_metrics(folder)]
+    run(recipe, "resume=true")
+    assert read_metrics(folder) == before[1]
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in before[0].items())
+
+
 def test_the_best_and_the_newest_steps_are_kept(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

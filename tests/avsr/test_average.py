@@ -20,7 +20,7 @@ from avsr.cli import main
 from avsr.config import load_config, read_run_config, to_yaml
 from avsr.errors import UserError
 from avsr.train import train
-from avsr.training.checkpoint import prepare_run
+from avsr.training.resume import prepare_run
 
 Refuse = Callable[..., str]
 
@@ -53,9 +53,9 @@ def test_training_keeps_the_newest_and_their_mean_can_be_evaluated(
     settings = {"training.keep_last": 2, "training.steps": 6, "training.learning_rate": 0.05}
     run = train(load_config(str(tiny_recipe(tmp_path, **settings))))
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert names == {"best", "last", "step-000004", "step-000006"}
+    assert names == {"best", "last", "previous", "step-000004", "step-000006"}
     newest = run / "checkpoints" / "step-000006"
-    assert {path.name for path in newest.iterdir()} == {WEIGHTS, "config.yaml", "state.json"}
+    assert {path.name for path in newest.iterdir()} == {WEIGHTS, "config.yaml", "state.json", "SHA256SUMS"}
     assert json.loads((newest / "state.json").read_text())["step"] == 6
     last = load_file(str(run / "checkpoints" / "last" / WEIGHTS))
     assert all(torch.equal(last[name], tensor) for name, tensor in load_file(str(newest / WEIGHTS)).items())
@@ -75,7 +75,7 @@ def test_training_keeps_the_newest_and_their_mean_can_be_evaluated(
         assert torch.equal(own[name], parameter)
 
     # a resumed training may keep another number
-    prepare_run(load_config(str(tmp_path / "recipe.yaml"), ["resume=true", "training.keep_last=1"]))
+    prepare_run(load_config(str(tmp_path / "recipe.yaml"), ["resume=true", "training.keep_last=1"]), 1)
 
 
 @pytest.mark.parametrize(("last", "steps"), [(0, [8, 90, 1_000_000]), (2, [90, 1_000_000]), (3, [8, 90, 1_000_000])])

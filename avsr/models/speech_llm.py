@@ -110,6 +110,7 @@ class SpeechLLM(nn.Module):
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
+        self.own_terms: Terms | None = None  # the last forward's, without the hooks that an engine puts on its outputs
         self.packed = False  # rows of a forward stand one behind the other, without padding; flashsink keeps them apart
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
@@ -201,7 +202,9 @@ class SpeechLLM(nn.Module):
             loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
-        return Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
+        self.own_terms = Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
+        given = None if decorrelation is None else decorrelation.view_as(decorrelation)
+        return Terms(loss.view_as(loss), given, self.own_terms.correct)
 
     def label_logits(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""

@@ -169,8 +169,9 @@ class Trainer:
                     sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
                 sums[0] += float(terms.cross_entropy.detach())
                 sums[2] += int(terms.correct)
-            if split is not None:
-                split.add(cross_entropy, decorrelation, counts.parts)
+            if split is not None and self.model.own_terms is not None:
+                split.add(*scaled(self.model.own_terms, span, counts), counts.parts)
+            self.model.own_terms = None  # it holds the graph
             with enter("backward", step):
                 self.engine.backward(loss)
             with enter("optimizer", step):

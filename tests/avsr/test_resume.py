@@ -75,7 +75,14 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")]
+    ("stage", "precision"),
+    [
+        (0, "fp32"),
+        (3, "fp32"),
+        (1, "bf16"),
+        (2, "bf16"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, "fp32"), (2, "fp32"), (0, "bf16"), (3, "bf16"))),
+    ],
 )
 def test_a_resumed_training_is_the_uninterrupted_one_bit_by_bit(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str

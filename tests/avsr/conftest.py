@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables() -> Iterator[None]:
+    """What a training leaves in the environment must not reach the processes of other tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

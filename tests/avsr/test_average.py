@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +22,6 @@ from avsr.train import train
 from avsr.training.resume import prepare_run
 
 Refuse = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    """What a training leaves in the environment must not reach the processes of other tests."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

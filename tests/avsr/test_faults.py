@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,6 @@ from avsr.training import trainer
 from avsr.training.metrics import read_metrics
 
 Recipe = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(recipe: Path, *overrides: str) -> Path:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ from avsr.training.flops import Rows, step_flops
 from avsr.training.trace import Trace, length, merge, subtract
 
 Recipe = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_model_flops_are_those_that_torch_counts(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,6 @@ SETTINGS = {
     "loss.decorrelation": 1.0,
     "model.delimiters.train": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(recipe: Path, *overrides: str) -> Path:

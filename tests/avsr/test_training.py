@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from avsr.training.metrics import MetricsLog, read_metrics
 from avsr.training.trainer import Trainer
 
 Recipe = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    """What a training leaves in the environment must not reach the processes of other tests."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def run(recipe: Path, *overrides: str) -> Path:

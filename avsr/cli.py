@@ -41,6 +41,16 @@ def _profile(arguments: argparse.Namespace) -> None:
     profile_and_leave(load_config(arguments.config, arguments.overrides), arguments.steps)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from avsr.config import load_config
+    from avsr.planning import page, plan
+    from avsr.training.memory import device_memory
+
+    config = load_config(arguments.config, arguments.overrides)
+    room = device_memory() if arguments.memory is None else arguments.memory * 1e9
+    print(page(config, plan(config, arguments.ranks, room), room))
+
+
 def _pretrain(arguments: argparse.Namespace) -> None:
     from avsr.composing import compose
     from avsr.pretrain import PretrainConfig, pretrain
@@ -142,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("config", help="a YAML file or a recipe's name")
     profile.add_argument("--steps", type=int, default=10, help="steps that are measured")
     _add(profile, _profile)
+    plan = commands.add_parser("plan", help="estimate a config's memory on every ZeRO stage, and the batches that fit")
+    plan.add_argument("config", help="a YAML file or a recipe's name")
+    plan.add_argument("--ranks", type=int, default=1, help="devices (default: 1)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a device (default: this one's)")
+    _add(plan, _plan)
     pretrain = commands.add_parser("pretrain", help="teach the small visual encoder a corpus with known times")
     pretrain.add_argument("config", help="a YAML file or a recipe's name")
     _add(pretrain, _pretrain)

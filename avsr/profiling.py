@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,9 +25,11 @@ from avsr.config import Config, load_config
 from avsr.data.batches import Batch
 from avsr.errors import UserError, guarded
 from avsr.losses import all_sum
+from avsr.planning import way_of
 from avsr.train import make_trainer, process_group
 from avsr.training.flops import FORMULA, Rows, step_flops
-from avsr.training.memory import measured
+from avsr.training.memory import device_memory, measured
+from avsr.training.plan import Load, memory, read_sizes
 from avsr.training.trace import Trace, memory_parts
 from avsr.training.trainer import Trainer
 
@@ -65,9 +66,10 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     trainer = make_trainer(config)
     source = trainer.batches()
     rows = [_measure(trainer, source) for _ in range(WARM_UP + steps)][WARM_UP:]
-    frames, trace = _trace(trainer, source, out)
+    batch, trace = _trace(trainer, source, out)
     result = _summary(trainer, rows, trace)
-    result.update(_room(result["memory, MB"], frames, trainer))
+    result.update(_room(result["memory, MB"], _frames(batch), trainer))
+    result["planned, MB"] = _planned(trainer, batch)
     if dist.get_rank() == 0:
         (out / "profile.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(_page(result))
@@ -106,8 +108,8 @@ def _rows(trainer: Trainer, batches: Sequence[Batch]) -> Rows:
     return Rows(lengths, speech, sum(batch.label_tokens for batch in batches))
 
 
-def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[int, Trace]:
-    """A step under torch's profiler, and the frames of its first micro-batch."""
+def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[Batch, Trace]:
+    """A step under torch's profiler, and its first micro-batch."""
     cuda = torch.cuda.is_available()
     batches = next(source)
     if cuda:
@@ -121,7 +123,7 @@ def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[int, Trace]:
     if cuda:
         torch.cuda.memory._dump_snapshot(str(out / f"memory-{dist.get_rank()}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-    return _frames(batches[0]), Trace(path, device=int(cuda))
+    return batches[0], Trace(path, device=int(cuda))
 
 
 def _frames(batch: Batch) -> int:
@@ -137,7 +139,7 @@ def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, A
     moving = ("activations", "logits", "loss", "backward beyond")
     each = sum(parts[name] for name in moving) / frames
     fixed = sum(size for name, size in parts.items() if name not in moving)
-    whole = _memory()
+    whole = device_memory() / 2**20
     room = 0.9 * whole - fixed
     return {
         "memory of the device, MB": whole,
@@ -147,14 +149,18 @@ def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, A
     }
 
 
-def _memory() -> float:
-    """MB that this process may fill: the device's, or what is available on the host with what it already has."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**20
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return free / 2**10 + resident / 2**20
+def _planned(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """What ``avsr plan`` says of this very micro-batch."""
+    model, config = trainer.model, trainer.config
+    lengths = _rows(trainer, [batch]).lengths
+    tokens = sum(lengths) if config.training.packed else len(lengths) * max(lengths)
+    projectors, encoders = (
+        sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+        for module in (model.projectors, model.encoders)
+    )
+    sizes = read_sizes(model.decoder.config, model.llm, tuple(config.model.lora.targets), projectors, encoders)
+    planned = memory(sizes, Load(tokens, batch.label_tokens), way_of(config, dist.get_world_size()))
+    return {name: size / 2**20 for name, size in planned.items()}
 
 
 def _summary(trainer: Trainer, rows: Sequence[Measured], trace: Trace) -> dict[str, Any]:

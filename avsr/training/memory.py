@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from avsr.training.metrics import peak_memory_mb
@@ -31,6 +34,15 @@ def measured(engine: Any) -> dict[str, int]:
     parts = {"frozen weights": frozen, "trained weights": trained, "optimizer": optimizer}
     parts["activations and the rest"] = max(int(peak_memory_mb() * 2**20) - sum(parts.values()), 0)
     return parts
+
+
+def device_memory() -> float:
+    """Bytes that this process may fill: the device's, or what is available on the host with what it already has."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return free * 2.0**10 + int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _bytes(tensor: Tensor) -> int:

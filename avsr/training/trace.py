@@ -101,7 +101,6 @@ def memory_parts(trace: Trace, base: Mapping[str, int]) -> dict[str, int]:
     logits, loss = trace.ranges("avsr/logits")[0], trace.ranges("avsr/loss")[0]
     parts["logits"] = trace.peak(logits)
     parts["loss"] = trace.peak(loss)
-    kept = trace.held(forward[1]) - trace.held(forward[0])
-    parts["activations"] = max(kept - (trace.held(loss[1]) - trace.held(logits[0])), 0)
+    parts["activations"] = max(trace.held(logits[0]) - trace.held(forward[0]), 0)
     parts["backward beyond"] = trace.peak(backward)
     return parts

@@ -1,0 +1,162 @@
+"""How much memory a training takes, before it runs: closed forms over the sizes of its parts.
+
+Counted is what grows with model, batch and ranks; of a step's working memory the largest pieces. Dimensions: C hidden,
+I intermediate, V vocabulary, H query and Hk key heads of D, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_FLOAT = 4  # masters, Adam's two moments, softmax and frozen encoders are float32
+_LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
+_SMALL = 10**5  # entries up to which ZeRO-3 leaves a weight whole on every rank
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a Llama-style decoder and what is trained around it; ``lora`` and what follows count entries."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    frozen: int  # of the language model, a tied head counted once
+    lora: int
+    adapted: tuple[str, ...] = ("q_proj", "v_proj")
+    projectors: int = 0
+    encoders: int = 0  # frozen, inside the step
+
+    @property
+    def trained(self) -> int:
+        return self.lora + self.projectors
+
+    @property
+    def layer(self) -> int:
+        """Frozen entries of one layer."""
+        ends = self.hidden * self.vocabulary
+        return (self.frozen - ends) // self.layers
+
+
+@dataclass(frozen=True)
+class Load:
+    """A micro-batch of one rank as the decoder sees it, padding included."""
+
+    tokens: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """How it is trained."""
+
+    ranks: int = 1
+    stage: int = 1
+    element: int = 2  # bytes: 2 bf16, 4 fp32
+    attention: int = 2  # bytes of what attention keeps: 4 on a CPU, which computes it in float32
+    checkpointing: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+def memory(sizes: Sizes, load: Load, way: Way) -> dict[str, float]:
+    """Bytes of one rank's device by part, at the step's peak.
+
+    Frozen weights, their share under stage 3 and what is gathered there; trained weights, gradients, masters and Adam;
+    activations kept for the backward; the larger of the head's part (logits, their float32 copy and softmax, gradients)
+    and the working set of a layer's backward.
+    """
+    share = 1 / way.ranks
+    gathered = way.stage == 3
+    weights = sizes.frozen * way.element
+    parts = {"frozen weights": 0.0 if way.offload_parameters else weights * (share if gathered else 1.0)}
+    parts["gathered weights"] = min(_fetched(sizes), _LIVE) * way.element * (gathered and way.ranks > 1)
+    parts["encoders"] = float(sizes.encoders * _FLOAT)
+    parts["trained weights"] = float(sizes.trained * way.element)
+    parts["gradients"] = sizes.trained * way.element * (1 + (share if way.stage >= 2 else 1.0))
+    masters = _FLOAT if way.element < _FLOAT or way.stage else 0
+    adam = sizes.trained * (masters + 2 * _FLOAT) * (share if way.stage >= 1 else 1.0)
+    parts["optimizer"] = 0.0 if way.offload_optimizer else adam
+    layer = layer_bytes(sizes, way)
+    kept = way.element * sizes.hidden if way.checkpointing else layer
+    parts["activations"] = load.tokens * (sizes.layers * kept + 2 * sizes.hidden * _FLOAT)
+    # of a layer's backward: gradients of product, SiLU, up and gate at once, and what was computed again
+    working = way.element * 4.0 * sizes.intermediate + (layer if way.checkpointing else 0.0)
+    parts["head or layer"] = max(head_bytes(sizes, load, way.element), load.tokens * working)
+    return parts
+
+
+def layer_bytes(sizes: Sizes, way: Way) -> float:
+    """Bytes that a layer keeps for its backward, a token.
+
+    Frozen matrices need no input for a gradient of their own, so kept are: what a norm reads (as it is for ours, in
+    float32 for transformers'), the normed states that LoRA reads, q, k, v, attention's output with its log-sum-exp,
+    and gate, SiLU and up.
+    """
+    kept = sizes.hidden + 3 * sizes.intermediate
+    targets = set(sizes.adapted)
+    kept += sizes.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
+    kept += sizes.hidden * bool(targets & {"gate_proj", "up_proj"})
+    kept += sizes.intermediate * ("down_proj" in targets)
+    attention = 2 * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    return way.element * kept + way.attention * attention + _FLOAT * (sizes.hidden + sizes.heads)
+
+
+def head_bytes(sizes: Sizes, load: Load, element: int) -> float:
+    """Logits, their float32 copy (bf16 only), log-softmax, and the gradients of both steps of the loss."""
+    return load.labels * sizes.vocabulary * (element + 3 * _FLOAT + _FLOAT * (element < _FLOAT))
+
+
+def _fetched(sizes: Sizes) -> int:
+    """Entries that are whole at once under ZeRO-3: a layer and the next, or the vocabulary's matrix."""
+    return max(2 * sizes.layer, sizes.hidden * sizes.vocabulary)
+
+
+def largest(fits: Callable[[int], bool], start: int = 1) -> int:
+    """The largest number that ``fits`` allows, which holds for all smaller ones; 0 when ``start`` does not."""
+    if not fits(start):
+        return 0
+    low, high = start, start * 2
+    while fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def read_sizes(config: Any, model: nn.Module, adapted: tuple[str, ...], projectors: int, encoders: int) -> Sizes:
+    """
+    Args:
+        config: Hugging Face's, of Llama's kind.
+        model: the language model with its adapters.
+        adapted: LoRA's targets.
+        projectors: entries.
+        encoders: entries of those inside the step.
+    """
+    counts = [0, 0]
+    for parameter in model.parameters():
+        whole: Any = parameter
+        counts[parameter.requires_grad] += int(getattr(whole, "ds_numel", parameter.numel()))
+    heads = int(config.num_attention_heads)
+    return Sizes(
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        intermediate=int(config.intermediate_size),
+        vocabulary=int(config.vocab_size),
+        frozen=counts[0],
+        lora=counts[1],
+        adapted=adapted if counts[1] else (),
+        projectors=projectors,
+        encoders=encoders,
+    )

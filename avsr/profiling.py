@@ -29,7 +29,7 @@ from avsr.planning import way_of
 from avsr.train import make_trainer, process_group
 from avsr.training.flops import FORMULA, Rows, step_flops
 from avsr.training.memory import device_memory, measured
-from avsr.training.plan import Load, memory, read_sizes
+from avsr.training.plan import Load, Sizes, memory, read_sizes
 from avsr.training.trace import Trace, memory_parts
 from avsr.training.trainer import Trainer
 
@@ -90,7 +90,7 @@ def _measure(trainer: Trainer, source: Any) -> Measured:
     row, _ = trainer.step(batches)
     _settle()
     seconds = time.perf_counter() - began
-    flops = all_sum([step_flops(trainer.model, _rows(trainer, batches))], trainer.device)[0]
+    flops = all_sum([step_flops(model_sizes(trainer), _rows(trainer, batches))], trainer.device)[0]
     return Measured(seconds, ready - began, row["tokens"], row["audio_seconds"], flops)
 
 
@@ -149,17 +149,22 @@ def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, A
     }
 
 
-def _planned(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """What ``avsr plan`` says of this very micro-batch."""
-    model, config = trainer.model, trainer.config
-    lengths = _rows(trainer, [batch]).lengths
-    tokens = sum(lengths) if config.training.packed else len(lengths) * max(lengths)
+def model_sizes(trainer: Trainer) -> Sizes:
+    model = trainer.model
     projectors, encoders = (
         sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
         for module in (model.projectors, model.encoders)
     )
-    sizes = read_sizes(model.decoder.config, model.llm, tuple(config.model.lora.targets), projectors, encoders)
-    planned = memory(sizes, Load(tokens, batch.label_tokens), way_of(config, dist.get_world_size()))
+    targets = tuple(trainer.config.model.lora.targets)
+    return read_sizes(model.decoder.config, model.llm, targets, projectors, encoders)
+
+
+def _planned(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """What ``avsr plan`` says of this very micro-batch."""
+    lengths = _rows(trainer, [batch]).lengths
+    tokens = sum(lengths) if trainer.config.training.packed else len(lengths) * max(lengths)
+    way = way_of(trainer.config, dist.get_world_size())
+    planned = memory(model_sizes(trainer), Load(tokens, batch.label_tokens), way)
     return {name: size / 2**20 for name, size in planned.items()}
 
 

@@ -30,6 +30,7 @@ class Sizes:
     vocabulary: int
     frozen: int  # of the language model, a tied head counted once
     lora: int
+    tied: bool = True  # the head is the embedding table
     adapted: tuple[str, ...] = ("q_proj", "v_proj")
     projectors: int = 0
     encoders: int = 0  # frozen, inside the step
@@ -41,7 +42,7 @@ class Sizes:
     @property
     def layer(self) -> int:
         """Frozen entries of one layer."""
-        ends = self.hidden * self.vocabulary
+        ends = self.hidden * self.vocabulary * (1 if self.tied else 2) + self.hidden
         return (self.frozen - ends) // self.layers
 
 
@@ -156,6 +157,7 @@ def read_sizes(config: Any, model: nn.Module, adapted: tuple[str, ...], projecto
         vocabulary=int(config.vocab_size),
         frozen=counts[0],
         lora=counts[1],
+        tied=bool(config.tie_word_embeddings),
         adapted=adapted if counts[1] else (),
         projectors=projectors,
         encoders=encoders,

@@ -18,6 +18,7 @@ from avsr.data.batches import collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.profiling import profile
 from avsr.training.flops import Rows, step_flops
+from avsr.training.plan import read_sizes
 from avsr.training.trace import Trace, length, merge, subtract
 
 Recipe = Callable[..., Path]
@@ -36,7 +37,9 @@ def test_model_flops_are_those_that_torch_counts(tiny_recipe: Recipe, tmp_path: 
         model.train()(batch).cross_entropy.backward()
     span, size = model.span_tokens(batch)[0], model.decoder.config.hidden_size
     tokens, speech = span + len(batch.text[0]), span - model._fixed("audio")
-    expected = step_flops(model, Rows([tokens], speech, batch.label_tokens))
+    projectors = sum(parameter.numel() for parameter in model.projectors.parameters())
+    sizes = read_sizes(model.decoder.config, model.llm, tuple(config.model.lora.targets), projectors, 0)
+    expected = step_flops(sizes, Rows([tokens], speech, batch.label_tokens))
     expected += 12 * model.decoder.config.num_hidden_layers * size * tokens**2 / 2
     expected -= 2 * speech * model.projectors["audio"][0].weight.numel()
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)

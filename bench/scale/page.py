@@ -1,0 +1,147 @@
+"""Tables and figure of "Scale on paper"."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+from avsr.training.plan import Way, largest
+from bench import ledger
+from bench.scale.check import TABLE
+from bench.scale.model import Cluster, Link, Step, llama, needed, step
+
+README = ledger.ROOT / "bench" / "README.md"
+FIGURE = ledger.ROOT / "bench" / "scale.svg"
+BEGIN, END = "<!-- scale: made by python -m bench.scale -->", "<!-- scale end -->"
+PEAK = 989e12  # dense bf16 of an H100 or H200 (data sheet)
+ASSUMED_MFU = 0.40
+MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
+TOKENS = (512, 2048, 8192)  # a rank and step
+FREE = 0.1
+ETHERNET = Link(25e9 / 8 * 0.8 / 8, 50e-6)  # 25 Gb/s a node, shared by its eight devices
+
+
+def cluster() -> tuple[Cluster, str]:
+    """Nodes of eight 80 GB GPUs with NVLink and one 400 Gb/s adapter each, and where their speed comes from.
+
+    Links: data sheets (450 GB/s and 50 GB/s one way), of which rings reach about 80%; delays of 5 and 15 us and 30 ms
+    of a step that do not shrink with its batch are assumptions.
+    """
+    share, source = _measured_mfu()
+    return Cluster("8 x H100 a node", share * PEAK, 80e9, 8, Link(360e9, 5e-6), Link(40e9, 15e-6), fixed=0.03), source
+
+
+def _measured_mfu() -> tuple[float, str]:
+    rows = [row for row in ledger.read() if row["metric"] == "MFU" and "flashsink" in row["provider"] and row["ratio"]]
+    if rows:
+        return float(rows[-1]["ratio"]), f"measured on one {rows[-1]['device']}, {rows[-1]['date']}"
+    return ASSUMED_MFU, "assumed, since no GPU has been measured yet"
+
+
+def frames_table() -> str:
+    """The largest packed batches by model, stage and ranks."""
+    where, _ = cluster()
+    lines = ["| tokens a rank that fit in 80 GB | " + " | ".join(MODELS) + " |", "|---|---:|---:|---:|"]
+    for stage, ranks, checkpointing in ((2, 8, False), (3, 8, False), (3, 64, False), (2, 8, True)):
+        cells = []
+        for name in MODELS:
+            way, sizes = Way(ranks, stage, checkpointing=checkpointing), llama(name)
+            most = largest(lambda n, s=sizes, w=way: needed(s, w, n) <= (1 - FREE) * where.memory)
+            cells.append(f"{most:,}")
+        kind = ", gradient checkpointing" if checkpointing else ""
+        lines.append(f"| stage {stage}, {ranks} ranks{kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def steps_table() -> str:
+    """Steps by model, stage, ranks and network."""
+    where, _ = cluster()
+    slow = replace(where, between=ETHERNET)
+    titles = [f"{tokens:,} tokens a rank" for tokens in TOKENS]
+    lines = ["| model | ZeRO, ranks | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(TOKENS)]
+    for name in MODELS:
+        for stage, ranks, net, note in ((2, 8, where, ""), (2, 64, where, ""), (3, 64, where, ""), (3, 64, slow, "*")):
+            taken = [step(llama(name), Way(ranks, stage), net, tokens) for tokens in TOKENS]
+            cells = [f"{_milliseconds(one)}, {one.compute / one.seconds:.0%}" for one in taken]
+            lines.append(f"| {name} | {stage}, {ranks}{note} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _milliseconds(taken: Step) -> str:
+    parts = [taken.compute, taken.waiting, taken.communication]
+    return f"{taken.seconds * 1e3:,.0f} ms ({' + '.join(f'{1e3 * part:,.0f}' for part in parts)})"
+
+
+def check_table(path: Path = TABLE) -> str:
+    """The newest rows of every number of ranks and stage."""
+    newest = {(row["ranks"], row["stage"]): row for row in _read(path)}
+    stages = sorted({stage for _, stage in newest})
+    lines = ["| seconds a step, predicted / measured | " + " | ".join(f"stage {s}" for s in stages) + " |"]
+    lines.append("|---|" + "---:|" * len(stages))
+    for ranks in sorted({ranks for ranks, _ in newest}, key=int):
+        cells = []
+        for stage in stages:
+            row = newest[ranks, stage]
+            one, other = float(row["predicted_s"]), float(row["measured_s"])
+            cells.append(f"{one:.2f} / {other:.2f} ({one / other - 1:+.0%})")
+        lines.append(f"| {ranks} ranks | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def draw() -> None:
+    """Memory over tokens, efficiency over ranks, and the check."""
+    from matplotlib.figure import Figure
+
+    where, source = cluster()
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    memory, computing, check = figure.subplots(1, 3)
+    colours = dict(zip(MODELS, ("#0072b2", "#d55e00", "#009e73"), strict=True))
+    tokens = [256 * 2**n for n in range(8)]
+    kinds = ((2, "-", where, ""), (3, "--", where, ""), (3, ":", replace(where, between=ETHERNET), ", 25 Gb/s a node"))
+    for name, colour in colours.items():
+        for stage, line, net, note in kinds:
+            sizes, way = llama(name), Way(8, stage)
+            if not note:
+                memory.plot(tokens, [needed(sizes, way, n) / 1e9 for n in tokens], line, color=colour)
+            steps = [step(sizes, replace(way, ranks=64), net, n) for n in tokens]
+            values = [one.compute / one.seconds for one in steps]
+            computing.plot(tokens, values, line, color=colour, label=f"{name[6:]}, stage {stage}{note}")
+    memory.axhline(where.memory / 1e9, color="#8a8a8a", linewidth=0.8)
+    memory.set(xscale="log", yscale="log", xlabel="tokens a rank and step", ylabel="GB a rank, 8 ranks")
+    memory.set_title(f"memory; the line is {where.memory / 1e9:.0f} GB")
+    computing.set(xscale="log", xlabel="tokens a rank and step", ylabel="share of the step that computes", ylim=(0, 1))
+    computing.set_title(f"64 ranks, 8 a node; MFU {where.flops / PEAK:.0%} {source.split(',')[0]}")
+    computing.legend(frameon=False, fontsize=7)
+    rows = list({(row["ranks"], row["stage"]): row for row in _read(TABLE)}.values())
+    for count, marker in zip(("1", "2", "4"), "os^", strict=True):
+        mine = [row for row in rows if row["ranks"] == count]
+        values = [[float(row[key]) for row in mine] for key in ("measured_s", "predicted_s")]
+        check.plot(*values, marker, color="#333333", label=f"{count} CPU ranks", fillstyle="none")
+    top = 1.1 * max(float(row[key]) for row in rows for key in ("measured_s", "predicted_s"))
+    check.plot([0, top], [0, top], color="#8a8a8a", linewidth=0.8)
+    check.set(xlabel="measured, seconds a step", ylabel="predicted", xlim=(0, top), ylim=(0, top))
+    check.set_title("the check, stages 0 to 3")
+    check.legend(frameon=False, fontsize=8)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+def write() -> None:
+    """Puts the tables between the marks of the README and draws the figure."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after and not rest:
+        raise ValueError(f"{README}: has no {BEGIN}")
+    where, source = cluster()
+    said = f"One GPU reaches {where.flops / 1e12:,.0f} TFLOP/s in a step ({where.flops / PEAK:.0%} MFU, {source})."
+    parts = [said, frames_table(), steps_table(), check_table()]
+    README.write_text(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{after}", encoding="utf-8")
+    draw()

@@ -23,8 +23,8 @@ KILLS, FULL, NANS = 0.006, 0.15, 0.01
 
 
 def main() -> None:
-    seed, out, recipe, *overrides = sys.argv[1:]
-    overrides = [text for text in overrides if not text.startswith("--")]
+    # the launcher puts its --local_rank in front
+    seed, out, recipe, *overrides = [text for text in sys.argv[1:] if not text.startswith("--")]
     rank = int(os.environ.get("RANK", "0"))
     rng = random.Random(f"{seed} {rank}")
     log = Path(out) / f"{rank}-{os.getpid()}.jsonl"

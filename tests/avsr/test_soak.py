@@ -55,6 +55,7 @@ def test_a_training_survives_everything_at_once(tiny_recipe: Callable[..., Path]
         status = wait(begin(seed, out, recipe, 21000 + os.getpid() % 9000 + starts))
         if status == 0:
             break
+        assert read_metrics(run), (out / "log").read_text(errors="replace")[-2000:]  # it must get off the ground
         last = run / "checkpoints" / "last"
         if rng.random() < 0.5 and last.is_dir() and (run / "checkpoints" / "previous").is_dir():
             path = rng.choice(sorted(last.glob("*.safetensors")))

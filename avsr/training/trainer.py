@@ -155,7 +155,8 @@ class Trainer:
         self.engine.train()
         step, enter = self.progress.step, self._stages.enter
         spans = [self.model.span_tokens(batch) for batch in batches]
-        counts = count_step(batches, spans, self.device)
+        with enter("counts", step):
+            counts = count_step(batches, spans, self.device)
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from avsr.errors import EXIT_HUNG
 
 # in the order of a step: the rank that is furthest behind is the one that the others wait for
-STAGES = ("data", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
+STAGES = ("data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
 _ABORT = "abort"
 
 

@@ -19,7 +19,7 @@ from avsr.errors import guarded
 from avsr.train import train_and_leave
 from avsr.training import checkpoint, trainer
 
-KILLS, FULL, NANS = 0.006, 0.15, 0.01
+KILLS, FULL, NANS = 0.012, 0.15, 0.01
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from avsr.config import load_config
-from avsr.errors import UserError
+from avsr.errors import EXIT_HUNG, EXIT_PREEMPTED, UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
 from avsr.train import train
 from avsr.training.metrics import read_metrics
@@ -209,6 +211,100 @@ def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
     assert any(name.startswith("encoders.video.") and tensor.any() for name, tensor in saved[0].items())
     for name, tensor in saved[0].items():
         torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+HURT = """
+    import math, os, sys, time
+    from avsr import train
+    from avsr.models.speech_llm import SpeechLLM
+    from avsr.training.trainer import Trainer
+
+    kind, second = sys.argv.pop(1), os.environ["RANK"] == "1"
+    real_step, real_forward, calls = Trainer.step, SpeechLLM.forward, []
+
+    def step(self, batches):
+        if kind == "sleep" and second and self.progress.step == 3:
+            time.sleep(600)
+        if kind == "slow":
+            print("in step", self.progress.step, flush=True)
+            time.sleep(0.5)
+        return real_step(self, batches)
+
+    def forward(self, batch):
+        terms = real_forward(self, batch)
+        calls.append(self.training)
+        spoilt = kind == "nan" and second and sum(calls) == 2 and self.training
+        return terms._replace(cross_entropy=terms.cross_entropy * math.nan) if spoilt else terms
+
+    Trainer.step, SpeechLLM.forward = step, forward
+    train.main()
+"""
+
+
+def hurt(tmp_path: Path, kind: str, recipe: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Two ranks, started without a launcher, as SLURM does. What happens to them is up to ``kind``."""
+    script = tmp_path / "hurt.py"
+    script.write_text(textwrap.dedent(HURT))
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), kind, str(recipe), *overrides],
+            env={**environment(), **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_one_rank_that_hangs_ends_both_and_is_named(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, **SETTINGS)
+    ranks = [finish(process) for process in hurt(tmp_path, "sleep", recipe, "training.timeout=5")]
+    assert [done.returncode for done in ranks] == [EXIT_HUNG, EXIT_HUNG], ranks[0].stderr[-2000:]
+    said = ranks[0].stderr + ranks[1].stderr
+    assert "rank 1 hangs in data of step 3 for" in said
+    assert "in step" in said and "rank 0 hangs" not in said  # where rank 1 stands; rank 0 only waits for it
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_on_all(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, **{**SETTINGS, "deepspeed.stage": 2})
+    for done in [finish(process) for process in hurt(tmp_path, "nan", recipe)]:
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = read_metrics(tmp_path / "run")
+    assert [row.get("skipped", False) for row in rows] == [False, True, False, False]
+    (entry,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    assert [part["rank"] for part in entry["ranks"]] == [1] and len(entry["ranks"][0]["utterances"]) == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pre_emption_of_two_ranks_saves_and_the_next_start_goes_on(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGTERM reaches the ranks at different times, here one of them alone."""
+    recipe = tiny_recipe(tmp_path, **SETTINGS, **{"training.steps": 12, "training.validate_every": 100})
+    ranks = hurt(tmp_path, "slow", recipe, "resume=true")
+    assert ranks[1].stdout is not None
+    while "in step 3" not in ranks[1].stdout.readline():
+        assert ranks[1].poll() is None
+    ranks[1].send_signal(signal.SIGTERM)
+    assert [finish(process).returncode for process in ranks] == [EXIT_PREEMPTED, EXIT_PREEMPTED]
+    reached = len(read_metrics(tmp_path / "run"))
+    assert 3 <= reached < 12 and (tmp_path / "run/checkpoints/last/SHA256SUMS").is_file()
+    for done in [finish(process) for process in hurt(tmp_path, "none", recipe, "resume=true")]:
+        assert done.returncode == 0, done.stderr[-2000:]
+    agree(alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2"), tmp_path / "run", *CURVE)
 
 
 @pytest.mark.distributed

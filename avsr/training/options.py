@@ -59,14 +59,18 @@ def _need_liger(key: str, device: torch.device) -> None:
 
 def apply(model: SpeechLLM, config: Config) -> None:
     """Before flashsink is attached, which takes over norms, Liger's too, and must find layers as they are to be."""
-    settings, decoder = config.training, model.decoder
     model.cross_entropy = config.loss.cross_entropy
-    if settings.kernels == "liger":
-        use_liger(decoder)
-    if settings.gradient_checkpointing == "true":
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.gradient_checkpointing == "selective":
-        decoder.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": selective(decoder.config)})
+    if config.training.kernels == "liger":
+        use_liger(model.decoder)
+    checkpoint_layers(model.decoder, config.training.gradient_checkpointing)
+
+
+def checkpoint_layers(decoder: Any, how: str) -> None:
+    """``training.gradient_checkpointing`` in the layers of a causal LM."""
+    if how == "false":
+        return
+    contexts = {"context_fn": selective(decoder.config)} if how == "selective" else {}
+    decoder.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
 
 def use_liger(decoder: Any) -> None:

@@ -19,8 +19,8 @@ PARTS = 8
 def label_loss(head: nn.Module, hidden: Tensor, targets: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """The loss of (n, C) states against (n,) int64 targets.
 
-    At its peak, in the backward, it holds the log-softmax and two gradients of it in float32: 12 bytes a label and entry
-    of the vocabulary. "chunked" holds an eighth of that and computes the logits twice.
+    At its peak, in the backward, it holds the log-softmax and two gradients of it in float32: 12 bytes a label and
+    entry of the vocabulary. "chunked" holds an eighth of that and computes the logits twice.
 
     Args:
         head: the vocabulary's linear layer.

@@ -343,6 +343,13 @@ def test_compiled_parts_give_the_same_in_few_graphs(recipe: Recipe, settings: li
     assert 0 < counters["stats"]["unique_graphs"] <= graphs and not counters["graph_break"], counters
 
 
+def test_a_resumed_training_may_change_them(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    path = str(tiny_recipe(tmp_path))
+    train(load_config(path))
+    changed = ["loss.cross_entropy=chunked", "training.gradient_checkpointing=selective"]
+    train(load_config(path, ["resume=true", *changed]))
+
+
 @pytest.mark.slow
 def test_a_compiled_training_is_the_plain_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """By torch's own compiler, down to C++."""

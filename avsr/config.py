@@ -168,6 +168,8 @@ class AugmentConfig:
 class LossConfig:
     decorrelation: float = 0.0  # lambda; 0 = not computed
     margin: float = 0.0
+    # plain | chunked (an eighth of the logits at a time, computed twice) | liger (a fused kernel, CUDA)
+    cross_entropy: str = "plain"
 
 
 @dataclass
@@ -182,7 +184,10 @@ class TrainingConfig:
     frames: int = 1000  # encoder frames in a micro-batch, all streams and padding counted
     utterances: int = 64  # at most, in a micro-batch
     precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
-    gradient_checkpointing: bool = False
+    # false | true: layers run again in the backward | selective: all but their matrix products and attention do
+    gradient_checkpointing: str = "false"
+    kernels: str = "plain"  # plain | liger: its rotary embedding, SwiGLU and RMSNorm in the LLM, CUDA
+    compile: bool = False  # torch.compile of the LLM's MLPs and of the norms that flashsink leaves alone
     packed: bool = False  # utterances one behind the other instead of padded; with model.llm.attention=flashsink
     seed: int = 42
     validate_every: int = 100  # steps
@@ -260,6 +265,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         UserError: missing or broken file, unknown key (with the nearest valid one), bad value.
     """
     config = compose(name, overrides, Config)
+    training = config.training
+    training.gradient_checkpointing = training.gradient_checkpointing.lower()  # YAML's booleans come as True and False
     _check_values(config, name)
     return config
 
@@ -301,6 +308,7 @@ def _check_values(config: Config, name: str) -> None:
             raise UserError(f"data.test.{key}: expected the path of a manifest, got {path!r}")
     if config.deepspeed.stage == 3 and config.training.gradient_norms_every:
         raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
+    _check_options(config)
     _check_offload(config.deepspeed)
     if config.training.packed and config.model.llm.attention != "flashsink":
         raise UserError("training.packed: needs model.llm.attention=flashsink, which keeps packed utterances apart")
@@ -308,6 +316,24 @@ def _check_values(config: Config, name: str) -> None:
         raise UserError(f"deepspeed.stage: expected 0, 1, 2 or 3, got {config.deepspeed.stage}")
     if os.path.abspath(config.data.validation) in map(os.path.abspath, config.data.test.values()):
         raise UserError("data.validation: the best checkpoint must not be chosen on a test manifest")
+
+
+def _check_options(config: Config) -> None:
+    """Gradients of both terms apart need a second backward of the same forward, and a compiled MLP shows no products
+    that could be kept."""
+    training = config.training
+    if training.compile and training.gradient_checkpointing == "selective":
+        raise UserError(
+            "training.compile: not with training.gradient_checkpointing=selective; set that to true or false"
+        )
+    if training.compile and training.kernels == "liger":
+        raise UserError("training.compile: training.kernels=liger takes the place of all that it compiles; choose one")
+    if training.gradient_norms_every and training.gradient_checkpointing == "selective":
+        raise UserError(
+            "training.gradient_norms_every: not with training.gradient_checkpointing=selective; set it to 0"
+        )
+    if training.gradient_norms_every and config.loss.cross_entropy == "liger":
+        raise UserError("training.gradient_norms_every: not with loss.cross_entropy=liger; set it to 0")
 
 
 def _check_offload(deepspeed: DeepSpeedConfig) -> None:

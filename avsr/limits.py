@@ -16,6 +16,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.fused.encoder.kind": ("avhubert",),
     "data.on_bad": ("refuse", "skip"),
     "model.llm.attention": ("flashsink", "sdpa", "eager", "flash_attention_2"),
+    "loss.cross_entropy": ("plain", "chunked", "liger"),
+    "training.gradient_checkpointing": ("false", "true", "selective"),
+    "training.kernels": ("plain", "liger"),
     "training.precision": ("fp32", "bf16", "auto"),
     "decode.normaliser": ("plain", "whisper"),
 }

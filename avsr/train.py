@@ -22,7 +22,7 @@ from avsr.data.features import FeatureStore
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.models.speech_llm import SpeechLLM
-from avsr.training import resume
+from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
 from avsr.training.trainer import Trainer, seed_everything
@@ -54,6 +54,8 @@ def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
     """Everything up to the first step; the run folder is made, or with ``resume`` read."""
     rank, world = start_distributed()
     settle_precision(config)
+    device = pick_device()
+    options.check(config, device)
     failure, checkpoint = "", ""
     if rank == 0:
         try:
@@ -64,13 +66,13 @@ def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
         raise UserError(failure)
     checkpoint = agree(checkpoint)
     seed_everything(config.training.seed)
-    device = pick_device()
     store = build_store(config, device, levels=config.augment.snr)
     model, loaded = build_model(config, store, device, around=partitioned_loading(config))
     train_set, validation = _load_splits(config, store, model, loaded.tokenize)
-    if config.training.gradient_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    options.apply(model, config)
     (prepare or attach)(model, config)
+    if config.training.compile:
+        options.compile_parts(model)
     start = resume.load_start(config, checkpoint, model)
     engine = make_engine(model, config)
     if rank == 0:

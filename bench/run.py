@@ -24,7 +24,7 @@ from bench.harness import Bench, Comparison, DeviceLost, one_line
 from bench.ledger import Row
 
 # how a time budget is shared out; all others have 1
-WEIGHTS = {"training_step": 4.0, "attention_statistics": 3.0, "packed_headline": 2.0, "long_rows": 1.5}
+WEIGHTS = {"training_step": 4.0, "options": 4.0, "attention_statistics": 3.0, "packed_headline": 2.0, "long_rows": 1.5}
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def measure(
         now = time.monotonic()
         bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
         module = importlib.import_module(f"bench.claims.{name}")
-        options = {"layers": layers} if layers and name in ("training_step", "loss_memory") else {}
+        options = {"layers": layers} if layers and name in ("training_step", "loss_memory", "options") else {}
         started(name)
         print(f"--- {name}: {(module.__doc__ or name).splitlines()[0]}", flush=True)
         if bench.deadline <= now:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 import flashsink
 from avsr.config import TASKS, ModelConfig, parts_of
@@ -25,6 +24,7 @@ from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.compression import compress, compressed_length, compressed_width
 from avsr.models.encoder import SpeechEncoder
+from avsr.models.label_loss import label_loss
 from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
 
@@ -112,6 +112,7 @@ class SpeechLLM(nn.Module):
         self.probe: flashsink.Probe | None = None
         self.own_terms: Terms | None = None  # the last forward's, without the hooks that an engine puts on its outputs
         self.packed = False  # rows of a forward stand one behind the other, without padding; flashsink keeps them apart
+        self.cross_entropy = "plain"  # how the loss is computed, see label_loss
         # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
 
@@ -197,17 +198,20 @@ class SpeechLLM(nn.Module):
             rows: Assembled | Packed = _pack(*self._rows(batch, with_text=True, names=False)[:2])
         else:
             rows = self.assemble(batch, with_text=True)
-        logits, targets = self.label_logits(batch, rows)
-        with record_function("avsr/loss"):
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self.cross_entropy)
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
-        self.own_terms = Terms(loss, decorrelation, (logits.argmax(dim=-1) == targets).sum())
+        self.own_terms = Terms(loss, decorrelation, correct)
         given = None if decorrelation is None else decorrelation.view_as(decorrelation)
-        return Terms(loss.view_as(loss), given, self.own_terms.correct)
+        return Terms(loss.view_as(loss), given, correct)
 
     def label_logits(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""
+        states, targets = self.label_states(batch, rows)
+        return self.decoder.lm_head(states), targets
+
+    def label_states(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
+        """(n, C) states at the n positions that predict text and end tokens, and their (n,) targets."""
         hidden = self.hidden_states(rows)
         places: list[int] = []
         targets: list[int] = []
@@ -218,9 +222,8 @@ class SpeechLLM(nn.Module):
             first = start + span - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
-        with record_function("avsr/logits"):
-            chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
-            return self.decoder.lm_head(chosen), torch.tensor(targets, device=hidden.device)
+        chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
+        return chosen, torch.tensor(targets, device=hidden.device)
 
     def hidden_states(self, rows: Assembled | Packed) -> Tensor:
         """After the final norm, of the embeddings' shape."""

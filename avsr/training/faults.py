@@ -88,8 +88,10 @@ def _out_of_memory(engine: Any, config: Config, progress: Progress, cause: str) 
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in measured(engine).items())
     training = config.training
     ways = [f"training.frames={training.frames // 2} training.accumulation={training.accumulation * 2}"]
-    if not training.gradient_checkpointing:
+    if training.gradient_checkpointing != "true":
         ways.append("training.gradient_checkpointing=true")
+    if config.loss.cross_entropy == "plain":
+        ways.append("loss.cross_entropy=chunked")
     if config.deepspeed.stage < 3:
         ways.append("deepspeed.stage=3 (with several ranks, or with deepspeed.offload_parameters=true)")
     return (

@@ -32,6 +32,7 @@ _FREE = (
     *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
     *("noise.snr", "act."),  # of a later evaluation
     *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
+    *("training.kernels", "training.compile", "loss.cross_entropy"),
     "training.accumulation",  # its product with the number of ranks may not, see _check_parts
 )
 

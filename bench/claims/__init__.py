@@ -32,4 +32,5 @@ MODULES = (
     "norm",
     "loss_memory",
     "training_step",
+    "options",
 )

@@ -93,6 +93,8 @@ def way_of(config: Config, ranks: int) -> Way:
         element,
         4 if ours_on_cpu else element,
         training.gradient_checkpointing,
+        config.loss.cross_entropy,
+        training.kernels,
         deepspeed.offload_optimizer,
         deepspeed.offload_parameters,
     )
@@ -131,7 +133,7 @@ def _sizes(config: Config, store: FeatureStore, llm: Any) -> Sizes:
     inside = [store.encoders[name] for name in store.inside]
     encoders = sum(parameter.numel() for encoder in inside for parameter in encoder.parameters())
     lora = config.model.lora
-    return read_sizes(llm.config, add_lora(llm, lora), tuple(lora.targets), projectors, encoders)
+    return read_sizes(llm.config, add_lora(llm, lora), lora, projectors, encoders)
 
 
 def _rows(config: Config, store: FeatureStore, tokenize: Any, there: bool) -> list[Row]:

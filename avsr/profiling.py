@@ -155,8 +155,7 @@ def model_sizes(trainer: Trainer) -> Sizes:
         sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
         for module in (model.projectors, model.encoders)
     )
-    targets = tuple(trainer.config.model.lora.targets)
-    return read_sizes(model.decoder.config, model.llm, targets, projectors, encoders)
+    return read_sizes(model.decoder.config, model.llm, trainer.config.model.lora, projectors, encoders)
 
 
 def _planned(trainer: Trainer, batch: Batch) -> dict[str, float]:

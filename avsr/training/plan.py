@@ -7,10 +7,13 @@ I intermediate, V vocabulary, H query and Hk key heads of D, e bytes of an eleme
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from avsr.config import LoraConfig
+from avsr.models.label_loss import PARTS
 
 _FLOAT = 4  # masters, Adam's two moments, softmax and frozen encoders are float32
 _LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
@@ -32,6 +35,7 @@ class Sizes:
     lora: int
     tied: bool = True  # the head is the embedding table
     adapted: tuple[str, ...] = ("q_proj", "v_proj")
+    rank: int = 0  # of LoRA
     projectors: int = 0
     encoders: int = 0  # frozen, inside the step
 
@@ -62,7 +66,9 @@ class Way:
     stage: int = 1
     element: int = 2  # bytes: 2 bf16, 4 fp32
     attention: int = 2  # bytes of what attention keeps: 4 on a CPU, which computes it in float32
-    checkpointing: bool = False
+    checkpointing: str = "false"  # training.gradient_checkpointing
+    cross_entropy: str = "plain"  # loss.cross_entropy
+    kernels: str = "plain"  # training.kernels
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -85,34 +91,46 @@ def memory(sizes: Sizes, load: Load, way: Way) -> dict[str, float]:
     masters = _FLOAT if way.element < _FLOAT or way.stage else 0
     adam = sizes.trained * (masters + 2 * _FLOAT) * (share if way.stage >= 1 else 1.0)
     parts["optimizer"] = 0.0 if way.offload_optimizer else adam
-    layer = layer_bytes(sizes, way)
-    kept = way.element * sizes.hidden if way.checkpointing else layer
+    kept = layer_bytes(sizes, way)
     parts["activations"] = load.tokens * (sizes.layers * kept + 2 * sizes.hidden * _FLOAT)
     # of a layer's backward: gradients of product, SiLU, up and gate at once, and what was computed again
-    working = way.element * 4.0 * sizes.intermediate + (layer if way.checkpointing else 0.0)
-    parts["head or layer"] = max(head_bytes(sizes, load, way.element), load.tokens * working)
+    working = way.element * 4.0 * sizes.intermediate + layer_bytes(sizes, replace(way, checkpointing="false")) - kept
+    parts["head or layer"] = max(head_bytes(sizes, load, way), load.tokens * working)
     return parts
 
 
 def layer_bytes(sizes: Sizes, way: Way) -> float:
     """Bytes that a layer keeps for its backward, a token.
 
-    Frozen matrices need no input for a gradient of their own, so kept are: what a norm reads (as it is for ours, in
-    float32 for transformers'), the normed states that LoRA reads, q, k, v, attention's output with its log-sum-exp,
-    and gate, SiLU and up.
+    Frozen matrices need no input for a gradient of their own, so kept are: what a norm reads (as it is for ours and
+    Liger's, in float32 for transformers'), the normed states that LoRA reads, q, k, v, attention's output with its
+    log-sum-exp, gate, SiLU (not by Liger) and up. With full checkpointing that is the layer's input alone; with
+    selective its products, thin ones of the adapters, and attention's output.
     """
-    kept = sizes.hidden + 3 * sizes.intermediate
+    wide, group = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     targets = set(sizes.adapted)
+    if way.checkpointing == "true":
+        return float(way.element * sizes.hidden)
+    if way.checkpointing == "selective":
+        thin = sizes.rank * len(targets - {"down_proj"})
+        kept = 2 * sizes.hidden + wide + 2 * group + 2 * sizes.intermediate + thin
+        return way.element * kept + way.attention * wide + _FLOAT * sizes.heads
+    liger = way.kernels == "liger"
+    kept = sizes.hidden + (2 if liger else 3) * sizes.intermediate
     kept += sizes.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
     kept += sizes.hidden * bool(targets & {"gate_proj", "up_proj"})
     kept += sizes.intermediate * ("down_proj" in targets)
-    attention = 2 * (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    return way.element * kept + way.attention * attention + _FLOAT * (sizes.hidden + sizes.heads)
+    norm = (way.element if liger else _FLOAT) * sizes.hidden
+    return way.element * kept + way.attention * 2 * (wide + group) + norm + _FLOAT * sizes.heads
 
 
-def head_bytes(sizes: Sizes, load: Load, element: int) -> float:
-    """Logits, their float32 copy (bf16 only), log-softmax, and the gradients of both steps of the loss."""
-    return load.labels * sizes.vocabulary * (element + 3 * _FLOAT + _FLOAT * (element < _FLOAT))
+def head_bytes(sizes: Sizes, load: Load, way: Way) -> float:
+    """Logits, their float32 copy (bf16 only), log-softmax, and the gradients of both steps of the loss; an eighth of
+    them at a time when chunked; Liger's kernel holds about as many numbers as there are states."""
+    each = way.element + 3 * _FLOAT + _FLOAT * (way.element < _FLOAT)
+    if way.cross_entropy == "liger":
+        return float(load.labels * sizes.hidden * each)
+    return load.labels * sizes.vocabulary * each / (PARTS if way.cross_entropy == "chunked" else 1)
 
 
 def _fetched(sizes: Sizes) -> int:
@@ -133,12 +151,12 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
     return low
 
 
-def read_sizes(config: Any, model: nn.Module, adapted: tuple[str, ...], projectors: int, encoders: int) -> Sizes:
+def read_sizes(config: Any, model: nn.Module, adapters: LoraConfig, projectors: int, encoders: int) -> Sizes:
     """
     Args:
         config: Hugging Face's, of Llama's kind.
         model: the language model with its adapters.
-        adapted: LoRA's targets.
+        adapters: LoRA's settings.
         projectors: entries.
         encoders: entries of those inside the step.
     """
@@ -158,7 +176,8 @@ def read_sizes(config: Any, model: nn.Module, adapted: tuple[str, ...], projecto
         frozen=counts[0],
         lora=counts[1],
         tied=bool(config.tie_word_embeddings),
-        adapted=adapted if counts[1] else (),
+        adapted=tuple(adapters.targets) if adapters.rank else (),
+        rank=adapters.rank,
         projectors=projectors,
         encoders=encoders,
     )

@@ -78,6 +78,7 @@ def llama(name: str) -> Sizes:
         m.layers * layer + ends,
         adapters,
         tied,
+        rank=rank,
         projectors=projector,
     )
 
@@ -121,7 +122,7 @@ def communication(sizes: Sizes, way: Way, cluster: Cluster) -> tuple[float, floa
     trained = float(sizes.trained * way.element)
     if way.stage < 3:  # reduce-scatter and all-gather, or an all-reduce, which is both
         return 2 * all_gather(trained, way.ranks, cluster), 0.0
-    passes = 3 if way.checkpointing else 2
+    passes = 2 if way.checkpointing == "false" else 3
     weights = float(sizes.frozen * way.element)
     gathered = passes * all_gather(weights, way.ranks, cluster, sizes.layers * MODULES)
     return all_gather(trained, way.ranks, cluster), gathered
@@ -135,7 +136,7 @@ def step(sizes: Sizes, way: Way, cluster: Cluster, tokens: int, longest: int = 4
         work = [step_flops(sizes, rows(lengths)) for lengths in ranks]
         slowest += max(work) / len(drawn)
         mean += sum(work) / len(work) / len(drawn)
-    again = 1.5 if way.checkpointing else 1.0  # of frozen weights the forward is half of all
+    again = 1.5 if way.checkpointing == "true" else 1.0  # of frozen weights the forward is half of all
     compute, waiting = again * mean / cluster.flops, again * (slowest - mean) / cluster.flops
     end, spread = communication(sizes, way, cluster)
     exposed = end + max(0.0, spread - cluster.hidden * compute)

@@ -42,6 +42,7 @@ def wide_llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
         {"training.precision": "bf16", "deepspeed.stage": 1},
         {"training.precision": "fp32", "deepspeed.stage": 2, "model.lora.targets": ["q_proj", "o_proj", "down_proj"]},
         {"training.precision": "bf16", "deepspeed.stage": 0, "training.gradient_checkpointing": True},
+        {"training.precision": "bf16", "training.gradient_checkpointing": "selective", "loss.cross_entropy": "chunked"},
         {"training.precision": "fp32", "deepspeed.stage": 0, "training.packed": True},
     ],
 )
@@ -56,8 +57,11 @@ def test_what_is_planned_is_what_a_step_holds(
     for name in ("frozen weights", "trained weights", "optimizer"):
         assert planned[name] == pytest.approx(found[name], rel=0.01), name
     assert planned["activations"] == pytest.approx(found["activations"], rel=0.1, abs=0.15)
-    head = found["logits"] + found["loss"] + found["backward beyond"]
-    assert planned["head or layer"] == pytest.approx(head, rel=0.15)
+    if "loss.cross_entropy" in options:  # the head is small then, and a layer's gradients are only roughly counted
+        assert planned["head or layer"] == pytest.approx(found["backward beyond"], rel=0.25)
+    else:
+        head = found["logits"] + found["loss"] + found["backward beyond"]
+        assert planned["head or layer"] == pytest.approx(head, rel=0.15)
 
 
 def test_an_outline_counts_what_the_model_has(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -66,9 +70,7 @@ def test_an_outline_counts_what_the_model_has(tiny_recipe: Recipe, tmp_path: Pat
     cpu = torch.device("cpu")
     model, _ = build_model(config, build_store(config, cpu), cpu)
     projectors = sum(p.numel() for p in model.projectors.parameters())
-    assert planned["sizes"] == read_sizes(
-        model.decoder.config, model.llm, tuple(config.model.lora.targets), projectors, 0
-    )
+    assert planned["sizes"] == read_sizes(model.decoder.config, model.llm, config.model.lora, projectors, 0)
     assert planned["sizes"].trained == sum(p.numel() for p in model.trainable().values())
 
 

@@ -38,7 +38,7 @@ def test_model_flops_are_those_that_torch_counts(tiny_recipe: Recipe, tmp_path: 
     span, size = model.span_tokens(batch)[0], model.decoder.config.hidden_size
     tokens, speech = span + len(batch.text[0]), span - model._fixed("audio")
     projectors = sum(parameter.numel() for parameter in model.projectors.parameters())
-    sizes = read_sizes(model.decoder.config, model.llm, tuple(config.model.lora.targets), projectors, 0)
+    sizes = read_sizes(model.decoder.config, model.llm, config.model.lora, projectors, 0)
     expected = step_flops(sizes, Rows([tokens], speech, batch.label_tokens))
     expected += 12 * model.decoder.config.num_hidden_layers * size * tokens**2 / 2
     expected -= 2 * speech * model.projectors["audio"][0].weight.numel()

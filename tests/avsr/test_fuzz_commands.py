@@ -23,7 +23,7 @@ Refuse = Callable[..., str]
         ("config.yaml", "\xff\xfe", "config.yaml"),
         ("checkpoints/best/model.safetensors", "\x08\0\0\0\0\0\0\0{}      ", "model.safetensors"),
         ("checkpoints/best/model.safetensors", "\xff" * 8, "model.safetensors"),
-        ("checkpoints/best/SHA256SUMS", "0  \0\n", "damaged"),
+        ("checkpoints/best/SHA256SUMS", "0  \0\n", "SHA256SUMS"),
         ("act_heads.json", DEEP, "act_heads.json"),
         ("act_heads.json", '{"layers": 1e999}', "act_heads.json"),
     ],

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 
 from avsr import folders
 from avsr.config import load_config
@@ -30,6 +30,7 @@ from avsr.models.ctranslate2 import load_whisper_encoder
 from avsr.models.fairseq_file import load_avhubert, read_fairseq
 from avsr.models.official import official_task, read_official
 from avsr.models.visual import FORMAT, VisualConfig, VisualModel, load_visual
+from avsr.prepare import inert
 from avsr.prepare.landmarks import read_landmarks
 from avsr.train import make_trainer
 from avsr.training import resume
@@ -137,6 +138,7 @@ def test_converted_avhubert(count: int, tmp_path: Path, avhubert: dict[str, torc
 
     swapped = st.tuples(name, st.lists(side, max_size=5)).map(other)
     extra = [save({**avhubert, f"encoder.layers.{n}.fc1.weight": torch.zeros(1)}) for n in (1, 9, 10**30)]
+    extra += [save({**avhubert, "encoder.pos_conv.0.weight_v": torch.zeros(64, 3, 128)})]  # 21 groups of 64 channels
     many = save({**avhubert, **{f"encoder.layers.{n}.x": torch.zeros(1) for n in range(3_000)}})
     assert shapes
 
@@ -219,6 +221,22 @@ def test_visual_encoders(count: int, tmp_path: Path) -> None:
     tools.fuzz(count, tools.json_file(about), check, [*tools.each_changed(about), *wide])
 
 
+def headers(plain: bytes) -> list[bytes]:
+    """A .npy file with headers that say something else."""
+    header, data = plain[10:128], plain[128:]
+
+    def headed(text: bytes, version: bytes = b"\1\0") -> bytes:
+        size = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
+        return b"\x93NUMPY" + version + size + text + data
+
+    shapes = [b"(%d, 68, 2)" % 2**40, b"(-1, 68, 2)", b"(" * 90 + b")" * 90, b"(2**62,)", b"3", b"(3, 68, 2.5)", b"'"]
+    found = [headed(header.replace(b"(3, 68, 2)", shape)) for shape in shapes]
+    kinds = [b"'O'", b"'V0'", b"[('a', 'O')]", b"'<f4000'"]
+    found += [headed(header.replace(b"'<f4'", kind)) for kind in kinds]
+    found += [headed(header, version) for version in (b"\2\0", b"\3\0", b"\xff\0")]
+    return [*found, headed(b"[" * 60_000)]
+
+
 @few_and_many
 def test_landmark_files(count: int, tmp_path: Path) -> None:
     points = np.zeros((3, 68, 2), np.float32)
@@ -228,33 +246,8 @@ def test_landmark_files(count: int, tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", landmarks=np.zeros((2**19, 68, 2), np.float32))
     plain, packed = (tmp_path / "a.npy").read_bytes(), (tmp_path / "a.npz").read_bytes()
     listed = pickle.dumps([points[0], None, points[1].tolist()])
-    header = plain[10:128]
-
-    def headed(text: bytes, version: bytes = b"\1\0") -> bytes:
-        size = struct.pack("<H" if version == b"\1\0" else "<I", len(text))
-        return b"\x93NUMPY" + version + size + text + points.tobytes()
-
-    always = [
-        ("npy", headed(header.replace(b"(3, 68, 2)", shape)))
-        for shape in (
-            b"(%d, 68, 2)" % 2**40,
-            b"(-1, 68, 2)",
-            b"(" * 90 + b")" * 90,
-            b"(2**62,)",
-            b"3",
-            b"(3, 68, 2.5)",
-            b"'",
-        )
-    ]
-    always += [
-        ("npy", headed(header.replace(b"'<f4'", kind))) for kind in (b"'O'", b"'V0'", b"[('a', 'O')]", b"'<f4000'")
-    ]
-    always += [("npy", headed(header, version)) for version in (b"\2\0", b"\3\0", b"\xff\0")]
-    always += [("npy", headed(b"[" * 60_000)), ("npz", (tmp_path / "bomb.npz").read_bytes())]
+    always = [("npz", (tmp_path / "bomb.npz").read_bytes()), *(("npy", data) for data in headers(plain))]
     memo = b"\x80\x02K\x01r\xff\xff\xff\x7f."
-    nested: Any = []
-    for _ in range(5_000):
-        nested = [nested]
     hostile = [
         [10**400],
         [[1, [2]]],
@@ -289,16 +282,24 @@ def test_landmark_files(count: int, tmp_path: Path) -> None:
 
 def test_a_pickle_changes_nothing_in_this_process(tmp_path: Path) -> None:
     """A pickle may set attributes of what it names."""
-    points = np.zeros((68, 2), np.float32)
-    call = b"cnumpy.core.multiarray\n_reconstruct\n"
-    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + call + b"N}X\x0c\x00\x00\x00__defaults__X\x01\x00\x00\x00xs\x86b.")
+    call, planted = b"cnumpy.core.multiarray\n_reconstruct\n", b"X\x07\x00\x00\x00planted"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + call + b"N}" + planted + planted + b"s\x86b.")
     with pytest.raises(UserError):
         read_landmarks(tmp_path / "a.pkl")
-    from avsr.prepare import inert
-
-    assert inert._reconstruct.__defaults__ is None and not vars(inert._reconstruct)
-    (tmp_path / "b.pkl").write_bytes(pickle.dumps([points]))
+    assert not vars(inert._reconstruct)
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps([np.zeros((68, 2), np.float32)]))
     assert read_landmarks(tmp_path / "b.pkl").shape == (1, 68, 2)
+
+
+@pytest.mark.parametrize("kind", ["pkl", "npy"])
+def test_landmarks_of_more_than_an_hour_are_refused(kind: str, tmp_path: Path) -> None:
+    """A frame without a face is one byte of a pickle and 544 bytes of memory."""
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(pickle.dumps([None] * 90_001))
+    if kind == "npy":
+        np.save(path, np.zeros((90_001, 68, 2), np.int8))
+    with pytest.raises(UserError, match="90001 frames, more than the 90000 of an hour"):
+        read_landmarks(path)
 
 
 @few_and_many
@@ -338,6 +339,11 @@ def test_checkpoints_of_a_run(count: int, tmp_path: Path, tiny_recipe: Callable[
             except (ValueError, RecursionError, AttributeError, TypeError):
                 always.append(("state.json", text))
     always += [(name, header) for name in files for header in each_header()[::3]]
+    for name in ("optimizer.safetensors", "generators.safetensors"):
+        held = load(files[name])
+        for other in (lambda value: value[None], lambda value: value.to(torch.int64), lambda value: value[:1].clone()):
+            always.append((name, save({key: other(value).contiguous() for key, value in held.items()})))
+        always.append((name, save({"other": torch.zeros(1)})))
     parts = [tools.damaged(data, 3_000).map(lambda found, name=name: (name, found)) for name, data in files.items()]
     parts += [tools.json_file({**full, "random": state["random"]}).map(lambda found: ("state.json", found))]
     parts += [tools.damaged((whole / "config.yaml").read_bytes(), 2_000).map(lambda found: ("config.yaml", found))]

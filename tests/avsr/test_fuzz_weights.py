@@ -344,6 +344,7 @@ def test_checkpoints_of_a_run(count: int, tmp_path: Path, tiny_recipe: Callable[
                 always.append(("state.json", tools.to_text({**full, **json.loads(text)}).encode()))
             except (ValueError, RecursionError, AttributeError, TypeError):
                 always.append(("state.json", text))
+    always = always[:: 3 if count == tools.FEW else 1]
     always += [(name, header) for name in files for header in each_header()[::3]]
     for name in ("optimizer.safetensors", "generators.safetensors"):
         held = load(files[name])

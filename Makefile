@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-av test test-long browser lint bench study gpu gpu-tune clean
+.PHONY: install demo demo-av test test-long browser lint audit bench study gpu gpu-tune clean
 
 install: $(STAMP)
 
@@ -26,6 +26,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# known vulnerabilities of the pinned versions; needs a network. Without --strict a package that the service does not
+# answer for counts as free of them
+AUDIT := .venv-audit
+audit:
+	test -x $(AUDIT)/bin/pip-audit || \
+	  { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # one test opens the report in a browser; without one it is skipped and says so
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq

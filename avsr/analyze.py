@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run:
     """
     held = {"curve": read_metrics(run), "scores": _scores(run)}
     errors = run / "errors.txt"
-    held["errors"] = errors.read_text(encoding="utf-8") if errors.is_file() else ""
+    held["errors"] = errors.read_text(encoding="utf-8", errors="replace") if errors.is_file() else ""
     subject = speech_subject(model, dataset, config)
     analysis: dict[str, Any] = {"identity": _run_identity(subject, config, dataset)} | analyze_subject(subject)
     analysis["settings"] = to_yaml(config)
@@ -136,11 +137,15 @@ def _scores(run: Path) -> dict[str, Any]:
         return {}
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ('avsr evaluate' makes it anew): {error}") from error
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected an object with a key for every test set, got {type(held).__name__}")
-    return {name: value for name, value in held.items() if isinstance(value, dict) and "wer" in value}
+    sets = {name: value for name, value in held.items() if isinstance(value, dict) and "wer" in value}
+    for name, value in sets.items():
+        if not isinstance(value["wer"], int | float) or abs(value["wer"]) > sys.float_info.max:
+            raise UserError(f"{path}: {name}: wer is no number: 'avsr evaluate' makes the file anew")
+    return sets
 
 
 def _analyze_run(

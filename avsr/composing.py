@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from avsr.errors import UserError
+from avsr.errors import PASSWORD, UserError
+
+_DEEPEST = 32  # levels; ours have 5
+_MOST_LETTERS = 2**20
 
 Schema = TypeVar("Schema")
 
@@ -45,16 +52,20 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
         UserError: missing or broken file, unknown key (with the nearest valid one), a value of the wrong type.
     """
     parts = [_compose(path, (), schema) for path in _find_all(name)]
-    merged: Any = _merge(parts, schema)
+    with _as_user_error(name):
+        merged: Any = _merge(parts, schema)
     for text in overrides:
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise UserError(f"expected key=value, got {text!r}")
+        if re.split(r"[.\[]", key, maxsplit=_DEEPEST)[_DEEPEST:]:
+            raise UserError(f"{text[:80]!r}...: the key has more than {_DEEPEST} parts")
         _refuse_unknown(_nested(key, value), text, schema())
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"{text!r}: {_first_line(error)}") from error
+        with _as_user_error(repr(text)):
+            _check_yaml(value, repr(text))
+            given = OmegaConf.from_dotlist([text])
+            _check_leaves(OmegaConf.to_container(given), "override")
+            merged = OmegaConf.merge(merged, given)
     return _typed(merged, name, schema)
 
 
@@ -100,23 +111,74 @@ def _find(name: str) -> Path:
 def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConfig:
     if path in above:
         raise UserError(f"{path}: its defaults lead back to itself")
-    try:
-        own = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(own, DictConfig):
-        raise UserError(f"{path}: expected keys and values at the top")
-    defaults = own.pop("defaults", None) or []
-    if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
-        raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
-    _refuse_unknown(OmegaConf.to_container(own), str(path), schema())
+    with _as_user_error(f"{path}: not a readable YAML file"):
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(text, str(path))
+        own = OmegaConf.load(io.StringIO(text))
+        if not isinstance(own, DictConfig):
+            raise UserError(f"{path}: expected keys and values at the top")
+        defaults = own.pop("defaults", None) or []
+        if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
+            raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
+        tree = OmegaConf.to_container(own)
+        _check_leaves(tree, str(path))
+    _refuse_unknown(tree, str(path), schema())
     parts: list[Any] = []
     for default in defaults:
         part = configs_folder() / f"{default}.yaml"
-        if not part.is_file():
+        if not os.path.isfile(part):
             raise UserError(f"{path}: there is no {part} (from its defaults list)")
         parts.append(_compose(part, (*above, path), schema))
-    return _merge([*parts, own], schema)
+    with _as_user_error(str(path)):
+        return _merge([*parts, own], schema)
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Refuses what a config has no need of: values nested so deep that reading them fails, and OmegaConf's resolvers,
+    of which one writes environment variables, such as a hub's token, into a run's config.
+
+    Raises:
+        UserError: the text has one of these, or is large.
+        YAMLError: it is no YAML.
+    """
+    if len(text) > _MOST_LETTERS:
+        raise UserError(f"{where[:200]}: {len(text)} letters, more than a config has")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"{where[:200]}: values nested more than {_DEEPEST} deep")
+        if isinstance(event, yaml.ScalarEvent) and ":" in event.value.partition("${")[2]:
+            raise UserError(f"{where}: {event.value!r} is refused: only values of other keys are put in, as ${{KEY}}")
+
+
+def _check_leaves(value: Any, where: str, key: str = "") -> None:
+    """Refuses numbers that torch has no room for, and texts that the run's files cannot or must not hold."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_leaves(name, where, key)
+            _check_leaves(inner, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_leaves(inner, where, key)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: {key}: a number of {value.bit_length()} bits")
+    elif isinstance(value, str):
+        if "\0" in value or value != value.encode("utf-8", "replace").decode():
+            raise UserError(f"{where}: {key}: {value!r} holds letters that are no text")
+        if PASSWORD.search(value):
+            raise UserError(f"{where}: {key}: {value} has a password, which would be kept in the run's folder")
+
+
+@contextmanager
+def _as_user_error(where: str) -> Iterator[None]:
+    """What YAML and OmegaConf raise for values that they cannot read; PyYAML's own constructors raise anything."""
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{where}: {_one_line(error)}") from error
+    except (AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: {_one_line(error)}") from error
 
 
 def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
@@ -133,18 +195,16 @@ def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
 
 def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
     for key, default in leaves(schema()):
-        given = OmegaConf.select(merged, key) if isinstance(default, dict) else None
+        with _as_user_error(name):
+            given = OmegaConf.select(merged, key) if isinstance(default, dict) else None
         if given is not None and not isinstance(given, DictConfig):
             raise UserError(f"{name}: {key}: expected names with values ({key}.NAME=VALUE), got {given!r}")
-    try:
+    with _as_user_error(name):
         full = OmegaConf.merge(OmegaConf.structured(schema), merged)
         missing = sorted(OmegaConf.missing_keys(full))
         if missing:
             raise UserError(f"{name}: no value for {', '.join(missing)}")
         config = OmegaConf.to_object(full)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{name}: {key + ': ' if key else ''}{_first_line(error)}") from error
     assert isinstance(config, schema)
     return config
 
@@ -172,5 +232,8 @@ def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every:
             _refuse_unknown(value, where, known[key], f"{prefix}{key}.", every)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _one_line(error: Exception) -> str:
+    if isinstance(error, YAMLError):  # its place stands in further lines
+        return " ".join(str(error).split())
+    key = getattr(error, "full_key", None) or ""
+    return (f"{key}: " if key else "") + (str(error).strip().splitlines() or [type(error).__name__])[0]

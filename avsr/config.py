@@ -274,7 +274,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a run folder, with overrides."""
     path = Path(run) / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{run} is not a run: {path} is missing (train one with 'avsr train CONFIG')")
     config = load_config(str(path), overrides)
     config.run = str(run)

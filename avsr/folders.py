@@ -30,7 +30,7 @@ def damage(folder: Path, name: str = "") -> str:
     if name and not sums.is_file():
         return ""
     try:
-        lines = sums.read_text(encoding="utf-8").splitlines()
+        lines = sums.read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError):
         return f"{folder} is not there or has no {SUMS}"
     for line in lines:
@@ -43,8 +43,10 @@ def damage(folder: Path, name: str = "") -> str:
         try:
             if _sum(path) != expected:
                 return f"{path} is damaged: its SHA-256 is not that of {SUMS}"
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a NUL
             return f"{path} cannot be read: {error}"
+    if name and not any(line.partition("  ")[2] == name for line in lines):
+        return f"{sums} does not name {name}"
     return "" if lines else f"{sums} is empty"
 
 

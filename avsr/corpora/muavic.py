@@ -8,6 +8,7 @@ the tsv.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 from avsr.corpora.source import Found, Piece, Refusal, Source, is_safe_id
@@ -70,7 +71,7 @@ def _read_tsv(folder: Path, name: str, language: str, cropped: bool) -> Found:
 
 def _locate(base: Path, folder: Path, name: str) -> Path:
     path = base / name  # an absolute name wins over the base
-    return path if path.exists() or Path(name).is_absolute() else folder / name
+    return path if os.path.exists(path) or Path(name).is_absolute() else folder / name
 
 
 def _read(path: Path) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+_LONGEST_NAME, _LONGEST_PATH = 200, 1000  # bytes of one name, of 255; characters of all
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -67,10 +69,13 @@ Found = Iterator[Source | Refusal]
 
 
 def is_safe_id(name: str) -> bool:
-    """Whether an id from a file can be a path below a folder: relative, without ``..`` and control characters."""
+    """Whether an id from a file can be a path below a folder: relative, without ``..`` and control characters, each
+    name short enough for a file system with what is put behind it."""
     path = PurePosixPath(name)
     return (
-        bool(name)
+        bool(path.parts)
+        and len(name) <= _LONGEST_PATH
+        and all(len(part.encode("utf-8", "replace")) <= _LONGEST_NAME for part in path.parts)
         and not path.is_absolute()
         and str(path) == name
         and not any(part in ("..", ".") for part in path.parts)

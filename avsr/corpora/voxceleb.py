@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path, PurePosixPath
 
 from avsr.corpora.source import Found, Source
 from avsr.corpora.transcripts import clean_text
 from avsr.data.manifest import parse_label
 from avsr.errors import UserError
+
+_MOST_BYTES = 2**28  # of a list or of texts, unpacked
 
 
 def read_vox2(root: Path, seg: float, english: Path | None) -> Found:
@@ -69,7 +72,7 @@ def read_labels(path: Path) -> dict[str, str]:
             try:
                 row = json.loads(line)
                 name, text = row["id"], row["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{where}: expected a JSON object with 'id' and 'text'") from None
             if not isinstance(name, str) or not isinstance(text, str):
                 raise UserError(f"{where}: 'id' and 'text' must be texts")
@@ -90,7 +93,10 @@ def read_labels(path: Path) -> dict[str, str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise UserError(f"{path} holds more than {_MOST_BYTES >> 20} MB of text")
         return [line for line in data.decode("utf-8").split("\n") if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torchaudio
@@ -15,26 +17,34 @@ from avsr.errors import UserError
 
 SAMPLE_RATE = 16_000
 SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
+MAX_SAMPLES = 3600 * 48_000  # of one file: an hour at 48 kHz
+RATES = (1000, 400_000)  # Hz
+
+_BLOCK = 2**20  # values read at once, of all channels
+_MAX_FILTER = 2**22  # values of the resampling filter; 44.1 kHz needs 71,000, a rate without common factors 700 million
 
 
 def load_audio(path: Path, *, where: str = "") -> Tensor:
     """(samples,) float32 at 16 kHz, in -1..1.
 
     Raises:
-        UserError: missing, empty, truncated, non-audio, silent or not finite, naming the file.
+        UserError: missing, empty, truncated, non-audio, silent, not finite, longer than ``MAX_SAMPLES`` or of a
+            sample rate that cannot be resampled, naming the file.
     """
     prefix = f"{where}: " if where else ""
     if not os.path.isfile(path):
         raise UserError(f"{prefix}there is no file {path}")
     try:
-        data, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        with soundfile.SoundFile(str(path)) as file:
+            rate = _checked_rate(file.samplerate, f"{prefix}{path}")
+            blocks = _mono(file, f"{prefix}{path}")
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{prefix}{path} is not a readable sound file: {error}") from error
     if _truncated(path):
         raise UserError(f"{prefix}{path} is truncated: shorter than its header says")
-    if data.shape[0] == 0:
+    if not blocks:
         raise UserError(f"{prefix}{path} holds no samples")
-    wave = torch.from_numpy(data).mean(dim=1)
+    wave = torch.cat(blocks)
     if not bool(torch.isfinite(wave).all()):
         raise UserError(f"{prefix}{path} holds NaN or infinite samples")
     if float(wave.abs().max()) < SILENCE:
@@ -44,12 +54,34 @@ def load_audio(path: Path, *, where: str = "") -> Tensor:
     return wave
 
 
+def _checked_rate(rate: int, where: str) -> int:
+    """A header may ask for any rate: 1 Hz makes 16,000 samples of each, an odd one a filter of gigabytes."""
+    ours, theirs = (value // math.gcd(rate, SAMPLE_RATE) for value in (SAMPLE_RATE, rate))
+    if not RATES[0] <= rate <= RATES[1] or ours * (theirs + 12 * max(1, theirs // ours)) > _MAX_FILTER:
+        raise UserError(
+            f"{where} has a sample rate of {rate} Hz, which cannot be resampled to 16 kHz: convert the file"
+        )
+    return rate
+
+
+def _mono(file: soundfile.SoundFile, where: str) -> list[Tensor]:
+    """The mean of the channels, in pieces: memory is taken for what is there and not for what the header promises."""
+    blocks: list[Tensor] = []
+    count = 0
+    while len(data := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
+        blocks.append(torch.from_numpy(np.ascontiguousarray(data)).mean(dim=1))
+        count += len(data)
+        if count > MAX_SAMPLES:
+            raise UserError(f"{where} holds more than {MAX_SAMPLES} samples: cut it into utterances")
+    return blocks
+
+
 def _truncated(path: Path) -> bool:
     """A WAV file shorter than its header says; libsndfile reads what is there. Writers that cannot seek leave a
     size near 2^31 or 2^32."""
     with path.open("rb") as file:
         head = file.read(8)
-    if head[:4] != b"RIFF":
+    if len(head) < 8 or head[:4] != b"RIFF":
         return False
     size = struct.unpack("<I", head[4:])[0]
     return size < 0x7FFFF000 and size + 8 > path.stat().st_size + 1

@@ -16,6 +16,7 @@ from typing import Any
 from avsr.errors import UserError
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
+_MOST_DIGITS = 9  # of their number: Python reads no number of 5,000 digits
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with a NUL, or not UTF-8
         raise UserError(f"cannot read the manifest {path}: {error}") from error
     parse, root = (
         (_parse_csv, path.resolve().parent.parent) if path.suffix == ".csv" else (_parse_json, path.resolve().parent)
@@ -81,7 +82,9 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, replacing ``path`` in one step."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # a file's name may hold bytes that are no UTF-8; Python's escape for them is also JSON's
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 
@@ -151,7 +154,7 @@ def parse_label(line: str, where: str) -> Label:
     if len(fields) < 4:
         raise UserError(f"{where}: expected 5 fields (dataset, path, frames, token ids, text), got {len(fields)}")
     dataset, path, frames, tokens = fields[:4]
-    if not frames.isdecimal() or int(frames) == 0:
+    if not frames.isdecimal() or len(frames) > _MOST_DIGITS or int(frames) == 0:
         raise UserError(f"{where}: the number of frames must be a whole number above 0, got {frames!r}")
     if not all(token.isdecimal() for token in tokens.split()):
         raise UserError(f"{where}: the fourth field must be token ids (whole numbers with spaces), got {tokens!r}")
@@ -194,13 +197,15 @@ def _text_beside(root: Path, dataset: str, relative: str, where: str) -> str:
     path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
     try:
         return " ".join(path.read_text(encoding="utf-8").lower().split())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 
 
 def _inside(root: Path, relative: str, where: str) -> Path:
     """``relative`` below ``root``, whatever ``..`` it holds."""
     path = Path(os.path.normpath(root / relative))
+    if "\0" in relative:
+        raise UserError(f"{where}: the path {relative!r} cannot be one of a file")
     if not path.is_relative_to(root):
         raise UserError(f"{where}: the path {relative!r} leads outside {root}")
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,13 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise UserError(f"{_prefix(where)}{path} has a sound track of a kind that cannot be decoded")
         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
         parts: list[np.ndarray] = []
         samples = 0
-        for frame in [*_guarded_frames(container, stream, path, where), None]:
-            for part in resampler.resample(frame):
+        for frame in chain(_guarded_frames(container, stream, path, where), [None]):
+            for part in _resampled(resampler, frame, f"{_prefix(where)}{path}"):
                 parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
                 samples += len(parts[-1])
             if samples > MAX_SECONDS * SAMPLE_RATE:
@@ -115,6 +118,8 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
         if stream.duration:  # the codec's last block is padded
             wave = wave[: round(float(stream.duration * stream.time_base) * SAMPLE_RATE)]
         lead = round((_start(stream) - min(_starts(container))) * SAMPLE_RATE)
+        if lead > MAX_SECONDS * SAMPLE_RATE:
+            raise UserError(f"{_prefix(where)}{path} is damaged: its sound starts after {lead // SAMPLE_RATE} s")
         return torch.from_numpy(np.concatenate([np.zeros(max(0, lead), np.float32), wave]))
 
 
@@ -124,7 +129,7 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
         raise UserError(f"{_prefix(where)}there is no file {path}")
     try:
         container = av.open(str(path))
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, OverflowError) as error:
         raise UserError(f"{_prefix(where)}{path} is not a readable video file: {_reason(error)}") from error
     with container:
         yield container
@@ -141,6 +146,8 @@ def _video_stream(container: Any) -> Any:
 def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, float]]:
     """(H, W) uint8 grey, and seconds since the first frame."""
     context = stream.codec_context
+    if context is None:
+        raise UserError(f"{_prefix(where)}{path} has a video stream of a kind that cannot be decoded")
     if not 0 < max(context.width, context.height) <= MAX_SIDE:
         raise UserError(
             f"{_prefix(where)}{path} has pictures of {context.width}x{context.height} pixels, "
@@ -179,6 +186,13 @@ def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iter
         yield from container.decode(stream)
     except (av.FFmpegError, ValueError) as error:
         raise UserError(f"{_prefix(where)}{path} is damaged: {_reason(error)}") from error
+
+
+def _resampled(resampler: Any, frame: Any, where: str) -> list[Any]:
+    try:
+        return list(resampler.resample(frame))
+    except (av.FFmpegError, ValueError) as error:
+        raise UserError(f"{where} is damaged: {_reason(error)}") from error
 
 
 def _grey(frame: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,20 +73,20 @@ def calibrated(config: Config, model: SpeechLLM, heads: Heads | None = None) -> 
 
 def _read(config: Config, model: SpeechLLM) -> Heads:
     path = heads_file(config)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"act.heads: {path} is missing; make it with 'avsr act-search {config.run}', or take act.heads=all"
         )
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"act.heads: {path}: not a readable JSON file: {error}") from error
     layers, count = size_of(model)
     try:
         size = int(held["layers"]), int(held["heads_per_layer"])
         searched = float(held["beta"]), float(held["threshold"])
         heads = [(int(layer), int(head)) for layer, head in held["heads"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"act.heads: {path}: not a file of avsr act-search: {type(error).__name__} {error}") from error
     if size != (layers, count):
         raise UserError(

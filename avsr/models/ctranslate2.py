@@ -7,6 +7,8 @@ the terminating zero counted, then the bytes.
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +20,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from avsr.errors import UserError
+from avsr.models.sources import verify
 
 _DTYPES = {0: "<f4", 1: "i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 _LAYER = {
@@ -50,16 +53,25 @@ def load_whisper_encoder(path: Path) -> WhisperEncoder:
         UserError: not such a file, truncated, or quantised to integers.
     """
     try:
+        verify(path)
         with path.open("rb") as file:
             variables = _read(file, path)
-    except (OSError, struct.error, KeyError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable CTranslate2 model ({error})") from error
+        config, state = _encoder(variables)
+        with torch.device("meta"):  # sizes may say anything; what there is of them is checked before memory is taken
+            empty = WhisperEncoder(config)
+        empty.load_state_dict(state, assign=True)
+    except (OSError, struct.error, KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable CTranslate2 model ({type(error).__name__}: {reason})") from error
+    return empty
+
+
+def _encoder(variables: dict[str, Tensor]) -> tuple[WhisperConfig, dict[str, Tensor]]:
+    """Sizes and tensors. Every layer below the highest number must be there, whatever number a name holds."""
     width, mels, _ = variables["conv1/weight"].shape
-    layers = 1 + max(
-        int(name.split("/")[0][6:])
-        for name in variables
-        if name.startswith("layer_") and "/" in name and name.split("/")[0][6:].isdigit()
-    )
+    found = [match[1] for name in variables if (match := re.match(r"layer_([0-9]{1,4})/", name))]
+    layers = 1 + max(map(int, found))
+    state = _rename(variables, layers, width)
     config = WhisperConfig(
         d_model=width,
         num_mel_bins=mels,
@@ -68,12 +80,11 @@ def load_whisper_encoder(path: Path) -> WhisperEncoder:
         encoder_ffn_dim=variables["layer_0/ffn/linear_0/weight"].shape[0],
         max_source_positions=variables["position_encodings/encodings"].shape[0],
     )
-    encoder = WhisperEncoder(config)
-    encoder.load_state_dict(_rename(variables, layers, width))
-    return encoder
+    return config, state
 
 
 def _read(file: BinaryIO, path: Path) -> dict[str, Tensor]:
+    end = os.fstat(file.fileno()).st_size
     version, spec = _unpack(file, "<I"), _name(file)
     if version != 6 or spec != "WhisperSpec":
         raise UserError(f"{path}: expected a Whisper model in CTranslate2 format 6, got {spec!r} in {version}")
@@ -83,6 +94,8 @@ def _read(file: BinaryIO, path: Path) -> dict[str, Tensor]:
         name = _name(file)
         shape = struct.unpack(f"<{(rank := _unpack(file, '<B'))}I", file.read(4 * rank))
         dtype, size = _unpack(file, "<B"), _unpack(file, "<I")
+        if size > end - file.tell():  # or room would be made for as much as it says
+            raise ValueError(f"{name} goes on behind the end of the file")
         if not name.startswith("encoder/"):
             file.seek(size, 1)
             continue

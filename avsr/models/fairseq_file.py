@@ -32,6 +32,7 @@ LICENCE = "AV-HuBERT's weights are for non-commercial research only (Meta's AV-H
 _DICTIONARY = "fairseq.data.dictionary.Dictionary"
 TRAINING_ONLY = re.compile(r"label_embs_concat|final_proj\.|target_glu\.|num_updates")  # no part of the encoder
 _FINE_TUNED = re.compile(r"(encoder\.)?w2v_(model|encoder)\.|decoder\.")
+_MOST_LAYERS = 48  # LARGE has 24
 _log = logging.getLogger(__name__)
 
 
@@ -142,15 +143,19 @@ def _sizes(state: Mapping[str, Tensor], where: Path | str) -> AVHubertConfig:
     width = size("post_extract_proj.weight", 0, 2)
     if width % HEAD:
         raise UserError(f"{where}: post_extract_proj.weight: the width {width} is no multiple of {HEAD}")
-    layers = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    numbers = {match[1] for key in state if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    if width % (inside := size("encoder.pos_conv.0.weight_v", 1, 3)):
+        raise UserError(f"{where}: encoder.pos_conv.0.weight_v: the width {width} is no multiple of {inside} channels")
+    if len(numbers) > _MOST_LAYERS:
+        raise UserError(f"{where}: {len(numbers)} layers, AV-HuBERT has at most {_MOST_LAYERS}")
     return AVHubertConfig(
         width=width,
         ffn=size("encoder.layers.0.fc1.weight", 0, 2),
-        layers=len(layers),
+        layers=len(numbers),
         audio=size("feature_extractor_audio.proj.weight", 1, 2),
         channels=size("feature_extractor_video.resnet.frontend3D.0.weight", 0, 5),
         kernel=size("encoder.pos_conv.0.weight_v", 2, 3),
-        groups=max(1, width // size("encoder.pos_conv.0.weight_v", 1, 3)),
+        groups=width // inside,
     )
 
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import cache_folder, convert_once, resolve
+from avsr.models.sources import cache_folder, convert_once, resolve, verify
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def convert_gguf(path: Path) -> Path:
     target = cache_folder() / "models" / f"{path.stem}-{key}"
 
     def write(folder: Path) -> None:
+        verify(path)
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers refuses to save a model that came from a quantised file, also after dequantising it

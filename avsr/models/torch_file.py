@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from avsr.errors import UserError
 
@@ -24,13 +25,14 @@ def load_torch_file(
         explain: given the name of a class that is refused, ends the message.
 
     Raises:
-        UserError: a file with any other class, which the message names, a damaged one or none of torch's.
+        UserError: a file with any other class, which the message names, a damaged one or none of torch's, or one
+            whose tensors hold less than their shapes say.
     """
     known: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
     try:
         zipped = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise anything
@@ -42,3 +44,21 @@ def load_torch_file(
             f"{path}: refused, the file holds the foreign class {foreign[1]}, and loading it would run code that is "
             f"not ours{explain(foreign[1])}"
         ) from error
+    _refuse_hollow(content, path)
+    return content
+
+
+def _refuse_hollow(content: Any, path: Path) -> None:
+    """A view can repeat one number to any shape, a sparse or meta tensor needs none: a copy would fill the memory."""
+    waiting, seen = [content], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(
+                    f"{path}: refused, it holds a tensor of the shape {list(value.shape)} without its values"
+                )
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [*value, *value.values()] if isinstance(value, Mapping) else value

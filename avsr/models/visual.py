@@ -31,6 +31,7 @@ FRAMES_PER_SECOND = 25
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "avsr-visual-1"
 
+_MOST_LAYERS = 64
 _SPAN = 5  # frames that the first convolution sees
 
 
@@ -229,7 +230,7 @@ def load_visual(folder: Path) -> VisualModel:
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable checkpoint: {error}") from error
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # of no memory yet
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(own.keys() | found.keys()):
         if own.get(name) != found.get(name):
@@ -237,7 +238,7 @@ def load_visual(folder: Path) -> VisualModel:
                 f"{path} does not fit {CONFIG}: "
                 f"{name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -249,8 +250,11 @@ def _from_config(path: Path) -> VisualModel:
             raise UserError(f"{path}: expected the format {FORMAT!r} of a visual model, got {found!r}")
         config = VisualConfig(**content["model"])
         check_visual(config, f"{path}: model.")
-        return VisualModel(config, content["visemes"], content["units"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if config.layers > _MOST_LAYERS:
+            raise UserError(f"{path}: model.layers: expected at most {_MOST_LAYERS}, got {config.layers}")
+        with torch.device("meta"):  # the sizes may be anything; the weights beside it are held to them
+            return VisualModel(config, content["visemes"], content["units"])
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: not the config of a visual model: {error}") from error
 
 

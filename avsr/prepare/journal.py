@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from avsr.corpora.source import Refusal
+from avsr.corpora.source import Refusal, is_safe_id
 from avsr.errors import UserError
 from avsr.prepare.clips import CLIPS, Made
 
@@ -63,8 +63,10 @@ class Journal:
             row = json.loads(line)
             made = tuple(Made(**clip) for clip in row["made"])
             refused = tuple(Refusal(**refusal) for refusal in row["refused"])
-            self._entries[row["source"]] = Entry(row["asked"], row["tried"], made, refused)
-        except (ValueError, KeyError, TypeError):
+            entry = Entry(row["asked"], row["tried"], made, refused)
+            if all(_is_like(item, cls) for items, cls in ((made, Made), (refused, Refusal)) for item in items):
+                self._entries[row["source"]] = entry
+        except (ValueError, KeyError, TypeError, RecursionError):
             return  # half a line: its clips are made again
 
     def entry(self, source: str) -> Entry:
@@ -78,6 +80,13 @@ class Journal:
         self._file.flush()
 
 
+def _is_like(item: Any, cls: type) -> bool:
+    """Whether the fields read from a file are of their types, and an id can be a path."""
+    kinds = {"str": str, "int": int}
+    typed = all(type(getattr(item, field.name)) is kinds[str(field.type)] for field in fields(cls))
+    return typed and (cls is not Made or is_safe_id(item.id))
+
+
 def _open_folder(out: Path, described: dict[str, Any]) -> None:
     advice = "choose another folder or delete this one"
     if out.exists() and not out.is_dir():
@@ -87,7 +96,7 @@ def _open_folder(out: Path, described: dict[str, Any]) -> None:
         try:
             found = json.loads(state.read_text(encoding="utf-8"))
             held = {name: found[name] for name in ("format", *described)}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{state} is not of a corpus made by prepare: {advice}") from None
         wanted = {"format": FORMAT, **described}
         different = [

@@ -103,7 +103,7 @@ def _finished_corpus(out: Path, described: dict[str, Any]) -> dict[str, int] | N
         state = json.loads((out / _FINISHED).read_text(encoding="utf-8"))
         format_version, options = state["format"], dict(state["options"])
         counts = {str(name): int(count) for name, count in state["utterances"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{out / _FINISHED} is not of a corpus made by synth: {advice}") from None
     if format_version != FORMAT:
         raise UserError(f"{out} holds a corpus of the format {format_version!r}, not {FORMAT!r}: {advice}")
@@ -114,7 +114,7 @@ def _finished_corpus(out: Path, described: dict[str, Any]) -> dict[str, int] | N
     ]
     if different:
         raise UserError(f"{out} holds a corpus with other options ({'; '.join(different)}): {advice}")
-    missing = [name for name in counts if not (out / name).is_file()]
+    missing = [name for name in counts if not os.path.isfile(out / name)]
     if missing:
         raise UserError(f"the corpus in {out} is damaged, {missing[0]} is missing: delete the folder and run again")
     return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from avsr.config import LogConfig
 from avsr.errors import UserError
 
 logger = logging.getLogger("avsr")
+DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``
 
 
 class MetricsLog:
@@ -23,7 +25,8 @@ class MetricsLog:
         if resume_at is None:
             self._path.unlink(missing_ok=True)
         elif self._path.is_file():
-            kept = [line for line in _whole(self._path) if json.loads(line)["step"] <= resume_at]
+            rows = zip(_whole(self._path), read_metrics(run), strict=True)
+            kept = [line for line, row in rows if row["step"] <= resume_at]
             self._path.write_text("".join(line + "\n" for line in kept))
         self._unwritten: list[str] = []
         self._writer: Any = None
@@ -70,16 +73,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         UserError: a line is not what :class:`MetricsLog` writes.
     """
     path = run / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return []
     rows: list[dict[str, Any]] = []
     try:
         for line in _whole(path):
             row = json.loads(line)
-            if not isinstance(row, dict) or "step" not in row:
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise ValueError("no object with a step")
+            for key in ("step", *DRAWN):
+                if not isinstance(row.get(key, 0), int | float | None) or abs(row.get(key) or 0) > sys.float_info.max:
+                    raise ValueError(f"{key} is no number")
             rows.append(row)
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: line {len(rows) + 1} is damaged: {error}") from error
     return rows
 

@@ -97,7 +97,7 @@ def scatter(engine: Any, state: OptimizerState, weights: dict[str, Tensor]) -> N
     for name, parameter, piece in _pieces(engine):
         for key in keys:
             value = state.tensors.get(f"{key}/{name}")
-            if value is None or value.numel() != _size(parameter):
+            if value is None or value.shape != (_size(parameter),) or not value.is_floating_point():
                 raise UserError(f"resume: the saved optimizer state has no {key} of {name}, or of another size")
         if piece is None:
             continue

@@ -37,6 +37,11 @@ _FREE = (
 )
 
 
+_COUNTS = ("step", "epoch", "step_in_epoch", "clipped", "skipped", "ranks", "accumulation")
+_KEYS = {*_COUNTS, "best", "validation", "optimizer", "scheduler", "random"}
+_MOST = 2**53  # floats count no further
+
+
 @dataclass(frozen=True)
 class Start:
     """What to go on from: the weights must be in the model before the engine is made, the rest afterwards."""
@@ -120,11 +125,47 @@ def _holds_something(run: Path) -> bool:
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if not {"step", "ranks", "accumulation", "optimizer", "scheduler", "random"} <= record.keys():
-            raise ValueError("it is not that of a training")
-    except (OSError, ValueError, AttributeError) as error:
+        _check_record(record)
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"resume: {folder / STATE} cannot be read: {error}") from error
     return dict(record)
+
+
+def _check_record(record: Any) -> None:
+    """Raises ValueError, TypeError or OverflowError: it is not what :func:`avsr.training.checkpoint.save` writes."""
+    if not isinstance(record, dict) or not record.keys() >= _KEYS:
+        raise ValueError("it is not that of a training")
+    for key in _COUNTS:
+        if type(record[key]) is not int or not (key in ("ranks", "accumulation")) <= record[key] <= _MOST:
+            raise ValueError(f"{key} is no such number")
+    for key in ("best", "validation"):
+        if not (record[key] is None or isinstance(record[key], float)):
+            raise ValueError(f"{key} is neither a number nor null")
+    optimizer = record["optimizer"]
+    if not isinstance(optimizer, dict) or not all(map(_plain, optimizer.values())):
+        raise ValueError("optimizer is no table of numbers")
+    if not isinstance(record["scheduler"], dict):
+        raise ValueError("scheduler is no table")
+    _, _, rest = record["random"]
+    if not (rest is None or isinstance(rest, float)):
+        raise ValueError("random is no state of Python's generator")
+    _set_random(random.Random(), record["random"])
+
+
+def _plain(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _MOST  # NaN too is none
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a value of the schedule's state can take the place of its own."""
+    if isinstance(own, list):
+        return isinstance(saved, list) and len(saved) == len(own) and all(map(_alike, saved, own))
+    return _plain(saved) if _plain(own) else type(saved) is type(own)
+
+
+def _set_random(generator: Any, state: Any) -> None:
+    version, numbers, rest = state
+    generator.setstate((version, tuple(numbers), rest))
 
 
 def load_start(config: Config, name: str, model: SpeechLLM) -> Start | None:
@@ -149,20 +190,26 @@ def load_engine(engine: Any, start: Start) -> None:
     optimizer_state.scatter(engine, state, _read(start.folder / WEIGHTS))
     scheduler = engine.lr_scheduler
     if scheduler is not None:
-        scheduler.load_state_dict({**scheduler.state_dict(), **record["scheduler"]})
+        own = scheduler.state_dict()
+        for key, value in record["scheduler"].items():
+            if key not in own or not _alike(value, own[key]):
+                raise UserError(f"resume: {start.folder / STATE}: scheduler.{key} is not of this schedule")
+        scheduler.load_state_dict({**own, **record["scheduler"]})
         for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
     engine.global_steps = start.progress.step
     if record["ranks"] != dist.get_world_size():
         logger.warning("resume: another number of ranks: the same batches, but dropout draws other numbers")
         return
-    version, numbers, rest = record["random"]
-    random.setstate((version, tuple(numbers), rest))
+    _set_random(random, record["random"])
     generators = _read(start.folder / GENERATORS)
-    torch.set_rng_state(generators[f"cpu/{dist.get_rank()}"])
     cuda = generators.get(f"cuda/{dist.get_rank()}")
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    try:
+        torch.set_rng_state(generators[f"cpu/{dist.get_rank()}"])
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"resume: {start.folder / GENERATORS} holds no states of generators: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,11 +145,12 @@ def _read_times(path: Path, row: Utterance) -> dict[str, list[Span]]:
             kind: [Span(str(text), float(start), float(end)) for text, start, end in content[kind]]
             for kind in ("words", "phonemes")
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{row.where}: {path}: expected the times of words and phonemes: {error}") from error
     for kind, spans in found.items():
         times = [time for span in spans for time in (span.start, span.end)]
-        if not spans or times != sorted(times) or times[0] < 0 or times[-1] > row.duration + 0.1:
+        finite = all(map(math.isfinite, times))
+        if not spans or not finite or times != sorted(times) or times[0] < 0 or times[-1] > row.duration + 0.1:
             raise UserError(
                 f"{row.where}: {path}: expected {kind} in order between 0 and {row.duration:g} s, got "
                 f"{times[0]:g} to {times[-1]:g}"

@@ -136,9 +136,9 @@ def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, A
 
     What is kept for the backward grows with the number of tokens, attention's part too, which keeps one number a row.
     """
-    moving = ("activations", "logits", "loss", "backward beyond")
+    moving = ("activations", "head or layer")
     each = sum(parts[name] for name in moving) / frames
-    fixed = sum(size for name, size in parts.items() if name not in moving)
+    fixed = sum(size for name, size in parts.items() if name not in moving and not name.startswith("of it"))
     whole = device_memory() / 2**20
     room = 0.9 * whole - fixed
     return {

@@ -77,8 +77,7 @@ def memory(sizes: Sizes, load: Load, way: Way) -> dict[str, float]:
     """Bytes of one rank's device by part, at the step's peak.
 
     Frozen weights, their share under stage 3 and what is gathered there; trained weights, gradients, masters and Adam;
-    activations kept for the backward; the larger of the head's part (logits, their float32 copy and softmax, gradients)
-    and the working set of a layer's backward.
+    activations kept for the backward; the larger of the head's part and the working set of a layer's backward.
     """
     share = 1 / way.ranks
     gathered = way.stage == 3
@@ -125,12 +124,11 @@ def layer_bytes(sizes: Sizes, way: Way) -> float:
 
 
 def head_bytes(sizes: Sizes, load: Load, way: Way) -> float:
-    """Logits, their float32 copy (bf16 only), log-softmax, and the gradients of both steps of the loss; an eighth of
-    them at a time when chunked; Liger's kernel holds about as many numbers as there are states."""
-    each = way.element + 3 * _FLOAT + _FLOAT * (way.element < _FLOAT)
-    if way.cross_entropy == "liger":
-        return float(load.labels * sizes.hidden * each)
-    return load.labels * sizes.vocabulary * each / (PARTS if way.cross_entropy == "chunked" else 1)
+    """At its worst, in the backward: log-softmax and the gradients of both steps of the loss, in float32 (the logits
+    and their copy are gone by then); an eighth of them at a time when chunked; Liger's kernel holds about as many
+    numbers as there are states."""
+    width = sizes.hidden if way.cross_entropy == "liger" else sizes.vocabulary
+    return load.labels * width * 3.0 * _FLOAT / (PARTS if way.cross_entropy == "chunked" else 1)
 
 
 def _fetched(sizes: Sizes) -> int:

@@ -95,12 +95,12 @@ def length(intervals: Iterable[Interval]) -> float:
 
 def memory_parts(trace: Trace, base: Mapping[str, int]) -> dict[str, int]:
     """Bytes by part at their largest: ``base`` (weights, optimizer), and of the step's first micro-batch what the
-    forward keeps for the backward, logits, loss, and what the backward needs beyond."""
+    layers keep for their backward, what is beyond that at the worst moment, logits and loss (both inside the last)."""
     parts: dict[str, Any] = dict(base)
     forward, backward = trace.ranges("avsr/forward")[0], trace.ranges("avsr/backward")[0]
     logits, loss = trace.ranges("avsr/logits")[0], trace.ranges("avsr/loss")[0]
-    parts["logits"] = trace.peak(logits)
-    parts["loss"] = trace.peak(loss)
     parts["activations"] = max(trace.held(logits[0]) - trace.held(forward[0]), 0)
-    parts["backward beyond"] = trace.peak(backward)
+    parts["head or layer"] = trace.peak((logits[0], backward[1]))
+    parts["of it: logits"] = trace.peak(logits)
+    parts["of it: loss"] = trace.peak(loss)
     return parts

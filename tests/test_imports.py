@@ -16,7 +16,7 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 ORDER = [
     "flashsink.types flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch flashsink.gpu.device",
-    "flashsink.native flashsink.gpu.tiles flashsink.gpu.decorrelation",
+    "flashsink.native flashsink.native_packed flashsink.gpu.tiles flashsink.gpu.decorrelation",
     "flashsink.native_norm flashsink.native_received flashsink.gpu.activations",
     "flashsink.native_attention",
     "flashsink.gpu.attention_forward flashsink.gpu.attention_backward flashsink.gpu.calibrate flashsink.gpu.norm",

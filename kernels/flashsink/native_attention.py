@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashsink.native import library, refuse, rows
+from flashsink.native_packed import groups, like
 from flashsink.native_received import TILE, Part, bounds_of, check, parts
 from flashsink.types import Layout
 
@@ -48,16 +49,6 @@ def mask_of(layout: Layout, queries: int, causal: bool) -> Tensor | None:
     return None if mask is None else mask.expand(layout.rows, 1, queries, keys)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The sequences of one row, each in a call of its own; what lies behind the last is left alone."""
-    out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3])
-    for start, size in zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True):
-        if size > 0:
-            own = slice(start, start + size)
-            out[:, :, own], lse[:, :, own] = flash(q[:, :, own], k[:, :, own], v[:, :, own], causal, None, scale)
-    return out, lse
-
-
 torch.library.define(
     "flashsink::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, bool packed, bool causal, float scale)"
@@ -74,7 +65,7 @@ torch.library.define(
 def _forward_like(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, packed: bool, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3])
+    return (like(q), like(q[..., 0])) if packed else (q.new_empty(q.shape), q.new_empty(q.shape[:3]))
 
 
 @torch.library.impl("flashsink::attention", "CPU")
@@ -82,9 +73,20 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, packed: bool, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D), lse (B, H, Sq)), finite and of no meaning at padding, where dense q, k and v must be 0."""
-    layout = Layout(starts, lengths, q.shape[0], k.shape[2], packed)
-    if packed:
-        return _packed(q, k, v, layout, causal, scale)
+    if not packed:
+        return _dense_forward(q, k, v, starts, lengths, causal, scale)
+    out, lse = like(q), like(q[..., 0])
+    for group in groups(starts, lengths, k.shape[2]):
+        found = _dense_forward(group.spread(q), group.spread(k), group.spread(v), *group.rows, causal, scale)
+        for whole, own in zip((out, lse), found, strict=True):
+            group.collect(own, whole)
+    return out, lse
+
+
+def _dense_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    layout = Layout(starts, lengths, q.shape[0], k.shape[2], False)
     queries = q.shape[2]
     out, lse = flash(q, k, v, causal and queries == k.shape[2], mask_of(layout, queries, causal), scale)
     return out.contiguous(), lse.contiguous()
@@ -104,7 +106,7 @@ def _backward_like(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    return (like(q), like(k), like(v)) if packed else (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
 
 
 @torch.library.impl("flashsink::attention_backward", "CPU")
@@ -126,12 +128,27 @@ def _backward(
     With P = exp(scale q k^T - lse) and dS = scale P (grad v^T - <grad, out>): dv = P^T grad, dk = dS^T q, dq = dS k.
     """
     check(q, k, lse, starts, lengths, packed)
-    results = _backward_like(grad, q, k, v, out, lse, starts, lengths, packed, causal, scale)
+    inputs = (grad, q, k, v, out, lse)
+    if not packed:
+        return _dense_backward(inputs, starts, lengths, causal, scale)
+    results = like(q), like(k), like(v)
+    for group in groups(starts, lengths, k.shape[2]):
+        spread = tuple(group.spread(x) for x in inputs)
+        for whole, own in zip(results, _dense_backward(spread, *group.rows, causal, scale), strict=True):
+            group.collect(own, whole)
+    return results
+
+
+def _dense_backward(
+    inputs: tuple[Tensor, ...], starts: Tensor, lengths: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v, out, lse = inputs
+    results = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     bounds = bounds_of(q, k, starts, lengths, None)
-    inputs = (grad, q, k, v, lse.contiguous(), (grad * out).sum(dim=-1))
+    given = (grad, q, k, v, lse.contiguous(), (grad * out).sum(dim=-1).contiguous())
     buffers = (q.new_empty(0), q.new_empty(0))
-    for part in parts(q, k, bounds, packed):
-        buffers = _part(inputs, results, bounds, part, causal, scale, buffers)
+    for part in parts(q, k, bounds):
+        buffers = _part(given, results, bounds, part, causal, scale, buffers)
     return results
 
 
@@ -146,9 +163,9 @@ def _part(
 ) -> tuple[Tensor, Tensor]:
     """One part of the gradients; returns the buffers for the next."""
     grad, q, k, v, lse, delta = inputs
-    which, batch, heads = part
+    batch, heads = part
     groups, unseen = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
-    own = bounds[:, which].contiguous()
+    own = bounds[:, batch].contiguous()
     start, end, first = int(own[0].min()), int(own[1].max()), int(own[2].min())
     if first >= end:
         return buffers

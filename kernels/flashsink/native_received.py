@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashsink.native import library, rows
+from flashsink.native_packed import groups
 
 TILE = 64  # queries of a tile
 PRODUCTS = 1 << 19  # products held at once (2 MB: two cores' caches), more only where one head's tile is larger
@@ -62,11 +63,23 @@ def _received(
         starts, lengths: (N,) int64, and first: (N,) int64 or None for all, as in :class:`flashsink.types.Layout`.
     """
     check(q, k, lse, starts, lengths, packed)
-    out = _received_like(q, k, lse, starts, lengths, first, packed, causal, scale)
-    bounds = bounds_of(q, k, starts, lengths, first)
+    out = q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    if not packed:
+        return _dense(q, k, lse, out, bounds_of(q, k, starts, lengths, first), causal, scale)
+    for group in groups(starts, lengths, k.shape[2]):
+        own = None if first is None else first[group.which] - group.starts
+        queries, keys = group.spread(q), group.spread(k)
+        sums = out.new_zeros(len(queries), out.shape[1], queries.shape[2])
+        bounds = bounds_of(queries, keys, *group.rows, own)
+        group.collect(_dense(queries, keys, group.spread(lse), sums, bounds, causal, scale), out)
+    return out
+
+
+def _dense(q: Tensor, k: Tensor, lse: Tensor, out: Tensor, bounds: Tensor, causal: bool, scale: float) -> Tensor:
+    """``out``, to which the sums are added."""
     lse = lse.contiguous()
     buffer = q.new_empty(0, dtype=torch.float32)
-    for part in parts(q, k, bounds, packed):
+    for part in parts(q, k, bounds):
         buffer = _part(q, k, lse, out, bounds, part, causal, scale, buffer)
     return out
 
@@ -93,21 +106,21 @@ def bounds_of(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, first: Tens
     return torch.stack([starts, ends, firsts if first is None else torch.maximum(firsts, first)])
 
 
-Part = tuple[slice, slice, slice]  # sequences, rows of the batch, key heads
+Part = tuple[slice, slice]  # rows of the batch, key heads
 
 
-def parts(q: Tensor, k: Tensor, bounds: Tensor, packed: bool) -> Iterator[Part]:
+def parts(q: Tensor, k: Tensor, bounds: Tensor) -> Iterator[Part]:
     """What is computed together: several rows where they are short, else several or one key head of one row."""
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     starts, ends, _ = bounds.tolist()
     longest = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
     head = groups * min(TILE, longest) * longest  # products of one key head's largest tile
     some = max(1, PRODUCTS // max(head, 1))
-    step = 1 if packed else max(1, some // heads)
+    step = max(1, some // heads)
     for n in range(0, len(starts), step):
         last = min(n + step, len(starts))
         for g in range(0, heads, some):
-            yield slice(n, last), slice(0, 1) if packed else slice(n, last), slice(g, min(g + some, heads))
+            yield slice(n, last), slice(g, min(g + some, heads))
 
 
 def _part(
@@ -122,9 +135,9 @@ def _part(
     buffer: Tensor,
 ) -> Tensor:
     """Adds one part to ``out``; returns the buffer for the next."""
-    which, batch, heads = part
+    batch, heads = part
     groups, unseen = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
-    own = bounds[:, which].contiguous()
+    own = bounds[:, batch].contiguous()
     start, end, first = int(own[0].min()), int(own[1].max()), int(own[2].min())
     keys = rows(k[batch, heads, start:end].float()).flatten(0, 1)
     queries = q.unflatten(1, (-1, groups))[batch, heads]

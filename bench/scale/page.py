@@ -108,22 +108,24 @@ def draw() -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     memory, computing, check = figure.subplots(1, 3)
     colours = dict(zip(MODELS, ("#0072b2", "#d55e00", "#009e73"), strict=True))
-    tokens = [256 * 2**n for n in range(8)]
+    tokens = [512 * 2**n for n in range(7)]
     kinds = ((2, "-", where, ""), (3, "--", where, ""), (3, ":", replace(where, between=ETHERNET), ", 25 Gb/s a node"))
     for name, colour in colours.items():
         for stage, line, net, note in kinds:
             sizes, way = llama(name), Way(8, stage)
             if not note:
-                memory.plot(tokens, [needed(sizes, way, n) / 1e9 for n in tokens], line, color=colour)
+                label = name if stage == 2 else None
+                memory.plot(tokens, [needed(sizes, way, n) / 1e9 for n in tokens], line, color=colour, label=label)
             steps = [step(sizes, replace(way, ranks=64), net, n) for n in tokens]
             values = [one.compute / one.seconds for one in steps]
-            computing.plot(tokens, values, line, color=colour, label=f"{name[6:]}, stage {stage}{note}")
+            computing.plot(tokens, values, line, color=colour)
     memory.axhline(where.memory / 1e9, color="#8a8a8a", linewidth=0.8)
     memory.set(xscale="log", yscale="log", xlabel="tokens a rank and step", ylabel="GB a rank, 8 ranks")
-    memory.set_title(f"memory; the line is {where.memory / 1e9:.0f} GB")
+    memory.set_title(f"solid: stage 2, dashed: stage 3; the line is {where.memory / 1e9:.0f} GB", fontsize=10)
     computing.set(xscale="log", xlabel="tokens a rank and step", ylabel="share of the step that computes", ylim=(0, 1))
-    computing.set_title(f"64 ranks, 8 a node; MFU {where.flops / PEAK:.0%} {source.split(',')[0]}")
-    computing.legend(frameon=False, fontsize=7)
+    mfu = f"MFU {where.flops / PEAK:.0%} {source.split(',')[0]}"
+    computing.set_title(f"64 ranks, {mfu}; solid: stage 2, dashed: 3,\ndotted: 3 over 25 Gb/s a node", fontsize=10)
+    memory.legend(frameon=False, fontsize=8)
     rows = list({(row["ranks"], row["stage"]): row for row in _read(TABLE)}.values())
     for count, marker in zip(("1", "2", "4"), "os^", strict=True):
         mine = [row for row in rows if row["ranks"] == count]
@@ -132,7 +134,7 @@ def draw() -> None:
     top = 1.1 * max(float(row[key]) for row in rows for key in ("measured_s", "predicted_s"))
     check.plot([0, top], [0, top], color="#8a8a8a", linewidth=0.8)
     check.set(xlabel="measured, seconds a step", ylabel="predicted", xlim=(0, top), ylim=(0, top))
-    check.set_title("the check, stages 0 to 3")
+    check.set_title("the check: stages 0, 2 and 3", fontsize=10)
     check.legend(frameon=False, fontsize=8)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -24,11 +24,12 @@ def measured(engine: Any) -> dict[str, int]:
             frozen += size
     seen: dict[int, int] = {}
     base = base_optimizer(engine)
-    for group in base.param_groups:
-        for holder in group["params"]:
-            for value in (holder, *base.state.get(holder, {}).values()):
-                if isinstance(value, Tensor):
-                    seen[value.data_ptr()] = _bytes(value)
+    # ZeRO-3 leaves the masters out of the groups between steps; their states are filed under them
+    holders = [holder for group in base.param_groups for holder in group["params"]] + list(base.state)
+    for holder in holders:
+        for value in (holder, *base.state.get(holder, {}).values()):
+            if isinstance(value, Tensor):
+                seen[value.data_ptr()] = _bytes(value)
     own = {parameter.data_ptr() for parameter in engine.module.parameters()}
     optimizer = sum(size for place, size in seen.items() if place not in own)
     parts = {"frozen weights": frozen, "trained weights": trained, "optimizer": optimizer}

@@ -110,15 +110,17 @@ def layer_bytes(sizes: Sizes, way: Way) -> float:
     targets = set(sizes.adapted)
     if way.checkpointing == "true":
         return float(way.element * sizes.hidden)
+    # DeepSpeed's linear layer keeps the inputs of frozen matrices, too
+    inputs = 2 * sizes.hidden + wide + sizes.intermediate if way.stage == 3 else 0
     if way.checkpointing == "selective":
         thin = sizes.rank * len(targets - {"down_proj"})
         kept = 2 * sizes.hidden + wide + 2 * group + 2 * sizes.intermediate + thin
         return way.element * kept + way.attention * wide + _FLOAT * sizes.heads
     liger = way.kernels == "liger"
-    kept = sizes.hidden + (2 if liger else 3) * sizes.intermediate
-    kept += sizes.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
-    kept += sizes.hidden * bool(targets & {"gate_proj", "up_proj"})
-    kept += sizes.intermediate * ("down_proj" in targets)
+    read = sizes.hidden * bool(targets & {"q_proj", "k_proj", "v_proj"})
+    read += sizes.hidden * bool(targets & {"gate_proj", "up_proj"})
+    read += sizes.intermediate * ("down_proj" in targets)
+    kept = sizes.hidden + (2 if liger else 3) * sizes.intermediate + max(read, inputs)
     norm = (way.element if liger else _FLOAT) * sizes.hidden
     return way.element * kept + way.attention * 2 * (wide + group) + norm + _FLOAT * sizes.heads
 

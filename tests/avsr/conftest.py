@@ -38,12 +38,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    """What a training leaves in the environment must not reach the processes of other tests."""
-    before = dict(os.environ)
+def left_behind() -> Iterator[None]:
+    """What a training leaves in the environment must not reach the processes of other tests, nor the linear layer that
+    ZeRO-3 puts in the place of torch's, which keeps inputs of frozen weights too, other tests of this process."""
+    before, linear = dict(os.environ), torch.nn.functional.linear
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture(scope="session")

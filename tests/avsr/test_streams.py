@@ -272,7 +272,8 @@ def test_an_encoder_casts_its_input_to_its_weights(
     encoder = build_encoder(EncoderConfig(kind=kind, name=str(source)), stream)
     inputs = [encoder.prepare(clip) for clip in clips(stream)]
     padded, lengths = pad_sequence(inputs, batch_first=True), torch.tensor([len(row) for row in inputs])
-    with torch.no_grad():
+    # with AMX, oneDNN's bf16 convolutions of 4 to 8 channels a group are wrong (torch 2.11); 48 and more are right
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         exact, rounded = encoder(padded, lengths), encoder.to(torch.bfloat16)(padded, lengths)
     assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     for a, b, length in zip(exact, rounded.float(), lengths.tolist(), strict=True):

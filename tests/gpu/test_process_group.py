@@ -76,6 +76,7 @@ def test_a_step_under_zero_is_the_step_alone(group, device, stage, monkeypatch):
         monkeypatch.setenv(name, str(value))
     if device == "cpu":
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # ZeRO-3 leaves its own there
     deepspeed = pytest.importorskip("deepspeed")
     model = tiny(device)
     loss = step(model, model, device)[1]

@@ -104,8 +104,10 @@ def test_batches_stay_within_their_tokens() -> None:
 
 def test_stage_3_makes_room() -> None:
     sizes = llama("llama-3.1-8b")
-    assert needed(sizes, Way(8, 2), 4096) - needed(sizes, Way(8, 3), 4096) > 8e9
+    assert needed(sizes, Way(8, 2), 512) - needed(sizes, Way(8, 3), 512) > 8e9
     assert needed(sizes, Way(64, 3), 4096) < needed(sizes, Way(8, 3), 4096)
+    # but for large batches it takes more: DeepSpeed's linear layer keeps inputs of frozen matrices
+    assert needed(sizes, Way(8, 3), 16384) > needed(sizes, Way(8, 2), 16384)
 
 
 def test_the_page_holds_what_the_check_measured(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

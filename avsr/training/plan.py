@@ -17,7 +17,6 @@ from avsr.models.label_loss import PARTS
 
 _FLOAT = 4  # masters, Adam's two moments, softmax and frozen encoders are float32
 _LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
-_SMALL = 10**5  # entries up to which ZeRO-3 leaves a weight whole on every rank
 
 
 @dataclass(frozen=True)

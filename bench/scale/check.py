@@ -1,4 +1,4 @@
-"""The model against runs: the demo's training on 1, 2 and 4 CPU ranks at every ZeRO stage.
+"""The model against runs: the demo's training on 1, 2 and 4 CPU ranks at ZeRO stages 0, 2 and 3.
 
 What the model is fed is measured without any training of many ranks: a step of one process at each stage, the same
 step in k processes that run side by side and know nothing of each other (they share the machine's cores), and gloo's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,20 @@ class Model:
     layers: int
     intermediate: int
     vocabulary: int
+
+    def arguments(self, layers: int) -> dict[str, Any]:
+        """Of ``transformers.LlamaConfig``, for the model cut to ``layers``."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.dim,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        }
 
 
 MODELS = {

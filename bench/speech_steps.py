@@ -143,18 +143,7 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Any:
 def random_llm(setting: Setting) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = setting.model
-    config = LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.dim,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**setting.model.arguments(setting.layers))
     before = torch.get_default_dtype()
     torch.set_default_dtype(setting.dtype)
     try:

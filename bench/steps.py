@@ -172,22 +172,10 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Any:
     """A ``LlamaForCausalLM`` with adapters on the weights of ``shared``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = setting.model
     attention = {"probe": "sdpa", "varlen": VARLEN}.get(variant.attention, variant.attention)
     if variant.attention == "varlen":
         _register_varlen(None, 0)
-    config = LlamaConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.dim,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        attn_implementation=attention,
-    )
+    config = LlamaConfig(**setting.model.arguments(setting.layers), attn_implementation=attention)
     before = torch.get_default_dtype()
     torch.set_default_dtype(setting.dtype)
     try:

@@ -10,6 +10,7 @@ import torch
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
+from avsr.models import llm
 from avsr.models.llm import add_lora, load_llm, lora_from_reduction
 
 
@@ -84,3 +85,24 @@ def test_the_papers_reduction_factor(hidden: int, reduction: int, alpha: float, 
     config = lora_from_reduction(hidden, reduction, alpha)
     assert config.rank == rank
     assert config.alpha / config.rank == pytest.approx(scale)
+
+
+def test_another_gguf_of_the_same_name_and_size_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "convert_once", lambda source, target, last, write: target)
+    path = tmp_path / "model.gguf"
+    content = bytearray(3 * 2**20)
+    path.write_bytes(content)
+    first = llm.convert_gguf(path)
+    assert llm.convert_gguf(path) == first
+    places = (0, 2**16 - 1, len(content) - 1)
+    for place in places:  # in the first and last of the pieces that are read
+        content[place] = 1
+        path.write_bytes(content)
+        assert llm.convert_gguf(path) != first
+        content[place] = 0
+    path.write_bytes(content[:-1])
+    assert llm.convert_gguf(path) != first
+    with pytest.raises(UserError, match="cannot be read"):
+        llm.convert_gguf(tmp_path / "gone.gguf")

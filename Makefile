@@ -43,11 +43,15 @@ browser:
 	  $(APT) install -y --no-install-recommends chromium >/dev/null 2>&1; then echo "chromium is installed now"; \
 	else echo "no chromium: the test that opens the report in a browser will be skipped"; fi
 
+# most tests keep to one thread; a file's stay in one process, which shares what they train
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
 test: install lint browser
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-long: install lint browser
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # make study [STUDY=full] [WORKERS=n]: hours on two cores; goes on where it stopped
 STUDY ?= base

@@ -66,7 +66,7 @@ setup(
             NAME,
             sources=[
                 f"csrc/{name}.cpp"
-                for name in ("activations", "attention", "decorrelation", "library", "norm", "received")
+                for name in ("activations", "attention", "decorrelation", "library", "norm", "received", "short")
             ],
             depends=sorted(glob.glob("csrc/*.h")),
             extra_compile_args=[*FLAGS, OPENMP],

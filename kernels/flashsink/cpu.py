@@ -2,8 +2,9 @@
 
 What runs where, always the same for the same arguments:
 
-- ``attention`` of float16 / bfloat16 / float32: torch's flash attention for CPU in float32 (half precision is widened
-  first: faster there than its bfloat16 path, and as exact as the reference) with our own backward, see
+- ``attention`` of float16 / bfloat16 / float32, in float32 (half precision is widened first: faster than torch's
+  bfloat16 path, and as exact as the reference): sequences of up to 256 tokens by one C++ kernel,
+  :mod:`flashsink.native_short`; else torch's flash attention for CPU with our own backward,
   :mod:`flashsink.native_attention`. Statistics are a second pass in C++, :mod:`flashsink.native_received`.
 - ``attention`` with ``sink_logits``: the same, rescaled, where no gradient is needed. Torch's log-sum-exp carries
   none, so the reference computes where one is.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsink import reference
+from flashsink import native_short, reference
 from flashsink.native import activation_stats, decorrelation_sums
 from flashsink.native_attention import LEAST, flash, mask_of
 from flashsink.native_norm import rms_norm
@@ -51,7 +52,10 @@ def attention(
         return reference.attention(
             q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
         )
-    wide = _Wide(q.float(), k.float(), v.float(), None) if layout.packed else _widen(q, k, v, layout)
+    if layout.packed or native_short.serves(q, k, layout.lengths):
+        wide = _Wide(q.float(), k.float(), v.float(), None)  # padding is never read
+    else:
+        wide = _widen(q, k, v, layout)
     wide_q, wide_k, wide_v, padding = wide
     out, lse = torch.ops.flashsink.attention(
         wide_q, wide_k, wide_v, layout.starts, layout.lengths, layout.packed, causal, scale

@@ -2,7 +2,8 @@
 
 The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
 ``torch.library`` operators are always there, and raise where it is missing. Other kernels have their own modules:
-:mod:`flashsink.native_norm`, :mod:`flashsink.native_received` and :mod:`flashsink.native_attention`.
+:mod:`flashsink.native_norm`, :mod:`flashsink.native_received`, :mod:`flashsink.native_attention` and
+:mod:`flashsink.native_short`.
 
 float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
 for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
@@ -23,7 +24,7 @@ from torch import Tensor
 from flashsink import reference
 from flashsink.types import ActivationStats, Layout
 
-ABI_VERSION = 2  # flashsink_abi_version() in csrc/library.cpp
+ABI_VERSION = 3  # flashsink_abi_version() in csrc/library.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 USABLE = "usable"
 _PATH = Path(__file__).with_name("_native.so")
@@ -39,6 +40,16 @@ _SIGNATURES = {
     "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
     "flashsink_column_sums": [*[_POINTER] * 3, *[_SIZE] * 10, *[_POINTER] * 3, _INT, ctypes.c_float, _INT],
     "flashsink_attention_tile": [*[_POINTER] * 4, *[_SIZE] * 8, *[_POINTER] * 2, _INT, ctypes.c_float, _INT],
+    "flashsink_short_attention": [
+        _INT,
+        *[_POINTER] * 2,
+        *[_SIZE] * 5,
+        *[_POINTER] * 3,
+        _INT,
+        _INT,
+        ctypes.c_float,
+        _INT,
+    ],
     "flashsink_limit_isa": [_INT],
 }
 

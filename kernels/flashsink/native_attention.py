@@ -1,4 +1,5 @@
-"""Torch's flash attention for CPU with a backward of our own (csrc/attention.cpp).
+"""Torch's flash attention for CPU with a backward of our own (csrc/attention.cpp); short sequences have a kernel of
+their own, :mod:`flashsink.native_short`.
 
 The backward makes its five matrix products in torch's BLAS on small reused tiles, those of all query heads of a key
 head at once, and what lies between them in one pass in C++; padding is skipped. Everything is float32.
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsink import native_short
 from flashsink.native import library, refuse, rows
 from flashsink.native_packed import groups, like
 from flashsink.native_received import TILE, Part, bounds_of, check, parts
@@ -49,6 +51,10 @@ def mask_of(layout: Layout, queries: int, causal: bool) -> Tensor | None:
     return None if mask is None else mask.expand(layout.rows, 1, queries, keys)
 
 
+def _zeros(x: Tensor, packed: bool) -> Tensor:
+    return like(x) if packed else x.new_zeros(x.shape)
+
+
 torch.library.define(
     "flashsink::attention",
     "(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, bool packed, bool causal, float scale)"
@@ -73,6 +79,14 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, packed: bool, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D), lse (B, H, Sq)), finite and of no meaning at padding, where dense q, k and v must be 0."""
+    if native_short.serves(q, k, lengths):
+        found = _zeros(q, packed), _zeros(q[..., 0], packed)
+        check(q, k, found[1], starts, lengths, packed)
+        if v.shape != k.shape:
+            raise ValueError(f"v: expected the shape {tuple(k.shape)} of k, got {tuple(v.shape)}")
+        bounds = bounds_of(q, k, starts, lengths, None)
+        native_short.forward(q, k, v, found, bounds, packed, native_short.How(causal, scale))
+        return found
     if not packed:
         return _dense_forward(q, k, v, starts, lengths, causal, scale)
     out, lse = like(q), like(q[..., 0])
@@ -129,6 +143,12 @@ def _backward(
     """
     check(q, k, lse, starts, lengths, packed)
     inputs = (grad, q, k, v, out, lse)
+    if native_short.serves(q, k, lengths):
+        given = (q, k, v, out, lse, grad)
+        results = _zeros(q, packed), _zeros(k, packed), _zeros(v, packed)
+        bounds = bounds_of(q, k, starts, lengths, None)
+        native_short.backward(given, results, bounds, packed, native_short.How(causal, scale))
+        return results
     if not packed:
         return _dense_backward(inputs, starts, lengths, causal, scale)
     results = like(q), like(k), like(v)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flashsink import native_short
 from flashsink.native import library, rows
 from flashsink.native_packed import groups
 
@@ -64,6 +65,10 @@ def _received(
     """
     check(q, k, lse, starts, lengths, packed)
     out = q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    if native_short.serves(q, k, lengths):
+        bounds = bounds_of(q, k, starts, lengths, first)
+        native_short.received(q, k, lse, out, bounds, packed, native_short.How(causal, scale))
+        return out
     if not packed:
         return _dense(q, k, lse, out, bounds_of(q, k, starts, lengths, first), causal, scale)
     for group in groups(starts, lengths, k.shape[2]):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from flashsink import native
+from flashsink import native, native_short
 
 LEVELS = [0, 1, 2]  # baseline, AVX2, AVX-512
 
@@ -36,6 +36,13 @@ def isa(request, library):
         pytest.skip("this processor has not got it")
     yield request.param
     library.flashsink_limit_isa(LEVELS[-1])
+
+
+@pytest.fixture(params=["short", "tiles"])
+def kernel(request, monkeypatch):
+    """Attention by either of its two kernels, whatever the lengths."""
+    monkeypatch.setattr(native_short, "LONGEST", 10**6 if request.param == "short" else -1)
+    return request.param
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from flashsink import native_received, reference
 from flashsink.types import Layout
 
-pytestmark = pytest.mark.usefixtures("library")
+pytestmark = pytest.mark.usefixtures("library", "kernel")
 
 
 def op(q, k, lse, layout, *, causal=True, scale=0.4, first=None):

@@ -56,6 +56,8 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     Raises:
         UserError: bad input; the folder exists and is no profile.
     """
+    if steps < 1:
+        raise UserError(f"--steps: expected at least 1, got {steps}")
     out = Path(f"{config.run}-profile")
     if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} exists and is no profile; name another folder with run=")

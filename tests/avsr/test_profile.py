@@ -116,3 +116,7 @@ def test_a_profile_does_not_replace_what_is_none(
     (tmp_path / "run-profile" / "precious").touch()
     message = refuse("profile", tiny_recipe(tmp_path))
     assert "run-profile exists and is no profile" in message
+
+
+def test_a_profile_of_no_step_is_refused(tiny_recipe: Recipe, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    assert "--steps: expected at least 1, got 0" in refuse("profile", tiny_recipe(tmp_path), "--steps", "0")

@@ -118,7 +118,7 @@ def _curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label: st
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, label=name)
-            validated = [(row["step"], row["validation_ce"]) for row in rows if "validation_ce" in row]
+            validated = [(row["step"], row["validation_ce"]) for row in rows if row.get("validation_ce") is not None]
             if key == "ce" and validated:
                 axis.plot(*zip(*validated, strict=True), "o", color=colour, label=f"{name}, validation")
         axis.set_yscale("log")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ class Nonfinite:
         self._path, self._most = run / "nonfinite.jsonl", most
 
     def add(self, progress: Progress, row: dict[str, Any], batches: Sequence[Batch], sums: Tensor) -> None:
-        """All ranks call it. ``row`` loses its numbers that are none, ``sums`` are this rank's own.
+        """All ranks call it. ``row`` is marked as skipped, ``sums`` are this rank's own.
 
         Raises:
             UserError: it was one step too many.
@@ -41,9 +40,6 @@ class Nonfinite:
         own = {"rank": dist.get_rank(), "finite": bool(sums.isfinite().all()), "utterances": ids}
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None
         row["skipped"] = True
         progress.skipped += 1
         # a gradient alone, of a finite loss, cannot be said to be of one rank

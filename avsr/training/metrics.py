@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ class MetricsLog:
         self._wandb = _start_wandb(config.wandb, run) if config.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """``row`` holds ``step`` and numbers; others are written to the file alone. What a full disk does not take is
-        kept and written with a later row."""
+        """``row`` holds ``step`` and numbers, null where one is not finite; others are written to the file alone. What
+        a full disk does not take is kept and written with a later row."""
+        row = {key: _finite(value) for key, value in row.items()}
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -64,6 +66,10 @@ class MetricsLog:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -101,8 +101,9 @@ class Trainer:
             if validated:
                 row.update(self.validate())
                 progress.validation = row["validation_ce"]
-                better = progress.best is None or row["validation_ce"] < progress.best
-                progress.best = row["validation_ce"] if better else progress.best
+                finite = math.isfinite(progress.validation)
+                better = finite and (progress.best is None or progress.validation < progress.best)
+                progress.best = progress.validation if better else progress.best
             if self._log is not None:
                 self._log.write(row)
             bar.advance(1, _note(row))

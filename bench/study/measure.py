@@ -130,7 +130,7 @@ def _interventions(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> 
 
 def _curves(run: Path) -> dict[str, Any]:
     rows = read_metrics(run)
-    validated = [(row["step"], round(row["validation_ce"], 4)) for row in rows if "validation_ce" in row]
+    validated = [(row["step"], round(row["validation_ce"], 4)) for row in rows if row.get("validation_ce") is not None]
     kept = [row for row in rows if "grad_norm_ce" in row or row["step"] % 50 == 0]
     curve = [{"step": r["step"], **{k: float(f"{r[k]:.4g}") for k in CURVE if r.get(k) is not None}} for r in kept]
     return {"validation": validated, "curve": curve, "seconds": round(sum(row["seconds"] for row in rows))}

@@ -160,3 +160,19 @@ def test_a_hanging_rank_is_named_with_its_stage_and_ended(tiny_recipe: Recipe, t
     assert done.returncode == EXIT_HUNG, done.stderr
     assert "rank 0 hangs in forward of step 3 for " in done.stderr
     assert "in sleepy" in done.stderr  # where it stands
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best_and_stops_no_resume(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([float("nan"), 3.0, float("inf"), 2.0])
+    monkeypatch.setattr(trainer.Trainer, "validate", lambda self: {"validation_ce": next(found)})
+    recipe = tiny_recipe(tmp_path, **{"training.steps": 3, "training.validate_every": 1})
+    folder = run(recipe)
+    best = folder / "checkpoints" / "best" / "state.json"
+    assert json.loads(best.read_text())["step"] == 2
+    assert [row["validation_ce"] for row in read_metrics(folder)] == [None, 3.0, None]
+    (folder / "checkpoints" / "last" / "state.json").unlink()  # the one before is of step 2
+    run(recipe, "resume=true")
+    assert json.loads(best.read_text())["step"] == 3
+    assert [row["validation_ce"] for row in read_metrics(folder)] == [None, 3.0, 2.0]

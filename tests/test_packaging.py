@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,3 +56,13 @@ def test_transformers_has_an_upper_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirement = next(Requirement(x) for x in project["optional-dependencies"]["avsr"] if x.startswith("transformers"))
     assert not requirement.specifier.contains("6.0.0") and requirement.specifier.contains("5.23.0")
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_spin_briefly_unless_the_user_says_how_they_wait(own: dict[str, str]) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in names} | own
+    code = f"import avsr.cli, os, sys; print('torch' in sys.modules, [os.environ.get(name) for name in {names!r}])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = [own.get(name) for name in names] if own else ["10000", None]
+    assert done.stdout.strip() == f"False {expected}", "set before torch is loaded"

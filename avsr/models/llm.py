@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import cache_folder, convert_once, resolve, verify
+from avsr.models.sources import cache_folder, convert_once, locate, verify
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_llm(
         UserError: missing model, a tokenizer without BOS or EOS (with the key that names one).
     """
     disable_progress_bar()
-    source = resolve(config.name)
+    source = locate(config.name, "model.llm.name")
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     # flashsink comes with its probe, which takes the place of whatever is there
@@ -73,7 +73,7 @@ def load_outline(config: LLMConfig) -> LoadedLLM:
     Raises:
         UserError: missing model.
     """
-    source = resolve(config.name)
+    source = locate(config.name, "model.llm.name")
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     try:

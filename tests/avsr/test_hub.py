@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants, file_download, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
+from transformers.utils.hub import hf_api
 
 from avsr.analysis.inputs import ModelOptions, load_text_subject
 from avsr.config import EncoderConfig, LLMConfig
 from avsr.errors import UserError
 from avsr.models import sources
 from avsr.models.llm import load_llm
+from avsr.models.outlines import outline_encoder, outline_llm
 from avsr.models.wavlm import WavLMEncoder
 from avsr.models.whisper import Whisper
 
@@ -86,9 +89,9 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
 
     def move(address: str) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api(), "endpoint", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -227,3 +230,16 @@ def test_offline_asks_nobody(hub: Hub, refusal: Callable[..., str], monkeypatch:
     message = refusal(READERS[KEY])
     assert "HF_HUB_OFFLINE is set" in message and all(way in message for way in WAYS)
     assert not hub.asked
+
+
+def test_a_plan_reads_no_weights(hub: Hub, tiny_llm: Path, tiny_whisper: Path, tiny_wavlm: Path) -> None:
+    for kind, folder in (("whisper", tiny_whisper), ("wavlm", tiny_wavlm)):
+        hub.folder = folder
+        found = outline_encoder(EncoderConfig(kind, NAME), "audio")
+        assert found == outline_encoder(EncoderConfig(kind, str(folder)), "audio") and not found.published
+        shutil.rmtree(constants.HF_HUB_CACHE)  # the next model has the same name
+    hub.folder = tiny_llm
+    there, here = outline_llm(LLMConfig(NAME)), outline_llm(LLMConfig(str(tiny_llm)))
+    assert there.count("a text") == here.count("a text") and not there.published
+    assert [p.shape for p in there.model.parameters()] == [p.shape for p in here.model.parameters()]
+    assert not any(path.endswith(".safetensors") for path in hub.asked)

@@ -36,7 +36,7 @@ SUMS = {
         "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
     ),
 }
-_PATIENCE = 4.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
+_PATIENCE = 3.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 _WAYS = (
     "Three ways out: connect, with an account where the model asks for one (hf auth login); or download it elsewhere "
     "(hf download {name} --local-dir FOLDER) and name {folder}, or set HF_HOME to the cache of a machine that has it "

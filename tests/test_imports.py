@@ -43,7 +43,7 @@ ORDER = [
     "avsr.models.fairseq_file",
     "avsr.models.whisper avsr.models.wavlm avsr.models.avhubert avsr.models.visual",
     "avsr.models.encoders avsr.data.features",
-    "avsr.data.dataset",
+    "avsr.data.dataset avsr.models.outlines",
     "avsr.models.speech_llm",
     "avsr.losses avsr.build avsr.models.official",
     "avsr.evaluation.act avsr.evaluation.decode avsr.evaluation.wer avsr.training.metrics avsr.training.engine",

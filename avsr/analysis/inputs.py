@@ -16,7 +16,7 @@ from avsr.analysis.subject import Subject, text_subject
 from avsr.config import LLMConfig
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
-from avsr.models.sources import resolve
+from avsr.models.sources import locate
 from avsr.synth.sentences import open_sentences
 
 SENTENCES, SEED = 100, 0  # of the text that is read by default
@@ -85,7 +85,7 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     Raises:
         UserError: it is missing, no Llama-style causal decoder, has no anchor token, or a text is too long.
     """
-    source = resolve(name)
+    source = locate(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     _check_decoder(name, str(source))

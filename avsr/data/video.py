@@ -34,6 +34,15 @@ _LUMA_FIRST = frozenset(  # 8-bit formats whose first plane is the luma
 _FULL_RANGE = frozenset(("yuvj420p", "yuvj422p", "yuvj444p", "yuvj411p", "yuvj440p"))
 _EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to grey
 _JPEG_RANGE = 2  # AVCOL_RANGE_JPEG
+# FFmpeg's names of the formats that are read: files that hold all that they show. Playlists (HLS, DASH, concat, SDP),
+# numbered pictures and others name further files or addresses, which FFmpeg would open wherever they are.
+_FORMATS = (
+    *("mov", "matroska", "avi", "mpeg", "mpegts", "asf", "flv", "ogg", "nut", "mxf", "gxf", "rm", "wtv", "dv", "ivf"),
+    *("h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "mjpeg", "vc1", "dirac", "av1", "obu"),
+    *("gif", "apng", "yuv4mpegpipe", "wav", "w64", "aiff", "au", "caf", "voc", "flac", "mp3", "aac", "loas", "latm"),
+    *("ac3", "eac3", "dts", "dtshd", "truehd", "mlp", "amr", "amrnb", "amrwb", "gsm", "ape", "tta", "wv"),
+)
+_OPTIONS = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"}
 
 
 def read_video(path: Path, *, where: str = "") -> Tensor:
@@ -128,11 +137,34 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
     if not os.path.isfile(path):
         raise UserError(f"{_prefix(where)}there is no file {path}")
     try:
-        container = av.open(str(path))
+        container = _open(path)
     except (av.FFmpegError, ValueError, OverflowError) as error:
-        raise UserError(f"{_prefix(where)}{path} is not a readable video file: {_reason(error)}") from error
+        kind = _unlisted(path)
+        reason = f"it is of the format {kind}, which is not read: convert it to mp4" if kind else _reason(error)
+        raise UserError(f"{_prefix(where)}{path} is not a readable video file: {reason}") from error
     with container:
         yield container
+
+
+def _open(path: Path) -> Any:
+    """All reading of video and of its sound comes by here. ``file:`` takes the rest for a path, whatever it looks
+    like."""
+    return av.open(f"file:{path}", options=_OPTIONS)
+
+
+def _unlisted(path: Path) -> str:
+    """The format of a file that is not opened for it, else "": FFmpeg names it in its log alone."""
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture():
+            _open(path).close()
+    except (av.FFmpegError, ValueError, OverflowError) as error:
+        log = getattr(error, "log", None)
+        return str(log[1]) if log and "not on whitelist" in log[2] else ""
+    finally:
+        av.logging.set_level(before)
+    return ""
 
 
 def _video_stream(container: Any) -> Any:

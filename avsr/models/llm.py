@@ -15,12 +15,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import cache_folder, convert_once, resolve, verify
+from avsr.models.sources import cache_folder, convert_once, locate, verify
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_llm(
         UserError: missing model, a tokenizer without BOS or EOS (with the key that names one).
     """
     disable_progress_bar()
-    source = resolve(config.name)
+    source = locate(config.name, "model.llm.name")
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     # flashsink comes with its probe, which takes the place of whatever is there
@@ -64,26 +64,7 @@ def load_llm(
         reason = str(error).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
     model.generation_config = GenerationConfig()
-    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, *_specials(tokenizer, config))
-
-
-def load_outline(config: LLMConfig) -> LoadedLLM:
-    """As :func:`load_llm`, with weights that have shapes alone (device "meta"): no weight is read.
-
-    Raises:
-        UserError: missing model.
-    """
-    source = resolve(config.name)
-    if isinstance(source, Path) and source.suffix == ".gguf":
-        source = convert_gguf(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(source)))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
-    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, *_specials(tokenizer, config))
+    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, *specials(tokenizer, config))
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -149,8 +130,12 @@ def _fingerprint(path: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def _specials(tokenizer: Any, config: LLMConfig) -> tuple[int, int]:
-    """BOS and EOS."""
+def specials(tokenizer: Any, config: LLMConfig) -> tuple[int, int]:
+    """The ids of BOS and EOS.
+
+    Raises:
+        UserError: the tokenizer has none, or not the token that the config names.
+    """
     return (
         _special(tokenizer, config.bos_token, tokenizer.bos_token_id, "model.llm.bos_token"),
         _special(tokenizer, config.eos_token, tokenizer.eos_token_id, "model.llm.eos_token"),

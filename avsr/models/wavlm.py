@@ -17,7 +17,7 @@ from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
-from avsr.models.sources import resolve
+from avsr.models.sources import locate
 
 SAMPLE_RATE = 16_000
 
@@ -90,7 +90,7 @@ class WavLMEncoder(SpeechEncoder):
 
 def _load(name: str) -> Any:
     disable_progress_bar()
-    source = str(resolve(name))
+    source = str(locate(name, "model.audio.encoder.name"))
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "wavlm":

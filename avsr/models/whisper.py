@@ -16,7 +16,7 @@ from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.ctranslate2 import load_whisper_encoder
 from avsr.models.encoder import SpeechEncoder, fingerprint
-from avsr.models.sources import resolve
+from avsr.models.sources import locate
 
 SAMPLE_RATE = 16_000
 HOP = 160  # samples between mel frames
@@ -37,7 +37,7 @@ class Whisper(SpeechEncoder):
 
     def __init__(self, config: EncoderConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self._encoder = _load(resolve(str(config.name)))
+        self._encoder = _load(locate(str(config.name), "model.audio.encoder.name"))
         self._pad = config.pad_to_30s
         self._normalise = bool(config.normalise)
         self.batch = config.batch

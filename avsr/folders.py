@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # as sha256sum -c reads it
@@ -44,7 +45,8 @@ def append(path: Path, data: bytes) -> None:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
-            file.truncate(place)
+            with suppress(OSError):  # no regular file
+                file.truncate(place)
             raise
 
 

@@ -127,7 +127,8 @@ class DataConfig:
     train: str = MISSING
     validation: str = MISSING
     test: dict[str, str] = field(default_factory=dict)  # name -> manifest
-    on_bad: str = "refuse"  # refuse | skip: what to do about an utterance that cannot be used
+    # refuse | skip: what to do about an utterance that cannot be used, also when its clip vanishes during a training
+    on_bad: str = "refuse"
     min_seconds: float = 0.1
     max_seconds: float = 30.0
     max_text_tokens: int = 256
@@ -197,7 +198,8 @@ class TrainingConfig:
     keep_last: int = 0  # newest saves kept as checkpoints/step-NNNNNN, for `avsr average`
     keep_best: int = 0  # saves with the lowest validation loss kept in the same way, beside checkpoints/best
     skip_nonfinite: int = 20  # steps of a run without finite loss and gradient that are skipped before it ends
-    timeout: float = 1800.0  # seconds in one stage of a step after which a rank counts as hung; 0 = never
+    # seconds in one stage of a step after which a rank counts as hung, or of the start, at least 30; 0 = never
+    timeout: float = 1800.0
     gradient_norms_every: int = 0  # steps between norms of both loss terms alone; 0 = never
     # Weights of the tasks drawn for every clip of an audiovisual model (modality dropout); empty = its own task
     tasks: dict[str, float] = field(default_factory=dict)

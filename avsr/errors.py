@@ -30,6 +30,10 @@ class UserError(Exception):
         super().__init__("".join(c if c >= " " and c != "\x7f" or c in "\n\t" else repr(c)[1:-1] for c in shown))
 
 
+class ClipError(UserError):
+    """One utterance's clip cannot be used; others can."""
+
+
 class Interrupted(Exception):
     """Training was stopped by the signal ``number``; a checkpoint has been written."""
 

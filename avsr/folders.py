@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
+import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # as sha256sum -c reads it
+
+
+def part_of(path: Path) -> Path:
+    """Where this process, and no other of any host, writes what will be ``path``."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
+def drop_parts(folder: Path) -> None:
+    """Removes what this process has begun to write in ``folder``."""
+    for path in folder.glob(f"*{glob.escape(part_of(Path('x')).name[1:])}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds ``data`` to the end of a file: all of it, or nothing where the disk is full.
+
+    Raises:
+        OSError: nothing was added.
+    """
+    with path.open("ab", buffering=0) as file:
+        place = file.tell()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):  # no regular file
+                file.truncate(place)
+            raise
 
 
 def seal(folder: Path) -> None:

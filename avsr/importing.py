@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from avsr.build import build_model, build_store
 from avsr.config import AugmentConfig, Config, LoraConfig, load_config, to_yaml
 from avsr.errors import UserError
+from avsr.folders import part_of
 from avsr.models import official
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.fairseq_file import TRAINING_ONLY
@@ -74,7 +75,7 @@ def import_checkpoint(
     if reduction is not None and alpha is not None:
         config.model.lora = _reduced(state, reduction, alpha, path)
     _as_trained(config, overrides)
-    part = out.with_name(out.name + ".part")
+    part = part_of(out)
     shutil.rmtree(part, ignore_errors=True)
     try:
         final = _write(part, out, state, config, path)

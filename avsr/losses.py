@@ -6,6 +6,7 @@ of one big batch, every local sum is divided by the global count and multiplied 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,10 @@ from avsr.models.speech_llm import Terms
 class Counts:
     """Denominators of one optimizer step over all its micro-batches and ranks."""
 
-    labels: int  # text and end tokens
+    labels: int  # text and end tokens; 0 where every clip of the step was lost
     span: int  # prompt tokens behind BOS
     parts: int  # ranks x accumulation steps
+    lost: int = 0  # utterances whose clips could not be read
 
 
 def local_span(spans: Sequence[int]) -> int:
@@ -48,14 +50,16 @@ def all_max(value: float, device: torch.device) -> float:
 
 def count_step(batches: Sequence[Batch], spans: Sequence[Sequence[int]], device: torch.device) -> Counts:
     """All-reduced counts of one step's micro-batches of this rank."""
-    labels, span = all_sum([sum(b.label_tokens for b in batches), sum(local_span(s) for s in spans)], device)
+    own = [sum(b.label_tokens for b in batches), sum(local_span(s) for s in spans), sum(len(b.lost) for b in batches)]
+    labels, span, lost = map(int, all_sum(own, device))
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return Counts(int(labels), int(span), world * len(batches))
+    return Counts(labels, span, world * len(batches), lost)
 
 
 def scaled(terms: Terms, spans: Sequence[int], counts: Counts) -> tuple[Tensor, Tensor | None]:
-    """(cross entropy, decorrelation) of one micro-batch, scaled so that DeepSpeed's averages are global ones."""
-    cross_entropy = terms.cross_entropy * (counts.parts / max(counts.labels, 1))
+    """(cross entropy, decorrelation) of one micro-batch, scaled so that DeepSpeed's averages are global ones. An
+    average over no label at all is NaN, so that such a step is skipped like any that is not finite."""
+    cross_entropy = terms.cross_entropy * (counts.parts / (counts.labels or math.nan))
     if terms.decorrelation is None:
         return cross_entropy, None
     share = local_span(spans) * counts.parts / max(counts.span, 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +22,12 @@ PLAIN_SECONDS = 15.0  # between plain lines
 
 
 class ProgressBar:
-    """``with ProgressBar("features", total) as bar: bar.advance()``; ``shown=False`` prints nothing."""
+    """``with ProgressBar("features", total) as bar: bar.advance()``; ``shown=False`` prints nothing.
+
+    ``moved`` are called with every advance of any bar.
+    """
+
+    moved: ClassVar[list[Callable[[], None]]] = []
 
     def __init__(self, title: str, total: int, *, done: int = 0, shown: bool = True) -> None:
         self._title, self._total, self._done, self._first = title, total, done, done
@@ -56,6 +63,8 @@ class ProgressBar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Moves on by ``count``; ``note`` stands behind the numbers."""
+        for call in self.moved:
+            call()
         self._done += count
         self._note = note or self._note
         if self._bar is not None:

@@ -1,20 +1,23 @@
 """Training. One process: ``avsr train CONFIG [key=value ...]``; many, on one or more nodes:
 ``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
 
-The run folder then holds config.yaml, metrics.jsonl, checkpoints/ and tensorboard/.
+The run folder then holds config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
+tensorboard/, where it has to lost.jsonl and nonfinite.jsonl, and while it is trained .lock.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from avsr import locks
 from avsr.build import build_model, build_store, load_some_weights, pick_device, settle_precision
 from avsr.config import Config, load_config
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
@@ -26,6 +29,7 @@ from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
 from avsr.training.trainer import Trainer, seed_everything
+from avsr.training.watchdog import Watchdog
 
 logger = logging.getLogger("avsr")
 
@@ -44,33 +48,43 @@ def train(config: Config, prepare: Prepare | None = None) -> Path:
         UserError: bad input.
         avsr.errors.Interrupted: a signal stopped it; the run can be resumed.
     """
-    trainer = make_trainer(config, prepare)
-    trainer.fit()
+    with ExitStack() as held:
+        trainer = make_trainer(config, prepare, held)
+        trainer.fit()
     trainer.model.detach()
     return Path(config.run)
 
 
-def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
-    """Everything up to the first step; the run folder is made, or with ``resume`` read."""
+def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack | None = None) -> Trainer:
+    """Everything up to the first step; the run folder is made, or with ``resume`` read.
+
+    Args:
+        config: what to train.
+        prepare: as in :func:`train`.
+        held: gets what has to last as long as the training: the watchdog, and rank 0's lock on the run folder.
+            Without it there is neither.
+    """
+    watchdog = Watchdog(config.training.timeout)
+    if held is not None:
+        held.enter_context(watchdog)
     rank, world = start_distributed()
+    watchdog.connect()
     settle_precision(config)
     device = pick_device()
     options.check(config, device)
-    failure, checkpoint = "", ""
-    if rank == 0:
-        try:
-            checkpoint = resume.prepare_run(config, world)
-        except UserError as error:
-            failure = str(error)
-    if failure := agree(failure):
-        raise UserError(failure)
-    checkpoint = agree(checkpoint)
+    watchdog.enter("run folder", 0)
+    checkpoint, began = _begin(config, rank, world, held)
     seed_everything(config.training.seed)
+    watchdog.enter("model", 0)
     store = build_store(config, device, levels=config.augment.snr)
     model, loaded = build_model(config, store, device, around=partitioned_loading(config))
-    train_set, validation = _load_splits(config, store, model, loaded.tokenize)
     if config.training.initial_weights and not checkpoint:
         load_some_weights(model, Path(config.training.initial_weights))
+    watchdog.enter("manifests", 0)
+    train_set, validation = _load_splits(config, store, model, loaded.tokenize, began)
+    if not began:
+        _keep_frames(Path(config.run), rank, train_set, validation)
+    watchdog.enter("engine", 0)
     options.apply(model, config)
     (prepare or attach)(model, config)
     if config.training.compile:
@@ -83,13 +97,46 @@ def make_trainer(config: Config, prepare: Prepare | None = None) -> Trainer:
     torch.manual_seed(config.training.seed + rank)
     if start is not None:
         resume.load_engine(engine, start)
-    return Trainer(engine, config, train_set, validation, start.progress if start else Progress())
+    return Trainer(engine, config, train_set, validation, start.progress if start else Progress(), watchdog)
+
+
+def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tuple[str, dict[str, dict[str, int]]]:
+    """Rank 0 locks and makes the run folder. Returns the name of the checkpoint to go on from, or "", and what
+    :func:`avsr.training.resume.read_frames` found."""
+    found: list[Any] = ["", "", {}]
+    if rank == 0:
+        try:
+            if held is not None:
+                held.enter_context(locks.hold(Path(config.run)))
+            found[1:] = resume.prepare_run(config, world), resume.read_frames(Path(config.run))
+        except UserError as error:
+            found[0] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    failure, checkpoint, began = found
+    if failure:
+        raise UserError(failure)
+    return checkpoint, began
+
+
+def _keep_frames(run: Path, rank: int, train: SpeechDataset, validation: SpeechDataset) -> None:
+    failure = ""
+    if rank == 0:
+        try:
+            resume.write_frames(run, {"train": train.frames, "validation": validation.frames})
+        except UserError as error:
+            failure = str(error)
+    if failure := agree(failure):
+        raise UserError(failure)
 
 
 def _load_splits(
-    config: Config, store: FeatureStore, model: SpeechLLM, tokenize: Callable[[str], list[int]]
+    config: Config,
+    store: FeatureStore,
+    model: SpeechLLM,
+    tokenize: Callable[[str], list[int]],
+    began: Mapping[str, Mapping[str, int]],
 ) -> tuple[SpeechDataset, SpeechDataset]:
-    """The sets to train on and to validate with."""
+    """The sets to train on and to validate with; ``began`` is what the run had when it began, if it did."""
     settings = config.training
 
     def refuse(frames: dict[str, int], tokens: int) -> str:
@@ -100,11 +147,14 @@ def _load_splits(
 
     def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
         title = f"read {name}"
-        return load_dataset(manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse)
+        return load_dataset(
+            manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse, began=began.get(name)
+        )
 
-    task, augment = config.model.task, config.augment
-    reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed)
-    return load("train", config.data.train, reading), load("validation", config.data.validation, Reading(task))
+    task, augment, lossy = config.model.task, config.augment, config.data.on_bad == "skip"
+    reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed, lossy)
+    plain = Reading(task, lossy=lossy)
+    return load("train", config.data.train, reading), load("validation", config.data.validation, plain)
 
 
 def attach(model: SpeechLLM, config: Config) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,35 @@ class Example:
     task: str = "audio"
 
 
+@dataclass(frozen=True)
+class Lost:
+    """In place of an example: its clip could not be read when the batch was made, for this reason."""
+
+    utterance: Utterance
+    task: str
+    reason: str
+
+
 @dataclass
 class Batch:
     """B utterances. ``features[stream]`` is (B, T, D), zero-padded on the right; ``lengths[stream]`` (B,) int64
-    counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without specials."""
+    counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without specials.
+
+    A batch that lost all its utterances is one row of a prompt without speech and text. It counts for nothing: it is
+    there because ranks have to run the same number of forwards.
+    """
 
     utterances: list[Utterance]
     features: dict[str, Tensor]
     lengths: dict[str, Tensor]
     text: list[list[int]]
     tasks: list[str]
+    lost: list[Lost] = field(default_factory=list)
+
+    @property
+    def hollow(self) -> bool:
+        """Whether all its utterances were lost."""
+        return not self.utterances
 
     @property
     def seconds(self) -> float:
@@ -45,10 +64,14 @@ class Batch:
     @property
     def label_tokens(self) -> int:
         """Text tokens and one end token an utterance."""
-        return sum(len(ids) + 1 for ids in self.text)
+        return 0 if self.hollow else sum(len(ids) + 1 for ids in self.text)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(found: Sequence[Example | Lost]) -> Batch:
+    lost = [item for item in found if isinstance(item, Lost)]
+    examples = [item for item in found if isinstance(item, Example)]
+    if not examples:
+        return Batch([], {}, {}, [[]], [lost[0].task], lost)
     features, lengths = {}, {}
     for name in dict.fromkeys(name for example in examples for name in example.features):
         present = [example.features[name] for example in examples if name in example.features]
@@ -57,7 +80,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         features[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths[name] = torch.tensor([len(row) for row in rows])
     utterances, text, tasks = ([getattr(e, key) for e in examples] for key in ("utterance", "text", "task"))
-    return Batch(utterances, features, lengths, text, tasks)
+    return Batch(utterances, features, lengths, text, tasks, lost)
 
 
 def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Random | None = None) -> list[list[int]]:

@@ -6,19 +6,21 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from avsr.config import TASKS, DataConfig
-from avsr.data.batches import Example
+from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.transforms import PLAIN, View
-from avsr.errors import UserError
+from avsr.errors import ClipError, UserError
 
 logger = logging.getLogger("avsr")
-Found = tuple[dict[str, str], dict[str, tuple[int, int]], str]  # refusals and sizes by id, what ended the reading
+# By id: refusals, samples and mouth frames, encoder frames over all streams; and what ended the reading
+Found = tuple[dict[str, str], dict[str, tuple[int, int]], dict[str, int], str]
 _SHOWN = 5  # bad lines named in one message
 
 
@@ -33,6 +35,7 @@ class Reading:
     views: int = 0  # number of training versions; 0 = no limit
     augmented: bool = False
     seed: int = 0
+    lossy: bool = False  # an utterance whose clip cannot be read any more is given as lost instead of an error
 
     def all_views(self) -> list[View]:
         """What a cache has to hold, at least one."""
@@ -51,22 +54,25 @@ class Reading:
 
 
 class SpeechDataset(Dataset[Example]):
-    """Examples of a manifest's usable utterances, by index or by (index, draw).
+    """Examples of a manifest's utterances, by index or by (index, draw).
 
-    ``sizes`` are encoder frames over all streams, ``skipped`` counts refusals.
+    ``frames`` by id are encoder frames over all streams, ``sizes`` the same in order; ``bad`` holds the reason of every
+    refusal by id. Of these a run that goes on keeps those that it began with: they are always lost.
     """
 
     def __init__(
         self,
         utterances: Sequence[Utterance],
+        frames: Mapping[str, int],
+        bad: Mapping[str, str],
         store: FeatureStore,
         tokenize: Callable[[str], list[int]],
         reading: Reading,
     ) -> None:
         self.utterances = list(utterances)
-        view = reading.all_views()[0]  # a view changes no length
-        self.sizes = tuple(sum(store.frames(utterance, view).values()) for utterance in self.utterances)
-        self.skipped = 0
+        self.frames = {utterance.id: frames[utterance.id] for utterance in self.utterances}
+        self.sizes = tuple(self.frames.values())
+        self.bad = dict(bad)
         self.reading = reading
         self._store = store
         self._tokenize = tokenize
@@ -74,11 +80,23 @@ class SpeechDataset(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.utterances)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Example:
+    @property
+    def skipped(self) -> int:
+        return len(self.bad)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        """An :class:`Example`, or where ``reading.lossy`` perhaps a :class:`Lost`."""
         index, draw = key if isinstance(key, tuple) else (key, None)
         utterance = self.utterances[index]
         view, task = self.reading.pick(utterance, draw)
-        features = self._store.load(utterance, view, TASKS[task])
+        if utterance.id in self.bad:
+            return Lost(utterance, task, self.bad[utterance.id])
+        try:
+            features = self._store.load(utterance, view, TASKS[task])
+        except ClipError as error:
+            if not self.reading.lossy:
+                raise
+            return Lost(utterance, task, str(error))
         return Example(utterance, features, self._tokenize(utterance.text), task)
 
 
@@ -94,6 +112,7 @@ def load_dataset(
     title: str,
     reading: Reading,
     refuse: Refuse = lambda frames, tokens: "",
+    began: Mapping[str, int] | None = None,
 ) -> SpeechDataset:
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
 
@@ -106,9 +125,12 @@ def load_dataset(
         reading: as what the utterances are read.
         refuse: given encoder frames by stream and the number of text tokens, says why such an utterance cannot be
             used, or "".
+        began: the ``frames`` of the dataset that the run began with. This one then has the same utterances and sizes
+            in the same order, whatever became of their clips since.
 
     Raises:
-        UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can.
+        UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can; or the manifest lacks one
+            of ``began``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lines: list[str] = []
@@ -116,6 +138,8 @@ def load_dataset(
     bad = {f"bad line {number}": line for number, line in enumerate(lines)}
     if config.limit:
         utterances = utterances[: config.limit]
+    if began is not None:
+        utterances = _again(utterances, began, manifest)
     tokens = {utterance.id: len(tokenize(utterance.text)) for utterance in utterances}
     for utterance in utterances:
         if tokens[utterance.id] > config.max_text_tokens:
@@ -124,32 +148,63 @@ def load_dataset(
                 f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
-    views = reading.all_views()
-    failure = ""
-    try:
-        found = store.prepare(mine, title=title, views=views, shown=rank == 0)
-    except UserError as error:  # a full disk; the other ranks wait for this one's answer
-        found, mine, failure = {}, [], str(error)
-    for utterance in mine:
-        reason = "" if utterance.id in found else refuse(store.frames(utterance, views[0]), tokens[utterance.id])
-        if reason:
-            found[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
-    # only of this manifest: another one may use the same ids
-    own = {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}
-    parts = _gather((found, own, failure), world)
-    for _, _, reason in parts:
-        if reason:
-            raise UserError(reason)
-    for refused, sizes, _ in parts:
+    parts = _gather(_read(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id])), world)
+    frames: dict[str, int] = {}
+    for _, _, _, failure in parts:
+        if failure:
+            raise UserError(failure)
+    for refused, sizes, found, _ in parts:
         bad.update(refused)
         store.sizes.update(sizes)
+        frames.update(found)
     if bad:
         _report(bad, manifest, len(utterances) + len(lines), skip=config.on_bad == "skip")
-    dataset = SpeechDataset([u for u in utterances if u.id not in bad], store, tokenize, reading)
-    dataset.skipped = len(bad)
-    if not len(dataset):
+    usable = [u for u in utterances if u.id not in bad]
+    if not usable:
         raise UserError(f"{manifest}: no utterance can be used")
-    return dataset
+    if began is not None:
+        return SpeechDataset(utterances, began, bad, store, tokenize, reading)
+    return SpeechDataset(usable, frames, bad, store, tokenize, reading)
+
+
+def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str) -> list[Utterance]:
+    """Those that a run began with, in its order."""
+    by_id = {utterance.id: utterance for utterance in utterances}
+    gone = [name for name in began if name not in by_id]
+    if gone:
+        raise UserError(
+            f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({', '.join(gone[:_SHOWN])}); "
+            "restore its lines, or begin a new run with run="
+        )
+    if len(by_id) > len(began):
+        extra = len(by_id) - len(began)
+        logger.warning("%s: %d utterances are left out, since the run began without them", manifest, extra)
+    return [by_id[name] for name in began]
+
+
+def _read(
+    mine: Sequence[Utterance],
+    store: FeatureStore,
+    reading: Reading,
+    bar: tuple[str, bool],
+    refuse: Callable[[Utterance, dict[str, int]], str],
+) -> Found:
+    """This rank's part. ``bar`` is the title of the progress bar, and whether it is shown."""
+    views = reading.all_views()
+    frames: dict[str, int] = {}
+    try:
+        bad = store.prepare(mine, title=bar[0], views=views, shown=bar[1])
+        for utterance in mine:
+            if utterance.id in bad:
+                continue
+            counts = store.frames(utterance, views[0])  # a view changes no length
+            frames[utterance.id] = sum(counts.values())
+            if reason := refuse(utterance, counts):
+                bad[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
+    except UserError as error:  # a full disk; the other ranks wait for this one's answer
+        return {}, {}, {}, str(error)
+    # only of this manifest: another one may use the same ids
+    return bad, {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}, frames, ""
 
 
 def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> None:

@@ -22,7 +22,8 @@ from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
 from avsr.data.manifest import Utterance
 from avsr.data.transforms import PLAIN, Transforms, View
-from avsr.errors import UserError
+from avsr.errors import ClipError, UserError
+from avsr.folders import part_of
 from avsr.models.encoder import SpeechEncoder
 from avsr.progress import ProgressBar
 
@@ -102,7 +103,8 @@ class FeatureStore:
         """(T, D) float32 features by stream, or (T, K) inputs for the streams of ``inside``.
 
         Raises:
-            UserError: the clip cannot be used.
+            ClipError: the clip cannot be used.
+            UserError: the cache cannot.
         """
         clip: Clip | None = None
         out: dict[str, Tensor] = {}
@@ -111,9 +113,11 @@ class FeatureStore:
             if path is not None and path.is_file():
                 out[name] = torch.from_numpy(_read_cached(path)).float()
                 continue
-            if clip is None:
-                clip = self._transforms(self._checked(utterance), utterance, view)
-            inputs = self.encoders[name].prepare(clip)
+            try:
+                clip = clip or self._transforms(self._checked(utterance), utterance, view)
+                inputs = self.encoders[name].prepare(clip)
+            except UserError as error:
+                raise ClipError(str(error)) from None
             if path is None:
                 out[name] = inputs
                 continue
@@ -203,7 +207,7 @@ def _read_cached(path: Path, **options: Any) -> np.ndarray[Any, Any]:
 
 
 def _save(path: Path, features: Tensor) -> None:
-    part = path.with_name(f"{path.stem}.part{os.getpid()}")
+    part = part_of(path)
     try:
         path.parent.mkdir(exist_ok=True)
         with part.open("wb") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avsr.errors import UserError
+from avsr.folders import part_of
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
 _MOST_DIGITS = 9  # of their number: Python reads no number of 5,000 digits
@@ -81,7 +82,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, replacing ``path`` in one step."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # a file's name may hold bytes that are no UTF-8; Python's escape for them is also JSON's
     part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip, center_crop
 from avsr.errors import UserError
+from avsr.folders import part_of
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import resolve
 
@@ -210,10 +211,10 @@ def save_visual(model: VisualModel, folder: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{CONFIG}.part").write_text(text, encoding="utf-8")
-        save_file(state, str(folder / f"{WEIGHTS}.part"))
+        part_of(folder / CONFIG).write_text(text, encoding="utf-8")
+        save_file(state, str(part_of(folder / WEIGHTS)))
         for name in (CONFIG, WEIGHTS):
-            os.replace(folder / f"{name}.part", folder / name)
+            os.replace(part_of(folder / name), folder / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the visual model to {folder}: {error}") from error
 

@@ -10,6 +10,7 @@ from avsr.corpora.source import Source
 from avsr.data.clip import MOUTH_SIZES
 from avsr.data.video import encode_video, video_frames
 from avsr.errors import UserError
+from avsr.folders import part_of
 from avsr.models.sources import cache_folder
 from avsr.prepare.clips import Job, Refused, check_landmarks, mouths
 from avsr.prepare.faces import require_detector
@@ -43,7 +44,7 @@ def mouth_video(path: Path) -> Path:
         check_landmarks(valid, outside, options.coverage)
     except Refused as refused:
         raise UserError(f"no mouth could be cut out of {path} ({width}x{height}): {refused}") from refused
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    part = part_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(encode_video(frames))

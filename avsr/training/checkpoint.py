@@ -79,7 +79,7 @@ def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> str:
             if best:  # before "last", which says that this was the best
                 publish(folder / "best", state, config, asdict(progress))
             _keep_steps(folder, state, config, progress)
-            part = folder / "last.part"
+            part = folders.part_of(folder / "last")
             _write(part, state, config, record)
             save_file(kept.tensors, str(part / OPTIMIZER))
             save_file(generators, str(part / GENERATORS))
@@ -87,8 +87,7 @@ def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> str:
             folders.swap_in(part, folder / "last", keep=folder / "previous")
         except OSError as error:
             failure = f"cannot save a checkpoint in {folder}: {error}"
-            for part in folder.glob("*.part"):  # would fill the disk
-                shutil.rmtree(part, ignore_errors=True)
+            folders.drop_parts(folder)  # they would fill the disk
     return agree(failure)
 
 
@@ -148,7 +147,7 @@ def publish(folder: Path, state: dict[str, Tensor], config: Config, record: Mapp
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    part = folder.with_name(folder.name + ".part")
+    part = folders.part_of(folder)
     _write(part, state, config, record)
     folders.seal(part)
     folders.swap_in(part, folder)

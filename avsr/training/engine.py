@@ -22,6 +22,7 @@ from avsr.config import Config, DeepSpeedConfig, TrainingConfig
 from avsr.errors import UserError
 from avsr.models.resnet import VisualFrontEnd
 from avsr.models.speech_llm import SpeechLLM
+from avsr.training import jit
 
 
 def import_deepspeed() -> Any:
@@ -35,17 +36,25 @@ def import_deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+        from deepspeed.ops.op_builder.builder import OpBuilder
         from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    jit.supervise(OpBuilder)
     return deepspeed
 
 
 def start_distributed() -> tuple[int, int]:
     """Joins the launcher's process group, or makes one of a single process. Returns (rank, world size)."""
     deepspeed = import_deepspeed()
-    # DeepSpeed builds a small op with ninja, which lies beside this python and may not be on PATH
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # An all-reduce for inference that no training calls; DeepSpeed would compile it at every first start on a CPU.
+        # This table of its own says what can be compiled here, and edits to it are meant to last.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed compiles with ninja, which lies beside this python and may not be on PATH
+    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if not path.startswith(beside):
+        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())

@@ -1,4 +1,5 @@
-"""What can go wrong in the middle of a training: numbers that are not finite, memory, loader processes."""
+"""What can go wrong in the middle of a training: clips that are gone, numbers that are not finite, memory, loader
+processes."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avsr.config import Config
-from avsr.data.batches import Batch
+from avsr.data.batches import Batch, Lost
 from avsr.errors import UserError
+from avsr.folders import append
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
 
@@ -44,9 +46,9 @@ class Nonfinite:
         progress.skipped += 1
         # a gradient alone, of a finite loss, cannot be said to be of one rank
         guilty = [part for part in parts if not part["finite"]] or parts
-        names = ", ".join(name for part in guilty for name in part["utterances"])
+        names = ", ".join(name for part in guilty for name in part["utterances"]) or "none, all its clips are lost"
         if dist.get_rank() == 0:
-            self._write({"step": progress.step, "ranks": guilty})
+            _append(self._path, {"step": progress.step, "ranks": guilty})
             logger.warning("step %d is skipped: its loss or gradient is not finite (%s)", progress.step, names)
         if progress.skipped > self._most:
             raise UserError(
@@ -54,12 +56,37 @@ class Nonfinite:
                 f"steps so far, training.skip_nonfinite = {self._most}; all are in {self._path}"
             )
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            logger.warning("cannot write %s: %s", self._path, error)
+
+class LostClips:
+    """Names every utterance that a run lost since it began, once each: in a warning and as a line of ``lost.jsonl``."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "lost.jsonl"
+        self._known: set[str] = set()
+
+    def add(self, step: int, lost: Sequence[Lost]) -> None:
+        """All ranks call it, each with its own, as soon as one of them has lost an utterance."""
+        own = [(item.utterance.id, item.utterance.where, item.reason) for item in lost]
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        if dist.get_rank():
+            return
+        written = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
+        for name, where, reason in (row for part in parts for row in part):
+            place = where or name
+            if place in self._known:
+                continue
+            self._known.add(place)
+            logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", name, step, reason)
+            if f'"where": {json.dumps(place)}' not in written:  # by an earlier start
+                _append(self._path, {"step": step, "id": name, "where": place, "reason": reason})
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        append(path, (json.dumps(entry) + "\n").encode())
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error)
 
 
 @contextmanager

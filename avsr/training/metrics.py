@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import logging
 import math
 import os
+import platform
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from avsr.config import LogConfig
 from avsr.errors import UserError
+from avsr.folders import append, part_of
 
 logger = logging.getLogger("avsr")
 DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``
@@ -28,14 +34,17 @@ class MetricsLog:
         elif self._path.is_file():
             rows = zip(_whole(self._path), read_metrics(run), strict=True)
             kept = [line for line, row in rows if row["step"] <= resume_at]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            _replace(self._path, "".join(line + "\n" for line in kept))
         self._unwritten: list[str] = []
-        self._writer: Any = None
+        self._sinks: dict[str, Any] = {}
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run / "tensorboard"))
-        self._wandb = _start_wandb(config.wandb, run) if config.wandb else None
+            self._start("TensorBoard", lambda: _TensorBoard(run / "tensorboard"))
+        if config.wandb:
+            try:
+                importlib.import_module("wandb")
+            except ImportError as error:
+                raise UserError("log.wandb: the package wandb is not installed: pip install wandb") from error
+            self._start("W&B", lambda: _Wandb(str(config.wandb), run))
 
     def write(self, row: dict[str, Any]) -> None:
         """``row`` holds ``step`` and numbers, null where one is not finite; others are written to the file alone. What
@@ -43,29 +52,73 @@ class MetricsLog:
         row = {key: _finite(value) for key, value in row.items()}
         self._unwritten.append(json.dumps(row) + "\n")
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                place = file.tell()
-                try:
-                    file.write("".join(self._unwritten))
-                    file.flush()
-                except OSError:
-                    file.truncate(place)  # no half a line
-                    raise
+            append(self._path, "".join(self._unwritten).encode())
             self._unwritten.clear()
         except OSError as error:
             logger.error("cannot write %s: %s; its rows are kept for later", self._path, error)
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+        for name, sink in list(self._sinks.items()):
+            with self._spared(name):
+                sink.write(numbers, row["step"])
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for name, sink in list(self._sinks.items()):
+            with self._spared(name):
+                sink.close()
+        self._sinks.clear()
+
+    def _start(self, name: str, make: Callable[[], Any]) -> None:
+        with self._spared(name):
+            self._sinks[name] = make()
+
+    @contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
+        """A sink that fails, of whatever it be, is named once and gets no more: training goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._sinks.pop(name, None)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("%s gets no more of the metrics, which are all in %s: %s", name, self._path, reason)
+
+
+class _TensorBoard:
+    """An event file, written at once: torch's SummaryWriter does it in a thread, which dies of a full disk with a
+    traceback of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}"
+        self._path = folder / name
+        self._add(file_version="brain.Event:2")
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        values = [{"tag": key, "simple_value": value} for key, value in numbers.items()]
+        self._add(step=step, summary={"value": values})
+
+    def close(self) -> None:
+        """Everything is written."""
+
+    def _add(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        append(self._path, record.getvalue())
+
+
+class _Wandb:
+    def __init__(self, project: str, run: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=run.name, dir=str(run))
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _finite(value: Any) -> Any:
@@ -96,6 +149,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _replace(path: Path, text: str) -> None:
+    part = part_of(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"resume: cannot write {path}: {error}") from error
+
+
 def _whole(path: Path) -> list[str]:
     """The lines of ``path`` without a last one that a full disk or a kill cut short."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -111,11 +174,3 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**10 if sys.platform != "darwin" else peak / 2**20
-
-
-def _start_wandb(project: str, run: Path) -> ModuleType | Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb: the package wandb is not installed: pip install wandb") from error
-    return wandb.init(project=project, name=run.name, dir=str(run))

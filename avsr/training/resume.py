@@ -21,6 +21,7 @@ from avsr.build import WEIGHTS, load_weights
 from avsr.composing import differences
 from avsr.config import Config, read_run_config, to_yaml
 from avsr.errors import UserError
+from avsr.locks import LOCK
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training import optimizer_state
 from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
@@ -29,7 +30,7 @@ from avsr.training.optimizer_state import OptimizerState
 logger = logging.getLogger("avsr")
 # A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps
 _FREE = (
-    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
+    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "data.on_bad", "training.keep_"),
     *("noise.snr", "act."),  # of a later evaluation
     *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
     *("training.kernels", "training.compile", "loss.cross_entropy"),
@@ -39,6 +40,7 @@ _FREE = (
 
 _COUNTS = ("step", "epoch", "step_in_epoch", "clipped", "skipped", "ranks", "accumulation")
 _KEYS = {*_COUNTS, "best", "validation", "optimizer", "scheduler", "random"}
+FRAMES = "frames.json"
 _MOST = 2**53  # floats count no further
 
 
@@ -78,12 +80,51 @@ def prepare_run(config: Config, ranks: int) -> str:
         raise UserError(f"run: {run} exists already; continue it with resume=true, or name another folder with run=")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        part = saved.with_suffix(".part")
-        part.write_text(to_yaml(config), encoding="utf-8")
-        os.replace(part, saved)
+        for part in (*run.glob("*.part"), *(run / "checkpoints").glob("*.part")):
+            if not part.name.startswith((LOCK, "average.")):  # of a process that may live; others were killed
+                folders.remove(part)
+        if not config.resume:
+            (run / FRAMES).unlink(missing_ok=True)  # of a start that was refused
+        _replace(saved, to_yaml(config))
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     return name
+
+
+def read_frames(run: Path) -> dict[str, dict[str, int]]:
+    """What :func:`write_frames` wrote when the run began; empty where it did not.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / FRAMES
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.keys() != {"train", "validation"}:
+            raise ValueError("it is not that of a training")
+        for part in found.values():
+            if not part or not all(type(count) is int and 0 <= count <= _MOST for count in part.values()):
+                raise ValueError("these are no numbers of frames")
+        return found
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"resume: {path} cannot be read: {error}") from error
+
+
+def write_frames(run: Path, frames: dict[str, dict[str, int]]) -> None:
+    """Keeps the utterances that a run begins with, in order, and their encoder frames: its batches follow from them,
+    and have to be the same ones when it goes on, whatever becomes of the clips."""
+    try:
+        _replace(run / FRAMES, json.dumps(frames))
+    except OSError as error:
+        raise UserError(f"run: cannot write to {run}: {error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    part = folders.part_of(path)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _newest(run: Path) -> str:
@@ -118,7 +159,8 @@ def _check_parts(record: dict[str, Any], accumulation: int, ranks: int) -> None:
 
 def _holds_something(run: Path) -> bool:
     """More than this function's caller leaves behind when a training is refused before its first step."""
-    extra = {item.name for item in run.iterdir()} - {"config.yaml", "config.part", "checkpoints"}
+    known = {"config.yaml", FRAMES, LOCK, "checkpoints"}
+    extra = [item for item in run.iterdir() if item.name not in known and item.suffix != ".part"]
     return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
 
 

@@ -20,12 +20,12 @@ from avsr.config import Config
 from avsr.data.batches import Batch, Schedule, collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import Interrupted, UserError
-from avsr.losses import all_max, all_sum, count_step, local_span, scaled
+from avsr.losses import Counts, all_max, all_sum, count_step, local_span, scaled
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.progress import ProgressBar
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
-from avsr.training.faults import Nonfinite, explained
+from avsr.training.faults import LostClips, Nonfinite, explained
 from avsr.training.metrics import MetricsLog, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
@@ -38,7 +38,13 @@ class Trainer:
     """Runs ``training.steps`` optimizer steps of ``engine`` over ``train``."""
 
     def __init__(
-        self, engine: Any, config: Config, train: SpeechDataset, validation: SpeechDataset, progress: Progress
+        self,
+        engine: Any,
+        config: Config,
+        train: SpeechDataset,
+        validation: SpeechDataset,
+        progress: Progress,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.engine = engine
         self.model: SpeechLLM = engine.module
@@ -50,8 +56,9 @@ class Trainer:
         self._stop = 0  # the signal that asked for it
         self._asked = -math.inf  # when Ctrl-C last did
         self._log: MetricsLog | None = None
-        self._watchdog = Watchdog(config.training.timeout)
+        self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
+        self._lost = LostClips(Path(config.run))
         self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
         self._schedule = Schedule(
@@ -73,7 +80,7 @@ class Trainer:
         if self.rank == 0:
             self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        self._watchdog.start()
+        self._watchdog.enter("data", self.progress.step + 1)
         try:
             with (
                 ProgressBar("train", self.settings.steps, done=self.progress.step, shown=self.rank == 0) as bar,
@@ -81,7 +88,6 @@ class Trainer:
             ):
                 self._loop(bar)
         finally:
-            self._watchdog.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
             if self._log is not None:
@@ -158,6 +164,8 @@ class Trainer:
         spans = [self.model.span_tokens(batch) for batch in batches]
         with enter("counts", step):
             counts = count_step(batches, spans, self.device)
+            if counts.lost:
+                self._lost.add(step, [item for batch in batches for item in batch.lost])
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
@@ -182,7 +190,7 @@ class Trainer:
         tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
         with enter("metrics", step):
             totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
-        row = self._row(totals, counts.labels, counts.span, norm)
+        row = self._row(totals, counts, norm)
         if split is not None:
             row.update(split.norms(self.config.loss.decorrelation))
         if not math.isfinite(row["loss"]) or norm is None or not math.isfinite(norm):
@@ -208,18 +216,21 @@ class Trainer:
             return math.inf
         return float(engine.get_global_grad_norm()) if norm is None else norm
 
-    def _row(self, totals: list[float], labels: int, span: int, norm: float | None) -> dict[str, Any]:
+    def _row(self, totals: list[float], counts: Counts, norm: float | None) -> dict[str, Any]:
         progress, weight = self.progress, self.config.loss.decorrelation
+        labels = counts.labels or math.nan
         progress.clipped += norm is not None and norm > self.settings.clip
         row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "ce": totals[0] / labels}
         if weight:
-            row["decorrelation"] = totals[1] / max(span, 1)
+            row["decorrelation"] = totals[1] / max(counts.span, 1)
         row["loss"] = row["ce"] + weight * row.get("decorrelation", 0.0)
         row["accuracy"] = totals[2] / labels
         row["lr"] = self.engine.get_lr()[0]
         row["grad_norm"] = norm
         row["clipped_share"] = progress.clipped / progress.step
         row["audio_seconds"], row["tokens"] = totals[3], int(totals[4])
+        if counts.lost:
+            row["lost"] = counts.lost
         row["peak_memory_mb"] = peak_memory_mb()
         return row
 
@@ -238,7 +249,7 @@ class Trainer:
         order = make_batches(self.validation.sizes, self.settings.frames, self.settings.utterances)
         mine = order[self.rank :: self.world]
         rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
-        sums = [0.0] * 5
+        sums, lost = [0.0] * 6, []
         for index in range(rounds):
             own = index < len(mine)
             with self._stages.enter("validation", self.progress.step):
@@ -247,11 +258,15 @@ class Trainer:
             if not own:
                 continue
             span = local_span(self.model.span_tokens(batch))
-            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, span]
+            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, span, len(batch.lost)]
+            lost += batch.lost
             if terms.decorrelation is not None:
                 values[3] = float(terms.decorrelation) * span
             sums = [total + value for total, value in zip(sums, values, strict=True)]
-        ce, correct, labels, decorrelation, span_total = all_sum(sums, self.device)
+        ce, correct, labels, decorrelation, span_total, gone = all_sum(sums, self.device)
+        if gone:
+            self._lost.add(self.progress.step, lost)
+        labels = labels or math.nan
         row = {"validation_ce": ce / labels, "validation_accuracy": correct / labels}
         if self.config.loss.decorrelation:
             row["validation_decorrelation"] = decorrelation / max(span_total, 1)
@@ -284,7 +299,8 @@ def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except UserError as error:
-        raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()) from None
+        kind = type(error)
+        raise UserError(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].strip()) from None
 
 
 def seed_everything(seed: int) -> None:

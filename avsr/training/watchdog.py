@@ -1,4 +1,8 @@
-"""Says which rank hangs, in which stage, and ends all of them: a hung collective would wait for its own time-out."""
+"""Says which rank hangs, in which stage, and ends all of them: a hung collective would wait for its own time-out.
+
+A step's stages go in step: one rank that stays in one too long is enough. At the start one rank may read clips for
+hours while another waits for it: there all ranks have to stand still, and what moves a progress bar is a sign of life.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,17 @@ from typing import Any
 import torch.distributed as dist
 
 from avsr.errors import EXIT_HUNG
+from avsr.progress import ProgressBar
 
+START = ("process group", "run folder", "model", "manifests", "engine")
 # in the order of a step: the rank that is furthest behind is the one that the others wait for
-STAGES = ("data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
+STAGES = (*START, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
+START_LEAST = 30.0  # seconds that a stage of the start has in any case
 _ABORT = "abort"
 
 
 class Watchdog:
-    """A thread a rank that tells the others every second where its training stands.
+    """A thread a rank that tells the others every second where its training stands, once it can: see :meth:`connect`.
 
     Args:
         timeout: seconds that a rank may spend in one stage; 0 switches the watchdog off.
@@ -29,28 +36,37 @@ class Watchdog:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._rank, self._ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._step, self._stage, self._since = 0, STAGES[0], time.monotonic()
         self._over = threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}  # by rank: its last count, and when it came
+        self._store: dist.TCPStore | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """All ranks call it."""
-        if not self.timeout:
-            return
-        store = self._connect()
-        self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
-        self._thread.start()
+    def __enter__(self) -> Watchdog:
+        if self.timeout:
+            ProgressBar.moved.append(self._move)
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            ProgressBar.moved.remove(self._move)
+
+    def connect(self) -> None:
+        """From now on the ranks know of each other; all of them call it."""
+        if self._thread is not None:
+            self._store = self._connect()
 
     def enter(self, stage: str, step: int) -> None:
         """Says that this rank begins ``stage`` of ``step``."""
         self._step, self._stage, self._since = step, stage, time.monotonic()
 
-    def stop(self) -> None:
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+    def _move(self) -> None:
+        self._since = time.monotonic()
 
     def _connect(self) -> dist.TCPStore:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -60,11 +76,15 @@ class Watchdog:
         dist.broadcast_object_list(port, src=0)
         return own or dist.TCPStore(host, port[0], None, False, patience, wait_for_workers=False)
 
-    def _watch(self, store: dist.TCPStore) -> None:
+    def _watch(self) -> None:
         count = 0
         while not self._over.wait(min(1.0, self.timeout / 4)):
             count += 1
-            age = time.monotonic() - self._since
+            age, store = time.monotonic() - self._since, self._store
+            if store is None:
+                if age > self._patience(self._stage):
+                    _leave(self._describe([(self._step, STAGES.index(self._stage), -age, self._rank)]))
+                continue
             try:
                 store.set(f"rank/{self._rank}", json.dumps([count, self._step, self._stage, age]))
                 if store.check([_ABORT]):
@@ -82,7 +102,7 @@ class Watchdog:
     def _judge(self, store: dist.TCPStore) -> str:
         """Rank 0: which rank hangs, or ""."""
         now = time.monotonic()
-        places, hung = [], False
+        places = []
         for rank in range(self._ranks):
             key = f"rank/{rank}"
             if not store.check([key]):
@@ -92,15 +112,26 @@ class Watchdog:
                 self._heard[rank] = (count, now)
             age += now - self._heard[rank][1]  # a stopped process counts no more
             places.append((step, STAGES.index(stage), -age, rank))
-            hung = hung or age > self.timeout
-        if not hung:
-            return ""
-        step, stage, age, rank = min(places)
-        rest = ", ".join(f"rank {r} in {STAGES[g]} of step {s} for {-a:.0f} s" for s, g, a, r in sorted(places)[1:6])
-        return (
-            f"rank {rank} hangs in {STAGES[stage]} of step {step} for {-age:.0f} s (training.timeout = "
-            f"{self.timeout:g} s)" + (f"; {rest}" if rest else "")
-        )
+        late = [-age > self._patience(STAGES[stage]) for _, stage, age, _ in places]
+        starting = any(STAGES[stage] in START for _, stage, _, _ in places)
+        hung = bool(late) and all(late) if starting else any(late)
+        return self._describe(sorted(places)) if hung else ""
+
+    def _patience(self, stage: str) -> float:
+        return max(self.timeout, START_LEAST) if stage in START else self.timeout
+
+    def _describe(self, places: list[tuple[int, int, float, int]]) -> str:
+        """``places`` are (step, stage, -seconds, rank), the one furthest behind first."""
+
+        def where(step: int, stage: int, age: float) -> str:
+            name = STAGES[stage]
+            part = f"the start ({name})" if name in START else f"{name} of step {step}"
+            return f"{part} for {-age:.0f} s"
+
+        step, stage, age, rank = places[0]
+        rest = ", ".join(f"rank {r} in {where(s, g, a)}" for s, g, a, r in places[1:6])
+        shown = f"rank {rank} hangs in {where(step, stage, age)} (training.timeout = {self.timeout:g} s)"
+        return f"{shown}; {rest}" if rest else shown
 
 
 def _leave(problem: str) -> None:

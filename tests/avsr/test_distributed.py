@@ -21,6 +21,7 @@ from avsr.errors import EXIT_HUNG, EXIT_PREEMPTED, UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
 from avsr.train import train
 from avsr.training.metrics import read_metrics
+from avsr.training.trainer import Trainer
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 SETTINGS = {
@@ -106,6 +107,37 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(
         alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "deepspeed.stage=1")
     alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "training.accumulation=2", "deepspeed.stage=1")
     agree(one, tmp_path / "two", *CURVE, *more)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_rank_that_loses_its_clip_holds_up_nobody(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, stage: int
+) -> None:
+    """One utterance a rank and step. The clip goes when all is read, and the step is as good as the other rank's
+    alone: losses, gradient norms and weights are those of one process that loses it too."""
+    settings = {**SETTINGS, "training.utterances": 1, "training.gradient_norms_every": 0, "data.on_bad": "skip"}
+    recipe = tiny_recipe(tmp_path, **settings, **{"data.cache": None, "training.steps": 4})
+    clip = tmp_path / "corpus" / "train" / "u005.wav"
+    content = clip.read_bytes()
+    ranks = [finish(process) for process in hurt(tmp_path, f"lose {clip}", recipe, f"deepspeed.stage={stage}")]
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert not clip.exists() and sum(done.stderr.count("u005 is left out") for done in ranks) == 1
+    rows = read_metrics(tmp_path / "run")
+    assert [row["lost"] for row in rows if "lost" in row] == [1]  # four steps of two are all eight
+    clip.write_bytes(content)
+    real = Trainer.fit
+
+    def fit(self: Trainer) -> None:
+        clip.unlink()
+        real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", fit)
+        one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
+    agree(one, tmp_path / "run", *CURVE, "lost")
 
 
 @pytest.mark.distributed
@@ -220,7 +252,16 @@ HURT = """
     from avsr.training.trainer import Trainer
 
     kind, second = sys.argv.pop(1), os.environ["RANK"] == "1"
-    real_step, real_forward, calls = Trainer.step, SpeechLLM.forward, []
+    kind, _, clip = kind.partition(" ")
+    real_step, real_forward, real_fit, calls = Trainer.step, SpeechLLM.forward, Trainer.fit, []
+
+    def fit(self):
+        if kind == "lose":
+            import torch.distributed as dist
+            if second:
+                os.unlink(clip)
+            dist.barrier()
+        real_fit(self)
 
     def step(self, batches):
         if kind == "sleep" and second and self.progress.step == 3:
@@ -236,7 +277,7 @@ HURT = """
         spoilt = kind == "nan" and second and sum(calls) == 2 and self.training
         return terms._replace(cross_entropy=terms.cross_entropy * math.nan) if spoilt else terms
 
-    Trainer.step, SpeechLLM.forward = step, forward
+    Trainer.step, SpeechLLM.forward, Trainer.fit = step, forward, fit
     train.main()
 """
 

@@ -30,6 +30,7 @@ from avsr.synth import corpus
 from avsr.synth.options import SynthOptions
 from avsr.training.engine import deepspeed_config
 from avsr.training.metrics import DRAWN, read_metrics
+from avsr.training.resume import FRAMES, read_frames
 from avsr.training.timed import _read_times
 
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
@@ -262,6 +263,9 @@ def test_other_json_files(count: int, tmp_path: Path) -> None:
     spans = {"words": [["hi", 0.1, 0.4]], "phonemes": [["h", 0.1, 0.2], ["aI", 0.2, 0.4]]}
     read = write_and(times, lambda: _read_times(times, row))
     tools.fuzz(count, tools.json_file(spans), read, tools.each_changed(spans))
+    frames = {"train": {"a": 30, "b": 1}, "validation": {"c": 0}}
+    read = write_and(tmp_path / FRAMES, lambda: [sum(part.values()) for part in read_frames(tmp_path).values()])
+    tools.fuzz(count, tools.json_file(frames), read, tools.each_changed(frames))
     state = {"format": corpus.FORMAT, "options": {"grid": 1}, "utterances": {"grid/train.jsonl": 3}}
     read = write_and(tmp_path / "synth" / "corpus.json", lambda: corpus.synthesise(tmp_path / "synth", SynthOptions()))
     tools.fuzz(count, tools.json_file(state), read, tools.each_changed(state))

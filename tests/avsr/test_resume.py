@@ -277,6 +277,7 @@ def kills(tmp_path: Path, recipe: Path, *points: tuple[str, int]) -> None:
     done = start(tmp_path, "never", 0, recipe)
     assert done.returncode == 0, done.stderr
     same(whole, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part")) and not (tmp_path / "run" / ".lock").exists()
 
 
 def test_killed_at_a_step_and_in_a_save_nothing_is_lost(tiny_recipe: Recipe, tmp_path: Path) -> None:

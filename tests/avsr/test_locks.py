@@ -1,0 +1,220 @@
+"""One writer in a folder: whoever comes second is refused, and takes over from one that is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from avsr import locks
+from avsr.config import load_config
+from avsr.errors import EXIT_USER, UserError
+from avsr.evaluate import evaluate
+from avsr.folders import part_of
+from avsr.locks import LOCK, Holder, hold
+from avsr.train import train
+from avsr.training.metrics import read_metrics
+
+ELSEWHERE = Holder("else where@1", 1, 4711, 1, 1_700_000_000, "token")
+
+
+def plant(folder: Path, holder: Holder, silent: float = 0.0) -> Path:
+    """A lock of ``holder``, who last gave a sign of life ``silent`` seconds ago."""
+    file = folder / LOCK / holder.name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (time.time() - silent,) * 2)
+    return file
+
+
+def test_a_second_writer_is_refused_in_one_line_and_comes_in_after_the_first(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        with (
+            pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* since \d{{4}}-[^\n]*$"),
+            hold(tmp_path),
+        ):
+            pass
+        assert len(list((tmp_path / LOCK).iterdir())) == 1
+    with pytest.raises(KeyError), hold(tmp_path):
+        raise KeyError
+    with hold(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_say_what_they_were_made_of() -> None:
+    for holder in (ELSEWHERE, replace(ELSEWHERE, host="ü/%@"), Holder.own()):
+        assert Holder.parse(Path(holder.name)) == holder and "/" not in holder.name
+    with pytest.raises(UserError, match=r"run/\.lock/x does not belong there: delete run/\.lock"):
+        Holder.parse(Path("run") / LOCK / "x")
+
+
+@pytest.mark.parametrize("kind", ["dead", "number used again", "zombie"])
+def test_a_dead_process_of_this_host_is_followed_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    born = locks.process_start(process.pid)
+    assert born
+    process.kill()
+    while kind == "zombie" and locks.process_start(process.pid):
+        time.sleep(0.01)  # it stays one until it is waited for
+    if kind == "dead":
+        process.wait()
+    pid = os.getpid() if kind == "number used again" else process.pid
+    plant(tmp_path, replace(Holder.own(), pid=pid, born=born - (kind == "number used again")))
+    with caplog.at_level(logging.WARNING), hold(tmp_path):
+        assert Holder.parse(next((tmp_path / LOCK).iterdir())).pid == os.getpid()
+    assert re.search(rf"was in use by process {pid} on .* which is gone", caplog.text)
+    process.wait()
+
+
+def test_a_process_of_another_host_is_followed_when_it_is_silent_for_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(tmp_path, ELSEWHERE, locks.STALE + 5)
+    began = time.monotonic()
+    with hold(tmp_path):
+        pass
+    assert time.monotonic() - began < 1 and "gave no sign of life for 305 s" in caplog.text
+
+
+def test_one_that_may_be_gone_is_waited_for_and_refused_as_soon_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the file system's own clock: this process's runs years ahead."""
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    file = plant(tmp_path, ELSEWHERE)
+    os.utime(file)
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            os.utime(file)
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+    with pytest.raises(UserError, match=r"process 4711 on else where@1 since 2023-"), hold(tmp_path):
+        pass
+    assert len(naps) == 3 and file.is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_that_stays_silent_is_followed_after_the_rest_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "STALE", 1.5)
+    plant(tmp_path, ELSEWHERE, 0.5)
+    began = time.monotonic()
+    with hold(tmp_path):
+        assert 0.8 < time.monotonic() - began < 10
+
+
+RACE = """
+    import sys, time
+    from pathlib import Path
+    from avsr.errors import UserError
+    from avsr.locks import hold
+
+    sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
+    try:
+        with hold(Path(sys.argv[1])):
+            print("in", flush=True)
+            sys.stdin.readline()
+    except UserError as error:
+        print(error, flush=True)
+"""
+
+
+def test_of_several_that_take_over_at_once_one_gets_in(tmp_path: Path) -> None:
+    starts = [[sys.executable, "-c", textwrap.dedent(RACE), str(tmp_path / "run")]] * 6
+    racers = [subprocess.Popen(s, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for s in starts]
+    pipes = [(racer.stdin, racer.stdout) for racer in racers]
+    try:
+        assert [out.readline() for _, out in pipes if out] == ["ready\n"] * 6
+        plant(tmp_path / "run", replace(Holder.own(), born=1))
+        for write, _ in pipes:
+            assert write is not None
+            write.write("go\n")
+            write.flush()
+        said = [out.readline() for _, out in pipes if out]
+        (winner,) = [racer.pid for racer, line in zip(racers, said, strict=True) if line == "in\n"]
+        assert all(f"in use by process {winner} on" in line for line in said if line != "in\n")
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.wait()
+
+
+def test_who_loses_its_lock_ends(tmp_path: Path) -> None:
+    code = "from avsr import locks; locks.BEAT = 0.1" + textwrap.dedent(RACE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n", "in\n"]
+    (file,) = (tmp_path / LOCK).iterdir()
+    first = file.stat().st_mtime_ns
+    while file.stat().st_mtime_ns == first:  # it beats
+        time.sleep(0.02)
+    file.rename(file.with_name(ELSEWHERE.name))
+    assert process.wait(20) == EXIT_USER and "it ends, so that no two write there" in process.stderr.read()
+    assert [path.name for path in (tmp_path / LOCK).iterdir()] == [ELSEWHERE.name]
+
+
+def test_parts_belong_to_one_process_of_one_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {part_of(tmp_path / "x")}
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    paths.add(part_of(tmp_path / "x"))
+    monkeypatch.setattr(locks.platform, "node", lambda: "other")
+    paths.add(part_of(tmp_path / "x"))
+    assert len(paths) == 3 and {path.suffix for path in paths} == {".part"}
+
+
+SLOW = """
+    import sys, time
+    from avsr.cli import main
+    from avsr.training.trainer import Trainer
+
+    real = Trainer.step
+
+    def step(self, batches):
+        while self.progress.step == 3 and not (self.config.run and sys.stdin.readline()):
+            time.sleep(0.1)
+        return real(self, batches)
+
+    Trainer.step = step
+    main(["train", *sys.argv[1:]])
+"""
+
+
+def test_a_run_is_trained_once_at_a_time_and_evaluated_meanwhile(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then killed, and continued at once."""
+    recipe, run = str(tiny_recipe(tmp_path, **{"training.validate_every": 1})), tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLOW), recipe], stdin=subprocess.PIPE, stderr=-1)
+    try:
+        while not (run / "checkpoints" / "previous").is_dir():  # it waits in step 3
+            assert first.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(UserError, match=rf"run is in use by process {first.pid} on"):
+            train(load_config(recipe, ["resume=true"]))
+        assert evaluate(str(run), [], "last").keys() == {"sentences", "unseen_voices"}
+    finally:
+        first.kill()
+        first.wait()
+    assert (run / LOCK).is_dir()
+    train(load_config(recipe, ["resume=true"]))
+    assert f"process {first.pid} on" in caplog.text and "takes over" in caplog.text
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4] and not (run / LOCK).exists()

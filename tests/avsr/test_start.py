@@ -1,0 +1,191 @@
+"""The start of a training: what DeepSpeed compiles, what it waits for, and a start that hangs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from avsr.config import load_config
+from avsr.errors import EXIT_HUNG, UserError
+from avsr.train import train
+from avsr.training import jit, watchdog
+from avsr.training.engine import import_deepspeed
+from avsr.training.metrics import read_metrics
+from avsr.training.watchdog import STAGES, Watchdog
+
+Recipe = Callable[..., Path]
+ADAM = '{"optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": false}}}'
+
+
+def test_a_start_needs_no_compiler_and_waits_for_no_lock(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Neither c++ nor ninja, and what a kill left where DeepSpeed once compiled an op for every start."""
+    nothing, built = tmp_path / "bin", tmp_path / "built"
+    nothing.mkdir()
+    (nothing / "python").symlink_to(sys.executable)  # ninja lies beside the real one
+    lock = built / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    recipe = tiny_recipe(tmp_path, **{"training.steps": 1})
+    code = f"import sys; sys.executable = {str(nothing / 'python')!r}; from avsr.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", str(recipe)],
+        env={**os.environ, "PATH": str(nothing), "TORCH_EXTENSIONS_DIR": str(built), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "run")) == 1 and [path.name for path in built.iterdir()] == [lock.parent.name]
+
+
+def test_an_op_that_has_to_be_compiled_without_a_compiler_is_one_line(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ds.json").write_text(ADAM)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(
+        UserError, match=r"deepspeed\.config: DeepSpeed has to compile (cpu|fused)_adam and finds no .*none:"
+    ):
+        train(load_config(str(tiny_recipe(tmp_path, **{"deepspeed.config": str(tmp_path / "ds.json")}))))
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an op, where both tools seem to be there."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    monkeypatch.setattr(jit.shutil, "which", lambda tool: tool)
+    (tmp_path / "ops" / "cpu_adam").mkdir(parents=True)
+    return tmp_path / "ops" / "cpu_adam"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_lock_that_a_kill_left_goes_and_the_compiling_is_said(
+    built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own: bool
+) -> None:
+    """In a folder of the user's, which other hosts may share, only when nothing has changed there for long."""
+    if own:
+        monkeypatch.setattr(jit, "own_folder", lambda: built.parent)
+    lock = built / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); input()", str(lock)],
+        stdin=subprocess.PIPE,
+    )
+    while not lock.exists():
+        time.sleep(0.01)
+    jit.make_ready("cpu_adam")
+    assert lock.exists() and "waiting for another process that compiles DeepSpeed's cpu_adam" in caplog.text
+    holder.kill()
+    holder.wait()
+    if not own:
+        jit.make_ready("cpu_adam")
+        assert lock.exists()
+        for path in (lock, built):
+            os.utime(path, (time.time() - 700,) * 2)
+    caplog.clear()
+    jit.make_ready("cpu_adam")
+    assert not lock.exists() and f"{lock} was left behind" in caplog.text
+    assert "compiling DeepSpeed's cpu_adam (once" in caplog.text
+    (built / "cpu_adam.so").touch()
+    caplog.clear()
+    jit.make_ready("cpu_adam")
+    assert not caplog.text
+
+
+def test_every_op_of_deepspeed_passes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler comes after it, in a folder of this environment."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    import_deepspeed()
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
+    from torch.utils import cpp_extension
+
+    came: list[Any] = []
+    monkeypatch.setattr(jit, "make_ready", came.append)
+    monkeypatch.setattr(cpp_extension, "verify_ninja_availability", lambda: None)
+    monkeypatch.setattr(cpp_extension, "load", lambda name, **_: came.append(name) or SimpleNamespace())
+    CPUAdamBuilder().jit_load()
+    assert came == ["cpu_adam", "cpu_adam"]
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(jit.own_folder())
+
+
+HANGING = """
+    import sys, time
+    import avsr.train
+    from avsr.cli import main
+    from avsr.training import watchdog
+    from avsr.training.engine import import_deepspeed
+
+    def hang(*arguments, **options):
+        time.sleep(600)
+
+    import_deepspeed()
+    setattr(avsr.train, sys.argv[1], hang)
+    watchdog.START_LEAST = 1.0 if sys.argv[1] == "start_distributed" else 6.0
+    main(["train", sys.argv[2], "training.timeout=0.5"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "stage"),
+    [("start_distributed", "process group"), ("load_dataset", "manifests")],
+)
+def test_a_start_that_hangs_ends_and_says_where(tiny_recipe: Recipe, tmp_path: Path, point: str, stage: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HANGING), point, str(tiny_recipe(tmp_path))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == EXIT_HUNG, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("avsr: ")]
+    assert re.fullmatch(rf"avsr: rank 0 hangs in the start \({stage}\) for \d+ s \(training\.timeout = 0\.5 s\)", line)
+    assert "in hang" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        # one reads for long, the others wait for it
+        ([("manifests", 0, 1.0), ("manifests", 0, 100.0)], ""),
+        ([("manifests", 0, 70.0), ("engine", 0, 90.0)], "rank 0 hangs in the start (manifests) for 70 s"),
+        ([("data", 1, 70.0), ("engine", 0, 90.0)], "rank 1 hangs in the start (engine) for 90 s"),
+        # in a step one is enough
+        ([("forward", 3, 1.0), ("data", 3, 70.0)], "rank 1 hangs in data of step 3 for 70 s"),
+        ([("forward", 3, 1.0), ("data", 3, 50.0)], ""),
+    ],
+)
+def test_at_the_start_all_ranks_have_to_stand_still(places: list[tuple[str, int, float]], said: str) -> None:
+    dog: Any = Watchdog(60.0)
+    dog._ranks = len(places)
+    texts = {f"rank/{n}": f'[1, {step}, "{stage}", {age}]' for n, (stage, step, age) in enumerate(places)}
+    store = SimpleNamespace(check=lambda keys: keys[0] in texts, get=texts.__getitem__)
+    assert dog._judge(store).startswith(said) and bool(dog._judge(store)) == bool(said)
+
+
+def test_what_moves_a_progress_bar_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from avsr.progress import ProgressBar
+
+    left: list[str] = []
+    monkeypatch.setattr(watchdog, "START_LEAST", 0.0)
+    monkeypatch.setattr(watchdog, "_leave", left.append)
+    with Watchdog(1.0) as dog, ProgressBar("read", 30, shown=False) as bar:
+        dog.enter("manifests", 0)
+        for _ in range(20):
+            time.sleep(0.1)
+            bar.advance()
+        assert not left
+        time.sleep(1.6)
+    assert left and "manifests" in left[0] and not ProgressBar.moved
+    assert set(watchdog.START) < set(STAGES)

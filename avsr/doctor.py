@@ -12,6 +12,7 @@ import torch
 
 import flashsink
 from avsr.models.sources import cache_folder
+from flashsink import versions
 
 _NEEDED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
@@ -37,7 +38,7 @@ def report() -> tuple[list[str], bool]:
         for name in names:
             version = _version(name)
             missing += [] if version else [name]
-            lines.append(f"  {name:22s} {version or 'missing'}")
+            lines.append(f"  {name:22s} {versions.outside(name) or version or 'missing'}")
         if missing and hint:
             lines.append(f"  -> {hint}")
             complete &= title != "needed"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsink import _checks, functional, hf_masks, hf_models, reference
+from flashsink import _checks, functional, hf_masks, hf_models, reference, versions
 from flashsink.backends import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
 
@@ -398,6 +398,7 @@ def attach(
     Raises:
         ValueError: the model is not such a decoder, or an option is out of range.
     """
+    versions.warn("transformers")
     functional.check_margin(margin)
     if stats_every < 1:
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")

@@ -27,6 +27,7 @@ ORDER = [
     "flashsink.sdpa",
     "flashsink.backends",
     "flashsink.functional flashsink.hf_masks flashsink.hf_models",
+    "flashsink.hf_attention flashsink.records",
     "flashsink.probe",
     "flashsink",
     "avsr avsr.errors avsr.machine avsr.data avsr.models avsr.synth avsr.training avsr.evaluation avsr.analysis",

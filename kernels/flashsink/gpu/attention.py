@@ -229,7 +229,9 @@ def _attention_backward_like(
     captured = (q.shape[0], q.shape[1], k.shape[2]) if rest[-1] else (0,)
     sink = q.new_empty(0, dtype=torch.float32) if sink_logits is None else torch.empty_like(sink_logits)
     return (
-        *(torch.empty_like(adjacent(x)) for x in (q, k, v)),
+        torch.empty_like(adjacent(q)),
+        torch.empty_like(adjacent(k)),
+        torch.empty_like(adjacent(v)),
         sink,
         q.new_empty(captured, dtype=torch.float32),
     )

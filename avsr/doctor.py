@@ -12,6 +12,7 @@ import torch
 
 import flashsink
 from avsr.models.sources import PACKAGES, cache_folder, install
+from flashsink import versions
 
 _NEEDED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
@@ -39,7 +40,7 @@ def report() -> tuple[list[str], bool]:
         for name in names:
             version = _version(name)
             missing += [] if version else [name]
-            lines.append(f"  {name:23s} {version or 'missing'}")
+            lines.append(f"  {name:23s} {versions.outside(name) or version or 'missing'}")
         if packages := [_WEIGHTS[name] for name in missing if name in _WEIGHTS]:
             hint = install(*packages)
         if missing and hint:

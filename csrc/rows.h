@@ -32,7 +32,7 @@ FLASHSINK_INLINE float value_of(int32_t bits) {
 }
 FLASHSINK_INLINE float value_of(int16_t bits) { return widen(Bf16{static_cast<uint16_t>(bits)}); }
 
-// Largest |x| and the lowest feature that reaches it.
+// Largest |x| and the lowest feature that reaches it. NaN is larger than all, and all NaN are alike.
 template <class T>
 FLASHSINK_INLINE void largest_of(const T* x, int64_t features, float* max_abs, int32_t* feature) {
     using Bits = decltype(magnitude(T{}));
@@ -48,12 +48,14 @@ FLASHSINK_INLINE void largest_of(const T* x, int64_t features, float* max_abs, i
             block = base;
         }
     }
-    int64_t index = block;
-    while (index < features && magnitude(x[index]) != top) ++index;
     const float value = value_of(std::max<Bits>(top, 0));
+    const bool nan = value != value;
+    int64_t index = nan ? 0 : block;
+    while (index < features && (nan ? value_of(magnitude(x[index])) == value_of(magnitude(x[index]))
+                                    : magnitude(x[index]) != top))
+        ++index;
     *max_abs = value;
-    // as the definition has it: no feature equals NaN
-    *feature = static_cast<int32_t>(value == value ? index : features);
+    *feature = static_cast<int32_t>(index);
 }
 
 struct Pair {

@@ -14,7 +14,7 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 
 # From the bottom up: a module may import only modules of earlier lines, (modules of one line do not know each other).
 ORDER = [
-    "flashsink.types flashsink.gpu",
+    "flashsink.types flashsink.versions flashsink.gpu",
     "flashsink._checks flashsink.reference flashsink.gpu.launch flashsink.gpu.device",
     "flashsink.native flashsink.native_packed flashsink.gpu.tiles flashsink.gpu.decorrelation",
     "flashsink.native_norm flashsink.native_short flashsink.gpu.activations",
@@ -27,6 +27,7 @@ ORDER = [
     "flashsink.sdpa",
     "flashsink.backends",
     "flashsink.functional flashsink.hf_masks flashsink.hf_models",
+    "flashsink.hf_attention flashsink.records",
     "flashsink.probe",
     "flashsink",
     "avsr.machine",

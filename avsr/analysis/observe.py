@@ -179,11 +179,13 @@ def _wide_keys(k: Tensor, heads: int) -> Tensor:
 @contextmanager
 def _watching(decoder: Any, see: See) -> Iterator[None]:
     """Puts ``see`` before the attention that is in force."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = decoder.config._attn_implementation
     AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[before])  # or there would be no mask
     for index, layer in enumerate(decoder.layers):
         setattr(layer.self_attn, _MARK, (functools.partial(see, index), ALL_ATTENTION_FUNCTIONS[before]))
     decoder.set_attn_implementation(_NAME)

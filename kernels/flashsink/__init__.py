@@ -1,5 +1,6 @@
 """flashsink: attention that measures its own sinks, the decorrelation loss, activation statistics and ACT."""
 
+from flashsink import versions
 from flashsink.backends import backends
 from flashsink.functional import activation_stats, attention, calibrated_attention, decorrelation_loss
 from flashsink.probe import Probe, attach
@@ -18,3 +19,6 @@ __all__ = [
     "calibrated_attention",
     "decorrelation_loss",
 ]
+
+for _package in ("torch", "triton"):  # transformers where it is needed, in attach
+    versions.warn(_package)

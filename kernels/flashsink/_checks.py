@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -38,6 +39,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: expected a number of heads that divides {q.shape[1]}, got {k.shape[1]}")
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q: expected at most as many queries as keys ({k.shape[2]}), got {q.shape[2]}")
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same products and a positive scale, exactly: vendors' kernels mask with -inf before they
+    multiply, which a scale of 0 or below turns into NaN or into the largest score."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if scale > 0.0:
+        return q, scale
+    return (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
 
 
 def check_sink_logits(sink_logits: Tensor, q: Tensor) -> None:

@@ -67,7 +67,7 @@ def backends() -> dict[str, str]:
 def _state(name: str) -> str:
     if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
         return _USABLE
-    return launch.available() if name == "triton" else native.available()
+    return triton.available() if name == "triton" else native.available()
 
 
 def implementation(backend: str | None, device_type: str, q: Tensor | None = None) -> Backend:

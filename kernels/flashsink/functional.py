@@ -75,7 +75,7 @@ def attention(
         starts: (B,) integers, first valid key of a row; default 0 (right padding).
         cu_seqlens: (N + 1,) integers, bounds of the packed sequences of the single row; Sq = Sk.
         causal: a query sees only keys up to its own position.
-        scale: factor on the scores, default D ** -0.5.
+        scale: factor on the scores, any finite number, default D ** -0.5.
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
         return_stats: also return :class:`SinkStats`.
         query_starts: (B,) integers, dense rows: the statistics count only queries from this position of the
@@ -99,13 +99,14 @@ def attention(
         counted = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
     if sink_logits is not None:
         _checks.check_sink_logits(sink_logits, q)
+    q, scale = _checks.positive_scale(q, _scale(q, scale))
     out, stats = chosen.attention(
         q,
         k,
         v,
         layout,
         causal=causal,
-        scale=_scale(q, scale),
+        scale=scale,
         counted=[counted] if return_stats else [],
         sink_logits=sink_logits,
     )

@@ -13,63 +13,31 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsink import _checks, functional, hf_masks, hf_models, reference
+from flashsink import _checks, functional, hf_attention, hf_masks, hf_models, records, reference, versions
 from flashsink.backends import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
-
-# transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
-IMPLEMENTATION = "sink_capture"
-_MARK = "_flashsink_probe"  # the attribute of an attached model's attention modules
-
-
-@dataclass
-class _Forward:
-    """What one full forward has left behind."""
-
-    layout: Layout
-    spans: Tensor
-    mask: Tensor  # the layout as every attention call gets it
-    recorded: bool  # whether sinks and activations are
-    trained: bool  # whether a backward may follow
-    fused: bool  # whether the norms are to do their part
-    behind: Tensor | None  # the first positions behind the spans that were set, one a row or packed sequence
-    sinks: dict[int, SinkStats] = field(default_factory=dict)
-    losses: dict[int, Tensor] = field(default_factory=dict)
-    activations: dict[int, ActivationStats] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    heads: dict[int, list[int]]
-    beta: float
-    threshold: float
 
 
 class Probe:
     """The observer of one model; made by :func:`attach`.
 
-    It describes the last full forward (no cached past); decode steps leave it untouched. L decoder layers,
-    B rows, S tokens.
+    It describes the last full forward (no cached past); decode steps leave it untouched. Several threads may take
+    turns with the model: each reads what its own last forward left, and one that begins a forward while another is
+    inside one is refused. L decoder layers, B rows, S tokens.
     """
 
     def __init__(self, model: nn.Module, options: dict[str, Any]) -> None:
         self._options = options
         self._base, self._layers = hf_models.find_decoder(model)
         self._parameters = list(inspect.signature(self._base.forward).parameters)
-        self._spans: Tensor | None = None
-        self._current: _Forward | None = None
-        self._states: dict[int, Tensor] = {}
-        self._inside = False
-        self._full = False
+        self._mine, self._shared = records.Mine(), records.Shared()
         self._count = -1
-        self._calibration: _Calibration | None = None
-        self._calm: dict[int, Tensor] = {}
+        self._calibration: records.Calibration | None = None
         self._previous: str | None = None
         self._norms: set[int] = set()  # layers whose output is observed by the norm that reads it
         self._undo: list[Any] = []
@@ -85,12 +53,12 @@ class Probe:
     @contextmanager
     def spans(self, spans: Tensor) -> Iterator[None]:
         """Sets the number of leading prompt tokens of every row, (B,) or packed (N,) integers, for the forwards
-        inside. Without it every valid token counts."""
-        before, self._spans = self._spans, spans
+        of this thread inside. Without it every valid token counts."""
+        before, self._mine.spans = self._mine.spans, spans
         try:
             yield
         finally:
-            self._spans = before
+            self._mine.spans = before
 
     @property
     def decorrelation_loss(self) -> Tensor:
@@ -117,8 +85,11 @@ class Probe:
         under activation checkpointing it is known only then. A compiled model runs the pass within its graph.
         """
         forward = self._last("attention")
-        if not forward.sinks:
+        if not forward.recorded:
             raise RuntimeError("sinks: the last forward was skipped by stats_every")
+        without = [i for i in range(len(self._layers)) if i not in forward.sinks]
+        if without:
+            raise RuntimeError(f"sinks: layers {without} have no softmax attention that runs through flashsink")
         return [forward.sinks[i] for i in range(len(self._layers))]
 
     @property
@@ -146,7 +117,6 @@ class Probe:
         Raises:
             ValueError: a pair or a number out of range, or attention is not attached.
         """
-        self._calm.clear()
         if heads is None:
             self._calibration = None
             return
@@ -164,12 +134,13 @@ class Probe:
                     f"heads: expected layers below {len(self._layers)} and heads below {number}, got ({layer}, {head})"
                 )
             chosen.setdefault(layer, []).append(head)
-        self._calibration = _Calibration(chosen, beta, threshold)
+        self._calibration = records.Calibration(chosen, beta, threshold)
 
     @property
     def calibrated_sinks(self) -> dict[int, Tensor]:
         """(B, H, S) bool of every layer with calibrated heads: the keys that ACT scaled in the last full forward."""
-        return dict(self._calm)
+        forward = self._mine.current
+        return dict(forward.calm) if forward is not None and forward.calibration is self._calibration else {}
 
     def detach(self) -> None:
         """Leaves the model as it was; the last forward stays readable."""
@@ -177,8 +148,8 @@ class Probe:
             undo()
         self._undo.clear()
         for layer in self._layers:
-            if getattr(layer.self_attn, _MARK, None) is self:
-                delattr(layer.self_attn, _MARK)
+            if getattr(layer.self_attn, hf_attention.MARK, None) is self:
+                delattr(layer.self_attn, hf_attention.MARK)
         if self._previous is not None:
             self._base.set_attn_implementation(self._previous)
             self._previous = None
@@ -187,22 +158,24 @@ class Probe:
 
     def _install(self) -> None:
         for layer in self._layers:
-            if getattr(layer.self_attn, _MARK, None) is not None:
+            if getattr(layer.self_attn, hf_attention.MARK, None) is not None:
                 raise ValueError("model: a probe is attached already; detach it first")
         devices = {str(p.device) for layer in self._layers for p in layer.parameters()}
         if len(devices) > 1:
             raise ValueError(f"model: expected all layers on one device, got {', '.join(sorted(devices))}")
+        if self._options["attention"]:
+            hf_attention.check_config(self._base.config)
         for index, layer in enumerate(self._layers):
-            setattr(layer.self_attn, _MARK, self)
+            setattr(layer.self_attn, hf_attention.MARK, self)
             self._undo.append(layer.register_forward_hook(functools.partial(self._observe_layer, index)).remove)
         if self._options["decorrelation"] or self._options["activations"]:
             self._take_norms()
         self._undo.append(self._base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._undo.append(self._base.register_forward_hook(self._end, always_call=True).remove)
         if self._options["attention"]:
-            _register()
+            hf_attention.register()
             self._previous = self._base.config._attn_implementation
-            self._base.set_attn_implementation(IMPLEMENTATION)
+            self._base.set_attn_implementation(hf_attention.IMPLEMENTATION)
 
     def _take_norms(self) -> None:
         for index, norm in enumerate(hf_models.norms_of_outputs(self._base, self._layers)):
@@ -212,12 +185,39 @@ class Probe:
                 forward = functools.partial(self._normalise, index, norm, eps, norm.forward)
                 self._undo.append(hf_models.patch(norm, forward))
 
-    def _last(self, option: str) -> _Forward:
+    def _last(self, option: str) -> records.Record:
         if not self._options[option]:
             raise RuntimeError(f"this probe was attached with {option}=False")
-        if self._current is None:
-            raise RuntimeError("the attached model has had no full forward yet")
-        return self._current
+        if self._mine.current is None:
+            where = " in this thread, and what other threads have is theirs" if self._shared.latest else " yet"
+            raise RuntimeError(f"the attached model has had no full forward{where}")
+        return self._mine.current
+
+    def _enter(self) -> None:
+        mine = self._mine
+        if not mine.inside:  # else an interrupt has left the forward before
+            # nothing of a compiled forward is seen by other threads before its end, and then only what is its own
+            if not torch.compiler.is_compiling():
+                if not self._shared.lock.acquire(blocking=False):
+                    raise RuntimeError(
+                        "model: another thread is inside a forward of this attached model; expected one at a time, "
+                        "or a copy of the model for every thread"
+                    )
+                mine.locked = True
+            mine.outer, mine.inside = hf_masks.here.forward, True
+        hf_masks.here.forward = None
+        mine.states = {}
+
+    def _recalled(self) -> records.Record | None:
+        """The forward whose layers are recomputed: the last one, whatever thread autograd does it in."""
+        if not self._shared.mixed:
+            return self._shared.latest
+        if self._mine.current is None:
+            raise RuntimeError(
+                "model: a thread of autograd recomputes its layers and cannot tell for which forward, since several "
+                "threads have trained it; expected one, or a copy of the model for every thread"
+            )
+        return self._mine.current
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -228,38 +228,61 @@ class Probe:
             return None  # the model's own error is clearer
         rows, tokens = inputs.shape[:2]
         past = given.get("past_key_values")
-        self._full = past is None or int(past.get_seq_length()) == 0
-        self._inside = True
-        self._states.clear()
-        if not self._full:
+        mine = self._mine
+        self._enter()
+        mine.full = past is None or int(past.get_seq_length()) == 0
+        if not mine.full:
             return None
         layout = self._resolve(given.get("attention_mask"), given.get("position_ids"), rows, tokens, inputs.device)
-        spans = layout.lengths if self._spans is None else self._spans.to(inputs.device)
+        origin = self._recalled() if _in_backward() else None  # computed again, and whoever runs it has no spans set
+        given_spans = mine.spans if origin is None else origin.given
+        spans = layout.lengths if given_spans is None else given_spans.to(inputs.device)
         spans = _checks.check_spans(spans, layout, self._options["validate"])
-        self._calm.clear()
-        every = int(self._options["stats_every"])
-        self._count = (self._count + 1) % every
+        if origin is None:
+            self._count = (self._count + 1) % int(self._options["stats_every"])
         first = layout.starts + spans if self._options["queries"] == "after_span" else None
-        self._current = _Forward(
+        current = records.Record(
             layout,
             spans,
             hf_masks.encode(layout, tokens, first),
-            recorded=self._count == 0,
+            recorded=self._count == 0 if origin is None else origin.recorded,
             trained=torch.is_grad_enabled(),
             fused=not any(module.training and getattr(x, "gradient_checkpointing", False) for x in self._layers),
-            behind=None if self._spans is None else layout.starts + spans,
+            given=given_spans,
+            behind=None if given_spans is None else layout.starts + spans,
+            calibration=self._calibration,
         )
+        self._keep(current)
         if not self._options["attention"]:
             return None
-        _check_window(getattr(self._base.config, "sliding_window", None), tokens)
-        if "attention_mask" in kwargs or len(args) <= self._parameters.index("attention_mask"):
-            return args, {**kwargs, "attention_mask": self._current.mask}
+        hf_masks.here.forward = hf_masks.Forward(self._base.config, layout, current.mask)
+        mask = given.get("attention_mask")
+        # what was made before this forward does not know its spans, which a recomputed layer must
+        if isinstance(mask, dict):
+            mask = {kind: current.mask if hf_masks.is_encoded(own) else own for kind, own in mask.items()}
+        elif hf_masks.is_encoded(mask):
+            mask = current.mask
+        else:
+            return None
         place = self._parameters.index("attention_mask")
-        return (*args[:place], self._current.mask, *args[place + 1 :]), kwargs
+        if "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": mask}
+        return (*args[:place], mask, *args[place + 1 :]), kwargs
+
+    def _keep(self, record: records.Record) -> None:
+        mine, shared, last = self._mine, self._shared, self._shared.latest
+        if _in_backward():
+            mine.before, mine.again = mine.current, True
+        else:
+            shared.mixed = shared.mixed or _of_another(last, mine.current, record)
+            shared.latest = record
+        mine.current = record
 
     def _resolve(self, mask: Any, positions: Any, rows: int, tokens: int, device: torch.device) -> Layout:
-        if isinstance(mask, dict):  # generate makes one mask for every kind of layer
-            mask = next(iter(mask.values()))
+        if isinstance(mask, dict):  # generate and multimodal models make one mask for every kind of layer
+            mask = next((own for own in mask.values() if hf_masks.is_encoded(own)), next(iter(mask.values())))
+        if isinstance(mask, Tensor) and mask.dim() == 4 and self._options["attention"]:
+            hf_masks.check(mask)
         if hf_masks.is_encoded(mask):
             return hf_masks.decode(mask, rows, tokens, device)[0]
         if isinstance(mask, Tensor) and mask.dim() == 4 and not self._options["attention"]:
@@ -274,34 +297,55 @@ class Probe:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         # here and not in the hooks, which some releases of transformers run inside the checkpointed region
-        if output is not None and self._current is not None and self._states:
-            layers = list(self._states.values())
+        mine = self._mine
+        if not mine.inside:  # it was refused
+            return
+        states, mine.states, mine.inside = mine.states, {}, False
+        hf_masks.here.forward, mine.outer = mine.outer, None
+        if mine.locked:
+            mine.locked = False
+            self._shared.lock.release()
+        forward = mine.current
+        if mine.again:
+            mine.current, mine.before, mine.again = mine.before, None, False
+        if output is None or forward is None:
+            return
+        calibration = forward.calibration if mine.full else None
+        if calibration is not None and not calibration.heads.keys() <= forward.calm.keys():
+            without = sorted(calibration.heads.keys() - forward.calm.keys())
+            raise ValueError(f"calibrate: layers {without} have no softmax attention that runs through flashsink")
+        if states:
+            layers = list(states.values())
             run = implementation(None, layers[0].device.type)
-            sums = run.decorrelation_sums(layers, self._current.spans, self._current.layout, self._options["margin"])
-            self._current.losses.update(zip(self._states, sums.unbind(), strict=True))
-        self._states.clear()
-        self._inside = False
+            sums = run.decorrelation_sums(layers, forward.spans, forward.layout, self._options["margin"])
+            forward.losses.update(zip(states, sums.unbind(), strict=True))
 
     def _observe_layer(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         """The output of a layer whose norm does not observe it."""
-        forward, options = self._current, self._options
-        if not self._inside or not self._full or forward is None or (forward.fused and index in self._norms):
+        mine, options = self._mine, self._options
+        forward = mine.current
+        if not mine.inside or not mine.full or forward is None or (forward.fused and index in self._norms):
             return
         hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.dim() != 3:
+            raise ValueError(f"model: expected decoder layers that give (B, S, C), got {tuple(hidden.shape)}")
         if options["decorrelation"] and index < len(self._layers) - 1:
-            self._states[index] = hidden
+            mine.states[index] = hidden
         if options["activations"] and forward.recorded:
             run = implementation(None, hidden.device.type)
             forward.activations[index] = run.activation_stats([hidden], forward.layout, options["median"])
 
     def _normalise(self, index: int, norm: Any, eps: float, plain: Any, hidden: Tensor) -> Tensor:
         """The norm that reads the output of layer ``index``, with the loss and the statistics in the same pass."""
-        forward, options = self._current, self._options
+        options = self._options
+        # outside a forward it is the backward of a checkpoint around it, which must see what the forward did
+        live = self._mine.inside and self._mine.full
+        if not live and not torch.is_grad_enabled():
+            return plain(hidden)
+        forward = self._mine.current if live else self._recalled()
         if forward is None or not forward.fused or hidden.shape[:2] != (forward.layout.rows, forward.layout.tokens):
             return plain(hidden)
-        # outside a forward it is the backward of a checkpoint around it, which must see what the forward did
-        live = self._inside and self._full
-        if not live and not (forward.trained and torch.is_grad_enabled()):
+        if not live and not forward.trained:
             return plain(hidden)
         counts = options["decorrelation"] and index < len(self._layers) - 1
         if not counts and not (options["activations"] and forward.recorded):
@@ -320,16 +364,17 @@ class Probe:
         self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None
     ) -> Tensor:
         """One attention call of layer ``index``: out (B, H, Sq, D) in q's dtype."""
-        forward = self._current
-        if self._inside and self._full and forward is not None:
+        forward = self._mine.current
+        hf_masks.check(mask)
+        if self._mine.inside and self._mine.full and forward is not None:
             layout, first = forward.layout, hf_masks.decode(forward.mask, k.shape[0], k.shape[2], k.device)[1]
-            live = True
+            live, again = True, False
         else:  # a step of decoding; or the backward of a checkpointed layer, whose mask knows of its own forward
             layout, first = hf_masks.decode(mask, k.shape[0], k.shape[2], k.device)
-            live = False
-        _check_window(window, layout.tokens)
+            live, again = False, torch.is_grad_enabled() and q.shape[2] == layout.tokens
+            forward = self._recalled() if again else forward
+        hf_attention.check_window(window, layout.tokens)
         k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
-        again = not live and torch.is_grad_enabled() and q.shape[2] == layout.tokens
         record = forward is not None and forward.recorded and (live or again)
         calibrated = self._calibration is not None and index in self._calibration.heads
         counted: list[Tensor | None] = []
@@ -343,11 +388,15 @@ class Probe:
             forward.sinks[index] = stats[0]
             if not forward.fused:
                 stats[0].wait_for_backward()
-        if calibrated and live:
-            self._calm[index] = self._choose(index, stats[record:], layout)
-        sinks = self._calm.get(index)
-        if self._calibration is None or not calibrated or sinks is None or self._calibration.beta == 1.0:
+        if calibrated and live and forward is not None:
+            forward.calm[index] = self._choose(index, stats[record:], layout)
+        if self._calibration is None or not calibrated or self._calibration.beta == 1.0:
             return out
+        if forward is None and self._shared.latest is not None:
+            raise RuntimeError("calibrate: the prompt ran in another thread, which knows its sinks")
+        if forward is None or forward.calibration is not self._calibration or index not in forward.calm:
+            return out  # switched on behind the prompt
+        sinks = forward.calm[index]
         if sinks.shape[0] != q.shape[0]:
             raise ValueError(f"calibrate: the prompt had {sinks.shape[0]} rows, this step has {q.shape[0]}")
         sinks = nn.functional.pad(sinks, (0, k.shape[2] - sinks.shape[2]))
@@ -398,6 +447,7 @@ def attach(
     Raises:
         ValueError: the model is not such a decoder, or an option is out of range.
     """
+    versions.warn("transformers")
     functional.check_margin(margin)
     if stats_every < 1:
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
@@ -416,41 +466,11 @@ def attach(
     return Probe(model, options)
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    # without a mask function of the same name transformers passes no mask at all
-    AttentionInterface.register(IMPLEMENTATION, _attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, hf_masks.make_mask)
+def _of_another(last: records.Record | None, own: records.Record | None, record: records.Record) -> bool:
+    """Whether a backward of ``last``, another thread's forward, may be to come beside that of ``record``."""
+    return last is not None and last is not own and last.trained and record.trained
 
 
-def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    if kwargs.get("dropout"):
-        raise ValueError(f"attention_dropout: expected 0, got {kwargs['dropout']}")
-    if kwargs.get("softcap") is not None:
-        raise ValueError(f"softcap: expected None, got {kwargs['softcap']}")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("s_aux: models with learned sink logits (GPT-OSS) are not supported; use attention=False")
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
-    scaling = kwargs.get("scaling")
-    scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    probe = getattr(module, _MARK, None)
-    if probe is not None:
-        window = kwargs.get("sliding_window")
-        out = probe.attend(int(module.layer_idx), q, k, v, attention_mask, scale, window)  # type: ignore[arg-type]
-    else:
-        layout, _ = hf_masks.decode(attention_mask, k.shape[0], k.shape[2], k.device)
-        _check_window(kwargs.get("sliding_window"), layout.tokens)
-        k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
-        out = implementation(None, q.device.type, q).attention(q, k, v, layout, causal=True, scale=scale)[0]
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _check_window(window: int | None, tokens: int) -> None:
-    if window and tokens > window:  # 0 is off as well as None
-        raise ValueError(
-            f"sliding_window: expected sequences of at most {window} tokens, got {tokens}; sliding-window "
-            "attention is not supported"
-        )
+def _in_backward() -> bool:
+    """Whether this is computed again for a checkpoint; a compiler computes nothing now."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -143,7 +143,8 @@ def decorrelation_count(spans: Tensor) -> Tensor:
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
-    """Largest |h| of every token with its feature, and the median |h| of every row (definition 3)."""
+    """Largest |h| of every token with its feature, and the median |h| of every row (definition 3). NaN is larger than
+    all numbers, as for ``torch.amax``."""
     valid = layout.valid()
     maxima, features = [], []
     for layer in layers:
@@ -151,7 +152,8 @@ def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> 
         # argmax does not promise the first of equal values; the lowest index that reaches the maximum does
         top = size.amax(dim=-1)
         index = torch.arange(size.shape[-1], device=size.device)
-        first = torch.where(size == top.unsqueeze(-1), index, size.shape[-1]).amin(dim=-1)
+        reached = (size == top.unsqueeze(-1)) | size.isnan()
+        first = torch.where(reached, index, size.shape[-1]).amin(dim=-1)
         maxima.append(top.float().masked_fill(~valid, 0.0))
         features.append(first.int().masked_fill(~valid, -1))
     medians = torch.stack([row_medians(layer, layout) for layer in layers]) if median else None
@@ -172,4 +174,5 @@ def row_medians(layer: Tensor, layout: Layout) -> Tensor:
     """(B,) float32: median of |h| over all features of a row's valid tokens; 0 for a row without tokens."""
     size, valid = wide(layer.detach()).abs(), layout.valid()
     rows = [size[b][valid[b]].flatten() for b in range(layout.rows)]
-    return torch.stack([r.median() if len(r) else r.new_zeros(()) for r in rows]).float()
+    medians = [r.median() if len(r) else r.new_zeros(()) for r in rows]
+    return torch.stack(medians).float() if medians else size.new_zeros(0, dtype=torch.float32)

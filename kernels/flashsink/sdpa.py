@@ -24,8 +24,6 @@ from torch import Tensor
 
 from flashsink import cpu, reference
 from flashsink.gpu import backend as triton_backend
-from flashsink.gpu import launch
-from flashsink.gpu.attention import run_received
 from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 VENDOR_VARIABLE = "FLASHSINK_VENDOR"
@@ -149,14 +147,14 @@ def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tenso
 def _ours(x: Tensor) -> Any:
     if x.device.type == "cpu":
         return cpu
-    return triton_backend if launch.available() == "usable" else reference
+    return triton_backend if triton_backend.available() == "usable" else reference
 
 
 def _received(
     q: Tensor, k: Tensor, lse: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None
 ) -> Tensor:
-    if launch.available() == "usable":
-        return run_received(q, k, lse, layout, causal=causal, scale=scale, first=first)
+    if triton_backend.available() == "usable":
+        return triton_backend.run_received(q, k, lse, layout, causal=causal, scale=scale, first=first)
     a, own = reference.probabilities(q.detach(), k.detach(), layout, causal=causal, scale=scale)
     return reference.sink_stats(a, own, layout, causal=causal, first=first).received
 

@@ -71,8 +71,9 @@ class ActivationStats:
     """The largest activation of every token in every layer.
 
     Attributes:
-        max_abs: (L, B, S) float32, max |h| over the features; 0 at padded tokens.
-        feature: (L, B, S) int32, the lowest feature index that reaches it; -1 at padded tokens.
+        max_abs: (L, B, S) float32, max |h| over the features; 0 at padded tokens, NaN where a feature is NaN.
+        feature: (L, B, S) int32 in 0..C-1, the lowest feature that reaches it, with NaN the first that is NaN; -1 at
+            padded tokens.
         median: (L, B) float32, median of |h| over all features of the row's valid tokens (``torch.median``:
             the lower of two middle values), or None when it was not asked for; 0 for a row without tokens.
     """

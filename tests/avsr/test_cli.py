@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -282,6 +284,15 @@ def test_doctor_prints_versions_and_backends(capsys: pytest.CaptureFixture[str])
     assert code in (0, 1)
     if code:
         assert "missing" in out
+
+
+def test_doctor_marks_untested_versions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.1" if name == "transformers" else known(name))
+    with contextlib.suppress(SystemExit):
+        main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "untested" in line]
+    assert line.split()[:2] == ["transformers", "9.9.1"] and "tested are 5." in line
 
 
 def test_an_unknown_command(refuse: Refuse) -> None:

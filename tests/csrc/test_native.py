@@ -234,11 +234,15 @@ def test_ties_infinity_nan_and_packed(isa, dtype):
     layer = torch.zeros(1, 6, 200, dtype=dtype)
     layer[0, 1, [199, 130, 70]] = torch.tensor([2.0, -2.0, 1.0], dtype=dtype)
     layer[0, 2, [5, 6]] = torch.tensor([1e30, -float("inf")], dtype=dtype)
-    layer[0, 3, 9], layer[0, 5, 9] = float("nan"), 7.0
+    layer[0, 3, [150, 9, 151]], layer[0, 5, 9] = (
+        torch.tensor([float("inf"), float("nan"), -float("nan")]).to(dtype),
+        7.0,
+    )
+    layer.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[0, 3, 151] |= 1  # another NaN, larger as bits
     layout = Layout(torch.tensor([0, 2, 2]), torch.tensor([2, 0, 3]), 1, 6, True)
     got = native.activation_stats([layer], layout, False)
     want = reference.activation_stats([layer], layout, False)
-    assert got.feature[0, 0].tolist() == want.feature[0, 0].tolist() == [0, 130, 6, 200, 0, -1]
+    assert got.feature[0, 0].tolist() == want.feature[0, 0].tolist() == [0, 130, 6, 9, 0, -1]
     torch.testing.assert_close(got.max_abs, want.max_abs, rtol=0, atol=0, equal_nan=True)
 
 

@@ -88,6 +88,21 @@ def test_values_are_exact_where_bfloat16_steps_are_wide(backend):
     assert (stats.max_abs.item(), stats.feature.item()) == (20096.0, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_is_the_largest_and_the_first_one_is_named(backend, dtype):
+    """The feature is one that exists, whatever else the token holds."""
+    nan, inf = float("nan"), float("inf")
+    hidden = torch.tensor([[2.0, 9.0, 1.0], [2.0, nan, 1.0], [inf, 1.0, nan], [-nan, nan, inf], [nan] * 3]).to(dtype)
+    stats = flashsink.activation_stats(hidden[None, None], lengths=torch.tensor([4]), backend=backend)
+    assert stats.feature[0, 0].tolist() == [1, 1, 2, 0, -1]
+    assert stats.max_abs[0, 0].isnan().tolist() == [False, True, True, True, False]
+
+
+def test_no_rows(backend):
+    stats = flashsink.activation_stats(torch.zeros(2, 0, 3, 8), median=True, backend=backend)
+    assert stats.max_abs.shape == stats.feature.shape == (2, 0, 3) and stats.median.shape == (2, 0)
+
+
 def test_list_and_strided_inputs(backend):
     hidden, layout = make(LAYOUTS["both"])
     want = flashsink.activation_stats(hidden, **layout, median=True, backend=backend)

@@ -236,11 +236,9 @@ def test_sliding_windows_shorter_than_the_sequence_are_refused(tiny, kind):
 
 
 @torch.no_grad()
-def test_a_window_of_zero_is_none(tiny):
-    """In the config and in the call."""
+def test_a_window_of_zero_in_the_call_is_none(tiny):
     model = tiny("mistral", sliding_window=None)
     want = model(input_ids=ids(2, 9)).logits
-    model.config.sliding_window = 0
     for layer in model.model.layers:
         layer.self_attn.sliding_window = 0
     flashsink.attach(model)

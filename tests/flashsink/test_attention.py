@@ -89,6 +89,42 @@ def test_scale(oracle, backend, scale):
     close(stats.received, want.received, 5e-5)
 
 
+@pytest.mark.parametrize(("tokens", "features"), [(40, 16), (300, 16), (8, 264)])
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_scale_of_zero_or_below_masks_the_same_keys(backend, tokens, features, scale, causal):
+    """With 0 every visible key gets the same; below it the order of the scores is turned round."""
+    if backend == "triton" and (features > 128 or tokens > 256):
+        pytest.skip("not for these kernels, or slow in the interpreter; other paths of the cpu backend")
+    g = torch.Generator().manual_seed(tokens)
+    leaves = [torch.randn(2, heads, tokens, features, generator=g, requires_grad=True) for heads in (4, 2, 2)]
+    lengths = torch.tensor([tokens, tokens - 3])
+    up = torch.randn(2, 4, tokens, features, generator=g)
+    out, stats = flashsink.attention(
+        *leaves, lengths=lengths, scale=scale, causal=causal, backend=backend, return_stats=True
+    )
+    own = torch.autograd.grad(out, leaves, up)
+    q, k, v = (x.detach().double().requires_grad_() for x in leaves)
+    position = torch.arange(tokens)
+    seen = (position[None, None, :] < lengths[:, None, None]) & (position[None, :, None] < lengths[:, None, None])
+    if causal:
+        seen = seen & (position[None, :] <= position[:, None])
+    scores = q @ k.repeat_interleave(2, dim=1).mT * scale
+    a = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    want = a @ v.repeat_interleave(2, dim=1)
+    close(out, want, 1e-5)
+    close(stats.received, a.sum(dim=2), 1e-4)
+    for mine, other in zip(own, torch.autograd.grad(want, (q, k, v), up.double()), strict=True):
+        close(mine, other.nan_to_num(0.0), 1e-4)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(backend, scale):
+    q, k, v, layout = make("one token")
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        flashsink.attention(q, k, v, **layout, scale=scale, backend=backend)
+
+
 def test_default_scale_and_float64(oracle, backend):
     q, k, v, layout = make("left padding", torch.float64)
     if backend == "triton":

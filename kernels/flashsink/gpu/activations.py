@@ -22,14 +22,15 @@ from flashsink.types import ActivationStats, Layout
 
 @triton.jit
 def largest(raw, column, features):
-    """(max |h|, its lowest column) of raw (C,). NaN has its way: value NaN, column ``features``.
+    """(max |h|, its lowest column) of raw (C,). NaN has its way: it is the largest, and the first one is found.
 
-    Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN above
-    that. Columns beyond the features are 0 and come last, so they never win.
+    Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN, all of
+    them one, above that. Columns beyond the features are 0 and come last, so they never win.
     """
     bits = raw.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.where(bits > 0x7F800000, 0x7FC00000, bits)
     if raw.dtype.primitive_bitwidth == 16:
-        # the lower 13 bits are 0 (for NaN they do not matter) and hold the column: one reduction instead of two
+        # the lower 13 bits are 0 and hold the column: one reduction instead of two
         both = tl.max(bits | (8191 - column), axis=0)
         value = (both & 0x7FFFE000).to(tl.float32, bitcast=True)
         index = 8191 - (both & 8191)
@@ -37,7 +38,7 @@ def largest(raw, column, features):
         top = tl.max(bits, axis=0)
         value = top.to(tl.float32, bitcast=True)
         index = tl.min(tl.where(bits == top, column, features), axis=0)
-    return value, tl.where(value == value, index, features)
+    return value, index
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from flashsink.gpu import tiles
 from flashsink.gpu.attention_backward import backward
 from flashsink.gpu.attention_forward import forward
 from flashsink.gpu.calibrate import calibrate
+from flashsink.gpu.launch import adjacent
 from flashsink.gpu.received import received as statistics_pass
 from flashsink.types import Layout, SinkStats
 
@@ -53,7 +54,7 @@ def attention(
     Where a gradient is on its way and one statistic is asked for, ``received`` is what the backward captures for
     free, or, when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
-    q, k, v = (_adjacent(x) for x in (q, k, v))
+    q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot hand over a leaf of its own making, so there the pass runs
     pending, capture = None, None
@@ -93,9 +94,9 @@ def run_received(
 ) -> Tensor:
     """(B, H, Sk) float32: the statistics pass over any attention with the log-sum-exp ``lse`` (B, H, Sq)."""
     return torch.ops.flashsink.triton_received(
-        _adjacent(q.detach()),
-        _adjacent(k.detach()),
-        lse.float().contiguous(),
+        q.detach(),
+        k.detach(),
+        lse.float(),
         layout.starts,
         layout.lengths,
         first,
@@ -112,7 +113,7 @@ def calibrated_attention(
     where a gradient is asked for, and in packed rows, the reference runs."""
     if layout.packed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
-    q, k, v = (_adjacent(x) for x in (q, k, v))
+    q, k, v = (adjacent(x) for x in (q, k, v))
     starts, lengths = layout.starts, layout.lengths
     out, lse = torch.ops.flashsink.triton_attention(
         q, k, v, None, None, starts, lengths, None, layout.packed, True, scale
@@ -159,10 +160,6 @@ class Pending:
         q, k, layout, causal, scale, first = self._inputs
         self._inputs = None
         return run_received(q, k, self.lse, layout, causal=causal, scale=scale, first=first)
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 # ---- operators
@@ -222,8 +219,6 @@ def _attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    # also here: a compiler may hand over other strides than it was given
-    q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
     return forward(q, k, v, sink_logits, starts, lengths, packed=packed, causal=causal, scale=scale)
 
 
@@ -234,9 +229,9 @@ def _attention_backward_like(
     captured = (q.shape[0], q.shape[1], k.shape[2]) if rest[-1] else (0,)
     sink = q.new_empty(0, dtype=torch.float32) if sink_logits is None else torch.empty_like(sink_logits)
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
+        torch.empty_like(adjacent(q)),
+        torch.empty_like(adjacent(k)),
+        torch.empty_like(adjacent(v)),
         sink,
         q.new_empty(captured, dtype=torch.float32),
     )
@@ -266,8 +261,8 @@ def _attention_backward(
     where: dict[str, Any] = {"packed": packed, "causal": causal, "scale": scale}
     apart = capture and q.shape[-1] > CAPTURED_HEAD_DIM
     dq, dk, dv, delta, received = backward(
-        _adjacent(upstream),
-        (_adjacent(q), _adjacent(k), _adjacent(v), _adjacent(out), lse.contiguous()),
+        upstream,
+        (q, k, v, out, lse),
         starts,
         lengths,
         first,

@@ -30,7 +30,7 @@ from flashsink.gpu.device import (
     store_rows,
     visible,
 )
-from flashsink.gpu.launch import Tile, launch
+from flashsink.gpu.launch import Tile, adjacent, launch
 
 DELTA = Tile({"BLOCK_M": 16}, 4, 1)
 
@@ -277,7 +277,8 @@ def backward(
 
     Padded positions get 0 and send nothing, whatever ``upstream`` (B, H, Sq, D) holds there.
     """
-    q, k, v, out, lse = saved
+    upstream, q, k, v, out = (adjacent(x) for x in (upstream, *saved[:4]))
+    lse = saved[4].contiguous()
     # the kernels count entries, not strides: a mask that carries them has strides
     starts, lengths = starts.contiguous(), lengths.contiguous()
     counted = None if counted is None else counted.contiguous()

@@ -28,7 +28,7 @@ from flashsink.gpu.device import (
     store_rows,
     visible,
 )
-from flashsink.gpu.launch import launch
+from flashsink.gpu.launch import adjacent, launch
 
 
 @triton.jit
@@ -127,8 +127,10 @@ def forward(
 
     ``out`` lies in memory as (B, Sq, H, D), which is what a projection behind it wants.
     """
-    # the kernels count entries, not strides: a mask that carries them has strides
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
+    # the kernels count entries, not strides: a mask that carries them has strides, a column of a table too
     starts, lengths = starts.contiguous(), lengths.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     b, h, queries, d = q.shape
     out = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)

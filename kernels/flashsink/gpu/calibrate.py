@@ -24,7 +24,7 @@ from flashsink.gpu.device import (
     query_tile,
     store_rows,
 )
-from flashsink.gpu.launch import launch
+from flashsink.gpu.launch import adjacent, launch
 
 
 @triton.jit
@@ -120,7 +120,8 @@ def calibrate(
     scale: float,
 ) -> Tensor:
     """(B, H, Sq, D): causal attention with ACT from ``attention`` = (out, lse) and ``sinks`` (B, H, Sk) bool."""
-    out, lse = attention
+    q, k, v, out = (adjacent(x) for x in (q, k, v, attention[0]))
+    lse = attention[1].contiguous()
     # the kernels count entries, not strides: a mask that carries them has strides
     starts, lengths = starts.contiguous(), lengths.contiguous()
     b, h, queries, d = q.shape

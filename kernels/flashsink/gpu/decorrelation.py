@@ -291,9 +291,9 @@ def _gradients(
         **_common(layers, starts, spans, packed),
         gradients=tuple(gradients),
         upstream=upstream.float().contiguous(),
-        weights=weights,
-        ratios=ratios,
-        parts=parts,
+        weights=weights.contiguous(),
+        ratios=ratios.contiguous(),
+        parts=parts.contiguous(),
         parts_count=parts.shape[2],
     )
     return gradients

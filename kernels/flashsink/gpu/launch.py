@@ -73,8 +73,13 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
         kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
 
 
+def adjacent(x: Tensor) -> Tensor:
+    """``x`` with neighbouring entries in the last dimension, as all kernels read vectors and features."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def available() -> str:
-    """``"usable"``, or the reason why Triton kernels cannot run here."""
+    """``"usable"``, or what is missing but for triton itself."""
     if INTERPRETED:
         return "usable"
     if not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashsink.gpu import tiles
 from flashsink.gpu.attention_backward import key_tile, query_range
 from flashsink.gpu.device import LOG2E, load_all, load_rows, locate, precision, product, slots
-from flashsink.gpu.launch import launch
+from flashsink.gpu.launch import adjacent, launch
 
 
 @triton.jit
@@ -91,8 +91,9 @@ def received(
 ) -> Tensor:
     """(B, H, Sk) float32: column sums of exp(scale q k^T - lse) over the queries from ``counted`` on; 0 at padding.
 
-    ``lse`` (B, H, Sq) is float32 and contiguous; what it holds at padded queries is not looked at.
+    ``lse`` (B, H, Sq) is float32; what it holds at padded queries is not looked at.
     """
+    q, k, lse = adjacent(q), adjacent(k), lse.contiguous()
     # the kernels count entries, not strides: a mask that carries them has strides
     starts, lengths = starts.contiguous(), lengths.contiguous()
     counted = None if counted is None else counted.contiguous()

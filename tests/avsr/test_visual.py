@@ -167,8 +167,10 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     again = load_visual(tmp_path / "run")
     assert (again.config, again.visemes, again.units) == (model.config, model.visemes, model.units)
     assert not again.training
-    lengths = torch.tensor(LENGTHS)
-    assert torch.equal(again(pad(rows, 23), lengths), model(pad(rows, 23), lengths))
+    saved, own = again.state_dict(), model.state_dict()
+    assert saved.keys() == own.keys() and all(torch.equal(saved[name], own[name]) for name in own)
+    lengths = torch.tensor(LENGTHS)  # sums may be grouped by where in memory the weights lie
+    torch.testing.assert_close(again(pad(rows, 23), lengths), model(pad(rows, 23), lengths), rtol=1e-5, atol=1e-6)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
 
 

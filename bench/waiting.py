@@ -26,25 +26,24 @@ WARM_UP = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--others", type=int, default=3, help="programs that run beside on the busy machine")
+    parser.add_argument("--others", type=int, default=2, help="programs that run beside on the busy machine")
     parser.add_argument("--rounds", type=int, default=3, help="processes a setting")
-    parser.add_argument("--steps", type=int, default=12, help="timed in each")
+    parser.add_argument("--steps", type=int, default=6, help="timed in each")
     parser.add_argument("--dry", action="store_true", help="print, but leave the ledger alone")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(time_steps(arguments.steps)))
         return
-    rows = []
     for others in (0, arguments.others):
         samples: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
         with programs(others):
             for _ in range(arguments.rounds):
                 for setting in SETTINGS:
                     samples[setting] += child(setting, arguments.steps)
-        rows += table(samples, others)
-    if not arguments.dry:
-        ledger.append(rows)
+        rows = table(samples, others)
+        if not arguments.dry:
+            ledger.append(rows)
 
 
 def child(setting: str, steps: int) -> list[float]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from bench import ledger
 
-SETTINGS = ("", "GOMP_SPINCOUNT=100000", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000", "OMP_WAIT_POLICY=PASSIVE")
+SETTINGS = ("", "GOMP_SPINCOUNT=10000", "GOMP_SPINCOUNT=1000", "GOMP_SPINCOUNT=100", "OMP_WAIT_POLICY=PASSIVE")
 # another program: products on as many threads, which wait as threads do by default
 OTHER = "import torch\na = torch.randn(384, 384)\nwhile True: a = (a @ a).clamp(-1, 1)"
 WARM_UP = 2

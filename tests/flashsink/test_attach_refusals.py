@@ -289,6 +289,22 @@ def test_a_mask_that_flashsink_did_not_make(tiny):
 
 
 @torch.no_grad()
+def test_layers_whose_attention_is_their_own():
+    """XGLM's does not run through the interface: nothing is changed, and what cannot be observed is said."""
+    config = hf.XGLMConfig(vocab_size=60, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, pad_token_id=0)
+    model = hf.XGLMForCausalLM(config).eval()
+    check_exact(model, input_ids=ids(), attention_mask=right_padding())
+    probe = flashsink.attach(model)
+    model(input_ids=ids())
+    assert probe.decorrelation_loss > 0
+    with pytest.raises(RuntimeError, match=r"sinks: layers \[0, 1\] have no softmax attention"):
+        _ = probe.sinks
+    probe.calibrate([(1, 0)])
+    with pytest.raises(ValueError, match=r"calibrate: layers \[1\] have no softmax attention"):
+        model(input_ids=ids())
+
+
+@torch.no_grad()
 def test_layers_that_give_something_else_than_states():
     options = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 60, "num_kv_shared_layers": 0}
     model = causal_lm(hf.Gemma3nTextConfig(**SIZES, **options, laurel_rank=4, sliding_window=32))

@@ -432,6 +432,12 @@ def attach(
 ) -> Probe:
     """Observes a Hugging Face Llama-style causal LM (Llama, SmolLM2, Qwen2/3, Mistral), PEFT-wrapped or not.
 
+    The model gives the logits that it gives without, or a forward raises ``ValueError`` with the reason: attention that
+    is not causal, windows and chunks shorter than the sequence, images or prefixes whose tokens see each other, learned
+    sinks and other terms in the softmax. Packed sequences (``position_ids`` that restart in a single row) want
+    ``use_cache=False``, without which transformers does not keep them apart. One thread at a time may be inside a
+    forward; each reads what its own last one left.
+
     Args:
         model: its decoder has ``layers`` with ``self_attn`` and runs attention through ``AttentionInterface``.
         attention: run attention through flashsink and record :attr:`Probe.sinks`.

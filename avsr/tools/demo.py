@@ -33,8 +33,8 @@ CORPUS = "data/demo"
 FOLDER = "runs/demo"
 SYNTH_OPTIONS = ["grid=1000", "open=0", "voices=8", "video=0"]
 PROJECTOR_STEPS = 400
-# With a projector that knows the words, half the batch and three fifths of the recipe's steps do. With 200 steps the loss
-# has not removed the sink yet, with a larger lambda or learning rate BOS and <audio> swap roles (bench/LOG.md).
+# With a projector that knows the words, half the batch and three fifths of the recipe's steps do. With 200 steps the
+# loss has not removed the sink yet, with a larger lambda or learning rate BOS and <audio> swap roles (bench/LOG.md).
 OVERRIDES = ["training.steps=300", "training.validate_every=100", "training.utterances=4", "training.frames=450"]
 
 

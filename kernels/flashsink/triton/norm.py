@@ -2,10 +2,10 @@
 
 The mathematics is in :mod:`flashsink.triton.decorrelation` and :mod:`flashsink.reference`. A row of S tokens is cut
 into chunks of equal size, padding included, since every token is normalised; a program takes one chunk. In packed
-layout a chunk may touch several sequences and goes through their pieces one by one. Chunk c's part of the gradient of sequence
-n's BOS goes to slot c + n (dense: every row has slots of its own): along a row both only rise and one of them does from
-piece to piece, so no two pieces share a slot, and the slots of a sequence are neighbours. A small second launch adds
-them in order. There are no atomics.
+layout a chunk may touch several sequences and goes through their pieces one by one. Chunk c's part of the gradient of
+sequence n's BOS goes to slot c + n (dense: every row has slots of its own): along a row both only rise and one of them
+does from piece to piece, so no two pieces share a slot, and the slots of a sequence are neighbours. A small second
+launch adds them in order. There are no atomics.
 
 Dimensions: B rows, S tokens, C features, N sequences (N = B in dense layout).
 """

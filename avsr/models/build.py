@@ -32,6 +32,8 @@ WEIGHTS = "model.safetensors"
 def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # transformers imports DeepSpeed while it loads a model, which would print among our results that it found no device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
 
 

@@ -29,10 +29,10 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 demo: install
-	$(BIN)/python -m avsr.demo
+	$(BIN)/python -m avsr.tools.demo
 
 demo-av: install
-	$(BIN)/python -m avsr.demo_av
+	$(BIN)/python -m avsr.tools.demo_av
 
 lint: dev
 	$(BIN)/ruff check .

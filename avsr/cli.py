@@ -29,21 +29,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from avsr.config import load_config
-    from avsr.train import train_and_leave
+    from avsr.training.run import train_and_leave
 
     print(train_and_leave(load_config(arguments.config, arguments.overrides)))
 
 
 def _profile(arguments: argparse.Namespace) -> None:
     from avsr.config import load_config
-    from avsr.profiling import profile_and_leave
+    from avsr.tools.estimate.profiling import profile_and_leave
 
     profile_and_leave(load_config(arguments.config, arguments.overrides), arguments.steps)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from avsr.config import load_config
-    from avsr.planning import page, plan
+    from avsr.tools.estimate.planning import page, plan
     from avsr.training.memory import device_memory
 
     config = load_config(arguments.config, arguments.overrides)
@@ -52,21 +52,21 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from avsr.composing import compose
-    from avsr.pretrain import PretrainConfig, pretrain
+    from avsr.config.compose import compose
+    from avsr.tools.lipreader.pretrain import PretrainConfig, pretrain
 
     print(pretrain(compose(arguments.config, arguments.overrides, PretrainConfig)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from avsr.evaluate import evaluate
+    from avsr.evaluation.run import evaluate
 
     for name, score in evaluate(arguments.run, arguments.overrides, arguments.checkpoint).items():
         print(f"{name}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({score.utterances} utterances, {score.words} words)")
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
-    from avsr.evaluate import transcribe_files
+    from avsr.evaluation.run import transcribe_files
 
     names = [name for name in arguments.files if "=" not in name or Path(name).exists()]
     overrides = [name for name in arguments.files if name not in names]
@@ -84,13 +84,13 @@ def _transcribe(arguments: argparse.Namespace) -> None:
 
 
 def _act_search(arguments: argparse.Namespace) -> None:
-    from avsr.act_search import act_search
+    from avsr.evaluation.act_search import act_search
 
     print(act_search(arguments.run, arguments.overrides, arguments.checkpoint))
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from avsr.analyze import analyze
+    from avsr.tools.analyze import analyze
 
     targets = [name for name in arguments.targets if "=" not in name or Path(name).exists()]
     overrides = [name for name in arguments.targets if name not in targets]
@@ -100,20 +100,20 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from avsr.importing import import_checkpoint
+    from avsr.tools.importing import import_checkpoint
 
     given = arguments.checkpoint, arguments.config, arguments.out, arguments.overrides
     print(import_checkpoint(*given, reduction=arguments.reduction, alpha=arguments.alpha))
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    from avsr.average import average
+    from avsr.tools.average import average
 
     print(average(arguments.run, arguments.last))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from avsr.doctor import report
+    from avsr.tools.doctor import report
 
     lines, complete = report()
     print("\n".join(lines))
@@ -122,15 +122,15 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _synth(arguments: argparse.Namespace) -> None:
-    from avsr.synth.corpus import parse_options, synthesise
+    from avsr.tools.synth.corpus import parse_options, synthesise
 
     for name, count in synthesise(Path(arguments.out), parse_options(arguments.overrides)).items():
         print(f"{count:7d}  {name}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from avsr.prepare.options import parse_options
-    from avsr.prepare.run import REFUSED, prepare
+    from avsr.tools.prepare.options import parse_options
+    from avsr.tools.prepare.run import REFUSED, prepare
 
     options = parse_options(arguments.corpus, arguments.overrides)
     report = prepare(arguments.corpus, arguments.root, arguments.out, options)

@@ -28,8 +28,8 @@ from bench.attention import Problem, ours
 from bench.harness import Runner, one_line
 from bench.shapes import Model, utterances
 from flashsink import reference
-from flashsink._checks import resolve_layout
-from flashsink.backends import _PREFERRED, implementation
+from flashsink.checks import resolve_layout
+from flashsink.dispatch import _PREFERRED, implementation
 
 BACKENDS = ("triton", "sdpa")
 STEP_LIMIT = 2e-2  # of a whole model's loss and gradients, relative to the reference backend's

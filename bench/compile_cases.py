@@ -25,13 +25,13 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def cases() -> Iterator[Case]:
-    if _there("flashsink.gpu.attention"):
+    if _there("flashsink.triton.attention"):
         yield from attention_cases()
-    if _there("flashsink.gpu.decorrelation"):
+    if _there("flashsink.triton.decorrelation"):
         yield from hidden_cases("decorrelation", decorrelation)
-    if _there("flashsink.gpu.norm"):
+    if _there("flashsink.triton.norm"):
         yield from hidden_cases("norm", norm)
-    if _there("flashsink.gpu.activations"):
+    if _there("flashsink.triton.activations"):
         yield from hidden_cases("activations", activations)
 
 
@@ -69,7 +69,7 @@ def attention_case(dim: int, dtype: torch.dtype, packed: bool = False, options: 
     name = f"attention D{dim} {SHORT[dtype]} {'packed' if packed else 'dense'}{' options' if options else ''}"
 
     def call() -> None:
-        attention: Any = importlib.import_module("flashsink.gpu.attention")
+        attention: Any = importlib.import_module("flashsink.triton.attention")
         where = layout(packed)
         q, k, v = projections(dim, dtype, where.rows)
         extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if options else {}
@@ -86,7 +86,7 @@ def attention_case(dim: int, dtype: torch.dtype, packed: bool = False, options: 
 
 def calibrated_case(dim: int, dtype: torch.dtype) -> Case:
     def call() -> None:
-        attention: Any = importlib.import_module("flashsink.gpu.attention")
+        attention: Any = importlib.import_module("flashsink.triton.attention")
         where = layout(False)
         q, k, v = (x.detach() for x in projections(dim, dtype, where.rows))
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
@@ -124,14 +124,14 @@ def states(features: int, dtype: torch.dtype, where: Layout, layers: int) -> lis
 
 
 def decorrelation(features: int, dtype: torch.dtype, packed: bool) -> None:
-    module: Any = importlib.import_module("flashsink.gpu.decorrelation")
+    module: Any = importlib.import_module("flashsink.triton.decorrelation")
     where = layout(packed)
     module.decorrelation_sums(states(features, dtype, where, 3), where.lengths, where, 0.0).sum().backward()
 
 
 def norm(features: int, dtype: torch.dtype, packed: bool) -> None:
     """With the loss and without it; weight frozen and not."""
-    module: Any = importlib.import_module("flashsink.gpu.norm")
+    module: Any = importlib.import_module("flashsink.triton.norm")
     where = layout(packed)
     h = states(features, dtype, where, 1)[0]
     for trained, spans in ((False, where.lengths), (True, None)):
@@ -142,6 +142,6 @@ def norm(features: int, dtype: torch.dtype, packed: bool) -> None:
 
 
 def activations(features: int, dtype: torch.dtype, packed: bool) -> None:
-    module: Any = importlib.import_module("flashsink.gpu.activations")
+    module: Any = importlib.import_module("flashsink.triton.activations")
     where = layout(packed)
     module.activation_stats(states(features, dtype, where, 3), where, False)

@@ -88,8 +88,8 @@ def collect(cases: Iterable[Case]) -> list[Entry]:
     Raises:
         RuntimeError: a case launches nothing.
     """
-    from flashsink.gpu import tiles
-    from flashsink.gpu.launch import Launch, observe
+    from flashsink.triton import tiles
+    from flashsink.triton.launch import Launch, observe
 
     entries: dict[Entry, None] = {}
     for case in cases:

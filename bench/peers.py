@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashsink.gpu.launch import Tile, launch
+from flashsink.triton.launch import Tile, launch
 
 LOG2E = 1.4426950408889634
 

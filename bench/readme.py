@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from avsr.analysis.figures import lines_by_layer
-from avsr.analysis.plots import lines_over
+from avsr.tools.analysis.figures import lines_by_layer
+from avsr.tools.analysis.plots import lines_over
 
 ROWS = (
     ("WER, unseen sentences", "wer_{}", "{:.3f}"),

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 import flashsink
 from bench.peers import reference_decorrelation
 from bench.shapes import Model
-from flashsink import hf_models
-from flashsink.backends import implementation
+from flashsink.dispatch import implementation
+from flashsink.hf import models as hf_models
 from flashsink.types import Layout
 
 RANK = 16

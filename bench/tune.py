@@ -26,8 +26,8 @@ from bench.attention import Problem, ours
 from bench.compile_report import CAPABILITIES, Job, Row, compiled, faults_of, job_of
 from bench.harness import Provider, Runner, Sample, Step, one_line, rounds_cpu, rounds_cuda
 from bench.shapes import HEADLINE_TOKENS, MODELS, utterances
-from flashsink.gpu import tiles
-from flashsink.gpu.launch import Launch, Tile, observe
+from flashsink.triton import tiles
+from flashsink.triton.launch import Launch, Tile, observe
 
 # the step in which a kernel runs: statistics, and whether there is a backward
 STEPS = {"forward": ("", False), "received": ("pass", False)}

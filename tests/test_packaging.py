@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -64,5 +65,17 @@ def test_threads_spin_briefly_unless_the_user_says_how_they_wait(own: dict[str, 
     environment = {key: value for key, value in os.environ.items() if key not in names} | own
     code = f"import avsr.cli, os, sys; print('torch' in sys.modules, [os.environ.get(name) for name in {names!r}])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    expected = [own.get(name) for name in names] if own else ["10000", None]
+    expected = [own.get(name) for name in names] if own else ["1000", None]
     assert done.stdout.strip() == f"False {expected}", "set before torch is loaded"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["gpu", "gpu-tune"])
+def test_a_path_may_hold_a_space(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my projects" / "flashsink"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", folder)
+    command = ["make", "--no-print-directory", target, "PYTHON=sh -c 'echo \"$$PWD|$$PYTHONPATH|$$*\"' sh"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    module = {"gpu": "bench.gpu", "gpu-tune": "bench.tune"}[target]
+    assert done.stdout.strip() == f"{folder}|{folder}/kernels:{folder}|-m {module}", done.stderr

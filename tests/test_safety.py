@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-INERT = ROOT / "avsr" / "prepare" / "inert.py"  # the one unpickler, which knows only its own stand-ins
+INERT = ROOT / "avsr" / "data" / "mouth" / "inert.py"  # the one unpickler, which knows only its own stand-ins
 
 # What each rule catches, so that none of them can go blind
 CAUGHT = {

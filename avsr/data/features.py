@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,26 @@ from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
 from avsr.data.manifest import Utterance
 from avsr.data.transforms import PLAIN, Transforms, View
 from avsr.errors import ClipError, UserError
-from avsr.folders import part_of
-from avsr.models.encoder import SpeechEncoder
-from avsr.progress import ProgressBar
+from avsr.runtime.folders import part_of
+from avsr.runtime.progress import ProgressBar
 
 _GROUP = 64  # clips read before they are sorted by length and encoded
+
+
+class Encoder(Protocol):
+    """What a store asks of a stream's encoder; ``avsr.models.encoder`` says what the parts mean."""
+
+    width: int
+    frames_per_second: int
+    max_seconds: float
+    needs: frozenset[str]
+    identity: str
+
+    def frames(self, samples: int, video_frames: int) -> int: ...
+
+    def prepare(self, clip: Clip) -> Tensor: ...
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]: ...
 
 
 class FeatureStore:
@@ -43,7 +58,7 @@ class FeatureStore:
 
     def __init__(
         self,
-        encoders: Mapping[str, SpeechEncoder],
+        encoders: Mapping[str, Encoder],
         data: DataConfig,
         transforms: Transforms,
         trained: Iterable[str] = (),

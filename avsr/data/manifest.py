@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avsr.errors import UserError
-from avsr.folders import part_of
+from avsr.runtime.folders import part_of
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
 _MOST_DIGITS = 9  # of their number: Python reads no number of 5,000 digits

@@ -1,8 +1,8 @@
 """ACT at inference (Yu et al. 2024): which heads of a model are calibrated, and for how long.
 
 The heads stand in a JSON file: ``heads`` is a list of [layer, head], both from 0; ``layers`` and ``heads_per_layer``
-are the model's; ``beta`` and ``threshold`` are those of the search. What else :mod:`avsr.act_search` writes there is a
-report.
+are the model's; ``beta`` and ``threshold`` are those of the search. What else
+:mod:`avsr.evaluation.act_search` writes there is a report.
 """
 
 from __future__ import annotations

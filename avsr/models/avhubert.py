@@ -12,7 +12,7 @@ from avsr.errors import UserError
 from avsr.models.avhubert_inputs import AUDIO, SIDE, VIDEO, audio_features, audio_frames, video_crop, video_features
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.encoder_lora import add_encoder_lora
-from avsr.models.fairseq_file import load_avhubert
+from avsr.models.formats.fairseq_file import load_avhubert
 
 _NEEDS = {
     "audio": frozenset({"audio"}),

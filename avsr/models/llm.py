@@ -20,7 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import cache_folder, convert_once, locate, verify
+from avsr.models.sources import convert_once, locate
+from avsr.runtime.folders import cache_folder
+from avsr.runtime.packages import verify
 
 
 @dataclass(frozen=True)

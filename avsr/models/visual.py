@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip, center_crop
 from avsr.errors import UserError
-from avsr.folders import part_of
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import resolve
+from avsr.runtime.folders import part_of
 
 CROP = 88  # pixels of the mouth frame that are looked at, as in AV-HuBERT
 FRAMES_PER_SECOND = 25

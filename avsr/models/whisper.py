@@ -14,8 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.errors import UserError
-from avsr.models.ctranslate2 import load_whisper_encoder
 from avsr.models.encoder import SpeechEncoder, fingerprint
+from avsr.models.formats.ctranslate2 import load_whisper_encoder
 from avsr.models.sources import locate
 
 SAMPLE_RATE = 16_000

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avsr import folders
-from avsr.build import WEIGHTS, step_checkpoints
 from avsr.config import Config, to_yaml
+from avsr.models.build import WEIGHTS, step_checkpoints
+from avsr.runtime import folders
 from avsr.training import optimizer_state
 from avsr.training.optimizer_state import OptimizerState
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from avsr.config import Config
 from avsr.data.batches import Batch, Lost
 from avsr.errors import UserError
-from avsr.folders import append
+from avsr.runtime.folders import append
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
 

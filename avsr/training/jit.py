@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from avsr.errors import UserError
-from avsr.locks import now_in
-from avsr.models.sources import cache_folder
+from avsr.runtime.folders import cache_folder
+from avsr.runtime.locks import now_in
 
 logger = logging.getLogger("avsr")
 _FOLDER = "TORCH_EXTENSIONS_DIR"

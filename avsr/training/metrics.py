@@ -18,7 +18,7 @@ from typing import Any
 
 from avsr.config import LogConfig
 from avsr.errors import UserError
-from avsr.folders import append, part_of
+from avsr.runtime.folders import append, part_of
 
 logger = logging.getLogger("avsr")
 DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``

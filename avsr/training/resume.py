@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avsr import folders
-from avsr.build import WEIGHTS, load_weights
-from avsr.composing import differences
 from avsr.config import Config, read_run_config, to_yaml
+from avsr.config.compose import differences
 from avsr.errors import UserError
-from avsr.locks import LOCK
+from avsr.models.build import WEIGHTS, load_weights
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime import folders
+from avsr.runtime.locks import LOCK
 from avsr.training import optimizer_state
 from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
 from avsr.training.optimizer_state import OptimizerState

@@ -20,12 +20,12 @@ from avsr.config import Config
 from avsr.data.batches import Batch, Schedule, collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import Interrupted, UserError
-from avsr.losses import Counts, all_max, all_sum, count_step, local_span, scaled
 from avsr.models.speech_llm import SpeechLLM, Terms
-from avsr.progress import ProgressBar
+from avsr.runtime.progress import ProgressBar
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
+from avsr.training.losses import Counts, all_max, all_sum, count_step, local_span, scaled
 from avsr.training.metrics import MetricsLog, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients

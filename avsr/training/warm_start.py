@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avsr.build import build_model, build_store, pick_device
 from avsr.config import Config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.errors import UserError
+from avsr.models.build import build_model, build_store, pick_device
 from avsr.models.compression import compress
 from avsr.models.llm import LoadedLLM
 from avsr.models.speech_llm import SpeechLLM
-from avsr.progress import ProgressBar
+from avsr.runtime.progress import ProgressBar
 
 logger = logging.getLogger("avsr")
 

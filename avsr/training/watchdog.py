@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from avsr.errors import EXIT_HUNG
-from avsr.progress import ProgressBar
+from avsr.runtime.progress import ProgressBar
 
 START = ("process group", "run folder", "model", "manifests", "engine")
 # in the order of a step: the rank that is furthest behind is the one that the others wait for

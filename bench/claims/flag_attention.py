@@ -12,7 +12,7 @@ from bench.claims import Claim
 from bench.harness import Absent, Bench, Comparison, Provider, Step
 from bench.peers import AS_SHIPPED, TUNED, total_attention, total_attention_cpu
 from bench.shapes import HEADLINE_TOKENS, MODELS
-from flashsink.gpu.launch import Launch, Tile, observe
+from flashsink.triton.launch import Launch, Tile, observe
 
 CLAIMS = (
     Claim(

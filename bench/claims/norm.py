@@ -8,7 +8,7 @@ from bench.claims import Claim
 from bench.harness import Bench, Comparison, Provider, Step
 from bench.peers import plain_rms_norm
 from bench.shapes import MODELS
-from flashsink.backends import implementation
+from flashsink.dispatch import implementation
 from flashsink.types import Layout
 
 CLAIMS = (Claim("norm", "norm with loss and statistics / Liger's plain norm (CPU: torch's)", "<= 1.15", "<= 1.05"),)

@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from avsr.config import load_config
 from avsr.data.batches import Schedule, collate
-from avsr.profiling import WARM_UP, model_sizes
-from avsr.train import make_trainer, process_group
-from avsr.training.flops import Rows, step_flops
-from avsr.training.plan import Sizes, Way
+from avsr.tools.estimate.flops import Rows, step_flops
+from avsr.tools.estimate.plan import Sizes, Way
+from avsr.tools.estimate.profiling import WARM_UP, model_sizes
+from avsr.training.run import make_trainer, process_group
 from avsr.training.trainer import Trainer
 from bench import ledger
 from bench.scale.model import Cluster, Link, communication
@@ -79,7 +79,7 @@ def launched(ranks: int, stage: int) -> dict[str, Any]:
     """profile.json of rank 0."""
     run = f"ranks{ranks}-stage{stage}"
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(_free_port()), "--module", "avsr.profiling", "demo_decorrelation"]
+    command += ["--master_port", str(_free_port()), "--module", "avsr.tools.estimate.profiling", "demo_decorrelation"]
     _run([*command, *settings(stage, run), "--steps", str(STEPS)])
     return dict(json.loads((FOLDER / f"{run}-profile" / "profile.json").read_text(encoding="utf-8")))
 

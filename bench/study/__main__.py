@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from avsr.errors import guarded
-from avsr.machine import cpus
+from avsr.runtime.machine import cpus
 from bench.study import corpus
 from bench.study.arms import INFERENCE, SEEDS, arm_key
 from bench.study.grid import ARMS, INFERENCES, STARTS

@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from avsr.act_search import PAPER_BETA, search
 from avsr.config import Config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.evaluation.act import Heads
+from avsr.evaluation.act_search import PAPER_BETA, search
 from bench.study.arms import SEEDS, Arm
 from bench.study.train import load_arm
 

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from avsr.analysis.figures import COLOURS
+from avsr.tools.analysis.figures import COLOURS
 from bench.study.arms import HIGH, LOW, SEEDS, Arm
 from bench.study.rows import strongest
 

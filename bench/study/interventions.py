@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avsr.analysis.collect import MASSIVE_RATIO, MASSIVE_SIZE
 from avsr.models.speech_llm import SpeechLLM
+from avsr.tools.analysis.collect import MASSIVE_RATIO, MASSIVE_SIZE
 
 KINDS = ("zero", "zero others", "mean", "mean others")  # all tokens, or all but BOS
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from avsr.analysis.collect import collect
-from avsr.analysis.subject import speech_subject
 from avsr.config import Config
 from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.data.features import FeatureStore
-from avsr.evaluate import decode_set, test_sets
 from avsr.evaluation.act import calibrated
+from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
+from avsr.tools.analysis.collect import collect
+from avsr.tools.analysis.subject import speech_subject
 from avsr.training.metrics import read_metrics
 from bench.study.act import act_heads, calibrating
 from bench.study.arms import INFERENCE, SEEDS, START, Arm

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from avsr.build import build_model, build_store, find_checkpoint, load_some_weights, load_weights, pick_device
 from avsr.config import Config, load_config
 from avsr.data.features import FeatureStore
+from avsr.models.build import build_model, build_store, find_checkpoint, load_some_weights, load_weights, pick_device
 from avsr.models.speech_llm import SpeechLLM
-from avsr.train import attach, train_and_leave
+from avsr.training.run import attach, train_and_leave
 from avsr.training.warm_start import warm_projector
 from bench.study import corpus
 from bench.study.arms import STEPS, Arm

@@ -1,9 +1,11 @@
 """flashsink: attention that measures its own sinks, the decorrelation loss, activation statistics and ACT."""
 
-from flashsink import versions
-from flashsink.backends import backends
+import sys
+
+from flashsink import dispatch, versions
+from flashsink.dispatch import backends
 from flashsink.functional import activation_stats, attention, calibrated_attention, decorrelation_loss
-from flashsink.probe import Probe, attach
+from flashsink.hf.probe import Probe, attach
 from flashsink.types import ActivationStats, SinkStats
 
 __version__ = "0.1.0"
@@ -19,6 +21,8 @@ __all__ = [
     "calibrated_attention",
     "decorrelation_loss",
 ]
+
+sys.modules[f"{__name__}.backends"] = dispatch  # the module's old name; the attribute is the function
 
 for _package in ("torch", "triton"):  # transformers where it is needed, in attach
     versions.warn(_package)

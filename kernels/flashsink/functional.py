@@ -14,8 +14,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from flashsink import _checks, reference
-from flashsink.backends import implementation
+from flashsink import checks, reference
+from flashsink.dispatch import implementation
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 
@@ -89,17 +89,17 @@ def attention(
     Raises:
         ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
     """
-    _checks.check_qkv(q, k, v)
+    checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
     chosen = implementation(backend, q.device.type, q)
     counted: Tensor | None = None
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
-        counted = _checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+        counted = checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
     if sink_logits is not None:
-        _checks.check_sink_logits(sink_logits, q)
-    q, scale = _checks.positive_scale(q, _scale(q, scale))
+        checks.check_sink_logits(sink_logits, q)
+    q, scale = checks.positive_scale(q, _scale(q, scale))
     out, stats = chosen.attention(
         q,
         k,
@@ -137,7 +137,7 @@ def calibrated_attention(
     Returns:
         (B, H, Sq, D) in q's dtype.
     """
-    _checks.check_qkv(q, k, v)
+    checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, None)
     chosen = implementation(backend, q.device.type, q)
     expected = (q.shape[0], q.shape[1], k.shape[2])
@@ -180,12 +180,12 @@ def decorrelation_loss(
     Raises:
         ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
     """
-    layers = _checks.check_hidden_states(hidden_states)
+    layers = checks.check_hidden_states(hidden_states)
     first = layers[0]
-    layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens)
+    layout = checks.resolve_layout(first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
     chosen = implementation(backend, first.device.type)
-    spans = _checks.check_spans(spans, layout)
+    spans = checks.check_spans(spans, layout)
     total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
     return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
 
@@ -206,9 +206,9 @@ def activation_stats(
         median: also give the median over all features of the row's valid tokens.
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
     """
-    layers = _checks.check_hidden_states(hidden_states)
+    layers = checks.check_hidden_states(hidden_states)
     first = layers[0]
-    layout = _checks.resolve_layout(first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts)
+    layout = checks.resolve_layout(first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts)
     return implementation(backend, first.device.type).activation_stats(layers, layout, median)
 
 
@@ -222,7 +222,7 @@ def _attention_layout(
 ) -> Layout:
     if cu_seqlens is not None and q.shape[2] != k.shape[2]:
         raise ValueError(f"cu_seqlens: expected as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-    return _checks.resolve_layout(
+    return checks.resolve_layout(
         k.shape[0], k.shape[2], k.device, lengths=lengths, starts=starts, cu_seqlens=cu_seqlens
     )
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink import cpu, reference
-from flashsink.gpu import backend as triton_backend
+from flashsink import reference
+from flashsink.cpu import backend as cpu
+from flashsink.triton import backend as triton_backend
 from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 VENDOR_VARIABLE = "FLASHSINK_VENDOR"

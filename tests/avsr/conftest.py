@@ -18,12 +18,12 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import avsr.train
-from avsr.build import WEIGHTS, build_model, build_store
+import avsr.training.run
 from avsr.cli import main
 from avsr.config import Config, load_config, to_yaml
 from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
+from avsr.models.build import WEIGHTS, build_model, build_store
 
 RATE = 16_000
 WORDS = ("bin", "lay", "place", "set", "blue", "green", "red", "white", "now", "soon", "again")
@@ -331,8 +331,8 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def no_engine(*arguments: object) -> None:
         raise AssertionError("training would have begun")
 
-    monkeypatch.setattr(avsr.train, "start_distributed", start)
-    monkeypatch.setattr(avsr.train, "make_engine", no_engine)
+    monkeypatch.setattr(avsr.training.run, "start_distributed", start)
+    monkeypatch.setattr(avsr.training.run, "make_engine", no_engine)
     yield
     if own and dist.is_initialized():
         dist.destroy_process_group()

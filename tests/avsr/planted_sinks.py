@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from avsr.analysis.subject import Subject
 from avsr.models.speech_llm import Assembled
+from avsr.tools.analysis.subject import Subject
 
 MARK, PLAIN, FEATURE, UNIT, LAYER, LAYERS, HIDDEN = 7, 9, 11, 5, 3, 6, 48
 OTHER_FEATURE, OTHER_UNIT, OTHER_MARK = 13, 20, 17

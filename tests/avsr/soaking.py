@@ -16,8 +16,8 @@ from typing import Any
 
 from avsr.config import load_config
 from avsr.errors import guarded
-from avsr.train import train_and_leave
 from avsr.training import checkpoint, trainer
+from avsr.training.run import train_and_leave
 
 KILLS, FULL, NANS = 0.012, 0.15, 0.01
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from avsr.act_search import search
 from avsr.config import (
     ActConfig,
     CompressionConfig,
@@ -29,6 +28,7 @@ from avsr.config import ProjectorConfig as Projector
 from avsr.data.batches import Example, collate
 from avsr.data.manifest import Utterance
 from avsr.evaluation.act import Heads, calibrated, every_head
+from avsr.evaluation.act_search import search
 from avsr.evaluation.decode import token_budget, transcribe_batch
 from avsr.models.llm import load_llm
 from avsr.models.speech_llm import Assembled, SpeechLLM

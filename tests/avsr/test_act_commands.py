@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-import avsr.act_search
-from avsr.build import load_run
+import avsr.evaluation.act_search
 from avsr.cli import main
 from avsr.config import ActConfig, Config, load_config, to_yaml
 from avsr.errors import UserError
-from avsr.evaluate import evaluate, transcribe_files
 from avsr.evaluation.act import calibrated
+from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.models.build import load_run
 from avsr.models.speech_llm import SpeechLLM
 
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_files_that_are_no_use(refuse: Refuse, run_folder: Path, held: str | Non
 
 def test_a_file_that_cannot_be_written(lively: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the search."""
-    monkeypatch.setattr(avsr.act_search, "search", None)
+    monkeypatch.setattr(avsr.evaluation.act_search, "search", None)
     path = lively / "no" / "file.json"
     assert f"cannot write {path}: there is no folder {path.parent}" in refuse("act-search", lively, f"act.heads={path}")
     config = Config(run="none", act=ActConfig(beta=0.4))

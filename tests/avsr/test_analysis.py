@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.analysis.collect import collect
-from avsr.analysis.example import look_at
-from avsr.analysis.subject import speech_subject
-from avsr.build import load_run
 from avsr.cli import main
 from avsr.config import load_config
 from avsr.data.batches import collate
-from avsr.demo import summarise
 from avsr.errors import UserError
-from avsr.evaluate import evaluate, test_sets, transcribe_files
-from avsr.train import train
+from avsr.evaluation.run import evaluate, test_sets, transcribe_files
+from avsr.models.build import load_run
+from avsr.tools.analysis.collect import collect
+from avsr.tools.analysis.example import look_at
+from avsr.tools.analysis.subject import speech_subject
+from avsr.tools.demo import summarise
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
 
 collect_sets = test_sets
 del test_sets  # pytest would take it for a test

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.analysis.causal import causal_test, turned
-from avsr.analysis.tokens import look
 from avsr.errors import UserError
 from avsr.models.speech_llm import Assembled
+from avsr.tools.analysis.causal import causal_test, turned
+from avsr.tools.analysis.tokens import look
 
 planted: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted_sinks.py"))))
 

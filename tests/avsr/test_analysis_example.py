@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashsink
-from avsr.analysis import observe
-from avsr.analysis.example import ALONE, CELLS, cells_of, look_at, map_layers
-from avsr.analysis.inputs import ModelOptions, load_text_subject
-from avsr.analysis.observe import pooled_attention, text_attention
-from avsr.analysis.subject import Subject
+from avsr.tools.analysis import observe
+from avsr.tools.analysis.example import ALONE, CELLS, cells_of, look_at, map_layers
+from avsr.tools.analysis.inputs import ModelOptions, load_text_subject
+from avsr.tools.analysis.observe import pooled_attention, text_attention
+from avsr.tools.analysis.subject import Subject
 
 
 def subject_of(tiny_llm: Path, length: int) -> Subject:

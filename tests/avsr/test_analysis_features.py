@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.analysis.features import feature_sets, overlap_p
-from avsr.analysis.tokens import look
 from avsr.errors import UserError
+from avsr.tools.analysis.features import feature_sets, overlap_p
+from avsr.tools.analysis.tokens import look
 
 planted: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted_sinks.py"))))
 

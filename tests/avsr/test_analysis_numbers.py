@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.analysis.collect import collect
-from avsr.analysis.groups import GroupSums, group_of
-from avsr.analysis.inputs import ModelOptions, load_text_subject
-from avsr.analysis.report import write_report
-from avsr.analysis.subject import Subject
-from avsr.analyze import analyze_subject
+from avsr.tools.analysis.collect import collect
+from avsr.tools.analysis.groups import GroupSums, group_of
+from avsr.tools.analysis.inputs import ModelOptions, load_text_subject
+from avsr.tools.analysis.report import write_report
+from avsr.tools.analysis.subject import Subject
+from avsr.tools.analyze import analyze_subject
 
 TEXTS = ["bin blue at f two now", "lay red", "place white in q nine again", "set green by x", "a b"]
 MASSIVE = 7  # the feature in which BOS is made massive

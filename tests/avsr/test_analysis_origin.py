@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from avsr.analysis.causal import causal_test
-from avsr.analysis.origin import Untraceable, trace_origin
-from avsr.analysis.subject import Subject
-from avsr.analysis.tokens import choose, label, look
 from avsr.errors import UserError
 from avsr.models.speech_llm import Assembled
+from avsr.tools.analysis.causal import causal_test
+from avsr.tools.analysis.origin import Untraceable, trace_origin
+from avsr.tools.analysis.subject import Subject
+from avsr.tools.analysis.tokens import choose, label, look
 
 planted: Any = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("planted_sinks.py"))))
 

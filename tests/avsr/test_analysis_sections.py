@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from avsr.analysis import figures, mechanism, sections
-from avsr.analysis.plots import training_curves
+from avsr.tools.analysis import figures, mechanism, sections
+from avsr.tools.analysis.plots import training_curves
 
 Run = tuple[str, dict[str, Any]]
 MANY = ["BOS", "<audio>", "</audio>", "<video>", "</video>", *(f"prompt {i}" for i in range(9)), "speech", "text"]

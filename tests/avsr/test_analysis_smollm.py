@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.analysis.causal import causal_test
-from avsr.analysis.features import feature_sets
-from avsr.analysis.origin import trace_origin
-from avsr.analysis.subject import Subject, text_subject
-from avsr.analysis.tokens import Seen, look
 from avsr.config import LLMConfig
 from avsr.models.llm import load_llm
+from avsr.tools.analysis.causal import causal_test
+from avsr.tools.analysis.features import feature_sets
+from avsr.tools.analysis.origin import trace_origin
+from avsr.tools.analysis.subject import Subject, text_subject
+from avsr.tools.analysis.tokens import Seen, look
 
 pytestmark = pytest.mark.smollm
 TEXTS = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.analysis import subject as module
-from avsr.analysis.inputs import ModelOptions, load_text_subject
-from avsr.analysis.subject import Subject, speech_subject
 from avsr.models.speech_llm import Assembled
+from avsr.tools.analysis import subject as module
+from avsr.tools.analysis.inputs import ModelOptions, load_text_subject
+from avsr.tools.analysis.subject import Subject, speech_subject
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,13 @@ from transformers import (
 )
 from transformers import T5ForConditionalGeneration as T5
 
-import avsr.analyze
-from avsr.analysis.inputs import check_attention
-from avsr.analysis.subject import text_subject
-from avsr.analyze import analyze, kind_of, refuse_unlike, run_label
+import avsr.tools.analyze
 from avsr.cli import main
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM
+from avsr.tools.analysis.inputs import check_attention
+from avsr.tools.analysis.subject import text_subject
+from avsr.tools.analyze import analyze, kind_of, refuse_unlike, run_label
 
 Refuse = Callable[..., str]
 
@@ -246,7 +246,7 @@ def test_damaged_files_of_a_run_are_named_before_anything_is_measured(
     run_folder: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch, name: str, text: str, why: str
 ) -> None:
     (run_folder / name).write_text(text)
-    monkeypatch.setattr(avsr.analyze, "analyze_subject", None)
+    monkeypatch.setattr(avsr.tools.analyze, "analyze_subject", None)
     message = refuse("analyze", run_folder)
     assert f"{run_folder / name}: " in message and why in message and "\n" not in message
 

@@ -13,13 +13,13 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from avsr.average import average
-from avsr.build import WEIGHTS, find_checkpoint, load_run, step_checkpoints
 from avsr.cli import main
 from avsr.config import load_config, read_run_config, to_yaml
 from avsr.errors import UserError
-from avsr.train import train
+from avsr.models.build import WEIGHTS, find_checkpoint, load_run, step_checkpoints
+from avsr.tools.average import average
 from avsr.training.resume import prepare_run
+from avsr.training.run import train
 
 Refuse = Callable[..., str]
 

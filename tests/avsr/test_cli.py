@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.build import WEIGHTS
 from avsr.cli import main
 from avsr.config import LogConfig, read_run_config, to_yaml
+from avsr.models.build import WEIGHTS
 from avsr.training.metrics import MetricsLog, read_metrics
 
 Tone = Callable[[Path, float], Path]

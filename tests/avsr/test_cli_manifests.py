@@ -13,10 +13,10 @@ import pytest
 import soundfile
 import torch
 
-from avsr.build import build_store
 from avsr.config import load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import UserError
+from avsr.models.build import build_store
 
 Tone = Callable[[Path, float], Path]
 Refuse = Callable[..., str]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from avsr import composing as composing_module
-from avsr.composing import compose, configs_folder, differences
 from avsr.config import (
     Config,
     load_config,
     read_run_config,
     to_yaml,
 )
+from avsr.config import compose as composing_module
+from avsr.config.compose import compose, configs_folder, differences
 from avsr.errors import UserError
-from avsr.pretrain import PretrainConfig
+from avsr.tools.lipreader.pretrain import PretrainConfig
 
 FILES = sorted(path for path in configs_folder().glob("*/*.yaml") if path.stem != "demo_visual")
 FILL = [

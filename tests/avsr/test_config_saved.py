@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from avsr.composing import differences
 from avsr.config import ModelConfig, read_run_config
+from avsr.config.compose import differences
 from avsr.errors import UserError
 
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avsr.corpora.lrs import read_lrs2, read_lrs3
-from avsr.corpora.muavic import read_muavic
-from avsr.corpora.source import Refusal, Source, is_safe_id
-from avsr.corpora.transcripts import Word, clean_text, cut_words, read_transcript
-from avsr.corpora.videos import read_videos
-from avsr.corpora.voxceleb import read_labels, read_vox2, vox_key
 from avsr.errors import UserError
+from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
+from avsr.tools.corpora.muavic import read_muavic
+from avsr.tools.corpora.source import Refusal, Source, is_safe_id
+from avsr.tools.corpora.transcripts import Word, clean_text, cut_words, read_transcript
+from avsr.tools.corpora.videos import read_videos
+from avsr.tools.corpora.voxceleb import read_labels, read_vox2, vox_key
 
 
 def put(root: Path, *names: str, text: str = "") -> None:

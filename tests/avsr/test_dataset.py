@@ -15,11 +15,11 @@ import soundfile
 import torch
 import torch.distributed as dist
 
-from avsr.build import build_store
 from avsr.config import load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.manifest import read_manifest
 from avsr.errors import UserError
+from avsr.models.build import build_store
 
 CODE = """
 import importlib.util, sys

@@ -17,7 +17,7 @@ import pytest
 def test_the_demo_runs_twice_and_writes_its_summary(tmp_path: Path) -> None:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {key: value for key, value in os.environ.items() if key not in launcher}
-    command = [sys.executable, "-m", "avsr.demo", "training.steps=4", "training.validate_every=4", "data.limit=8"]
+    command = [sys.executable, "-m", "avsr.tools.demo", "training.steps=4", "training.validate_every=4", "data.limit=8"]
     for _ in range(2):  # the second replaces the first's runs
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800, check=False

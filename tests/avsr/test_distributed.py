@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from avsr.config import load_config
 from avsr.errors import EXIT_HUNG, EXIT_PREEMPTED, UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
-from avsr.train import train
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}

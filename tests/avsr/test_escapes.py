@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avsr.corpora.source import is_safe_id
 from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
-from avsr.evaluate import evaluate
-from avsr.prepare.journal import Journal
-from avsr.prepare.options import PrepareOptions
-from avsr.prepare.run import prepare
+from avsr.evaluation.run import evaluate
+from avsr.tools.corpora.source import is_safe_id
+from avsr.tools.prepare.journal import Journal
+from avsr.tools.prepare.options import PrepareOptions
+from avsr.tools.prepare.run import prepare
 
 HOSTILE = [
     "../x",

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from avsr.errors import UserError
-from avsr.models import fairseq_file
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
-from avsr.models.fairseq_file import load_avhubert
+from avsr.models.formats import fairseq_file
+from avsr.models.formats.fairseq_file import load_avhubert
 
 TINY = AVHubertConfig(width=128, ffn=96, layers=2, channels=2)
 CFG = {"_name": "av_hubert", "layer_norm_first": True, "encoder_attention_heads": 2, "modality_fuse": "concat"}

@@ -20,9 +20,9 @@ from avsr.config import load_config
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import EXIT_HUNG, UserError
 from avsr.models.speech_llm import SpeechLLM
-from avsr.train import train
 from avsr.training import trainer
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
 
 Recipe = Callable[..., Path]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from avsr import folders
+from avsr.runtime import folders
 
 DEEP = "[" * 100_000
 Refuse = Callable[..., str]

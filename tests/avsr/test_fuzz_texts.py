@@ -14,24 +14,24 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from avsr import folders
-from avsr.analyze import _scores
 from avsr.config import load_config, to_yaml
-from avsr.corpora import voxceleb
-from avsr.corpora.lrs import read_list
-from avsr.corpora.muavic import read_muavic
-from avsr.corpora.transcripts import read_transcript
-from avsr.corpora.voxceleb import read_labels
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.evaluation.act import _read
-from avsr.prepare.journal import FORMAT, Journal
-from avsr.synth import corpus
-from avsr.synth.options import SynthOptions
+from avsr.runtime import folders
+from avsr.tools.analyze import _scores
+from avsr.tools.corpora import voxceleb
+from avsr.tools.corpora.lrs import read_list
+from avsr.tools.corpora.muavic import read_muavic
+from avsr.tools.corpora.transcripts import read_transcript
+from avsr.tools.corpora.voxceleb import read_labels
+from avsr.tools.lipreader.timed import _read_times
+from avsr.tools.prepare.journal import FORMAT, Journal
+from avsr.tools.synth import corpus
+from avsr.tools.synth.options import SynthOptions
 from avsr.training.engine import deepspeed_config
 from avsr.training.metrics import DRAWN, read_metrics
 from avsr.training.resume import FRAMES, read_frames
-from avsr.training.timed import _read_times
 
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
 few_and_many = pytest.mark.parametrize("count", tools.CASES)

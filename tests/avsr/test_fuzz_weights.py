@@ -22,18 +22,18 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
-from avsr import folders
 from avsr.config import load_config
+from avsr.data.mouth import inert
+from avsr.data.mouth.landmarks import read_landmarks
 from avsr.errors import UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
-from avsr.models.ctranslate2 import load_whisper_encoder
-from avsr.models.fairseq_file import load_avhubert, read_fairseq
-from avsr.models.official import official_task, read_official
+from avsr.models.formats.ctranslate2 import load_whisper_encoder
+from avsr.models.formats.fairseq_file import load_avhubert, read_fairseq
+from avsr.models.formats.official import official_task, read_official
 from avsr.models.visual import FORMAT, VisualConfig, VisualModel, load_visual
-from avsr.prepare import inert
-from avsr.prepare.landmarks import read_landmarks
-from avsr.train import make_trainer
+from avsr.runtime import folders
 from avsr.training import resume
+from avsr.training.run import make_trainer
 
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
 few_and_many = pytest.mark.parametrize("count", tools.CASES)

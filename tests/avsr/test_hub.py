@@ -18,14 +18,14 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from transformers.utils.hub import hf_api
 
-from avsr.analysis.inputs import ModelOptions, load_text_subject
 from avsr.config import EncoderConfig, LLMConfig
 from avsr.errors import UserError
 from avsr.models import sources
 from avsr.models.llm import load_llm
-from avsr.models.outlines import outline_encoder, outline_llm
 from avsr.models.wavlm import WavLMEncoder
 from avsr.models.whisper import Whisper
+from avsr.tools.analysis.inputs import ModelOptions, load_text_subject
+from avsr.tools.estimate.outlines import outline_encoder, outline_llm
 
 KEY = "model.llm.name"
 NAME, COMMIT = "somebody/model", "1" * 40

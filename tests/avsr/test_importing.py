@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avsr.build import load_run
 from avsr.cli import main
 from avsr.config import read_run_config
 from avsr.data.batches import Example, collate
 from avsr.data.manifest import Utterance
 from avsr.errors import UserError
-from avsr.importing import import_checkpoint
+from avsr.models.build import load_run
+from avsr.tools.importing import import_checkpoint
 
 Recipe = Callable[..., Path]
 

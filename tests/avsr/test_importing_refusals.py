@@ -218,7 +218,7 @@ def test_bad_options(refuse: Refuse, audio: Any, audio_recipe: Callable[..., Pat
 
 
 def test_an_empty_folder_is_filled(audio: Any, audio_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    from avsr.importing import import_checkpoint
+    from avsr.tools.importing import import_checkpoint
 
     out = tmp_path / "out"
     out.mkdir()

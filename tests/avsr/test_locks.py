@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from avsr import locks
 from avsr.config import load_config
 from avsr.errors import EXIT_USER, UserError
-from avsr.evaluate import evaluate
-from avsr.folders import part_of
-from avsr.locks import LOCK, Holder, hold
-from avsr.train import train
+from avsr.evaluation.run import evaluate
+from avsr.runtime import locks
+from avsr.runtime.folders import part_of
+from avsr.runtime.locks import LOCK, Holder, hold
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
 
 ELSEWHERE = Holder("else where@1", 1, 4711, 1, 1_700_000_000, "token")
 
@@ -122,7 +122,7 @@ RACE = """
     import sys, time
     from pathlib import Path
     from avsr.errors import UserError
-    from avsr.locks import hold
+    from avsr.runtime.locks import hold
 
     sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
     try:

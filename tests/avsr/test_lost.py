@@ -18,8 +18,8 @@ from avsr.config import load_config
 from avsr.data.batches import Batch
 from avsr.data.manifest import read_manifest
 from avsr.errors import Interrupted, UserError
-from avsr.train import train
 from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
 Recipe = Callable[..., Path]

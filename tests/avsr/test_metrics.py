@@ -15,8 +15,8 @@ import pytest
 
 from avsr.config import LogConfig, load_config
 from avsr.errors import UserError
-from avsr.train import train
 from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
 

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avsr.build import build_model, build_store
 from avsr.config import Config, load_config, read_run_config, to_yaml
 from avsr.data.batches import Batch, Example, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import UserError
+from avsr.models.build import build_model, build_store
 from avsr.models.label_loss import PARTS, label_loss
 from avsr.models.speech_llm import SpeechLLM
-from avsr.train import attach, make_trainer, train
+from avsr.tools.estimate.trace import Trace
 from avsr.training import options
 from avsr.training.metrics import read_metrics
-from avsr.training.trace import Trace
+from avsr.training.run import attach, make_trainer, train
 
 Recipe = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from avsr.build import build_model, build_store
 from avsr.cli import main
 from avsr.config import load_config
-from avsr.planning import plan
-from avsr.profiling import profile
-from avsr.training.plan import largest, read_sizes
+from avsr.models.build import build_model, build_store
+from avsr.tools.estimate.plan import largest, read_sizes
+from avsr.tools.estimate.planning import plan
+from avsr.tools.estimate.profiling import profile
 
 Recipe = Callable[..., Path]
 

@@ -11,12 +11,12 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, WhisperModel
 
-from avsr.composing import configs_folder
 from avsr.config import EncoderConfig, LLMConfig, load_config
+from avsr.config.compose import configs_folder
 from avsr.errors import UserError
-from avsr.models.outlines import PUBLISHED, outline_encoder, outline_llm
-from avsr.models.sources import PACKAGES
-from avsr.planning import page, plan
+from avsr.runtime.packages import PACKAGES
+from avsr.tools.estimate.outlines import PUBLISHED, outline_encoder, outline_llm
+from avsr.tools.estimate.planning import page, plan
 
 # as huggingface.co counts them
 PARAMETERS = {

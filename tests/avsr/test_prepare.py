@@ -18,9 +18,9 @@ import soundfile
 from avsr.data.manifest import read_manifest
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.prepare import clips, pool, run
-from avsr.prepare.options import PrepareOptions
-from avsr.prepare.run import prepare
+from avsr.tools.prepare import clips, pool, run
+from avsr.tools.prepare.options import PrepareOptions
+from avsr.tools.prepare.run import prepare
 
 Face = Callable[..., tuple[np.ndarray, np.ndarray]]
 
@@ -361,7 +361,7 @@ def test_processes(corpus: Callable[..., Path], go: Callable[..., run.Prepared],
 
 CRASHING = """
 import multiprocessing, os, resource
-from avsr.prepare import clips
+from avsr.tools.prepare import clips
 
 def make_clips(job):
     if job.source.id != "b":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from avsr.prepare.crop import CROP, REFERENCE, STABLE, MouthCropper, fill, similarity, smooth, valid_frames
+from avsr.data.mouth.crop import CROP, REFERENCE, STABLE, MouthCropper, fill, similarity, smooth, valid_frames
 
 Draw = Callable[..., tuple[np.ndarray, np.ndarray]]
 

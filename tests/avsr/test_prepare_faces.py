@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from avsr.data.manifest import read_manifest
+from avsr.data.mouth import faces
+from avsr.data.mouth.faces import track_landmarks
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.prepare import faces
-from avsr.prepare.faces import track_landmarks
-from avsr.prepare.options import PrepareOptions
-from avsr.prepare.run import prepare
+from avsr.tools.prepare.options import PrepareOptions
+from avsr.tools.prepare.run import prepare
 
 Boxes = list[tuple[int, int, int, int]]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from avsr.data.mouth.inert import read_pickle
+from avsr.data.mouth.landmarks import find_landmarks, read_landmarks
 from avsr.errors import UserError
-from avsr.prepare.inert import read_pickle
-from avsr.prepare.landmarks import find_landmarks, read_landmarks
 
 
 def some_landmarks(count: int = 5) -> np.ndarray:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from avsr.corpora.source import Piece, Source
 from avsr.errors import UserError
-from avsr.prepare import run
-from avsr.prepare.options import parse_options
-from avsr.prepare.pool import run_jobs
+from avsr.tools.corpora.source import Piece, Source
+from avsr.tools.prepare import run
+from avsr.tools.prepare.options import parse_options
+from avsr.tools.prepare.pool import run_jobs
 
 
 def test_the_names_of_clips_are_compared_both_ways(tmp_path: Path) -> None:

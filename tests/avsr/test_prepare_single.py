@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from avsr.data.mouth import faces, single
+from avsr.data.mouth.single import mouth_video
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.prepare import clips, faces, single
-from avsr.prepare.single import mouth_video
+from avsr.tools.prepare import clips
 
 Talking = Callable[..., Path]
 

@@ -16,11 +16,11 @@ from avsr.data.manifest import write_manifest
 from avsr.data.video import read_video, write_video
 from avsr.errors import UserError
 from avsr.models.visual import VisualConfig, VisualEncoder, load_visual
-from avsr.pretrain import PretrainConfig, evaluate_visual, pretrain, read_off
-from avsr.synth.espeak import Span
-from avsr.training.augment import FaceAugmentConfig, augment
+from avsr.tools.lipreader.augment import FaceAugmentConfig, augment
+from avsr.tools.lipreader.pretrain import PretrainConfig, evaluate_visual, pretrain, read_off
+from avsr.tools.lipreader.timed import TimedClip, load_timed, vocabulary
+from avsr.tools.synth.espeak import Span
 from avsr.training.metrics import read_metrics
-from avsr.training.timed import TimedClip, load_timed, vocabulary
 
 # A word is a bar at its own place for as long as it is said; an eSpeak phoneme goes with it.
 WORDS = {"bin": ("b", 16), "lay": ("l", 32), "set": ("s", 48), "now": ("n", 64)}

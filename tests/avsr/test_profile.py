@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from avsr.build import build_model, build_store
 from avsr.config import load_config
 from avsr.data.batches import collate
 from avsr.data.dataset import Reading, load_dataset
-from avsr.profiling import profile
-from avsr.training.flops import Rows, step_flops
-from avsr.training.plan import read_sizes
-from avsr.training.trace import Trace, length, merge, subtract
+from avsr.models.build import build_model, build_store
+from avsr.tools.estimate.flops import Rows, step_flops
+from avsr.tools.estimate.plan import read_sizes
+from avsr.tools.estimate.profiling import profile
+from avsr.tools.estimate.trace import Trace, length, merge, subtract
 
 Recipe = Callable[..., Path]
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from avsr import progress
+from avsr.runtime import progress
 
 
 def test_without_a_terminal_a_line_now_and_then_with_an_eta(

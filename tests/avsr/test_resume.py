@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avsr import folders
-from avsr.build import load_run
 from avsr.config import load_config
 from avsr.errors import EXIT_PREEMPTED, Interrupted, UserError
-from avsr.train import train
+from avsr.models.build import load_run
+from avsr.runtime import folders
 from avsr.training import checkpoint
 from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.run import train
 
 Recipe = Callable[..., Path]
 NUMBERS = ("step", "epoch", "ce", "decorrelation", "grad_norm", "lr", "validation_ce")
@@ -229,7 +229,7 @@ def test_resume_on_ranks_that_do_not_fit_names_the_way_out(tiny_recipe: Recipe, 
 
 KILLER = """
     import os, signal, sys
-    from avsr import folders
+    from avsr.runtime import folders
     from avsr.training import checkpoint
     from avsr.cli import main
 

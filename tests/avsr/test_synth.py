@@ -16,9 +16,9 @@ import pytest
 from avsr.data.manifest import read_manifest
 from avsr.data.video import read_video
 from avsr.errors import UserError
-from avsr.synth import corpus, pool, shards
-from avsr.synth.corpus import SynthOptions, parse_options, synthesise
-from avsr.synth.voices import VOICES
+from avsr.tools.synth import corpus, pool, shards
+from avsr.tools.synth.corpus import SynthOptions, parse_options, synthesise
+from avsr.tools.synth.voices import VOICES
 
 needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo")
 SMALL = ["grid=7", "open=6", "validation=2", "test=4", "voices=2", "unseen_voices=1", "seed=3"]
@@ -28,8 +28,8 @@ FIELDS = ["id", "audio", "video", "duration", "text", "speaker", "sha256", "voic
 HELPERS = """
 import os, time, zlib
 from avsr.errors import UserError
-from avsr.synth.espeak import Espeak
-from avsr.synth.sentences import GRID_SAID_AS
+from avsr.tools.synth.espeak import Espeak
+from avsr.tools.synth.sentences import GRID_SAID_AS
 
 def phonemes(voice, tick):
     speech = Espeak(voice, 165, 50, 1).speak("place red at a two now", GRID_SAID_AS)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from avsr.errors import UserError
-from avsr.synth import sentences, shards, words
-from avsr.synth.corpus import SynthOptions, parse_options, synthesise
-from avsr.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
+from avsr.tools.synth import sentences, shards, words
+from avsr.tools.synth.corpus import SynthOptions, parse_options, synthesise
+from avsr.tools.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, VOICES
 
 # --- sentences --------------------
 

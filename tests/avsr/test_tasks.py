@@ -14,16 +14,16 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-import avsr.train as train_module
-from avsr.build import build_store
+import avsr.training.run as train_module
 from avsr.config import load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.manifest import read_manifest
 from avsr.data.video_writer import write_video
 from avsr.errors import Interrupted, UserError
-from avsr.evaluate import evaluate, transcribe_files
-from avsr.train import train
+from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.models.build import build_store
 from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.run import train
 
 Recipe = Callable[..., Path]
 LORA = {"model.video.encoder.lora": {"rank": 2, "alpha": 4.0, "dropout": 0.3}}

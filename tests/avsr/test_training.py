@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avsr.build import build_model, build_store
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import Interrupted, UserError
-from avsr.train import attach, train
+from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
 from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.run import attach, train
 from avsr.training.trainer import Trainer
 
 Recipe = Callable[..., Path]

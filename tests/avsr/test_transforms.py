@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from avsr.build import build_store
 from avsr.config import AugmentConfig, Config, NoiseConfig, load_config
 from avsr.data.clip import Clip, center_crop, load_clip
 from avsr.data.dataset import Reading, load_dataset
@@ -22,6 +21,7 @@ from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.noise import Babble
 from avsr.data.transforms import PLAIN, Transforms, View, random_crop, time_mask
 from avsr.errors import UserError
+from avsr.models.build import build_store
 
 CPU = torch.device("cpu")
 BOTH = frozenset({"audio", "video"})

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avsr.synth import pool, visemes
-from avsr.synth.espeak import Span
-from avsr.synth.visemes import (
+from avsr.tools.synth import pool, visemes
+from avsr.tools.synth.espeak import Span
+from avsr.tools.synth.visemes import (
     LEAD,
     PARAMETERS,
     TARGETS,
@@ -24,13 +24,13 @@ from avsr.synth.visemes import (
     viseme_track,
     visemes_of,
 )
-from avsr.synth.voices import VOICES
+from avsr.tools.synth.voices import VOICES
 
 needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo")
 
 HELPER = """
-from avsr.synth.espeak import Espeak
-from avsr.synth.sentences import open_sentences
+from avsr.tools.synth.espeak import Espeak
+from avsr.tools.synth.sentences import open_sentences
 
 def heard(voices, tick):
     sentences = open_sentences(40, 3)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from avsr.build import build_model, build_store
 from avsr.config import Config, load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import UserError
+from avsr.models.build import build_model, build_store
 from avsr.models.compression import compress
-from avsr.train import train
+from avsr.training.run import train
 from avsr.training.warm_start import warm_projector
 
 Recipe = Callable[..., Path]

@@ -52,7 +52,7 @@ def test_the_gpu_set_is_complete(name):
 
 @pytest.mark.parametrize("lengths", [None, (20, 13)])
 def test_captured_statistics_need_no_launch_behind_the_backward(lengths):
-    from flashsink.gpu.launch import observe
+    from flashsink.triton.launch import observe
 
     problem = attention.Problem(TINY, 1, 33, CPU, torch.float32, lengths)
     kernels = {}
@@ -67,7 +67,7 @@ def test_captured_statistics_need_no_launch_behind_the_backward(lengths):
 
 
 def test_the_pass_alone_is_the_pass_alone():
-    from flashsink.gpu.launch import observe
+    from flashsink.triton.launch import observe
 
     forward, read = own_pass(attention.Problem(TINY, 1, 33, CPU, torch.float32), "triton").make()
     names = []

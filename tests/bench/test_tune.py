@@ -12,8 +12,8 @@ from bench import tune
 from bench.attention import Problem
 from bench.compile_report import Job
 from bench.shapes import Model
-from flashsink.gpu import tiles
-from flashsink.gpu.launch import Tile
+from flashsink.triton import tiles
+from flashsink.triton.launch import Tile
 
 CPU = torch.device("cpu")
 MODEL = Model("tiny", 2, 1, 16, 32, 2, 48, 50)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from bench.compile_report import Case
-from flashsink.gpu.launch import Tile, launch
+from flashsink.triton.launch import Tile, launch
 
 
 @triton.jit

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from flashsink import native, native_short
+from flashsink.cpu import library as native
+from flashsink.cpu import short as native_short
 
 LEVELS = [0, 1, 2]  # baseline, AVX2, AVX-512
 

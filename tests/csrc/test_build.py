@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import flashsink
-from flashsink import native
+from flashsink.cpu import library as native
 
-backends = importlib.import_module("flashsink.backends")  # the package's attribute is the function
+backends = importlib.import_module("flashsink.dispatch")  # the package's attribute is the function
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = native.available() == "usable"
@@ -107,10 +107,10 @@ def test_a_wheel_carries_library_types_and_recipes(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = ask(
         target,
-        "from avsr.composing import configs_folder\nfrom avsr.config import load_config\n"
+        "from avsr.config.compose import configs_folder\nfrom avsr.config import load_config\n"
         "print(flashsink.__file__); print(flashsink.backends()['cpu']); print(configs_folder())\n"
         "print(load_config('demo').model.task)\n"
-        "import avsr.cli, avsr.doctor, avsr.train, avsr.evaluate, avsr.analyze, avsr.demo, avsr.demo_av",
+        "import avsr.cli, avsr.train, avsr.evaluation.run, avsr.tools.analyze, avsr.tools.doctor, avsr.tools.demo_av",
     )
     assert lines[:4] == [
         str(target / "flashsink" / "__init__.py"),

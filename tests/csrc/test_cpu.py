@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import flashsink
-from flashsink import cpu, reference
+from flashsink import reference
+from flashsink.cpu import backend as cpu
 from flashsink.types import Layout
 
-backends = importlib.import_module("flashsink.backends")  # the package's attribute is the function
+backends = importlib.import_module("flashsink.dispatch")  # the package's attribute is the function
 
 pytestmark = pytest.mark.usefixtures("library")
 

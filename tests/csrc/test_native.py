@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from flashsink import native, reference
+from flashsink import reference
+from flashsink.cpu import library as native
 from flashsink.types import Layout
 
 BUILT = native.available() == "usable"

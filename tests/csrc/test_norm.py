@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashsink import native, native_norm, reference
+from flashsink import reference
+from flashsink.cpu import library as native
+from flashsink.cpu import norm as native_norm
 from flashsink.types import Layout
 
 pytestmark = pytest.mark.usefixtures("library")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashsink import native_received, reference
+from flashsink import reference
+from flashsink.cpu import received as native_received
 from flashsink.types import Layout
 
 pytestmark = pytest.mark.usefixtures("library", "kernel")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashsink
-from flashsink.gpu.launch import INTERPRETED
+from flashsink.triton.launch import INTERPRETED
 
 HIDDEN, LAYERS, VOCABULARY = 32, 3, 60
 KINDS = ("llama", "qwen2", "qwen3", "mistral")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import flashsink
-from flashsink.gpu.launch import INTERPRETED
+from flashsink.triton.launch import INTERPRETED
 
-backends = importlib.import_module("flashsink.backends")  # the package's attribute is the function
+backends = importlib.import_module("flashsink.dispatch")  # the package's attribute is the function
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 import flashsink
-from flashsink import hf_masks
+from flashsink.hf import masks as hf_masks
 
 SIZES = {
     "hidden_size": 32,

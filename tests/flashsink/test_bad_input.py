@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashsink
-from flashsink import _checks
+from flashsink import checks as _checks
 
 B, H, HK, S, D = 2, 4, 2, 6, 8
 NAMES = {"reference", "cpu", "sdpa", "triton"}

@@ -11,8 +11,8 @@ import torch
 
 import flashsink
 from flashsink import reference, sdpa
-from flashsink._checks import resolve_layout
-from flashsink.gpu import attention as triton
+from flashsink.checks import resolve_layout
+from flashsink.triton import attention as triton
 
 CASES = {
     "full": (2, 4, 2, 17, 17, {}),
@@ -121,7 +121,7 @@ def test_an_unknown_vendor_is_refused(monkeypatch):
 
 def test_a_backend_named_by_the_table_falls_back_with_a_reason(caplog, monkeypatch):
     """On a CUDA device attention that triton refuses goes to sdpa, and what both refuse to the reference."""
-    table = importlib.import_module("flashsink.backends")
+    table = importlib.import_module("flashsink.dispatch")
     monkeypatch.setattr(table, "_state", lambda name: "usable")
     wide = types.SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 4, 64), element_size=lambda: 2

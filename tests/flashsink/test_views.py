@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashsink
-from flashsink import native_short
+from flashsink.cpu import short as native_short
 from flashsink.types import Layout
 
 B, H, HK, S, D, C = 2, 4, 2, 5, 16, 12

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from flashsink.gpu import launch
+from flashsink.triton import launch
 from flashsink.types import Layout
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsink import reference
-from flashsink.gpu import activations
+from flashsink.triton import activations
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -9,10 +9,10 @@ import torch
 
 import flashsink
 from flashsink import reference
-from flashsink._checks import resolve_layout
-from flashsink.gpu import attention as triton
-from flashsink.gpu import launch, tiles
-from flashsink.gpu.launch import Tile
+from flashsink.checks import resolve_layout
+from flashsink.triton import attention as triton
+from flashsink.triton import launch, tiles
+from flashsink.triton.launch import Tile
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 KERNELS = ("forward", "gradient_kv", "gradient_q", "received", "calibrate")

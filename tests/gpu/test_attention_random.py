@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flashsink import reference
-from flashsink._checks import resolve_layout
-from flashsink.gpu import attention as triton
-from flashsink.gpu import launch, tiles
-from flashsink.gpu.launch import Tile
+from flashsink.checks import resolve_layout
+from flashsink.triton import attention as triton
+from flashsink.triton import launch, tiles
+from flashsink.triton.launch import Tile
 
 pytest.importorskip("hypothesis")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashsink import cpu, reference
-from flashsink._checks import resolve_layout
-from flashsink.gpu import attention as triton
+from flashsink import reference
+from flashsink.checks import resolve_layout
+from flashsink.cpu import backend as cpu
+from flashsink.triton import attention as triton
 
 
 @pytest.mark.parametrize("module", [triton, cpu])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsink import reference
-from flashsink.gpu import decorrelation
+from flashsink.triton import decorrelation
 from flashsink.types import Layout
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsink import reference
-from flashsink.gpu import norm
+from flashsink.triton import norm
 from flashsink.types import Layout
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -137,7 +137,7 @@ def test_too_many_features(cases):
 
 
 def test_a_frozen_weight_costs_nothing(cases):
-    from flashsink.gpu import launch
+    from flashsink.triton import launch
 
     case = cases("right padding")
     h, seen = case.states(16).requires_grad_(), []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashsink import reference
-from flashsink.gpu import activations, decorrelation, launch, norm
+from flashsink.triton import activations, decorrelation, launch, norm
 from flashsink.types import Layout
 
 pytest.importorskip("hypothesis")

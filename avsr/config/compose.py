@@ -1,0 +1,239 @@
+"""YAML files that compose, ``key=value`` overrides, and unknown keys refused, for any dataclass as schema.
+
+A file may name others in its ``defaults`` list (paths below ``configs/`` without the ending); later ones win,
+then the file itself, then the overrides. Of a table with free names, such as ``data.test``, a later file's stands
+alone; an override changes one name of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from avsr.errors import PASSWORD, UserError
+
+_DEEPEST = 32  # levels; ours have 5
+_MOST_LETTERS = 2**20
+
+Schema = TypeVar("Schema")
+
+
+def configs_folder() -> Path:
+    """``configs/`` inside the package when installed from a wheel, beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")
+
+
+def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Reads a file with its defaults, applies the overrides and returns them as a ``schema``.
+
+    Args:
+        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its ending; several
+            joined by "+", of which later ones win.
+        overrides: such as ``training.steps=50``.
+        schema: a dataclass whose fields all have defaults; ``MISSING`` ones must be given.
+
+    Raises:
+        UserError: missing or broken file, unknown key (with the nearest valid one), a value of the wrong type.
+    """
+    parts = [_compose(path, (), schema) for path in _find_all(name)]
+    with _as_user_error(name):
+        merged: Any = _merge(parts, schema)
+    for text in overrides:
+        key, mark, value = text.partition("=")
+        if not mark or not key:
+            raise UserError(f"expected key=value, got {text!r}")
+        if re.split(r"[.\[]", key, maxsplit=_DEEPEST)[_DEEPEST:]:
+            raise UserError(f"{text[:80]!r}...: the key has more than {_DEEPEST} parts")
+        _refuse_unknown(_nested(key, value), text, schema())
+        with _as_user_error(repr(text)):
+            _check_yaml(value, repr(text))
+            given = OmegaConf.from_dotlist([text])
+            _check_leaves(OmegaConf.to_container(given), "override")
+            merged = OmegaConf.merge(merged, given)
+    return _typed(merged, name, schema)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every field of nested dataclasses."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """``key: ours != theirs`` for every leaf in which two dataclasses differ."""
+    lines = []
+    for item in dataclasses.fields(ours):
+        mine, other = getattr(ours, item.name), getattr(theirs, item.name)
+        key = prefix + item.name
+        if dataclasses.is_dataclass(mine):
+            lines += differences(mine, other, key + ".")
+        elif mine != other:
+            lines.append(f"{key}: {mine!r} != {other!r}")
+    return lines
+
+
+def _find_all(names: str) -> list[Path]:
+    return [Path(names)] if os.path.isfile(names) else [_find(name) for name in names.split("+")]
+
+
+def _find(name: str) -> Path:
+    root = configs_folder()
+    candidates = [Path(name), root / f"{name}.yaml", root / "recipe" / f"{name}.yaml"]
+    for path in candidates:
+        if os.path.isfile(path):  # unlike Path.is_file false, not an error, for a name of 300 letters
+            return path
+    known = sorted(path.stem for path in (root / "recipe").glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; recipes: {', '.join(known)}"
+    raise UserError(f"there is no config {name!r} (a YAML file or a recipe's name){hint}")
+
+
+def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConfig:
+    if path in above:
+        raise UserError(f"{path}: its defaults lead back to itself")
+    with _as_user_error(f"{path}: not a readable YAML file"):
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(text, str(path))
+        own = OmegaConf.load(io.StringIO(text))
+        if not isinstance(own, DictConfig):
+            raise UserError(f"{path}: expected keys and values at the top")
+        defaults = own.pop("defaults", None) or []
+        if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
+            raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
+        tree = OmegaConf.to_container(own)
+        _check_leaves(tree, str(path))
+    _refuse_unknown(tree, str(path), schema())
+    parts: list[Any] = []
+    for default in defaults:
+        part = configs_folder() / f"{default}.yaml"
+        if not os.path.isfile(part):
+            raise UserError(f"{path}: there is no {part} (from its defaults list)")
+        parts.append(_compose(part, (*above, path), schema))
+    with _as_user_error(str(path)):
+        return _merge([*parts, own], schema)
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Refuses what a config has no need of: values nested so deep that reading them fails, and OmegaConf's resolvers,
+    of which one writes environment variables, such as a hub's token, into a run's config.
+
+    Raises:
+        UserError: the text has one of these, or is large.
+        YAMLError: it is no YAML.
+    """
+    if len(text) > _MOST_LETTERS:
+        raise UserError(f"{where[:200]}: {len(text)} letters, more than a config has")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UserError(f"{where[:200]}: values nested more than {_DEEPEST} deep")
+        if isinstance(event, yaml.ScalarEvent) and ":" in event.value.partition("${")[2]:
+            raise UserError(f"{where}: {event.value!r} is refused: only values of other keys are put in, as ${{KEY}}")
+
+
+def _check_leaves(value: Any, where: str, key: str = "") -> None:
+    """Refuses numbers that torch has no room for, and texts that the run's files cannot or must not hold."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_leaves(name, where, key)
+            _check_leaves(inner, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_leaves(inner, where, key)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: {key}: a number of {value.bit_length()} bits")
+    elif isinstance(value, str):
+        if "\0" in value or value != value.encode("utf-8", "replace").decode():
+            raise UserError(f"{where}: {key}: {value!r} holds letters that are no text")
+        if PASSWORD.search(value):
+            raise UserError(f"{where}: {key}: {value} has a password, which would be kept in the run's folder")
+
+
+@contextmanager
+def _as_user_error(where: str) -> Iterator[None]:
+    """What YAML and OmegaConf raise for values that they cannot read; PyYAML's own constructors raise anything."""
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{where}: {_one_line(error)}") from error
+    except (AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
+    tables = [name for name, value in leaves(schema()) if isinstance(value, dict)]
+    merged = OmegaConf.create()
+    for part in parts:
+        for name in tables:
+            later = OmegaConf.select(part, name)
+            if later is not None and OmegaConf.select(merged, name) is not None:
+                OmegaConf.update(merged, name, later, merge=False)
+        merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
+    return merged
+
+
+def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
+    for key, default in leaves(schema()):
+        with _as_user_error(name):
+            given = OmegaConf.select(merged, key) if isinstance(default, dict) else None
+        if given is not None and not isinstance(given, DictConfig):
+            raise UserError(f"{name}: {key}: expected names with values ({key}.NAME=VALUE), got {given!r}")
+    with _as_user_error(name):
+        full = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        missing = sorted(OmegaConf.missing_keys(full))
+        if missing:
+            raise UserError(f"{name}: no value for {', '.join(missing)}")
+        config = OmegaConf.to_object(full)
+    assert isinstance(config, schema)
+    return config
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every: Sequence[str] = ()) -> None:
+    every = every or [name for name, _ in leaves(schema)]
+    known = {item.name: getattr(schema, item.name) for item in dataclasses.fields(schema)}
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        if key not in known:
+            inside = [f"{prefix}{key}.{name}" for name in value] if isinstance(value, Mapping) else []
+            near = difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
+            near = near or [prefix + k for k in difflib.get_close_matches(str(key), known, 1, 0.5)]
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {prefix + str(key)!r}{hint}")
+        if dataclasses.is_dataclass(known[key]):
+            if value is not None and not isinstance(value, Mapping):
+                raise UserError(f"{where}: {prefix}{key} is a group of keys, got {value!r}")
+            _refuse_unknown(value, where, known[key], f"{prefix}{key}.", every)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, YAMLError):  # its place stands in further lines
+        return " ".join(str(error).split())
+    key = getattr(error, "full_key", None) or ""
+    return (f"{key}: " if key else "") + (str(error).strip().splitlines() or [type(error).__name__])[0]

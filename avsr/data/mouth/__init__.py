@@ -1,0 +1,1 @@
+"""Finding the mouth in a video of a face."""

@@ -1,0 +1,225 @@
+"""``avsr act-search RUN``: the heads in which attention calibration (ACT) lowers the validation loss.
+
+As Yu et al. (2024) do it: one (layer, head) at a time, those that help are kept. They count right answers; here it is
+the cross entropy of the reference text, since one head changes so few words that a word error rate does not move. The
+text is teacher-forced behind the prompt with the sinks of the prompt, as while decoding. Heads that help alone may not
+help together, so of the best 1, 2, 4, ... of them the set with the lowest loss is taken, or none.
+
+The search computes in float32 unless ``training.precision`` is overridden: one head changes the mean loss by 1e-4 to
+1e-2, and bfloat16 alone by 1e-3 (SmolLM2).
+
+Only what can differ is computed. A head without a sink in an utterance changes nothing there. The layers below a head
+are those of the unchanged model, whose states at the entry of every layer are kept, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashsink
+from avsr.config import ActConfig, Config
+from avsr.data.batches import Batch, collate, make_batches
+from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.errors import UserError
+from avsr.evaluation.act import Heads, calibrated, every_head, heads_file, size_of
+from avsr.evaluation.run import decode_set
+from avsr.models.build import find_checkpoint, load_run, pick_device
+from avsr.models.speech_llm import Assembled, SpeechLLM
+from avsr.runtime.progress import ProgressBar
+
+PAPER_BETA = 0.4  # searched with where act.beta is 1, which means off
+ROWS = 16  # utterances in a batch, at most
+Load = Callable[[list[int]], tuple[Batch, Assembled]]  # a batch by its indices, anew in every pass: one is held
+
+
+@dataclass
+class Search:
+    """What was found. Cross entropies are means over label tokens, in nats.
+
+    Attributes:
+        heads: the chosen set, the most helpful first; empty when no set helps.
+        tokens: label tokens of all utterances.
+        plain: cross entropy without ACT.
+        alone: cross entropy with one head calibrated; heads without any sink are left out.
+        together: (size, cross entropy) of every set that was tried.
+    """
+
+    heads: Heads
+    tokens: int
+    plain: float
+    alone: dict[tuple[int, int], float]
+    together: list[tuple[int, float]]
+
+    @property
+    def best(self) -> float:
+        """Cross entropy with the chosen set."""
+        return min([self.plain, *(loss for _, loss in self.together)])
+
+
+def act_search(run: str | Path, overrides: list[str], which: str = "best") -> str:
+    """Searches on the validation manifest and writes the file that ``act.heads`` names, by default the run's own.
+
+    Returns:
+        A line that says what was found.
+    """
+    precise = ["training.precision=fp32", *overrides]
+    config, model, store = load_run(run, precise, pick_device(), which, single=True)
+    act = config.act
+    if act.beta == 1.0:
+        act.beta = PAPER_BETA
+    path = heads_file(config)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    task = (config.decode.tasks or [config.model.task])[0]
+    dataset = load_dataset(
+        config.data.validation,
+        config.data,
+        store,
+        model.tokenize,
+        title="read validation",
+        reading=Reading(task),
+        refuse=model.refuse,
+    )
+    found = search(model, dataset, config)
+    before, after = _error_rates(config, model, dataset, found.heads)
+    layers, count = size_of(model)
+    held: dict[str, Any] = {
+        "heads": found.heads,
+        "layers": layers,
+        "heads_per_layer": count,
+        "beta": act.beta,
+        "threshold": act.threshold,
+        "checkpoint": find_checkpoint(run, which).name,
+        "validation": config.data.validation,
+        "task": task,
+        "utterances": len(dataset),
+        "label_tokens": found.tokens,
+        "ce": found.plain,
+        "ce_act": found.best,
+        "wer": before,
+        "wer_act": after,
+        "heads_without_sink": layers * count - len(found.alone),
+        "together": [{"heads": size, "ce": loss} for size, loss in found.together],
+        "alone": [{"layer": layer, "head": head, "ce": loss} for (layer, head), loss in sorted(found.alone.items())],
+    }
+    try:
+        path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    return (
+        f"{len(found.heads)} of {layers * count} heads ({held['heads_without_sink']} have no sink): validation cross "
+        f"entropy {found.plain:.4f} -> {found.best:.4f}, WER {before:.4f} -> {after:.4f}; written to {path}"
+    )
+
+
+@torch.no_grad()
+def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
+    """The search with ``config.act``'s beta and threshold; the model is as before afterwards."""
+    model.eval()
+    groups = make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS)
+
+    def load(indices: list[int]) -> tuple[Batch, Assembled]:
+        batch = collate([dataset[i] for i in indices])
+        return batch, model.assemble(batch, with_text=True)
+
+    probe = model.attach(attention=True, decorrelation=False, activations=False)
+    try:
+        plain, tokens, changes = _one_by_one(model, probe, groups, load, config.act)
+        helping = sorted((head for head, change in changes.items() if change < 0), key=lambda head: changes[head])
+        together = []
+        for size in _sizes(len(helping)):
+            probe.calibrate(helping[:size], config.act.beta, config.act.threshold)
+            loss = sum(float(_losses(model, batch, rows).sum()) for batch, rows in map(load, groups))
+            together.append((size, loss / tokens))
+    finally:
+        model.detach()
+    plain /= tokens
+    size, loss = min(together, key=lambda pair: pair[1], default=(0, plain))
+    chosen = helping[:size] if loss < plain else []
+    alone = {head: plain + change / tokens for head, change in changes.items()}
+    return Search(chosen, tokens, plain, alone, together)
+
+
+def _one_by_one(
+    model: SpeechLLM, probe: flashsink.Probe, groups: list[list[int]], load: Load, act: ActConfig
+) -> tuple[float, int, dict[tuple[int, int], float]]:
+    """The summed loss without ACT, over how many label tokens, and by how much each head that has sinks changes it."""
+    plain, tokens = 0.0, 0
+    changes: dict[tuple[int, int], float] = {}
+    layers, heads = size_of(model)
+    with ProgressBar("search heads", len(groups) * layers * (layers + 1) // 2) as bar:  # in passes through a layer
+        for batch, rows in map(load, groups):
+            probe.calibrate(every_head(model), 1.0, act.threshold)
+            before, states = _plain(model, batch, rows)
+            plain += float(before.sum())
+            tokens += batch.label_tokens
+            sinks = {layer: found.any(dim=-1) for layer, found in probe.calibrated_sinks.items()}
+            for layer in range(layers):
+                with _only_from(model, layer):
+                    for head in range(heads):
+                        hit = sinks[layer][:, head].nonzero().flatten()
+                        if not len(hit):
+                            continue
+                        probe.calibrate([(layer, head)], act.beta, act.threshold)
+                        part = replace(batch, text=[batch.text[i] for i in hit.tolist()])  # all that the loss needs
+                        entering = Assembled(states[layer][hit], rows.mask[hit], rows.spans[hit])
+                        change = (_losses(model, part, entering) - before[hit]).sum()
+                        changes[layer, head] = changes.get((layer, head), 0.0) + float(change)
+                bar.advance(layers - layer)
+    return plain, tokens, changes
+
+
+def _plain(model: SpeechLLM, batch: Batch, rows: Assembled) -> tuple[Tensor, list[Tensor]]:
+    """(B,) losses, and the states (B, S, C) that enter every layer."""
+    states: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        for layer in model.decoder.model.layers
+    ]
+    try:
+        return _losses(model, batch, rows), states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _losses(model: SpeechLLM, batch: Batch, rows: Assembled) -> Tensor:
+    """(B,) float64: cross entropy of every utterance, summed over its label tokens."""
+    logits, targets = model.label_logits(batch, rows)
+    each = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+    return torch.stack([part.sum() for part in each.split([len(ids) + 1 for ids in batch.text])])
+
+
+@contextmanager
+def _only_from(model: SpeechLLM, layer: int) -> Iterator[None]:
+    """Inside, the decoder begins with ``layer`` (from 0): what it is given are the states that enter it."""
+    decoder = model.decoder.model
+    layers = decoder.layers
+    decoder.layers = layers[layer:]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def _sizes(most: int) -> list[int]:
+    """1, 2, 4, ... below ``most``, and ``most``."""
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [*sizes, most] if most else []
+
+
+def _error_rates(config: Config, model: SpeechLLM, dataset: SpeechDataset, heads: Heads) -> tuple[float, float]:
+    """Validation WER without ACT and with it in ``heads``."""
+    before = decode_set(model, dataset, config, "validation")[0].wer
+    if not heads:
+        return before, before
+    with calibrated(config, model, heads):
+        return before, decode_set(model, dataset, config, "validation with ACT")[0].wer

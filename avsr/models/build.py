@@ -1,0 +1,225 @@
+"""Puts the parts together from a config: the only place that knows them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from avsr.config import TASKS, Config, ModelConfig, read_run_config
+from avsr.config.compose import differences
+from avsr.data.features import FeatureStore
+from avsr.data.noise import make_babble
+from avsr.data.transforms import Transforms
+from avsr.errors import UserError
+from avsr.models.encoder import SpeechEncoder
+from avsr.models.encoders import build_encoder
+from avsr.models.llm import LoadedLLM, load_llm
+from avsr.models.sources import inside_run
+from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime import folders
+
+WEIGHTS = "model.safetensors"
+
+
+def pick_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # transformers imports DeepSpeed while it loads a model, which would print among our results that it found no device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")
+
+
+def settle_precision(config: Config) -> None:
+    """Replaces ``training.precision: auto`` by bf16 where the device multiplies it fast, else by fp32."""
+    if config.training.precision == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        config.training.precision = "bf16" if fast else "fp32"
+
+
+def build_store(
+    config: Config,
+    device: torch.device,
+    tasks: Sequence[str] = (),
+    levels: Sequence[float] = (),
+    widths: Mapping[str, int] | None = None,
+) -> FeatureStore:
+    """The encoders of the streams, with noise and transforms.
+
+    Args:
+        config: the run's.
+        device: of the encoders.
+        tasks: say which streams are read; default: the model's own.
+        levels: signal-to-noise ratios (dB) that will be asked for. Only noise that is heard is read.
+        widths: known widths of features by stream. A stream with one needs no encoder unless it is read or its encoder
+            has weights in the checkpoint.
+    """
+    read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
+    encoders = {}
+    for name, part in config.model.streams.items():
+        if name not in read and not part.encoder.lora.rank and name in (widths or {}):
+            continue
+        torch.manual_seed(config.training.seed)  # of its adapters
+        settings = replace(part.encoder, name=inside_run(str(part.encoder.name), config.run))
+        encoders[name] = build_encoder(settings, name, device)
+    trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
+    hears = any("audio" in encoders[name].needs for name in encoders if name in read)
+    babble = make_babble(config.noise, levels if hears else [], config.data.train)
+    transforms = Transforms(config.augment, babble, config.training.seed)
+    return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
+
+
+def build_model(
+    config: Config,
+    store: FeatureStore,
+    device: torch.device,
+    widths: Mapping[str, int] | None = None,
+    around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+) -> tuple[SpeechLLM, LoadedLLM]:
+    """The untrained model; its new parameters depend on ``training.seed`` alone. ``widths`` are those of streams that
+    the store has no encoder of; the LLM's weights are read inside ``around``."""
+    settle_precision(config)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    loaded = load_llm(config.model.llm, dtype, around)
+    torch.manual_seed(config.training.seed)
+    encoders = {name: encoder for name, encoder in speech_encoders(store).items() if name in store.inside}
+    return SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders).to(device), loaded
+
+
+def speech_encoders(store: FeatureStore) -> dict[str, SpeechEncoder]:
+    """Those that :func:`build_store` made."""
+    return cast(dict[str, SpeechEncoder], store.encoders)
+
+
+def find_checkpoint(run: str | Path, which: str = "best") -> Path:
+    """The folder of a run's checkpoint: ``which`` = best (last where there is none), last, average or step-NNNNNN.
+
+    Raises:
+        UserError: the run has none, or none of this name; the message lists what there is.
+    """
+    checkpoints = Path(run) / "checkpoints"
+    there = sorted(path.parent.name for path in checkpoints.glob(f"*/{WEIGHTS}") if not path.parent.suffix)
+    for name in (which, "last") if which == "best" else (which,):
+        if name in there:
+            return checkpoints / name
+    if there:
+        raise UserError(f"{run} has no checkpoint {which!r}; there are: {', '.join(there)}")
+    raise UserError(f"{run} has no checkpoint in {checkpoints}; train it first")
+
+
+def step_checkpoints(run: str | Path) -> list[Path]:
+    """The folders ``checkpoints/step-NNNNNN`` of a run, oldest first."""
+    found = {}
+    for path in (Path(run) / "checkpoints").glob(f"step-*/{WEIGHTS}"):
+        number = path.parent.name.removeprefix("step-")
+        if number.isdecimal():
+            found[int(number)] = path.parent
+    return [found[step] for step in sorted(found)]
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, which are not read.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+
+
+def load_weights(model: SpeechLLM, folder: Path) -> None:
+    """Loads adapter, projector and delimiters.
+
+    Raises:
+        UserError: the file is damaged, or a tensor is missing, unknown or of another shape; the message names
+            the first such tensor and, where the checkpoint's config differs, its keys.
+    """
+    path = folder / WEIGHTS
+    shapes = checkpoint_shapes(folder)
+    own = model.own_state()
+    problem = ""
+    for name in sorted(own.keys() | shapes.keys()):
+        if name not in shapes:
+            problem = f"{name} is missing from the checkpoint"
+        elif name not in own:
+            problem = f"{name} of the checkpoint has no place in the model"
+        elif shapes[name] != tuple(own[name].shape):
+            problem = f"{name} has shape {shapes[name]} in the checkpoint and {tuple(own[name].shape)} in the model"
+        if problem:
+            differing = _config_differences(model.config, folder)
+            raise UserError(f"{path} does not fit the config: {problem}{differing}")
+    with torch.no_grad():
+        for name, tensor in load_file(str(path)).items():
+            own[name].copy_(tensor.to(own[name]))
+
+
+def load_some_weights(model: SpeechLLM, path: Path) -> None:
+    """Loads what a safetensors file holds of the tensors of a checkpoint, for a training to begin with.
+
+    Raises:
+        UserError: the file is missing or damaged, or one of its tensors has no place in the model or another shape.
+    """
+    own = model.own_state()
+    try:
+        given = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"training.initial_weights: {path} is no readable safetensors file: {error}") from error
+    for name, tensor in given.items():
+        place = own.get(name)
+        if place is None or place.shape != tensor.shape:
+            expected = "no such tensor" if place is None else f"shape {tuple(place.shape)}"
+            raise UserError(
+                f"training.initial_weights: {path}: {name} {tuple(tensor.shape)} does not fit, the model has {expected}"
+            )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor.to(own[name]))
+
+
+def load_run(
+    run: str | Path, overrides: list[str], device: torch.device, which: str = "best", *, single: bool = False
+) -> tuple[Config, SpeechLLM, FeatureStore]:
+    """A trained run, ready for decoding, with ``key=value`` overrides of its config.
+
+    It is ready for all of ``decode.tasks`` and ``noise.snr``, or if ``single`` for the first task alone, clean.
+    """
+    config = read_run_config(run, overrides)
+    folder = find_checkpoint(run, which)
+    if problem := folders.damage(folder, WEIGHTS):
+        raise UserError(problem)
+    tasks, levels = (config.decode.tasks[:1], []) if single else (config.decode.tasks, config.noise.snr)
+    widths = _projected_widths(config.model, folder)
+    store = build_store(config, device, tasks, levels, widths)
+    model, _ = build_model(config, store, device, widths)
+    load_weights(model, folder)
+    return config, model.eval(), store
+
+
+def _projected_widths(model: ModelConfig, folder: Path) -> dict[str, int]:
+    """The width of the features that each projector of a checkpoint reads."""
+    shapes = checkpoint_shapes(folder)
+    widths = {}
+    for name, part in model.streams.items():
+        shape = shapes.get(f"projectors.{name}.0.weight")
+        if shape is not None and len(shape) == 2:
+            widths[name] = shape[1] // (part.compression.rate if part.compression.kind == "stack" else 1)
+    return widths
+
+
+def _config_differences(ours: ModelConfig, folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return ""
+    lines = differences(ours, read_run_config(folder).model, "model.")
+    return "; config here != checkpoint: " + ", ".join(lines) if lines else ""

@@ -1,0 +1,127 @@
+"""Folders that are there whole or not at all: written beside, summed, flushed to the disk, then renamed; the cache."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import os
+import platform
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+SUMS = "SHA256SUMS"  # as sha256sum -c reads it
+
+
+def cache_folder() -> Path:
+    """For converted weights and encoder features: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
+    own = os.environ.get("AVSR_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avsr"
+
+
+def part_of(path: Path) -> Path:
+    """Where this process, and no other of any host, writes what will be ``path``."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
+def drop_parts(folder: Path) -> None:
+    """Removes what this process has begun to write in ``folder``."""
+    for path in folder.glob(f"*{glob.escape(part_of(Path('x')).name[1:])}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds ``data`` to the end of a file: all of it, or nothing where the disk is full.
+
+    Raises:
+        OSError: nothing was added.
+    """
+    with path.open("ab", buffering=0) as file:
+        place = file.tell()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):  # no regular file
+                file.truncate(place)
+            raise
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files of ``folder`` and flushes everything to the disk.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    lines = [f"{_sum(path)}  {path.name}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in (*files, folder / SUMS, folder):
+        _flush(path)
+
+
+def damage(folder: Path, name: str = "") -> str:
+    """What is wrong with a sealed folder, or with its file ``name`` alone, or "". A folder that was never sealed has no
+    sums to hold one file to."""
+    sums = folder / SUMS
+    if name and not sums.is_file():
+        return ""
+    try:
+        lines = sums.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError):
+        return f"{folder} is not there or has no {SUMS}"
+    for line in lines:
+        expected, _, file = line.partition("  ")
+        path = folder / file
+        if not file or Path(file).name != file:
+            return f"{sums} is damaged"
+        if name and file != name:
+            continue
+        try:
+            if _sum(path) != expected:
+                return f"{path} is damaged: its SHA-256 is not that of {SUMS}"
+        except (OSError, ValueError) as error:  # a name with a NUL
+            return f"{path} cannot be read: {error}"
+    if name and not any(line.partition("  ")[2] == name for line in lines):
+        return f"{sums} does not name {name}"
+    return "" if lines else f"{sums} is empty"
+
+
+def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
+    """Gives ``new`` the name ``place``. What had it gets the name ``keep``, or goes.
+
+    Raises:
+        OSError: a rename failed.
+    """
+    old = keep or place.with_name(place.name + ".old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(new, place)
+    _flush(place.parent)
+    if keep is None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,206 @@
+"""One writer at a time in a folder, on whatever host, and past a writer that was killed.
+
+``FOLDER/.lock`` is a folder with one file. Its name says who holds the lock; its time of change is the holder's last
+sign of life. Whoever begins moves a folder with such a file to that place, which fails while there is another one.
+Whoever takes over gives the file of the one that is gone a name of its own, which only one of several can. Both are
+single renames, so this holds on network file systems too, where flock may not reach other hosts, and where filelock's
+SoftFileLease leaves the lock of a killed process for good (it wants to exchange two names at once).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import platform
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from avsr.errors import EXIT_USER, UserError
+from avsr.runtime.folders import part_of
+
+logger = logging.getLogger("avsr")
+LOCK = ".lock"
+STALE = 300.0  # seconds without a sign of life after which a holder counts as gone
+BEAT = 10.0  # seconds between signs of life; network file systems show them to other hosts up to a minute later
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock."""
+
+    host: str
+    space: int  # its namespace of process ids, which containers of one host do not share
+    pid: int
+    born: int  # see process_start; 0 = not known
+    since: int  # seconds since the epoch by its own clock, for messages alone
+    token: str
+
+    @classmethod
+    def own(cls) -> Holder:
+        pid = os.getpid()
+        return cls(platform.node(), _namespace(), pid, process_start(pid), int(time.time()), secrets.token_hex(8))
+
+    @classmethod
+    def parse(cls, path: Path) -> Holder:
+        """Raises a UserError for a file that is none of a lock."""
+        try:
+            host, space, pid, born, since, token = path.name.split("@")
+            return cls(unquote(host), int(space), int(pid), int(born), int(since), token)
+        except ValueError:
+            raise UserError(f"{path} does not belong there: delete {path.parent} if nothing writes there") from None
+
+    @property
+    def name(self) -> str:
+        return "@".join(quote(str(value), safe="") for value in astuple(self))
+
+    @property
+    def here(self) -> bool:
+        """Whether this process could see it."""
+        return bool(self.born) and (self.host, self.space) == (platform.node(), _namespace())
+
+    @property
+    def dead(self) -> bool:
+        """Surely; another process may have got its number since."""
+        return self.here and process_start(self.pid) != self.born
+
+    def __str__(self) -> str:
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        except (OverflowError, ValueError, OSError):
+            since = "?"
+        return f"process {self.pid} on {self.host} since {since}"
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Makes ``folder`` and holds its lock. Who only reads there needs none.
+
+    Where the holder is on another host and may be gone, this waits for a sign of life, at most :data:`STALE` seconds.
+
+    Raises:
+        UserError: another process writes there, or the folder cannot be written.
+    """
+    path, own = folder / LOCK, Holder.own()
+    new = part_of(path)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / own.name).touch()
+        _enter(path, own.name, new)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    over = threading.Event()
+    thread = threading.Thread(target=_live, args=(path / own.name, over), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if os.getpid() == own.pid:  # not in a fork
+            over.set()
+            thread.join()
+            with suppress(OSError):
+                (path / own.name).unlink()
+                path.rmdir()
+
+
+def process_start(pid: int) -> int:
+    """When a process of this host began, in clock ticks after the host did; 0 where there is none or no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])  # ended, and its parent has not asked yet
+
+
+def now_in(folder: Path) -> float:
+    """The time of ``folder``'s file system, whose clock stamps its files."""
+    probe = part_of(folder / "now")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _enter(path: Path, own: str, new: Path) -> None:
+    """Makes ``own`` the file in ``path``; ``new`` is a folder with such a file."""
+    seen: tuple[str, float] | None = None
+    while True:
+        refused: OSError | None = None
+        try:
+            os.rename(new, path)
+        except OSError as error:
+            refused = error
+        there = _files(path)
+        if own in there:  # whatever the rename said: a network file system may send it twice
+            return
+        if not there:
+            if refused is not None and refused.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise refused
+            continue
+        file = path / there[0]
+        holder = Holder.parse(file)
+        try:
+            beat = file.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        silent = now_in(path.parent) - beat
+        if holder.dead or silent > STALE:
+            why = "is gone" if holder.dead else f"gave no sign of life for {silent:.0f} s"
+            logger.warning("%s was in use by %s, which %s: this process takes over", path.parent, holder, why)
+            with suppress(FileNotFoundError):  # another one was faster
+                os.utime(file)  # first, or under its new name it would look as old
+                os.rename(file, path / own)
+            continue
+        if holder.here or seen not in (None, (file.name, beat)):
+            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or stop it")
+        if seen is None:
+            wait = STALE - silent
+            logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", path.parent, holder, wait)
+        seen = file.name, beat
+        time.sleep(min(1.0, BEAT / 4))
+
+
+def _files(path: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(path) if not name.startswith(".nfs")]
+    except FileNotFoundError:
+        return []
+
+
+def _live(file: Path, over: threading.Event) -> None:
+    missing = 0
+    while not over.wait(BEAT):
+        try:
+            os.utime(file)
+            missing = 0
+        except FileNotFoundError:
+            missing += 1
+        except OSError:  # a network file system that is away for a while
+            continue
+        if missing == 2 and not over.is_set():
+            print(
+                f"avsr: {file.parent} is no longer this process's: deleted, or taken over after {STALE:.0f} s without "
+                "a sign of life; it ends, so that no two write there",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_USER)
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0

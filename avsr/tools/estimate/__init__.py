@@ -1,0 +1,1 @@
+"""Memory, time and FLOPs of a training, planned and measured."""

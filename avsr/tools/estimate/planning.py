@@ -1,0 +1,185 @@
+"""``avsr plan CONFIG``: the memory that a training will take on every ZeRO stage, and the batches that fit, before it
+runs. No weight of a model of the hub is loaded, and where that cannot be asked the models of our configs are planned by
+a table of their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avsr.config import TASKS, Config
+from avsr.data.batches import make_batches
+from avsr.data.manifest import read_manifest
+from avsr.errors import UserError
+from avsr.models.build import settle_precision
+from avsr.models.compression import compressed_length, compressed_width
+from avsr.models.llm import add_lora
+from avsr.models.projector import make_projector
+from avsr.models.sources import inside_run
+from avsr.tools.estimate.outlines import LETTERS, EncoderOutline, outline_encoder, outline_llm
+from avsr.tools.estimate.plan import Load, Sizes, Way, largest, memory, read_sizes
+
+FREE = 0.1  # of the device's memory, for its context, fragments and the libraries' buffers
+_SECONDS, _TOKENS = 4.0, 15  # of the utterances that are assumed where there is no manifest yet: LRS3's are about so
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An utterance: encoder frames over all streams, prompt and text tokens."""
+
+    frames: int
+    span: int
+    text: int
+
+
+def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
+    """
+    Args:
+        config: of the training.
+        ranks: processes, one a device.
+        device_memory: bytes of a device.
+
+    Returns:
+        ``stages``: by ZeRO stage the bytes by part, their ``total`` and the largest ``training.frames`` that fits;
+        ``sizes``, ``load``, ``assumed`` (no manifest was there), ``published`` (the models planned by the table) and
+        ``counted`` (texts were, by the model's tokenizer).
+
+    Raises:
+        UserError: bad input.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks: expected at least 1, got {ranks}")
+    if not device_memory > 0:
+        raise UserError(f"--memory: expected more than 0, got {device_memory / 1e9:g}")
+    settle_precision(config)
+    encoders = {
+        name: outline_encoder(
+            dataclasses.replace(part.encoder, name=inside_run(str(part.encoder.name), config.run)), name
+        )
+        for name, part in config.model.streams.items()
+    }
+    outline = outline_llm(config.model.llm)
+    published = [str(config.model.streams[name].encoder.name) for name, found in encoders.items() if found.published]
+    published += [config.model.llm.name] if outline.published else []
+    sizes = _sizes(config, encoders, outline.model)
+    there = Path(config.data.train).is_file()
+    rows = _rows(config, encoders, outline.count, there)
+    way = way_of(config, ranks)
+    load = _heaviest(config, rows, config.training.frames, sizes, way)
+    whole = sum(row.frames for row in rows)
+    stages: dict[int, dict[str, float]] = {}
+    for stage in range(4):
+        this = dataclasses.replace(
+            way,
+            stage=stage,
+            offload_optimizer=way.offload_optimizer and stage > 0,
+            offload_parameters=way.offload_parameters and stage == 3,
+        )
+        parts = memory(sizes, load, this)
+
+        def fits(frames: int, this: Way = this) -> bool:
+            if frames > whole:
+                return False
+            found = _heaviest(config, rows, frames, sizes, this)
+            return sum(memory(sizes, found, this).values()) <= (1 - FREE) * device_memory
+
+        longest = max(row.frames for row in rows)
+        stages[stage] = {**parts, "total": sum(parts.values()), "frames": largest(fits, longest)}
+    said = {"assumed": not there, "published": published, "counted": not outline.published}
+    return {"sizes": sizes, "load": load, "way": way, "stages": stages, "whole": whole, **said}
+
+
+def way_of(config: Config, ranks: int) -> Way:
+    """How ``config`` trains; its precision must be settled."""
+    training, deepspeed = config.training, config.deepspeed
+    element = 2 if training.precision == "bf16" else 4
+    ours_on_cpu = config.model.llm.attention == "flashsink" and not torch.cuda.is_available()
+    return Way(
+        ranks,
+        deepspeed.stage,
+        element,
+        4 if ours_on_cpu else element,
+        training.gradient_checkpointing,
+        config.loss.cross_entropy,
+        training.kernels,
+        deepspeed.offload_optimizer,
+        deepspeed.offload_parameters,
+    )
+
+
+def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
+    """A table for people, MB."""
+    sizes, load, way = planned["sizes"], planned["load"], planned["way"]
+    lines = [
+        f"{sizes.frozen / 1e6:,.0f} M frozen and {sizes.trained / 1e6:,.1f} M trained parameters, {way.ranks} ranks, "
+        f"{device_memory / 2**20:,.0f} MB each",
+        f"largest micro-batch of training.frames = {config.training.frames}: {load.tokens} tokens, {load.labels} labels"
+        + (" (assumed: utterances of 4 s; the manifest is not there)" if planned["assumed"] else ""),
+    ]
+    if planned["published"]:
+        guessed = "" if planned["counted"] else f" (texts: a token for {LETTERS} letters)"
+        lines.append(f"not here, so planned by the sizes that are known{guessed}: {', '.join(planned['published'])}")
+    lines.append("")
+    stages = planned["stages"]
+    lines.append(f"{'MB at ZeRO stage':22s}" + "".join(f"{f'{s} <' if s == way.stage else s:>12}" for s in stages))
+    for name in [key for key in stages[0] if key != "frames"]:
+        lines.append(f"{name:22s}" + "".join(f"{parts[name] / 2**20:12,.0f}" for parts in stages.values()))
+    cells = []
+    for parts in stages.values():
+        frames = f"{parts['frames']:,.0f}" if parts["frames"] else "none"
+        cells.append(f"{'all' if parts['frames'] >= planned['whole'] else frames:>12}")
+    lines.append(f"{'training.frames':22s}" + "".join(cells) + f"   at most, {FREE:.0%} left free")
+    return "\n".join(lines)
+
+
+def _sizes(config: Config, encoders: Mapping[str, EncoderOutline], llm: Any) -> Sizes:
+    projectors, inside = 0, 0
+    settings = config.model.projector
+    for name, part in config.model.streams.items():
+        width = compressed_width(encoders[name].width, part.compression.kind, part.compression.rate)
+        with torch.device("meta"):
+            projector = make_projector(width, settings.hidden, llm.config.hidden_size, settings.layernorm, 1.0)
+        projectors += sum(parameter.numel() for parameter in projector.parameters())
+        if config.data.cache is None or part.encoder.lora.rank:  # else its features come from the cache
+            inside += encoders[name].entries
+    lora = config.model.lora
+    return read_sizes(llm.config, add_lora(llm, lora), lora, projectors, inside)
+
+
+def _rows(
+    config: Config, encoders: Mapping[str, EncoderOutline], count_tokens: Callable[[str], int], there: bool
+) -> list[Row]:
+    model = config.model
+    prompt = count_tokens(str(getattr(model.prompts, "audiovisual" if model.task == "fused" else model.task)))
+    framed = [name for name in TASKS[model.task] if name != "fused" and model.delimiters.init != "none"]
+    clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
+    if there:
+        clips = [(u.duration, count_tokens(u.text)) for u in read_manifest(config.data.train)]
+        clips = clips[: config.data.limit or None]
+    rows = []
+    for seconds, text in clips:
+        frames, span = 0, 1 + prompt + 2 * len(framed)
+        for name, part in model.streams.items():
+            count = max(round(seconds * encoders[name].frames_per_second), 1)
+            frames += count
+            span += compressed_length(count, part.compression.rate)
+        rows.append(Row(frames, span, text))
+    return rows
+
+
+def _heaviest(config: Config, rows: Sequence[Row], frames: int, sizes: Sizes, way: Way) -> Load:
+    """The micro-batch under a budget of ``frames`` that takes the most memory."""
+    most = config.training.utterances if frames == config.training.frames else len(rows)
+    sizes_of = [row.frames for row in rows]
+    if max(sizes_of) > frames:
+        raise UserError(f"training.frames: an utterance has {max(sizes_of)} encoder frames, the budget is {frames}")
+    loads = []
+    for batch in make_batches(sizes_of, frames, most):
+        lengths = [rows[i].span + rows[i].text for i in batch]
+        tokens = sum(lengths) if config.training.packed else len(lengths) * max(lengths)
+        loads.append(Load(tokens, sum(rows[i].text + 1 for i in batch)))
+    return max(loads, key=lambda load: sum(memory(sizes, load, way).values()))

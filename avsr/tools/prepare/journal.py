@@ -1,0 +1,113 @@
+"""What a run has done so far, so that the next one goes on: ``OUT/prepare.json`` and ``OUT/progress.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from avsr.data.mouth.cut import FORMAT
+from avsr.errors import UserError
+from avsr.tools.corpora.source import Refusal, is_safe_id
+from avsr.tools.prepare.clips import CLIPS, Made
+
+STATE, PROGRESS = "prepare.json", "progress.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one video file.
+
+    ``asked`` says which clips were wanted of which file, ``tried`` with what options and landmarks: when that is
+    the same, trying again gives the same refusals.
+    """
+
+    asked: str
+    tried: str
+    made: tuple[Made, ...]
+    refused: tuple[Refusal, ...]
+
+
+class Journal:
+    """The entries by the videos' ids, kept in ``progress.jsonl``, one line a video.
+
+    Args:
+        out: the folder of the corpus.
+        described: what must not change from one run to the next.
+
+    Raises:
+        UserError: the folder holds something else, another corpus, or cannot be written.
+    """
+
+    def __init__(self, out: Path, described: dict[str, Any]) -> None:
+        path = out / PROGRESS
+        self._entries: dict[str, Entry] = {}
+        _open_folder(out, described)
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                self._remember(line)
+        self._file = path.open("a", encoding="utf-8")
+        self._file.write("\n")  # a run that was cut off may have left half a line
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _remember(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            made = tuple(Made(**clip) for clip in row["made"])
+            refused = tuple(Refusal(**refusal) for refusal in row["refused"])
+            entry = Entry(row["asked"], row["tried"], made, refused)
+            if all(_is_like(item, cls) for items, cls in ((made, Made), (refused, Refusal)) for item in items):
+                self._entries[row["source"]] = entry
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return  # half a line: its clips are made again
+
+    def entry(self, source: str) -> Entry:
+        """What is noted of a video file; an empty entry if nothing is."""
+        return self._entries.get(source, Entry("", "", (), ()))
+
+    def add(self, source: str, entry: Entry) -> None:
+        """Notes what became of a video file."""
+        self._entries[source] = entry
+        self._file.write(json.dumps({"source": source, **asdict(entry)}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _is_like(item: Any, cls: type) -> bool:
+    """Whether the fields read from a file are of their types, and an id can be a path."""
+    kinds = {"str": str, "int": int}
+    typed = all(type(getattr(item, field.name)) is kinds[str(field.type)] for field in fields(cls))
+    return typed and (cls is not Made or is_safe_id(item.id))
+
+
+def _open_folder(out: Path, described: dict[str, Any]) -> None:
+    advice = "choose another folder or delete this one"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: choose another one")
+    state = out / STATE
+    if state.is_file():
+        try:
+            found = json.loads(state.read_text(encoding="utf-8"))
+            held = {name: found[name] for name in ("format", *described)}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{state} is not of a corpus made by prepare: {advice}") from None
+        wanted = {"format": FORMAT, **described}
+        different = [
+            f"{name} is {held[name]!r} there, not {value!r}" for name, value in wanted.items() if held[name] != value
+        ]
+        if different:
+            raise UserError(f"{out} holds a corpus prepared otherwise ({'; '.join(different)}): {advice}")
+        return
+    if out.is_dir() and any(out.iterdir()):
+        names = sorted(path.name for path in out.iterdir())
+        raise UserError(f"{out} holds something else ({', '.join(names[:3])}): {advice}")
+    (out / CLIPS).mkdir(parents=True)
+    part = out / (STATE + ".part")
+    part.write_text(json.dumps({"format": FORMAT, **described}, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, state)

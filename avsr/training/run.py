@@ -1,0 +1,200 @@
+"""Training. One process: ``avsr train CONFIG [key=value ...]``; many, on one or more nodes:
+``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
+
+The run folder then holds config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
+tensorboard/, where it has to lost.jsonl and nonfinite.jsonl, and while it is trained .lock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from avsr.config import Config, load_config
+from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.features import FeatureStore
+from avsr.data.transforms import PLAIN
+from avsr.errors import UserError, guarded
+from avsr.models.build import build_model, build_store, load_some_weights, pick_device, settle_precision
+from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime import locks
+from avsr.training import options, resume
+from avsr.training.checkpoint import Progress, agree
+from avsr.training.engine import make_engine, partitioned_loading, start_distributed
+from avsr.training.trainer import Trainer, seed_everything
+from avsr.training.watchdog import Watchdog
+
+logger = logging.getLogger("avsr")
+
+
+Prepare = Callable[[SpeechLLM, Config], None]
+
+
+def train(config: Config, prepare: Prepare | None = None) -> Path:
+    """Trains ``config`` to the end and returns the run folder.
+
+    Args:
+        config: what to train.
+        prepare: called once with the model before the engine takes its parameters, in place of :func:`attach`.
+
+    Raises:
+        UserError: bad input.
+        avsr.errors.Interrupted: a signal stopped it; the run can be resumed.
+    """
+    with ExitStack() as held:
+        trainer = make_trainer(config, prepare, held)
+        trainer.fit()
+    trainer.model.detach()
+    return Path(config.run)
+
+
+def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack | None = None) -> Trainer:
+    """Everything up to the first step; the run folder is made, or with ``resume`` read.
+
+    Args:
+        config: what to train.
+        prepare: as in :func:`train`.
+        held: gets what has to last as long as the training: the watchdog, and rank 0's lock on the run folder.
+            Without it there is neither.
+    """
+    watchdog = Watchdog(config.training.timeout)
+    if held is not None:
+        held.enter_context(watchdog)
+    rank, world = start_distributed()
+    watchdog.connect()
+    settle_precision(config)
+    device = pick_device()
+    options.check(config, device)
+    watchdog.enter("run folder", 0)
+    checkpoint, began = _begin(config, rank, world, held)
+    seed_everything(config.training.seed)
+    watchdog.enter("model", 0)
+    store = build_store(config, device, levels=config.augment.snr)
+    model, loaded = build_model(config, store, device, around=partitioned_loading(config))
+    if config.training.initial_weights and not checkpoint:
+        load_some_weights(model, Path(config.training.initial_weights))
+    watchdog.enter("manifests", 0)
+    train_set, validation = _load_splits(config, store, model, loaded.tokenize, began)
+    if not began:
+        _keep_frames(Path(config.run), rank, train_set, validation)
+    watchdog.enter("engine", 0)
+    options.apply(model, config)
+    (prepare or attach)(model, config)
+    if config.training.compile:
+        options.compile_parts(model)
+    start = resume.load_start(config, checkpoint, model)
+    engine = make_engine(model, config)
+    if rank == 0:
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in model.trainable().values())
+        logger.info("%s: %d utterances, %d trained parameters", config.run, len(train_set), count)
+    torch.manual_seed(config.training.seed + rank)
+    if start is not None:
+        resume.load_engine(engine, start)
+    return Trainer(engine, config, train_set, validation, start.progress if start else Progress(), watchdog)
+
+
+def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tuple[str, dict[str, dict[str, int]]]:
+    """Rank 0 locks and makes the run folder. Returns the name of the checkpoint to go on from, or "", and what
+    :func:`avsr.training.resume.read_frames` found."""
+    found: list[Any] = ["", "", {}]
+    if rank == 0:
+        try:
+            if held is not None:
+                held.enter_context(locks.hold(Path(config.run)))
+            found[1:] = resume.prepare_run(config, world), resume.read_frames(Path(config.run))
+        except UserError as error:
+            found[0] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    failure, checkpoint, began = found
+    if failure:
+        raise UserError(failure)
+    return checkpoint, began
+
+
+def _keep_frames(run: Path, rank: int, train: SpeechDataset, validation: SpeechDataset) -> None:
+    failure = ""
+    if rank == 0:
+        try:
+            resume.write_frames(run, {"train": train.frames, "validation": validation.frames})
+        except UserError as error:
+            failure = str(error)
+    if failure := agree(failure):
+        raise UserError(failure)
+
+
+def _load_splits(
+    config: Config,
+    store: FeatureStore,
+    model: SpeechLLM,
+    tokenize: Callable[[str], list[int]],
+    began: Mapping[str, Mapping[str, int]],
+) -> tuple[SpeechDataset, SpeechDataset]:
+    """The sets to train on and to validate with; ``began`` is what the run had when it began, if it did."""
+    settings = config.training
+
+    def refuse(frames: dict[str, int], tokens: int) -> str:
+        count = sum(frames.values())
+        if count > settings.frames:
+            return f"has {count} frames and does not fit training.frames = {settings.frames}"
+        return model.refuse(frames, tokens)
+
+    def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
+        title = f"read {name}"
+        return load_dataset(
+            manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse, began=began.get(name)
+        )
+
+    task, augment, lossy = config.model.task, config.augment, config.data.on_bad == "skip"
+    reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed, lossy)
+    plain = Reading(task, lossy=lossy)
+    return load("train", config.data.train, reading), load("validation", config.data.validation, plain)
+
+
+def attach(model: SpeechLLM, config: Config) -> None:
+    """flashsink for training: the decorrelation loss only when it counts, sinks only through its own attention."""
+    model.attach(
+        attention=config.model.llm.attention == "flashsink",
+        decorrelation=config.loss.decorrelation > 0,
+        activations=False,
+        margin=config.loss.margin,
+    )
+    model.packed = config.training.packed
+
+
+def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:
+    """:func:`train`, then stops the threads of the process group that it started, or the exit would abort."""
+    with process_group():
+        return train(config, prepare)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Ends the process group that is started inside."""
+    own = not dist.is_initialized()
+    try:
+        yield
+    finally:
+        if own and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    """Entry point under the ``deepspeed`` launcher."""
+    parser = argparse.ArgumentParser(prog="avsr.train")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    arguments = parser.parse_args()
+    with guarded():
+        train_and_leave(load_config(arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    main()

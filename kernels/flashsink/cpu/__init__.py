@@ -1,0 +1,1 @@
+"""The CPU backend: C++ from csrc behind torch operators."""

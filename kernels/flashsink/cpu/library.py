@@ -1,0 +1,284 @@
+"""The C++ kernels of ``csrc`` for CPU tensors: the library, the decorrelation loss and the largest activations.
+
+The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
+``torch.library`` operators are always there, and raise where it is missing. Other kernels have their own modules:
+:mod:`flashsink.cpu.norm`, :mod:`flashsink.cpu.received`, :mod:`flashsink.cpu.attention` and
+:mod:`flashsink.cpu.short`.
+
+float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
+for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
+Dimensions: B rows, S tokens, C features, N sequences (N = B in dense layout).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashsink import reference
+from flashsink.types import ActivationStats, Layout
+
+ABI_VERSION = 3  # flashsink_abi_version() in csrc/library.cpp
+DTYPES = (torch.float32, torch.bfloat16)
+USABLE = "usable"
+_PATH = Path(__file__).parents[1] / "_native.so"
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_VIEW = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
+_LAYERS = [_POINTER, _POINTER, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
+_SIGNATURES = {
+    "flashsink_decorrelation_forward": [*_LAYERS, ctypes.c_double, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_decorrelation_backward": [*_LAYERS, _POINTER, _POINTER, _POINTER, _POINTER, _INT],
+    "flashsink_activation_max": [*_VIEW, _POINTER, _POINTER, _INT],
+    "flashsink_rms_norm_forward": [*_VIEW, *[_POINTER] * 2, *[ctypes.c_double] * 2, *[_POINTER] * 7, _INT],
+    "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
+    "flashsink_column_sums": [*[_POINTER] * 3, *[_SIZE] * 10, *[_POINTER] * 3, _INT, ctypes.c_float, _INT],
+    "flashsink_attention_tile": [*[_POINTER] * 4, *[_SIZE] * 8, *[_POINTER] * 2, _INT, ctypes.c_float, _INT],
+    "flashsink_short_attention": [
+        _INT,
+        *[_POINTER] * 2,
+        *[_SIZE] * 5,
+        *[_POINTER] * 3,
+        _INT,
+        _INT,
+        ctypes.c_float,
+        _INT,
+    ],
+    "flashsink_limit_isa": [_INT],
+}
+
+
+def available() -> str:
+    """``"usable"``, or the reason why the compiled library cannot be used."""
+    return _load(_PATH)[1]
+
+
+def library() -> Any:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it cannot be used, with the reason.
+    """
+    loaded, state = _load(_PATH)
+    if loaded is None:
+        raise RuntimeError(f"flashsink's compiled library cannot be used: {state}")
+    return loaded
+
+
+@functools.cache
+def _load(path: Path) -> tuple[Any, str]:
+    if not path.is_file():
+        return None, "its library was not built: install a C++ compiler and flashsink again"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        version = loaded.flashsink_abi_version()
+        if version != ABI_VERSION:
+            return None, f"its library has interface {version} and {ABI_VERSION} is needed: install flashsink again"
+        for name, arguments in _SIGNATURES.items():
+            getattr(loaded, name).argtypes = arguments
+    except (OSError, AttributeError) as error:
+        return None, f"its library does not load: {error}"
+    return loaded, USABLE
+
+
+# ---- what the cpu backend calls, with the signatures of the reference
+
+
+def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
+    """:func:`flashsink.reference.decorrelation_sums`, differentiable once w.r.t. ``layers``.
+
+    One read of every layer forward and one backward. Dot products and norms are summed in float64, which the
+    gradient of states nearly parallel to BOS needs.
+
+    Args:
+        layers: L CPU tensors (B, S, C) of any strides; copied where the features are not adjacent in memory.
+            float16 and float64 are computed by the reference.
+        spans: (N,) int64, within the layout's lengths.
+        layout: dense rows, or one packed row.
+        margin: 0 <= margin < 1.
+
+    Returns:
+        (L,) float32 (float64 for float64), with its graph.
+    """
+    if any(layer.dtype not in DTYPES for layer in layers):
+        return reference.decorrelation_sums(layers, spans, layout, margin)
+    # one operator for all: calling one costs as much as reading a small layer
+    run, own = torch.ops.flashsink.decorrelation_sums, [rows(layer) for layer in layers]
+    if len({layer.dtype for layer in own}) == 1:
+        return run(own, layout.starts, spans, layout.packed, margin)[0]
+    return torch.cat([run([layer], layout.starts, spans, layout.packed, margin)[0] for layer in own])
+
+
+def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
+    """:func:`flashsink.reference.activation_stats`; the median is the reference's.
+
+    Layers of float16 and float64 are computed by the reference.
+    """
+    if any(layer.dtype not in DTYPES for layer in layers):
+        return reference.activation_stats(layers, layout, median)
+    pairs = [
+        torch.ops.flashsink.activation_max(rows(layer.detach()), layout.starts, layout.lengths, layout.packed)
+        for layer in layers
+    ]
+    medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
+    return ActivationStats(torch.stack([top for top, _ in pairs]), torch.stack([index for _, index in pairs]), medians)
+
+
+def rows(layer: Tensor) -> Tensor:
+    """``layer``, any tensor, with adjacent entries in the last dimension."""
+    return layer if layer.stride(-1) == 1 or layer.shape[-1] == 1 else layer.contiguous()
+
+
+# ---- operators
+
+
+def _check(layer: Tensor, starts: Tensor, ends: Tensor, packed: bool) -> None:
+    """What the C++ side would trust."""
+    if layer.dim() != 3 or layer.dtype not in DTYPES or rows(layer) is not layer:
+        raise ValueError(f"layer: expected float32 or bfloat16 (B, S, C) with unit last stride, got {layer.dtype}")
+    for vector in (starts, ends):
+        if vector.dtype != torch.int64 or vector.dim() != 1 or len(vector) != len(starts):
+            raise ValueError(f"starts, spans: expected int64 vectors, got {tuple(vector.shape)} {vector.dtype}")
+    if layer.shape[0] != (1 if packed else len(starts)):
+        raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
+
+
+def _run(name: str, *arguments: Any) -> None:
+    if getattr(library(), f"flashsink_{name}")(*arguments, torch.get_num_threads()):
+        raise MemoryError(f"flashsink.{name}: no memory for its partial sums")
+
+
+def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
+    """Calls a C++ function of one layer. The arguments all of them begin with come first."""
+    _check(layer, starts, ends, packed)
+    starts, ends = starts.contiguous(), ends.contiguous()
+    strides = (layer.stride(0), layer.stride(1), *layer.shape)
+    vectors = (starts.data_ptr(), ends.data_ptr(), len(starts), int(packed))
+    _run(name, layer.data_ptr(), int(layer.dtype == torch.bfloat16), *strides, *vectors, *more)
+
+
+def _call_layers(name: str, layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, *more: Any) -> None:
+    """Calls a C++ function of all layers at once, of one shape and dtype."""
+    for layer in layers:
+        _check(layer, starts, spans, packed)
+        if layer.shape != layers[0].shape or layer.dtype != layers[0].dtype:
+            raise ValueError("layers: expected one shape and dtype")
+    starts, spans = starts.contiguous(), spans.contiguous()
+    strides = [(_SIZE * len(layers))(*(layer.stride(d) for layer in layers)) for d in (0, 1)]
+    kind = int(layers[0].dtype == torch.bfloat16)
+    vectors = (starts.data_ptr(), spans.data_ptr(), len(starts), int(packed))
+    _run(name, _pointers(layers), *strides, len(layers), kind, *layers[0].shape, *vectors, *more)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+torch.library.define(
+    "flashsink::decorrelation_sums",
+    "(Tensor[] layers, Tensor starts, Tensor spans, bool packed, float margin) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "flashsink::decorrelation_sums_backward",
+    "(Tensor upstream, Tensor[] layers, Tensor starts, Tensor spans, bool packed, Tensor scalars,"
+    " Tensor bos_gradient) -> Tensor[]",
+)
+torch.library.define(
+    "flashsink::activation_max", "(Tensor layer, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("flashsink::decorrelation_sums")
+def _sums_like(
+    layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    one, count = layers[0], len(layers)
+    totals = one.new_empty((count,), dtype=torch.float32)
+    scalars = one.new_zeros((count, *one.shape[:2], 2), dtype=torch.float64)
+    return totals, scalars, one.new_empty((count, starts.shape[0], one.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.impl("flashsink::decorrelation_sums", "CPU")
+def _sums(
+    layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums (L,), what the backward needs of every token (L, B, S, 2) float64, gradient of BOS (L, N, C) float32)."""
+    totals, scalars, bos = _sums_like(layers, starts, spans, packed, margin)
+    out = (totals.data_ptr(), scalars.data_ptr(), bos.data_ptr())
+    _call_layers("decorrelation_forward", layers, starts, spans, packed, margin, *out)
+    return totals, scalars, bos
+
+
+@torch.library.register_fake("flashsink::decorrelation_sums_backward")
+def _gradient_like(
+    upstream: Tensor,
+    layers: Sequence[Tensor],
+    starts: Tensor,
+    spans: Tensor,
+    packed: bool,
+    scalars: Tensor,
+    bos: Tensor,
+) -> list[Tensor]:
+    return [layer.new_empty(layer.shape) for layer in layers]
+
+
+@torch.library.impl("flashsink::decorrelation_sums_backward", "CPU")
+def _gradient(
+    upstream: Tensor,
+    layers: Sequence[Tensor],
+    starts: Tensor,
+    spans: Tensor,
+    packed: bool,
+    scalars: Tensor,
+    bos: Tensor,
+) -> list[Tensor]:
+    """Of every layer (B, S, C) in its dtype, contiguous, 0 at tokens that do not count. upstream: (L,)."""
+    gradients = _gradient_like(upstream, layers, starts, spans, packed, scalars, bos)
+    upstream, scalars, bos = upstream.float().contiguous(), scalars.contiguous(), bos.contiguous()
+    inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr(), _pointers(gradients))
+    _call_layers("decorrelation_backward", layers, starts, spans, packed, *inner)
+    return gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    layers, starts, spans, ctx.packed, _ = inputs
+    _, scalars, bos = output
+    ctx.mark_non_differentiable(scalars, bos)
+    ctx.save_for_backward(starts, spans, scalars, bos, *layers)
+
+
+def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[list[Tensor], None, None, None, None]:
+    starts, spans, scalars, bos, *layers = ctx.saved_tensors
+    run = torch.ops.flashsink.decorrelation_sums_backward
+    return run(upstream, layers, starts, spans, ctx.packed, scalars, bos), None, None, None, None
+
+
+def refuse(ctx: Any, *_: Any) -> Any:
+    """The derivative of a backward."""
+    raise NotImplementedError(
+        "the cpu backend's own kernels are differentiated once; backend='reference' as often as you like"
+    )
+
+
+torch.library.register_autograd("flashsink::decorrelation_sums", _derive, setup_context=_save)
+torch.library.register_autograd("flashsink::decorrelation_sums_backward", refuse)
+
+
+@torch.library.register_fake("flashsink::activation_max")
+def _max_like(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    shape = layer.shape[:2]
+    return layer.new_zeros(shape, dtype=torch.float32), layer.new_full(shape, -1, dtype=torch.int32)
+
+
+@torch.library.impl("flashsink::activation_max", "CPU")
+def _max(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """(max |h| (B, S) float32, its lowest feature (B, S) int32), 0 and -1 at padding."""
+    top, feature = _max_like(layer, starts, lengths, packed)
+    call("activation_max", layer, starts, lengths, packed, top.data_ptr(), feature.data_ptr())
+    return top, feature

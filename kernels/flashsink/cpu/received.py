@@ -1,0 +1,167 @@
+"""How much attention every key received, from q, k and the log-sum-exp of any attention (csrc/received.cpp).
+
+A second, light pass: the products of a tile of queries with the keys they may see come from torch's BLAS into one
+reused buffer; exponentials and column sums are C++. Dimensions: B rows, H query and Hk key heads, Sq queries,
+Sk keys, D head dim, N sequences (N = B in dense layout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flashsink.cpu import short
+from flashsink.cpu.library import library, rows
+from flashsink.cpu.packed import groups
+
+TILE = 64  # queries of a tile
+PRODUCTS = 1 << 19  # products held at once (2 MB: two cores' caches), more only where one head's tile is larger
+SLACK = 64  # floats that csrc/received.cpp may read behind a tile
+
+
+torch.library.define(
+    "flashsink::received",
+    "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? first, bool packed, bool causal,"
+    " float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("flashsink::received")
+def _received_like(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    first: Tensor | None,
+    packed: bool,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    return q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+
+
+@torch.library.impl("flashsink::received", "CPU")
+def _received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    first: Tensor | None,
+    packed: bool,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """(B, H, Sk) float32: sum over the queries at positions >= ``first`` that may see a key of exp(scale q k - lse).
+
+    Args:
+        q: (B, H, Sq, D), the last Sq positions, and k: (B, Hk, Sk, D), of any strides and floating dtype; the
+            products are float32. Padding may hold anything.
+        lse: (B, H, Sq) float32.
+        starts, lengths: (N,) int64, and first: (N,) int64 or None for all, as in :class:`flashsink.types.Layout`.
+    """
+    check(q, k, lse, starts, lengths, packed)
+    out = q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    if short.serves(q, k, lengths):
+        bounds = bounds_of(q, k, starts, lengths, first)
+        short.received(q, k, lse, out, bounds, packed, short.How(causal, scale))
+        return out
+    if not packed:
+        return _dense(q, k, lse, out, bounds_of(q, k, starts, lengths, first), causal, scale)
+    for group in groups(starts, lengths, k.shape[2]):
+        own = None if first is None else first[group.which] - group.starts
+        queries, keys = group.spread(q), group.spread(k)
+        sums = out.new_zeros(len(queries), out.shape[1], queries.shape[2])
+        bounds = bounds_of(queries, keys, *group.rows, own)
+        group.collect(_dense(queries, keys, group.spread(lse), sums, bounds, causal, scale), out)
+    return out
+
+
+def _dense(q: Tensor, k: Tensor, lse: Tensor, out: Tensor, bounds: Tensor, causal: bool, scale: float) -> Tensor:
+    """``out``, to which the sums are added."""
+    lse = lse.contiguous()
+    buffer = q.new_empty(0, dtype=torch.float32)
+    for part in parts(q, k, bounds):
+        buffer = _part(q, k, lse, out, bounds, part, causal, scale, buffer)
+    return out
+
+
+def check(q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> None:
+    b, h, queries, d = q.shape
+    if k.shape[0] != b or k.shape[3] != d or h % k.shape[1] or k.shape[2] < queries:
+        raise ValueError(f"k: expected keys for queries {tuple(q.shape)}, got {tuple(k.shape)}")
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
+        raise ValueError(f"lse: expected float32 {tuple(q.shape[:3])}, got {lse.dtype} {tuple(lse.shape)}")
+    for name, vector in (("starts", starts), ("lengths", lengths)):
+        if vector.dtype != torch.int64 or vector.dim() != 1 or len(vector) != len(starts):
+            raise ValueError(f"{name}: expected int64 (N,), got {vector.dtype} {tuple(vector.shape)}")
+    if b != (1 if packed else len(starts)):
+        raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
+
+
+def bounds_of(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, first: Tensor | None) -> Tensor:
+    """(3, N) int64: start and end of every row or sequence, cut to the positions there are, and its first query."""
+    keys = k.shape[2]
+    starts = starts.clamp(0, keys)
+    ends = torch.minimum(starts + lengths.clamp(min=0), starts.new_tensor(keys))
+    firsts = starts.clamp(min=keys - q.shape[2])
+    return torch.stack([starts, ends, firsts if first is None else torch.maximum(firsts, first)])
+
+
+Part = tuple[slice, slice]  # rows of the batch, key heads
+
+
+def parts(q: Tensor, k: Tensor, bounds: Tensor) -> Iterator[Part]:
+    """What is computed together: several rows where they are short, else several or one key head of one row."""
+    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    starts, ends, _ = bounds.tolist()
+    longest = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
+    head = groups * min(TILE, longest) * longest  # products of one key head's largest tile
+    some = max(1, PRODUCTS // max(head, 1))
+    step = max(1, some // heads)
+    for n in range(0, len(starts), step):
+        last = min(n + step, len(starts))
+        for g in range(0, heads, some):
+            yield slice(n, last), slice(g, min(g + some, heads))
+
+
+def _part(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    bounds: Tensor,
+    part: Part,
+    causal: bool,
+    scale: float,
+    buffer: Tensor,
+) -> Tensor:
+    """Adds one part to ``out``; returns the buffer for the next."""
+    batch, heads = part
+    groups, unseen = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    own = bounds[:, batch].contiguous()
+    start, end, first = int(own[0].min()), int(own[1].max()), int(own[2].min())
+    keys = rows(k[batch, heads, start:end].float()).flatten(0, 1)
+    queries = q.unflatten(1, (-1, groups))[batch, heads]
+    b, g, *_, d = queries.shape
+    head = heads.start * groups
+    for low in range(first, end, TILE):
+        high = min(low + TILE, end)
+        seen = (high if causal else end) - start
+        count = (high - low) * groups
+        size = b * g * count * seen
+        if buffer.numel() < size + SLACK:
+            buffer = buffer.new_empty(size + SLACK)
+        folded = queries[:, :, :, low - unseen : high - unseen].float().reshape(b * g, count, d)
+        torch.bmm(folded, keys[:, :seen].mT, out=buffer[:size].view(b * g, count, seen))
+        library().flashsink_column_sums(
+            *(buffer.data_ptr(), lse[batch.start, head, low - unseen :].data_ptr()),
+            out[batch.start, head, start:].data_ptr(),
+            *(b, g * groups, high - low, seen, low, start),
+            *(lse.stride(0), lse.stride(1), out.stride(0), out.stride(1)),
+            *(own[0].data_ptr(), own[1].data_ptr(), own[2].data_ptr(), int(causal), scale, torch.get_num_threads()),
+        )
+    return buffer

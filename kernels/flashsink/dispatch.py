@@ -1,0 +1,113 @@
+"""Which implementation runs: one table, no silent fallback."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flashsink import reference, sdpa
+from flashsink.cpu import backend as cpu
+from flashsink.cpu import library
+from flashsink.triton import backend as triton
+from flashsink.triton import launch
+from flashsink.types import ActivationStats, Layout, Normed, SinkStats
+
+logger = logging.getLogger("flashsink")
+
+NAMES = ("reference", "cpu", "sdpa", "triton")
+_USABLE = "usable"
+
+# What ``backend=None`` asks for, by device type; the first usable name wins.
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "sdpa", "reference")}
+
+
+class Backend(Protocol):
+    """What a backend's module offers; :mod:`flashsink.reference` says what the functions mean."""
+
+    def refusal(self, q: Tensor) -> str: ...
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: Layout,
+        *,
+        causal: bool,
+        scale: float,
+        counted: Sequence[Tensor | None] = (),
+        sink_logits: Tensor | None = None,
+    ) -> tuple[Tensor, list[SinkStats]]: ...
+
+    def calibrated_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    ) -> Tensor: ...
+
+    def decorrelation_sums(self, layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor: ...
+
+    def activation_stats(self, layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats: ...
+
+    def rms_norm(
+        self, h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float
+    ) -> Normed: ...
+
+
+_MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name with ``"usable"``, or the reason why it is not."""
+    return {name: _state(name) for name in NAMES}
+
+
+@torch.compiler.assume_constant_result
+def _state(name: str) -> str:
+    if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
+        return _USABLE
+    return triton.available() if name == "triton" else library.available()
+
+
+def implementation(backend: str | None, device_type: str, q: Tensor | None = None) -> Backend:
+    """The functions of the backend that :func:`select` chooses."""
+    return _MODULES[select(backend, device_type, q)]
+
+
+def select(backend: str | None, device_type: str, q: Tensor | None = None) -> str:
+    """The backend that runs on ``device_type``; with ``q``, the one that takes such queries.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
+    """
+    state = backends()
+    if backend is not None:
+        if backend not in state:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
+        if state[backend] != _USABLE:
+            raise ValueError(f"backend: {backend!r} cannot be used: {state[backend]}")
+        if backend == "cpu" and device_type != "cpu":
+            raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device_type}")
+        if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
+            raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
+        reason = "" if q is None else _MODULES[backend].refusal(q)
+        if reason:
+            raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
+        return backend
+    for name in _PREFERRED.get(device_type, ("reference",)):
+        reason = state[name]
+        if reason == _USABLE:
+            reason = "" if q is None else _MODULES[name].refusal(q)
+            if not reason:
+                return name
+        if not torch.compiler.is_compiling():
+            _log_once(device_type, name, reason)
+    return "reference"
+
+
+@functools.cache
+def _log_once(device_type: str, name: str, reason: str) -> None:
+    logger.info("backend %s is not used on %s: %s", name, device_type, reason)

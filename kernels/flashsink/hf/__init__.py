@@ -1,0 +1,1 @@
+"""flashsink inside Hugging Face models."""

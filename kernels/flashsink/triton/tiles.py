@@ -1,0 +1,113 @@
+"""The tile of every attention kernel as data, and the alternatives that a tuning run tries.
+
+An entry holds for head dims up to its number, for an element size and an architecture. No entry has been timed yet:
+each is the largest tile tried that compiles there without a spill (``bench/compile_table.csv``), with wgmma on sm_90
+for two-byte elements. ``make gpu-tune`` proposes better ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from flashsink.triton.launch import Tile
+
+LARGEST_HEAD_DIM = {2: 256, 4: 128}  # by bytes of an element; larger float32 rows spill in the smallest tile
+ARCHITECTURES = (80, 90, 100)
+
+
+def _tile(m: int, n: int, warps: int, stages: int) -> Tile:
+    return Tile({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+
+
+Entries = list[tuple[int, Tile]]  # (largest head dim, tile)
+
+# kernel -> architecture -> entries for two-byte elements
+HALF: dict[str, dict[int, Entries]] = {
+    "forward": {
+        80: [(64, _tile(128, 32, 8, 3)), (128, _tile(128, 32, 8, 3)), (256, _tile(64, 32, 8, 2))],
+        90: [(64, _tile(128, 128, 8, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
+        100: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
+    },
+    "gradient_kv": {
+        80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        90: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))],
+        100: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(32, 64, 8, 2))],
+    },
+    "gradient_q": {
+        80: [(64, _tile(128, 32, 8, 2)), (128, _tile(64, 32, 4, 2)), (256, _tile(64, 32, 8, 1))],
+        90: [(64, _tile(128, 128, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 32, 8, 2))],
+        100: [(64, _tile(128, 64, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 1))],
+    },
+    "received": {
+        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(32, 64, 4, 2)), (256, _tile(64, 64, 8, 2))],
+        90: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 128, 8, 2))],
+        100: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 64, 8, 2))],
+    },
+    "calibrate": {
+        80: [(64, _tile(64, 32, 4, 1)), (128, _tile(32, 16, 4, 1)), (256, _tile(32, 16, 8, 1))],
+        90: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
+        100: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
+    },
+}
+
+# float32, the same everywhere (device.precision says how it is multiplied)
+SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
+
+# What make gpu-tune tries, for two-byte elements.
+CANDIDATES: dict[str, list[Tile]] = {
+    "forward": [_tile(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)],
+    "gradient_kv": [_tile(m, n, w, s) for m in (32, 64, 128) for n in (64, 128) for w in (4, 8) for s in (1, 2, 3)],
+    "gradient_q": [_tile(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)],
+    "received": [_tile(m, n, w, s) for m in (64, 128) for n in (64, 128) for w in (4, 8) for s in (2, 3, 4)],
+}
+
+_overrides: dict[str, Tile] = {}
+_target: list[int] = []
+
+
+def choose(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
+    """The tile that ``kernel`` is launched with on ``device``."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    entries = HALF[kernel][architecture(device)] if element_size == 2 else SINGLE
+    return next(tile for largest, tile in entries if head_dim <= largest)
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90 or 100: whose tiles ``device`` gets. Without a GPU that of :func:`target`, else 90."""
+    if _target:
+        return _target[-1]
+    return _architecture_of(device.index or 0) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _architecture_of(index: int) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return {8: 80, 9: 90, 10: 100}.get(major, 80)  # others have as little shared memory as sm_80, or less
+
+
+@contextlib.contextmanager
+def target(name: int) -> Iterator[None]:
+    """Chooses the tiles of architecture ``name`` inside, whatever the device; for compiling ahead of time."""
+    _target.append(name)
+    try:
+        yield
+    finally:
+        _target.pop()
+
+
+@contextlib.contextmanager
+def override(kernel: str, tile: Tile) -> Iterator[None]:
+    """Launches ``kernel`` with ``tile`` inside; for tuning and tests."""
+    before = _overrides.get(kernel)
+    _overrides[kernel] = tile
+    try:
+        yield
+    finally:
+        del _overrides[kernel]
+        if before is not None:
+            _overrides[kernel] = before

@@ -52,7 +52,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from avsr.config.compose import compose
+    from avsr.config.composing import compose
     from avsr.tools.lipreader.pretrain import PretrainConfig, pretrain
 
     print(pretrain(compose(arguments.config, arguments.overrides, PretrainConfig)))

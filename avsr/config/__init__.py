@@ -1,6 +1,6 @@
 """Typed configuration: what can be set, its defaults and the values that are allowed.
 
-Small YAML files compose it, see :mod:`avsr.config.compose`.
+Small YAML files compose it, see :mod:`avsr.config.composing`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from avsr.config.compose import compose, leaves
+from avsr.config.composing import compose, leaves
 from avsr.config.limits import check_values
 from avsr.errors import UserError
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from avsr.config import TASKS, Config, ModelConfig, read_run_config
-from avsr.config.compose import differences
+from avsr.config.composing import differences
 from avsr.data.features import FeatureStore
 from avsr.data.noise import make_babble
 from avsr.data.transforms import Transforms

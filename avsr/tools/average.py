@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avsr.config import read_run_config
-from avsr.config.compose import differences
+from avsr.config.composing import differences
 from avsr.errors import UserError
 from avsr.models.build import WEIGHTS, checkpoint_shapes, step_checkpoints
 from avsr.training.checkpoint import publish

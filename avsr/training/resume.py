@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avsr.config import Config, read_run_config, to_yaml
-from avsr.config.compose import differences
+from avsr.config.composing import differences
 from avsr.errors import UserError
 from avsr.models.build import WEIGHTS, load_weights
 from avsr.models.speech_llm import SpeechLLM

@@ -13,8 +13,8 @@ from avsr.config import (
     read_run_config,
     to_yaml,
 )
-from avsr.config import compose as composing_module
-from avsr.config.compose import compose, configs_folder, differences
+from avsr.config import composing as composing_module
+from avsr.config.composing import compose, configs_folder, differences
 from avsr.errors import UserError
 from avsr.tools.lipreader.pretrain import PretrainConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from avsr.config import ModelConfig, read_run_config
-from avsr.config.compose import differences
+from avsr.config.composing import differences
 from avsr.errors import UserError
 
 

@@ -155,7 +155,7 @@ def test_of_several_that_take_over_at_once_one_gets_in(tmp_path: Path) -> None:
 
 
 def test_who_loses_its_lock_ends(tmp_path: Path) -> None:
-    code = "from avsr import locks; locks.BEAT = 0.1" + textwrap.dedent(RACE)
+    code = "from avsr.runtime import locks; locks.BEAT = 0.1" + textwrap.dedent(RACE)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=-1, stderr=-1, text=True
     )

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, WhisperModel
 
 from avsr.config import EncoderConfig, LLMConfig, load_config
-from avsr.config.compose import configs_folder
+from avsr.config.composing import configs_folder
 from avsr.errors import UserError
 from avsr.runtime.packages import PACKAGES
 from avsr.tools.estimate.outlines import PUBLISHED, outline_encoder, outline_llm

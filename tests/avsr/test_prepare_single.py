@@ -14,7 +14,6 @@ from avsr.data.mouth import faces, single
 from avsr.data.mouth.single import mouth_video
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.tools.prepare import clips
 
 Talking = Callable[..., Path]
 
@@ -46,7 +45,7 @@ def talking(
             searches.append(sum(1 for _ in shown))
             return np.asarray(points, np.float32)
 
-        monkeypatch.setattr(clips, "track_landmarks", stand_in)
+        monkeypatch.setattr(single, "track_landmarks", stand_in)
         monkeypatch.setattr(single, "require_detector", lambda: None)
         (tmp_path / name).write_bytes(encode_video(drawn))
         return tmp_path / name

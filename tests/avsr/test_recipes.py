@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avsr.config import load_config
-from avsr.config.compose import configs_folder, differences
+from avsr.config.composing import configs_folder, differences
 from avsr.errors import UserError
 
 RECIPES = sorted(path.stem for path in configs_folder().glob("recipe/*.yaml"))

@@ -107,7 +107,7 @@ def test_a_wheel_carries_library_types_and_recipes(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = ask(
         target,
-        "from avsr.config.compose import configs_folder\nfrom avsr.config import load_config\n"
+        "from avsr.config.composing import configs_folder\nfrom avsr.config import load_config\n"
         "print(flashsink.__file__); print(flashsink.backends()['cpu']); print(configs_folder())\n"
         "print(load_config('demo').model.task)\n"
         "import avsr.cli, avsr.train, avsr.evaluation.run, avsr.tools.analyze, avsr.tools.doctor, avsr.tools.demo_av",

@@ -150,10 +150,9 @@ def load_dataset(
     mine = [u for u in utterances if u.id not in bad][rank::world]
     parts = _gather(_read(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id])), world)
     frames: dict[str, int] = {}
-    for _, _, _, failure in parts:
+    for refused, sizes, found, failure in parts:
         if failure:
             raise UserError(failure)
-    for refused, sizes, found, _ in parts:
         bad.update(refused)
         store.sizes.update(sizes)
         frames.update(found)

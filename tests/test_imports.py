@@ -39,7 +39,7 @@ LAYERS = {
 LEVEL = {
     f"{top}.{name}": level for top, lines in LAYERS.items() for level, line in enumerate(lines) for name in line.split()
 }
-ALIASES = {"flashsink.gpu"}  # an old name, kept for those who import them
+ALIASES = {"flashsink.gpu"}  # an old name, kept for those who import it
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         model.tokenize,
         title="read validation",
         reading=Reading(task),
-        refuse=model.refuse,
+        refuse=model.layout.unusable,
     )
     found = search(model, dataset, config)
     before, after = _error_rates(config, model, dataset, found.heads)

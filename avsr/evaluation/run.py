@@ -80,7 +80,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                     model.tokenize,
                     title=f"read {title}",
                     reading=reading,
-                    refuse=model.refuse,
+                    refuse=model.layout.unusable,
                 )
     return sets
 
@@ -170,7 +170,7 @@ def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Exa
         utterance = replace(utterance, video=mouth_video(path))
     features = store.load(utterance, streams=TASKS[task])
     utterance = replace(utterance, duration=store.seconds(utterance))
-    reason = model.refuse(store.frames(utterance), 0)
+    reason = model.layout.unusable(store.frames(utterance), 0)
     if reason:
         raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
     return Example(utterance, features, [], task)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from avsr.models.llm import LoadedLLM, load_llm
 from avsr.models.sources import inside_run
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import folders
+from avsr.runtime.machine import settled_precision
 
 WEIGHTS = "model.safetensors"
 
@@ -35,14 +36,6 @@ def pick_device() -> torch.device:
     # transformers imports DeepSpeed while it loads a model, which would print among our results that it found no device
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
-
-
-def settle_precision(config: Config) -> None:
-    """Replaces ``training.precision: auto`` by bf16 where the device multiplies it fast, else by fp32."""
-    if config.training.precision == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        config.training.precision = "bf16" if fast else "fp32"
 
 
 def build_store(
@@ -83,15 +76,26 @@ def build_model(
     device: torch.device,
     widths: Mapping[str, int] | None = None,
     around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+    *,
+    training: bool = False,
 ) -> tuple[SpeechLLM, LoadedLLM]:
-    """The untrained model; its new parameters depend on ``training.seed`` alone. ``widths`` are those of streams that
-    the store has no encoder of; the LLM's weights are read inside ``around``."""
-    settle_precision(config)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    """The untrained model; its new parameters depend on ``training.seed`` alone.
+
+    Args:
+        config: the run's.
+        store: has the encoders.
+        device: of the model.
+        widths: feature sizes of streams that the store has no encoder of.
+        around: the LLM's weights are read inside this context.
+        training: the forward packs rows and computes the cross entropy as ``config`` says, else plainly.
+    """
+    dtype = torch.bfloat16 if settled_precision(config.training.precision) == "bf16" else torch.float32
     loaded = load_llm(config.model.llm, dtype, around)
     torch.manual_seed(config.training.seed)
     encoders = {name: encoder for name, encoder in speech_encoders(store).items() if name in store.inside}
-    return SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders).to(device), loaded
+    ways: Any = {"packed": config.training.packed, "cross_entropy": config.loss.cross_entropy} if training else {}
+    model = SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders, **ways)
+    return model.to(device), loaded
 
 
 def speech_encoders(store: FeatureStore) -> dict[str, SpeechEncoder]:

@@ -24,7 +24,7 @@ logger = logging.getLogger("avsr")
 DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``
 
 
-class MetricsLog:
+class MetricsLogger:
     """Appends one JSON object a step; on ``resume_at`` drops the lines of later steps."""
 
     def __init__(self, run: Path, config: LogConfig, *, resume_at: int | None = None) -> None:
@@ -129,7 +129,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``, none when it has no such file.
 
     Raises:
-        UserError: a line is not what :class:`MetricsLog` writes.
+        UserError: a line is not what :class:`MetricsLogger` writes.
     """
     path = run / "metrics.jsonl"
     if not os.path.isfile(path):

@@ -59,7 +59,6 @@ def _need_liger(key: str, device: torch.device) -> None:
 
 def apply(model: SpeechLLM, config: Config) -> None:
     """Before flashsink is attached, which takes over norms, Liger's too, and must find layers as they are to be."""
-    model.cross_entropy = config.loss.cross_entropy
     if config.training.kernels == "liger":
         use_liger(model.decoder)
     checkpoint_layers(model.decoder, config.training.gradient_checkpointing)

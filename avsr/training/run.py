@@ -22,9 +22,10 @@ from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
-from avsr.models.build import build_model, build_store, load_some_weights, pick_device, settle_precision
+from avsr.models.build import build_model, build_store, load_some_weights, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import locks
+from avsr.runtime.machine import settled_precision
 from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
@@ -69,7 +70,7 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
         held.enter_context(watchdog)
     rank, world = start_distributed()
     watchdog.connect()
-    settle_precision(config)
+    config.training.precision = settled_precision(config.training.precision)  # once, for the saved config too
     device = pick_device()
     options.check(config, device)
     watchdog.enter("run folder", 0)
@@ -77,7 +78,7 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
     seed_everything(config.training.seed)
     watchdog.enter("model", 0)
     store = build_store(config, device, levels=config.augment.snr)
-    model, loaded = build_model(config, store, device, around=partitioned_loading(config))
+    model, loaded = build_model(config, store, device, around=partitioned_loading(config), training=True)
     if config.training.initial_weights and not checkpoint:
         load_some_weights(model, Path(config.training.initial_weights))
     watchdog.enter("manifests", 0)
@@ -143,7 +144,7 @@ def _load_splits(
         count = sum(frames.values())
         if count > settings.frames:
             return f"has {count} frames and does not fit training.frames = {settings.frames}"
-        return model.refuse(frames, tokens)
+        return model.layout.unusable(frames, tokens)
 
     def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
         title = f"read {name}"
@@ -165,7 +166,6 @@ def attach(model: SpeechLLM, config: Config) -> None:
         activations=False,
         margin=config.loss.margin,
     )
-    model.packed = config.training.packed
 
 
 def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:

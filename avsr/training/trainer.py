@@ -25,8 +25,8 @@ from avsr.runtime.progress import ProgressBar
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
-from avsr.training.losses import Counts, all_max, all_sum, count_step, local_span, scaled
-from avsr.training.metrics import MetricsLog, peak_memory_mb
+from avsr.training.losses import Counts, all_max, all_sum, count_step, decorrelated_tokens, scaled
+from avsr.training.metrics import MetricsLogger, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
 from avsr.training.watchdog import Watchdog
@@ -55,7 +55,7 @@ class Trainer:
         self.device = self.model.device
         self._stop = 0  # the signal that asked for it
         self._asked = -math.inf  # when Ctrl-C last did
-        self._log: MetricsLog | None = None
+        self._log: MetricsLogger | None = None
         self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
         self._lost = LostClips(Path(config.run))
@@ -78,7 +78,7 @@ class Trainer:
             return
         resumed = self.progress.step if self.config.resume else None
         if self.rank == 0:
-            self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
+            self._log = MetricsLogger(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         self._watchdog.enter("data", self.progress.step + 1)
         try:
@@ -161,33 +161,32 @@ class Trainer:
         """One optimizer step: the metrics row, and the signal that asked some rank to stop, or 0."""
         self.engine.train()
         step, enter = self.progress.step, self._stages.enter
-        spans = [self.model.span_tokens(batch) for batch in batches]
+        prompts = [self.model.prompt_lengths(batch) for batch in batches]
         with enter("counts", step):
-            counts = count_step(batches, spans, self.device)
+            counts = count_step(batches, prompts, self.device)
             if counts.lost:
                 self._lost.add(step, [item for batch in batches for item in batch.lost])
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
-        for batch, span in zip(batches, spans, strict=True):
+        for batch, lengths in zip(batches, prompts, strict=True):
             with enter("forward", step):
                 terms: Terms = self.engine(batch)
-                cross_entropy, decorrelation = scaled(terms, span, counts)
+                cross_entropy, decorrelation = scaled(terms.cross_entropy, terms.decorrelation, lengths, counts)
                 loss = cross_entropy
                 if decorrelation is not None:
                     loss = loss + self.config.loss.decorrelation * decorrelation
-                    sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
+                    sums[1] += float(terms.decorrelation.detach()) * decorrelated_tokens(lengths)  # type: ignore[union-attr]
                 sums[0] += float(terms.cross_entropy.detach())
                 sums[2] += int(terms.correct)
-            if split is not None and self.model.own_terms is not None:
-                split.add(*scaled(self.model.own_terms, span, counts), counts.parts)
-            self.model.own_terms = None  # it holds the graph
+            if split is not None:
+                split.add(*scaled(terms.own.cross_entropy, terms.own.decorrelation, lengths, counts), counts.parts)
             with enter("backward", step):
                 self.engine.backward(loss)
             with enter("optimizer", step):
                 norm = self._update()
         seconds = sum(batch.seconds for batch in batches)
-        tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
+        tokens = sum(sum(n) + b.label_tokens - len(n) for n, b in zip(prompts, batches, strict=True))
         with enter("metrics", step):
             totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
         row = self._row(totals, counts, norm)
@@ -222,7 +221,7 @@ class Trainer:
         progress.clipped += norm is not None and norm > self.settings.clip
         row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "ce": totals[0] / labels}
         if weight:
-            row["decorrelation"] = totals[1] / max(counts.span, 1)
+            row["decorrelation"] = totals[1] / max(counts.decorrelated, 1)
         row["loss"] = row["ce"] + weight * row.get("decorrelation", 0.0)
         row["accuracy"] = totals[2] / labels
         row["lr"] = self.engine.get_lr()[0]
@@ -257,19 +256,19 @@ class Trainer:
                 terms: Terms = self.engine(batch)
             if not own:
                 continue
-            span = local_span(self.model.span_tokens(batch))
-            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, span, len(batch.lost)]
+            count = decorrelated_tokens(self.model.prompt_lengths(batch))
+            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, count, len(batch.lost)]
             lost += batch.lost
             if terms.decorrelation is not None:
-                values[3] = float(terms.decorrelation) * span
+                values[3] = float(terms.decorrelation) * count
             sums = [total + value for total, value in zip(sums, values, strict=True)]
-        ce, correct, labels, decorrelation, span_total, gone = all_sum(sums, self.device)
-        if gone:
+        ce, correct, labels, decorrelation, counted, lost_clips = all_sum(sums, self.device)
+        if lost_clips:
             self._lost.add(self.progress.step, lost)
         labels = labels or math.nan
         row = {"validation_ce": ce / labels, "validation_accuracy": correct / labels}
         if self.config.loss.decorrelation:
-            row["validation_decorrelation"] = decorrelation / max(span_total, 1)
+            row["validation_decorrelation"] = decorrelation / max(counted, 1)
         return row
 
     def _interrupt(self, number: int, frame: Any) -> None:

@@ -72,7 +72,7 @@ def _pairs(
         loaded.tokenize,
         title="read train",
         reading=Reading(config.model.task),
-        refuse=model.refuse,
+        refuse=model.layout.unusable,
     )
     inputs, targets = [], []
     for index, utterance in enumerate(dataset.utterances):

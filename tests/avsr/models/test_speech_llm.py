@@ -108,7 +108,7 @@ def test_rows_are_bos_delimiter_speech_delimiter_prompt_text(tiny_llm: Path) -> 
     prompt = model.tokenize("say it")
     assert rows.names[0][:6] == ["BOS", "<audio>", "a0", "a1", "a2", "</audio>"]
     assert rows.spans.tolist() == [1 + 2 + 3 + len(prompt), 1 + 2 + 2 + len(prompt)]
-    assert model.span_tokens(batch) == rows.spans.tolist()
+    assert model.prompt_lengths(batch) == rows.spans.tolist()
     torch.testing.assert_close(rows.embeddings[0, 0], table[model.bos])
     torch.testing.assert_close(rows.embeddings[0, 1], model.delimiters[0])
     torch.testing.assert_close(rows.embeddings[0, 5], model.delimiters[1])
@@ -142,7 +142,7 @@ def test_the_place_of_the_prompt_and_no_delimiters(tiny_llm: Path, init: str, fi
     torch.testing.assert_close(rows.embeddings[0, : len(row)], row)
     letters = list("say it")
     assert rows.names[0] == ["BOS", *(letters + names if first else names + letters), *"bin"]
-    assert rows.spans.tolist() == model.span_tokens(batch)
+    assert rows.spans.tolist() == model.prompt_lengths(batch)
     assert rows.spans[0] == len(row) - 3
     hidden = model.decoder.model(inputs_embeds=row[None], use_cache=False).last_hidden_state[0, -4:]
     logits, targets = model.label_logits(batch, rows)
@@ -231,7 +231,7 @@ def test_speech_starts_at_the_scale_of_the_embeddings(tiny_llm: Path) -> None:
 def test_compressions_fit_the_projector(tiny_llm: Path, kind: str, rate: int) -> None:
     model = make_model(tiny_llm, audio=StreamConfig(compression=CompressionConfig(kind=kind, rate=rate)))
     batch = make_batch(model, [10, 7], ["bin", "now"])
-    assert model.span_tokens(batch) == model.assemble(batch, with_text=True).spans.tolist()
+    assert model.prompt_lengths(batch) == model.assemble(batch, with_text=True).spans.tolist()
     assert torch.isfinite(model(batch).cross_entropy)
 
 

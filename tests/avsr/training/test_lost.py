@@ -18,7 +18,7 @@ from avsr.config import load_config
 from avsr.data.batches import Batch
 from avsr.data.manifest import read_manifest
 from avsr.errors import Interrupted, UserError
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
@@ -206,15 +206,15 @@ def test_a_resumed_run_goes_on_with_its_own_batches(
     whole = list(steps)
     steps.clear()
     assert "u007" not in {name for ids in whole for name in ids}
-    write = MetricsLog.write
+    write = MetricsLogger.write
 
-    def write_and_stop(self: MetricsLog, row: dict[str, Any]) -> None:
+    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
         write(self, row)
         if row["step"] == 4:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_and_stop)
+        patch.setattr(MetricsLogger, "write", write_and_stop)
         with pytest.raises(Interrupted):
             run(recipe)
     reached = len(steps)

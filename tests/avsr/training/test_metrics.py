@@ -15,7 +15,7 @@ import pytest
 
 from avsr.config import LogConfig, load_config
 from avsr.errors import UserError
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
@@ -47,7 +47,7 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     threads = threading.active_count()
-    log = MetricsLog(tmp_path, LogConfig())
+    log = MetricsLogger(tmp_path, LogConfig())
     for step, ce in ((1, 2.5), (2, float("nan")), (3, 1.5)):
         log.write({"step": step, "ce": ce, "tokens": 7 * step, "name": "text"})
     assert threading.active_count() == threads  # a loader process is forked: no thread may hold a lock meanwhile
@@ -100,7 +100,7 @@ def test_a_full_disk_ends_tensorboard_alone(
 ) -> None:
     """No file may grow beyond a limit, then it may."""
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = MetricsLog(tmp_path, LogConfig())
+    log = MetricsLogger(tmp_path, LogConfig())
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
         for step in range(1, 60):
@@ -115,7 +115,7 @@ def test_a_full_disk_ends_tensorboard_alone(
 
 
 def test_rows_that_cannot_be_dropped_for_a_resume_stay(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
     for step in range(1, 40):
         log.write({"step": step, "ce": 1.0 / step})
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -123,15 +123,15 @@ def test_rows_that_cannot_be_dropped_for_a_resume_stay(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         with pytest.raises(UserError, match=r"resume: cannot write .*metrics\.jsonl: .*File too large"):
-            MetricsLog(tmp_path, LogConfig(tensorboard=False), resume_at=30)
+            MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-    MetricsLog(tmp_path, LogConfig(tensorboard=False), resume_at=30)
+    MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=30)
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 31))
 
 
 def test_wandb_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"log\.wandb: .* pip install wandb"):
-        MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
+        MetricsLogger(tmp_path, LogConfig(tensorboard=False, wandb="mine"))

@@ -49,7 +49,7 @@ def recipe(tiny_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path: Path
 def prepared(config: Config) -> tuple[SpeechLLM, list[Example]]:
     """The model as a training has it, in training mode, and the utterances."""
     store = build_store(config, CPU)
-    model, loaded = build_model(config, store, CPU)
+    model, loaded = build_model(config, store, CPU, training=True)
     data = load_dataset(config.data.train, config.data, store, loaded.tokenize, title="train", reading=Reading("audio"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # an untrained adapter is the identity and would hide mistakes
@@ -73,13 +73,12 @@ def measured(path: Path, *overrides: str) -> dict[str, Any]:
                 terms = model(batch)
                 assert terms.decorrelation is not None
                 loss = terms.cross_entropy + 3.0 * terms.decorrelation
-            model.own_terms = None
             loss.backward()
     profiler.export_chrome_trace(str(path.parent / "trace.json"))
     trace = Trace(path.parent / "trace.json", 0)
     (step,), (forward,) = trace.ranges("step"), trace.ranges("forward")
     return {
-        "terms": tuple(term.detach() for term in terms),
+        "terms": tuple(term.detach() for term in terms[:3]),
         "gradients": {name: p.grad for name, p in model.trainable().items() if p.grad is not None},
         "received": [layer.received for layer in probe.sinks],
         "kept": trace.held(forward[1]) - trace.held(forward[0]),

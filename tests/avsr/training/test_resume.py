@@ -21,7 +21,7 @@ from avsr.errors import EXIT_PREEMPTED, Interrupted, UserError
 from avsr.models.build import load_run
 from avsr.runtime import folders
 from avsr.training import checkpoint
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import train
 
 Recipe = Callable[..., Path]
@@ -56,14 +56,14 @@ def same(one: Path, other: Path) -> None:
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    write = MetricsLog.write
+    write = MetricsLogger.write
 
-    def write_and_stop(self: MetricsLog, row: dict[str, Any]) -> None:
+    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
         write(self, row)
         if row["step"] == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(MetricsLog, "write", write_and_stop)
+    monkeypatch.setattr(MetricsLogger, "write", write_and_stop)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_best_and_the_newest_steps_are_kept(
 def test_what_a_full_disk_did_not_take_is_logged_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from avsr.config import LogConfig
 
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
     log.write({"step": 1, "ce": 1.0})
     path = tmp_path / "metrics.jsonl"
     path.rename(tmp_path / "kept")

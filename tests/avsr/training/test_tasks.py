@@ -22,7 +22,7 @@ from avsr.data.video_writer import write_video
 from avsr.errors import Interrupted, UserError
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.models.build import build_store
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import train
 
 Recipe = Callable[..., Path]
@@ -192,15 +192,15 @@ def test_lora_on_the_mouths_encoder_trains_and_comes_back(av_recipe: Recipe, tmp
     settings = {**LORA, **ALL_ON, "data.cache": None, "data.workers": 2, "training.steps": 6, "training.utterances": 2}
     recipe = av_recipe(tmp_path, "audiovisual", **settings)
     whole = run(recipe, f"run={tmp_path / 'whole'}")
-    write = MetricsLog.write
+    write = MetricsLogger.write
 
-    def write_and_stop(self: MetricsLog, row: dict[str, Any]) -> None:
+    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
         write(self, row)
         if row["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_and_stop)
+        patch.setattr(MetricsLogger, "write", write_and_stop)
         with pytest.raises(Interrupted):
             run(recipe, f"run={tmp_path / 'parts'}")
     assert len(read_metrics(tmp_path / "parts")) < 6

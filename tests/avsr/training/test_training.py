@@ -19,7 +19,7 @@ from avsr.errors import Interrupted, UserError
 from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import attach, train
 from avsr.training.trainer import Trainer
 
@@ -106,15 +106,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     settings = {"training.steps": 7, "training.accumulation": 2, "training.utterances": 2, "loss.decorrelation": 1.0}
     recipe = tiny_recipe(tmp_path, **settings)
     whole = run(recipe, f"run={tmp_path / 'whole'}")
-    write = MetricsLog.write
+    write = MetricsLogger.write
 
-    def write_and_stop(self: MetricsLog, row: dict[str, Any]) -> None:
+    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
         write(self, row)
         if row["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_and_stop)
+        patch.setattr(MetricsLogger, "write", write_and_stop)
         with pytest.raises(Interrupted):
             run(recipe, f"run={tmp_path / 'parts'}")
     parts = tmp_path / "parts"

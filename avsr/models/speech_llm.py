@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,42 +24,9 @@ from avsr.models.label_loss import label_loss
 from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
 from avsr.models.prompt import NO_LIMIT, Piece, PromptLayout, prompt_text
+from avsr.models.rows import Assembled, Packed, pack
 
 _BLANK = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
-
-
-@dataclass
-class Assembled:
-    """Padded rows of embeddings. ``spans`` are the prompt lengths: the leading tokens of a row that are not text."""
-
-    embeddings: Tensor  # (B, S, C)
-    mask: Tensor  # (B, S) int64, 1 = token
-    spans: Tensor  # (B,) int64
-    names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
-
-    @property
-    def starts(self) -> Sequence[int]:
-        """Where each row begins in ``embeddings.flatten(0, 1)``, for rows that are padded on the right."""
-        rows, length, _ = self.embeddings.shape
-        return range(0, rows * length, length)
-
-    def decoder_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the decoder."""
-        return {"inputs_embeds": self.embeddings, "attention_mask": self.mask}
-
-
-@dataclass
-class Packed:
-    """Rows concatenated without padding, T tokens in all. ``starts`` and ``spans`` as in :class:`Assembled`."""
-
-    embeddings: Tensor  # (1, T, C)
-    positions: Tensor  # (1, T) int64, from 0 in every row
-    starts: Sequence[int]
-    spans: Tensor  # (B,) int64
-
-    def decoder_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the decoder."""
-        return {"inputs_embeds": self.embeddings, "position_ids": self.positions}
 
 
 @dataclass(frozen=True)
@@ -87,14 +53,14 @@ class Terms(NamedTuple):
 class SpeechLLM(nn.Module):
     """A frozen LLM that reads projected speech.
 
-    Trainable: projectors, LoRA adapters and (by config) the delimiters. The delimiters are a parameter outside the
-    vocabulary, so that the tied head and the tokenizer stay as they are.
+    Trainable: projectors, LoRA adapters and (by config) the delimiter tokens. These are a parameter outside the
+    vocabulary, so that the tied head and the tokenizer stay unchanged.
 
     Args:
         config: the model's.
         loaded: the language model.
         widths: feature size of every stream.
-        encoders: of the streams whose batches hold encoder inputs instead of features.
+        encoders: of streams whose batches hold encoder inputs instead of features.
         packed: :meth:`forward` concatenates the rows of a batch instead of padding them, which needs an attached probe
             with flashsink's attention: it keeps the rows apart.
         cross_entropy: how :meth:`forward` computes it, see :func:`~avsr.models.label_loss.label_loss`.
@@ -131,13 +97,13 @@ class SpeechLLM(nn.Module):
                 self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
         trained = {name: e for name, e in (encoders or {}).items() if config.streams[name].encoder.lora.rank}
         self.encoders = nn.ModuleDict(trained)
-        # a plain dict: what is frozen is neither cast nor partitioned by the engine
+        # a plain dict, so that the engine neither casts nor partitions frozen encoders
         self._frozen = {name: e for name, e in (encoders or {}).items() if name not in trained}
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
         self._packed, self._cross_entropy = packed, cross_entropy
-        # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
+        # state dicts hold what a checkpoint holds, or DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
 
     def _projector(self, name: str, width: int, scale: float) -> nn.Module:
@@ -155,7 +121,7 @@ class SpeechLLM(nn.Module):
         return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
 
     def attach(self, **options: Any) -> flashsink.Probe:
-        """Attaches flashsink with ``options``, in place of an earlier probe."""
+        """Attaches flashsink with ``options``, replacing an earlier probe."""
         self.detach()
         self.probe = flashsink.attach(self.llm, **options)
         return self.probe
@@ -169,7 +135,7 @@ class SpeechLLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def own_state(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds: everything trainable and the delimiters, which are random when frozen."""
+        """What a checkpoint holds: everything trainable, and the delimiter tokens, whose frozen values are random."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -179,7 +145,7 @@ class SpeechLLM(nn.Module):
     def assemble(self, batch: Batch, *, with_text: bool, left: bool = False, names: bool = False) -> Assembled:
         """Prompt (and text) embeddings of every utterance, padded on the right, or on the left for generation.
 
-        Padding is zeros and is masked; it never changes a row.
+        Padding is zero and masked; it never changes a row.
         """
         rows, spans, labels = self._rows(batch, with_text=with_text, names=names)
         lengths = torch.tensor([len(row) for row in rows], device=spans.device)
@@ -193,7 +159,7 @@ class SpeechLLM(nn.Module):
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
         speech = {name: self._project(name, batch, device) for name in self.streams}
-        # one call for all: under ZeRO-3 every call gathers the table from all ranks, whatever their batch sizes
+        # one call for all: under ZeRO-3 every call gathers the table, and ranks must make the same number of calls
         written = [[self.bos], *self.prompts.values(), *batch.text]
         ids = torch.tensor([index for part in written for index in part], device=device)
         bos, *embedded = embed(ids).split([len(part) for part in written])
@@ -204,7 +170,7 @@ class SpeechLLM(nn.Module):
             pieces = self.layout.pieces(task, {name: len(speech[name][b]) for name in TASKS[task]})
             own = {name: tokens[b].to(dtype) for name, tokens in speech.items()}
             parts = self._parts(pieces, bos, prompts[task], own)
-            # no tokens of a stream that the task lacks, but their (zero) gradients: see _project
+            # a stream that the task lacks adds no tokens, only a zero gradient: see _project
             parts += [own[name] for name in self.streams if name not in TASKS[task]]
             lengths.append(sum(piece.length for piece in pieces))
             if with_text:
@@ -253,7 +219,7 @@ class SpeechLLM(nn.Module):
         if self._packed:
             if self.probe is None:
                 raise RuntimeError("packed rows need flashsink's attention: call attach() first")
-            rows: Assembled | Packed = _pack(*self._rows(batch, with_text=True, names=False)[:2])
+            rows: Assembled | Packed = pack(*self._rows(batch, with_text=True, names=False)[:2])
         else:
             rows = self.assemble(batch, with_text=True)
         loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self._cross_entropy)
@@ -282,7 +248,7 @@ class SpeechLLM(nn.Module):
         return chosen, torch.tensor(targets, device=hidden.device)
 
     def hidden_states(self, rows: Assembled | Packed) -> Tensor:
-        """After the final norm, of the embeddings' shape."""
+        """States after the final norm, of the embeddings' shape."""
         if self.probe is None:
             return self.decoder.model(**rows.decoder_inputs(), use_cache=False).last_hidden_state
         with self.probe.spans(rows.spans):
@@ -299,14 +265,14 @@ class SpeechLLM(nn.Module):
         ]
 
     def _features(self, name: str, rows: int) -> int:
-        """Features of an input of so many rows."""
+        """Number of features of an encoder input of so many rows."""
         return self._counts[name](rows) if name in self._counts else rows
 
     def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
-        """Projected tokens of every utterance; none where its task lacks the stream.
+        """Speech tokens (n_b, C) of every utterance; none if its task lacks the stream.
 
-        Where the whole batch lacks it, what is trained runs all the same, since the ranks gather weights (ZeRO-3) and
-        reduce gradients together: each needs a gradient of every parameter, be it zero.
+        Trained modules run even if the whole batch lacks the stream, since all ranks gather weights (ZeRO-3) and reduce
+        gradients together: each needs a gradient of every parameter, if only a zero.
         """
         dtype = next(self.projectors[name].parameters()).dtype
         compression = self.config.streams[name].compression
@@ -326,7 +292,7 @@ class SpeechLLM(nn.Module):
         return rows
 
     def _encode(self, name: str, batch: Batch, device: torch.device) -> Tensor:
-        """(B, T, D) features: as they came, or by the stream's encoder."""
+        """(B, T, D) features: as given, or computed by the stream's encoder."""
         inputs, lengths = batch.features[name].to(device), batch.lengths[name].to(device)
         if name not in self._counts:
             return inputs
@@ -334,7 +300,7 @@ class SpeechLLM(nn.Module):
         present = lengths > 0  # an utterance whose task lacks the stream is not encoded
         if name in self._frozen:
             with torch.no_grad():
-                rows = encoder(inputs[present], lengths[present]).half().float()  # as from the cache
+                rows = encoder(inputs[present], lengths[present]).half().float()  # rounded as in the cache
         else:
             rows = encoder(inputs[present], lengths[present])
         out = rows.new_zeros(len(lengths), *rows.shape[1:])
@@ -342,19 +308,12 @@ class SpeechLLM(nn.Module):
         return out
 
     def _blank(self, name: str, device: torch.device) -> Tensor:
-        """(1, T, D) features of nothing; by the stream's encoder where that is trained."""
+        """(1, T, D) features of a blank clip, computed by the stream's encoder if that is trained."""
         if name not in self.encoders:
             return torch.zeros(1, 0, self._widths[name], device=device)
         encoder: Any = self.encoders[name]
         inputs = encoder.prepare(_BLANK)[None].to(device)
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
-
-
-def _pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
-    """Concatenates rows (S_b, C) with the prompt lengths (B,)."""
-    counts = [len(row) for row in rows]
-    positions = torch.cat([torch.arange(count, device=spans.device) for count in counts])
-    return Packed(torch.cat(list(rows))[None], positions[None], [0, *accumulate(counts[:-1])], spans)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from avsr.data.batches import Batch
 class Counts:
     """Denominators of one optimizer step over all its micro-batches and ranks."""
 
-    labels: int  # text and end tokens; 0 where every clip of the step was lost
+    labels: int  # text and end tokens; 0 if every clip of the step was lost
     decorrelated: int  # prompt tokens after BOS, which the decorrelation loss is a mean over
     parts: int  # ranks x accumulation steps
     lost: int = 0  # utterances whose clips could not be read
@@ -33,7 +33,7 @@ def decorrelated_tokens(prompt_lengths: Sequence[int]) -> int:
 
 
 def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """The sum over ranks of every value."""
+    """Every value summed over ranks."""
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -41,7 +41,7 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def all_max(value: float, device: torch.device) -> float:
-    """The largest over ranks."""
+    """The maximum over ranks."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

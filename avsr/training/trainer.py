@@ -53,8 +53,8 @@ class Trainer:
         self.progress = progress
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = self.model.device
-        self._stop = 0  # the signal that asked for it
-        self._asked = -math.inf  # when Ctrl-C last did
+        self._stop = 0  # the signal that asked to stop
+        self._asked = -math.inf  # when Ctrl-C last asked
         self._log: MetricsLogger | None = None
         self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
@@ -66,12 +66,12 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Trains to the end, or until SIGINT or SIGTERM: then a checkpoint is written first.
+        """Trains to the end, or until SIGINT or SIGTERM, after which a checkpoint is written.
 
         Raises:
             Interrupted: after a signal.
-            UserError: memory or a loader process gave out, too many steps were not finite, or the last checkpoint
-                cannot be written.
+            UserError: out of memory, a loader process died, too many steps were not finite, or the last checkpoint cannot
+                be written.
         """
         if self.progress.step >= self.settings.steps:
             logger.info("%s has all its %d steps", self.config.run, self.settings.steps)
@@ -134,7 +134,7 @@ class Trainer:
             logger.error("%s; training goes on, the old checkpoint stays", failure)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of every step, from where progress stands, epoch after epoch."""
+        """The micro-batches of every step, from the current progress on, epoch after epoch."""
         progress, micro = self.progress, self.settings.accumulation
         while True:
             steps = self._schedule.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
@@ -143,7 +143,7 @@ class Trainer:
                 batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],
                 collate_fn=collate,
                 num_workers=self.config.data.workers,
-                # its own, or a loader that is made anew by a resume would draw from the model's
+                # separate, so that making a loader after a resume draws nothing from the model's
                 generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
             )
             batches: list[Batch] = []
@@ -158,7 +158,7 @@ class Trainer:
             progress.step_in_epoch = 0
 
     def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
-        """One optimizer step: the metrics row, and the signal that asked some rank to stop, or 0."""
+        """Runs one optimizer step. Returns the metrics row, and the signal that asked any rank to stop, or 0."""
         self.engine.train()
         step, enter = self.progress.step, self._stages.enter
         prompts = [self.model.prompt_lengths(batch) for batch in batches]
@@ -197,8 +197,8 @@ class Trainer:
         return row, int(all_max(self._stop, self.device))
 
     def _update(self) -> float | None:
-        """Ends a micro-batch, with the last one the step: the gradient's norm then. A step whose gradient is not
-        finite changes no weight, and the schedule goes on all the same."""
+        """Ends a micro-batch. The last one of a step updates the weights and returns the gradient's norm; with a
+        gradient that is not finite no weight changes, but the schedule advances."""
         engine = self.engine
         boundary = engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if boundary else None
@@ -234,7 +234,7 @@ class Trainer:
         return row
 
     def _plain_norm(self) -> float | None:
-        """The gradient's norm where DeepSpeed does not report it: float32 without ZeRO."""
+        """The gradient's norm if DeepSpeed does not compute it: in float32 without ZeRO."""
         engine = self.engine
         if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
             return None
@@ -243,11 +243,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Cross entropy and accuracy over the whole validation split, decorrelation where it is trained."""
+        """Cross entropy and accuracy over the whole validation set, and decorrelation if it is trained."""
         self.engine.eval()
         order = make_batches(self.validation.sizes, self.settings.frames, self.settings.utterances)
         mine = order[self.rank :: self.world]
-        rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
+        rounds = -(-len(order) // self.world)  # under ZeRO-3 all ranks must run the same number of forwards
         sums, lost = [0.0] * 6, []
         for index in range(rounds):
             own = index < len(mine)
@@ -272,7 +272,7 @@ class Trainer:
         return row
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        # the launcher and the scheduler each send their own; only Ctrl-C again, after a while, means at once
+        # launcher and scheduler may each send one; only a later second Ctrl-C means to stop at once
         if number == signal.SIGINT:
             now = time.monotonic()
             if math.isfinite(self._asked) and now - self._asked > 1.0:
@@ -285,7 +285,7 @@ class Trainer:
 
 @contextmanager
 def _idle(optimizer: Any) -> Iterator[None]:
-    """Its steps change nothing."""
+    """Inside this context the optimizer's steps change nothing."""
     step, optimizer.step = optimizer.step, lambda: None
     try:
         yield
@@ -294,7 +294,7 @@ def _idle(optimizer: Any) -> Iterator[None]:
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """A loader process reports bad input with its whole traceback; what a user reads is its last part."""
+    """Strips the traceback that a loader process adds to the message of a UserError."""
     try:
         yield from batches
     except UserError as error:

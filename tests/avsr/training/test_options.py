@@ -21,7 +21,7 @@ from avsr.data.batches import Batch, Example, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
-from avsr.models.label_loss import PARTS, label_loss
+from avsr.models.label_loss import CHUNKS, label_loss
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.estimate.trace import Trace
 from avsr.training import options
@@ -210,7 +210,7 @@ def states(count: int, hidden: int = 16, vocabulary: int = 300) -> tuple[nn.Line
     return head, x.requires_grad_(), targets
 
 
-@pytest.mark.parametrize("count", [1, PARTS - 1, PARTS, 3 * PARTS + 2])
+@pytest.mark.parametrize("count", [1, CHUNKS - 1, CHUNKS, 3 * CHUNKS + 2])
 def test_chunks_give_the_same_loss_gradient_and_count(count: int) -> None:
     head, x, targets = states(count)
     results = []
@@ -231,7 +231,7 @@ def test_chunks_hold_a_part_of_the_logits() -> None:
     for how in ("plain", "chunked"):
         peaks[how] = peak_memory(lambda how=how: label_loss(head, x, targets, how)[0].backward(), CPU)
     whole = 64 * 20_000 * 4
-    assert 2 * whole <= peaks["plain"] and peaks["chunked"] < 1.1 * peaks["plain"] / PARTS
+    assert 2 * whole <= peaks["plain"] and peaks["chunked"] < 1.1 * peaks["plain"] / CHUNKS
 
 
 @pytest.mark.parametrize("stage", [1, 3])

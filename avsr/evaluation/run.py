@@ -31,8 +31,8 @@ WORST = 20  # utterances shown in errors.txt
 def decode_set(
     model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str
 ) -> tuple[Score, list[dict[str, Any]]]:
-    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis; with
-    ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
+    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis;
+    with ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
     found: dict[int, list[Hypothesis]] = {}
     seconds = [utterance.duration for utterance in dataset.utterances]
     with ProgressBar(f"decode {name}", len(dataset)) as bar:

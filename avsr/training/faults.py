@@ -97,8 +97,9 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
         text = str(error)
         if "DataLoader worker" in text:
             raise UserError(
-                f"a loader process died at step {progress.step} ({text.splitlines()[0]}): most often the kernel "
-                f"killed it for lack of memory; set data.workers lower than {config.data.workers}, then continue with resume=true"
+                f"a loader process died at step {progress.step} ({text.splitlines()[0]}): most often the kernel killed "
+                f"it for lack of memory; set data.workers lower than {config.data.workers}, then continue with "
+                "resume=true"
             ) from error
         lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
         if not lacking:

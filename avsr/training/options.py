@@ -116,7 +116,7 @@ def selective(config: Any) -> Callable[[], Any]:
 
 
 def compile_parts(model: SpeechLLM, backend: str = "inductor") -> None:
-    """Compiles every layer's MLP and norms with torch.compile: one graph for all layers and, beyond one row, all shapes.
+    """Compiles every layer's MLP and norms: one graph for all layers and, beyond one row, all shapes.
 
     Called after flashsink is attached: its norms and attention hold Python state of their layer, so a graph around them
     would be compiled for each layer, and a graph of the whole decoder for every shape of a batch.

@@ -176,7 +176,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _check_record(record: Any) -> None:
-    """Raises ValueError, TypeError or OverflowError unless :func:`avsr.training.checkpoint.save` can have written it."""
+    """Raises ValueError, TypeError or OverflowError unless :func:`avsr.training.checkpoint.save` can have written
+    ``record``."""
     if not isinstance(record, dict) or not record.keys() >= _KEYS:
         raise ValueError("it is not that of a training")
     for key in _COUNTS:

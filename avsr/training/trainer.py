@@ -70,8 +70,8 @@ class Trainer:
 
         Raises:
             Interrupted: after a signal.
-            UserError: out of memory, a loader process died, too many steps were not finite, or the last checkpoint cannot
-                be written.
+            UserError: out of memory, a loader process died, too many steps were not finite, or the last checkpoint
+                cannot be written.
         """
         if self.progress.step >= self.settings.steps:
             logger.info("%s has all its %d steps", self.config.run, self.settings.steps)

@@ -23,6 +23,7 @@ LAYERS = {
         "dispatch",
         "functional",
         "hf",
+        "__main__",
     ],
     "avsr": [
         "errors",

@@ -5,8 +5,8 @@
 
 namespace flashsink {
 
-// e^x to 1.2e-7: x = n ln 2 + r, a polynomial for e^r (least largest relative error, 4e-9), and n added to the exponent. Below -87 it
-// is 0, above 88 it stays finite (never counted); NaN stays NaN. No branch and no table, so that it vectorises.
+// e^x to 1.2e-7: x = n ln 2 + r, a minimax polynomial for e^r (relative error 4e-9), and n added to the exponent. Below
+// -87 it is 0, above 88 it stays finite (never counted); NaN stays NaN. No branch and no table, so it vectorizes.
 FLASHSINK_INLINE float exponential(float x) {
     const float bounded = x > 88.0f ? 88.0f : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

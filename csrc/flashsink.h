@@ -56,7 +56,7 @@ FLASHSINK_INLINE void narrow(float x, Bf16* out) {  // to nearest, ties to even;
     out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-struct Tokens {  // h as it was handed over
+struct Tokens {  // h as it was passed
     const void* data;
     int64_t row_stride, token_stride, rows, tokens, features;
     bool packed;
@@ -99,7 +99,7 @@ void parallel(int64_t count, int threads, Body body) {
 }  // namespace flashsink
 
 // Defines name(args...), which runs the always-inline name##_body compiled for the instruction set found at run
-// time. Vectorisation happens after inlining, so that the three copies differ though the source is one.
+// time. Vectorization happens after inlining, so the three copies differ though the source is one.
 #define FLASHSINK_DISPATCH(name)                                        \
     template <class T, class... Args>                                   \
     FLASHSINK_AVX512 auto name##_avx512(const Args&... args) {          \

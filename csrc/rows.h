@@ -1,4 +1,4 @@
-// What is done to the features of one token, shared by the standalone kernels and the norm: its largest |h|, and its
+// Operations on the features of one token, shared by the standalone kernels and the norm: its largest |h|, and its
 // term of the decorrelation loss, max(cos^2(a, h) - margin, 0) with a = h at BOS.
 //
 // With d = <a, h>, squared norms clamped at 1e-24 and 0 where margin wins:
@@ -17,7 +17,7 @@ constexpr double kLeast = 1e-24;   // F.normalize divides by at least 1e-12
 constexpr int64_t kFeatures = 64;  // features between two looks at the maximum so far
 
 // Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN above
-// that, so nothing is lost and ties are exact.
+// that, so ties are exact.
 FLASHSINK_INLINE int32_t magnitude(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -72,38 +72,38 @@ FLASHSINK_INLINE double square_sum(const T* x, int64_t features) {
 }
 
 struct Angle {
-    double dot, square;  // <a, h> and |h|^2
+    double dot, h_sq;  // <a, h> and |h|^2
 };
 
 template <class T>
 FLASHSINK_INLINE Angle angle_of(const T* h, const T* bos, int64_t features) {
-    double dot = 0.0, square = 0.0;
-#pragma omp simd reduction(+ : dot, square)
+    double dot = 0.0, h_sq = 0.0;
+#pragma omp simd reduction(+ : dot, h_sq)
     for (int64_t c = 0; c < features; ++c) {
         double x = widen(h[c]), y = widen(bos[c]);
         dot += x * y;
-        square += x * x;
+        h_sq += x * x;
     }
-    return {dot, square};
+    return {dot, h_sq};
 }
 
 struct Term {
-    double over, w, p, q;  // over: what is added to the loss
+    double value, w, p, q;  // value: max(cos^2 - margin, 0)
 };
 
-// own = |a|^2
-FLASHSINK_INLINE Term term_of(const Angle& angle, double own, double margin) {
-    const double inverse_a = 1.0 / (own < kLeast ? kLeast : own);
-    const double inverse_h = 1.0 / (angle.square < kLeast ? kLeast : angle.square);
-    const double over = (angle.dot * inverse_a) * (angle.dot * inverse_h) - margin;
-    const bool off = over < 0.0;  // false for NaN, which must be seen
-    return {off ? 0.0 : over, off ? 0.0 : 2.0 * angle.dot * inverse_a * inverse_h,
-            angle.square < kLeast ? 0.0 : angle.dot * inverse_h, own < kLeast ? 0.0 : angle.dot * inverse_a};
+// a_sq = |a|^2
+FLASHSINK_INLINE Term term_of(const Angle& angle, double a_sq, double margin) {
+    const double inverse_a = 1.0 / (a_sq < kLeast ? kLeast : a_sq);
+    const double inverse_h = 1.0 / (angle.h_sq < kLeast ? kLeast : angle.h_sq);
+    const double value = (angle.dot * inverse_a) * (angle.dot * inverse_h) - margin;
+    const bool off = value < 0.0;  // false for NaN, which must be seen
+    return {off ? 0.0 : value, off ? 0.0 : 2.0 * angle.dot * inverse_a * inverse_h,
+            angle.h_sq < kLeast ? 0.0 : angle.dot * inverse_h, a_sq < kLeast ? 0.0 : angle.dot * inverse_a};
 }
 
 // sum (C) += w (h - q a), the token's part of the gradient of BOS.
 template <class T>
-FLASHSINK_INLINE void add_bos_part(const T* h, const T* bos, const Term& term, int64_t features,
+FLASHSINK_INLINE void add_dbos(const T* h, const T* bos, const Term& term, int64_t features,
                                    float* __restrict sum) {
     const Pair q(term.q);
     const float weight = static_cast<float>(term.w);

@@ -1,8 +1,9 @@
 // Attention of short sequences, whole: every pair of a sequence and a key head is one unit of work, whose queries,
-// keys, values and probabilities lie in one core's cache. Forward, backward, and the column sums of the probabilities.
+// keys, values and probabilities stay in one core's cache. Forward, backward, and the column sums of the probabilities.
 //
 // Tensors are float32 (rows, heads, tokens, D) with adjacent features, or (rows, heads, tokens), of any other strides.
-// Only tokens of sequences are read or written. Buffers: lines = tokens in sixes, keys and D in sixteens, padded with 0.
+// Only tokens of sequences are read or written. In buffers tokens are rounded up to sixes (lines), keys and D to
+// sixteens, padded with 0.
 #include <cmath>
 
 #include "exponential.h"
@@ -14,15 +15,15 @@ using namespace flashsink;
 constexpr int64_t kLines = 6, kWide = 16;  // of a product at once: twelve registers of AVX2, six of AVX-512
 typedef float Vector __attribute__((vector_size(sizeof(float) * kWide)));
 
-enum Task { kForward = 0, kBackward = 1, kReceived = 2 };
-enum Which { kQ, kK, kV, kOut, kLse, kGrad, kQGrad, kKGrad, kVGrad };  // of a problem's tensors
-constexpr int kSums = kV;  // the column sums take the place of v
+enum Task { kForward = 0, kBackward = 1, kStatistics = 2 };
+enum Which { kQ, kK, kV, kOut, kLse, kDout, kDq, kDk, kDv };  // of a problem's tensors
+constexpr int kReceived = kV;  // the column sums take the place of v
 
 struct Problem {
     void* const* data;
     const int64_t* strides;  // of rows, heads and tokens of every tensor
-    int64_t sequences, heads, groups, dim, longest;  // key heads, query heads of each
-    const int64_t *starts, *ends, *firsts;
+    int64_t sequences, heads, group, dim, longest;  // heads of k, query heads of each
+    const int64_t *starts, *ends, *query_starts;
     bool packed, causal;
     float scale;
 
@@ -36,16 +37,16 @@ FLASHSINK_INLINE int64_t up(int64_t count, int64_t step) { return (count + step 
 
 struct Buffers {
     int64_t lines, keys, dim;
-    float *q, *k, *kt, *v, *vt, *grad, *out, *p, *u, *dk, *dv;
+    float *q, *k, *kt, *v, *vt, *dout, *out, *p, *ds, *dk, *dv;
 
-    // floats needed, with what a product may read and write behind the last
+    // floats needed, with what a product may read and write past the last
     static int64_t size(int64_t longest, int64_t features) {
         const int64_t lines = up(longest, kLines) + kLines, keys = up(longest, kWide), dim = up(features, kWide);
         return 7 * lines * dim + 2 * keys * dim + 2 * lines * keys + kWide;
     }
     Buffers(float* memory, int64_t count, int64_t features)
         : lines(up(count, kLines)), keys(up(count, kWide)), dim(up(features, kWide)) {
-        float** const wide[] = {&q, &k, &v, &grad, &out, &dk, &dv};
+        float** const wide[] = {&q, &k, &v, &dout, &out, &dk, &dv};
         for (float** part : wide) {
             *part = memory;
             memory += (lines + kLines) * dim;
@@ -54,7 +55,7 @@ struct Buffers {
             *part = memory;
             memory += keys * dim;
         }
-        for (float** part : {&p, &u}) {
+        for (float** part : {&p, &ds}) {
             *part = memory;
             memory += (lines + kLines) * keys;
         }
@@ -114,138 +115,138 @@ FLASHSINK_INLINE void turn(const float* from, int64_t count, int64_t dim, int64_
 }
 
 struct Unit {  // one sequence and key head
-    int64_t row, head, start, count, first;
+    int64_t row, head, start, count, query_start;
 };
 
 // p (count, keys) = exp(scale q k^T - lse), 0 where a query sees no key
-FLASHSINK_INLINE void probabilities(const Problem& problem, const Buffers& own, int64_t count, const float* lse) {
+FLASHSINK_INLINE void probabilities(const Problem& problem, const Buffers& buf, int64_t count, const float* lse) {
     const int64_t stride = problem.strides[3 * kLse + 2];
     for (int64_t i = 0; i < count; ++i) {
-        float* __restrict p = own.p + i * own.keys;
+        float* __restrict p = buf.p + i * buf.keys;
         const int64_t seen = problem.causal ? i + 1 : count;
-        const float shift = lse[i * stride], scale = problem.scale;
+        const float lse_i = lse[i * stride], scale = problem.scale;
 #pragma omp simd
-        for (int64_t j = 0; j < seen; ++j) p[j] = exponential(p[j] * scale - shift);
-        std::fill(p + seen, p + own.keys, 0.0f);
+        for (int64_t j = 0; j < seen; ++j) p[j] = exponential(p[j] * scale - lse_i);
+        std::fill(p + seen, p + buf.keys, 0.0f);
     }
 }
 
-// p = exp(scale q k^T - its largest); writes the log-sum-exp and 1 / sum
-FLASHSINK_INLINE void softmax(const Problem& problem, const Buffers& own, int64_t count, float* lse,
-                              float* __restrict inverse) {
+// p = exp(scale q k^T - m_i) with m_i its row maximum and l_i its row sum; writes lse = m_i + log(l_i) and 1 / l_i
+FLASHSINK_INLINE void softmax(const Problem& problem, const Buffers& buf, int64_t count, float* lse,
+                              float* __restrict inverse_l) {
     const int64_t stride = problem.strides[3 * kLse + 2];
     for (int64_t i = 0; i < count; ++i) {
-        float* __restrict p = own.p + i * own.keys;
+        float* __restrict p = buf.p + i * buf.keys;
         const int64_t seen = problem.causal ? i + 1 : count;
-        float top = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : top)
+        float m_i = -INFINITY, l_i = 0.0f;
+#pragma omp simd reduction(max : m_i)
         for (int64_t j = 0; j < seen; ++j) {
             p[j] *= problem.scale;
-            top = p[j] > top ? p[j] : top;
+            m_i = p[j] > m_i ? p[j] : m_i;
         }
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : l_i)
         for (int64_t j = 0; j < seen; ++j) {
-            p[j] = exponential(p[j] - top);
-            sum += p[j];
+            p[j] = exponential(p[j] - m_i);
+            l_i += p[j];
         }
-        std::fill(p + seen, p + own.keys, 0.0f);
-        lse[i * stride] = top + std::log(sum);
-        inverse[i] = 1.0f / sum;
+        std::fill(p + seen, p + buf.keys, 0.0f);
+        lse[i * stride] = m_i + std::log(l_i);
+        inverse_l[i] = 1.0f / l_i;
     }
 }
 
-FLASHSINK_INLINE void scores(const Problem& problem, const Buffers& own, const Unit& unit, int64_t head) {
+FLASHSINK_INLINE void scores(const Problem& problem, const Buffers& buf, const Unit& unit, int64_t head) {
     const int64_t stride = problem.strides[3 * kQ + 2];
-    load(problem.at(kQ, unit.row, head, unit.start), stride, unit.count, problem.dim, own.lines, own.dim, own.q);
-    multiply<false, false>(own.q, own.dim, own.kt, own.p, own.keys, own.lines, problem.dim,
+    load(problem.at(kQ, unit.row, head, unit.start), stride, unit.count, problem.dim, buf.lines, buf.dim, buf.q);
+    multiply<false, false>(buf.q, buf.dim, buf.kt, buf.p, buf.keys, buf.lines, problem.dim,
                            problem.causal ? kColumnsTo : kAll);
 }
 
-FLASHSINK_INLINE void forward(const Problem& problem, const Buffers& own, const Unit& unit, int64_t head) {
-    float* const inverse = own.u;
-    scores(problem, own, unit, head);
-    softmax(problem, own, unit.count, problem.at(kLse, unit.row, head, unit.start), inverse);
-    multiply<false, false>(own.p, own.keys, own.v, own.out, own.dim, own.lines, unit.count,
+FLASHSINK_INLINE void forward(const Problem& problem, const Buffers& buf, const Unit& unit, int64_t head) {
+    float* const inverse_l = buf.ds;
+    scores(problem, buf, unit, head);
+    softmax(problem, buf, unit.count, problem.at(kLse, unit.row, head, unit.start), inverse_l);
+    multiply<false, false>(buf.p, buf.keys, buf.v, buf.out, buf.dim, buf.lines, unit.count,
                            problem.causal ? kFactorsTo : kAll);
     for (int64_t i = 0; i < unit.count; ++i) {
         float* __restrict out = problem.at(kOut, unit.row, head, unit.start + i);
-        const float* __restrict sum = own.out + i * own.dim;
-        for (int64_t c = 0; c < problem.dim; ++c) out[c] = sum[c] * inverse[i];
+        const float* __restrict acc = buf.out + i * buf.dim;
+        for (int64_t c = 0; c < problem.dim; ++c) out[c] = acc[c] * inverse_l[i];
     }
 }
 
-// With dP = grad v^T and dS = scale P (dP - <grad, out>): dv += P^T grad, dk += dS^T q, dq = dS k.
-FLASHSINK_INLINE void backward(const Problem& problem, const Buffers& own, const Unit& unit, int64_t head) {
+// With dP = dO v^T, delta = rowsum(dO * O) and dS = scale P * (dP - delta): dv += P^T dO, dk += dS^T q, dq = dS k.
+FLASHSINK_INLINE void backward(const Problem& problem, const Buffers& buf, const Unit& unit, int64_t head) {
     const bool causal = problem.causal;
-    const int64_t dim = own.dim, keys = own.keys, lines = own.lines, count = unit.count;
-    scores(problem, own, unit, head);
-    probabilities(problem, own, count, problem.at(kLse, unit.row, head, unit.start));
-    load(problem.at(kGrad, unit.row, head, unit.start), problem.strides[3 * kGrad + 2], count, problem.dim, lines, dim,
-         own.grad);
-    multiply<false, false>(own.grad, dim, own.vt, own.u, keys, lines, problem.dim, causal ? kColumnsTo : kAll);
-    multiply<true, true>(own.p, keys, own.grad, own.dv, dim, lines, count, causal ? kFactorsFrom : kAll);
+    const int64_t dim = buf.dim, keys = buf.keys, lines = buf.lines, count = unit.count;
+    scores(problem, buf, unit, head);
+    probabilities(problem, buf, count, problem.at(kLse, unit.row, head, unit.start));
+    load(problem.at(kDout, unit.row, head, unit.start), problem.strides[3 * kDout + 2], count, problem.dim, lines, dim,
+         buf.dout);
+    multiply<false, false>(buf.dout, dim, buf.vt, buf.ds, keys, lines, problem.dim, causal ? kColumnsTo : kAll);
+    multiply<true, true>(buf.p, keys, buf.dout, buf.dv, dim, lines, count, causal ? kFactorsFrom : kAll);
     for (int64_t i = 0; i < count; ++i) {
         const float* out = problem.at(kOut, unit.row, head, unit.start + i);
-        const float* grad = own.grad + i * dim;
-        const float* p = own.p + i * keys;
-        float* __restrict u = own.u + i * keys;
+        const float* dout = buf.dout + i * dim;
+        const float* p = buf.p + i * keys;
+        float* __restrict ds = buf.ds + i * keys;
         const int64_t seen = causal ? i + 1 : count;
         const float scale = problem.scale;
         float delta = 0.0f;
 #pragma omp simd reduction(+ : delta)
-        for (int64_t c = 0; c < problem.dim; ++c) delta += out[c] * grad[c];
+        for (int64_t c = 0; c < problem.dim; ++c) delta += out[c] * dout[c];
 #pragma omp simd
-        for (int64_t j = 0; j < seen; ++j) u[j] = scale * p[j] * (u[j] - delta);
-        std::fill(u + seen, u + keys, 0.0f);
+        for (int64_t j = 0; j < seen; ++j) ds[j] = scale * p[j] * (ds[j] - delta);
+        std::fill(ds + seen, ds + keys, 0.0f);
     }
-    multiply<true, true>(own.u, keys, own.q, own.dk, dim, lines, count, causal ? kFactorsFrom : kAll);
-    multiply<false, false>(own.u, keys, own.k, own.out, dim, lines, count, causal ? kFactorsTo : kAll);
-    store(own.out, dim, count, problem.dim, problem.at(kQGrad, unit.row, head, unit.start),
-          problem.strides[3 * kQGrad + 2]);
+    multiply<true, true>(buf.ds, keys, buf.q, buf.dk, dim, lines, count, causal ? kFactorsFrom : kAll);
+    multiply<false, false>(buf.ds, keys, buf.k, buf.out, dim, lines, count, causal ? kFactorsTo : kAll);
+    store(buf.out, dim, count, problem.dim, problem.at(kDq, unit.row, head, unit.start),
+          problem.strides[3 * kDq + 2]);
 }
 
-FLASHSINK_INLINE void received(const Problem& problem, const Buffers& own, const Unit& unit, int64_t head) {
-    scores(problem, own, unit, head);
-    probabilities(problem, own, unit.count, problem.at(kLse, unit.row, head, unit.start));
-    float* __restrict sums = own.u;
-    std::fill(sums, sums + own.keys, 0.0f);
-    for (int64_t i = unit.first; i < unit.count; ++i) {
-        const float* __restrict p = own.p + i * own.keys;
+FLASHSINK_INLINE void statistics(const Problem& problem, const Buffers& buf, const Unit& unit, int64_t head) {
+    scores(problem, buf, unit, head);
+    probabilities(problem, buf, unit.count, problem.at(kLse, unit.row, head, unit.start));
+    float* __restrict received = buf.ds;
+    std::fill(received, received + buf.keys, 0.0f);
+    for (int64_t i = unit.query_start; i < unit.count; ++i) {
+        const float* __restrict p = buf.p + i * buf.keys;
 #pragma omp simd
-        for (int64_t j = 0; j < own.keys; ++j) sums[j] += p[j];
+        for (int64_t j = 0; j < buf.keys; ++j) received[j] += p[j];
     }
-    for (int64_t j = 0; j < unit.count; ++j) *problem.at(kSums, unit.row, head, unit.start + j) = sums[j];
+    for (int64_t j = 0; j < unit.count; ++j) *problem.at(kReceived, unit.row, head, unit.start + j) = received[j];
 }
 
 template <class T>
 FLASHSINK_INLINE int unit_body(const Problem& problem, const Task& task, int64_t index, T* memory) {
     const int64_t n = index / problem.heads, head = index % problem.heads;
     const Unit unit{problem.packed ? 0 : n, head, problem.starts[n], problem.ends[n] - problem.starts[n],
-                    std::max<int64_t>(problem.firsts[n] - problem.starts[n], 0)};
+                    std::max<int64_t>(problem.query_starts[n] - problem.starts[n], 0)};
     if (unit.count <= 0) return 0;
-    const Buffers own(memory, unit.count, problem.dim);
+    const Buffers buf(memory, unit.count, problem.dim);
     const int64_t* strides = problem.strides;
-    load(problem.at(kK, unit.row, head, unit.start), strides[3 * kK + 2], unit.count, problem.dim, own.lines, own.dim,
-         own.k);
-    turn(own.k, unit.count, own.dim, problem.dim, own.keys, own.kt);
-    if (task != kReceived)
-        load(problem.at(kV, unit.row, head, unit.start), strides[3 * kV + 2], unit.count, problem.dim, own.lines,
-             own.dim, own.v);
+    load(problem.at(kK, unit.row, head, unit.start), strides[3 * kK + 2], unit.count, problem.dim, buf.lines, buf.dim,
+         buf.k);
+    turn(buf.k, unit.count, buf.dim, problem.dim, buf.keys, buf.kt);
+    if (task != kStatistics)
+        load(problem.at(kV, unit.row, head, unit.start), strides[3 * kV + 2], unit.count, problem.dim, buf.lines,
+             buf.dim, buf.v);
     if (task == kBackward) {
-        turn(own.v, unit.count, own.dim, problem.dim, own.keys, own.vt);
-        std::fill(own.dk, own.dk + own.lines * own.dim, 0.0f);
-        std::fill(own.dv, own.dv + own.lines * own.dim, 0.0f);
+        turn(buf.v, unit.count, buf.dim, problem.dim, buf.keys, buf.vt);
+        std::fill(buf.dk, buf.dk + buf.lines * buf.dim, 0.0f);
+        std::fill(buf.dv, buf.dv + buf.lines * buf.dim, 0.0f);
     }
-    for (int64_t h = head * problem.groups; h < (head + 1) * problem.groups; ++h) {
-        if (task == kForward) forward(problem, own, unit, h);
-        else if (task == kBackward) backward(problem, own, unit, h);
-        else received(problem, own, unit, h);
+    for (int64_t h = head * problem.group; h < (head + 1) * problem.group; ++h) {
+        if (task == kForward) forward(problem, buf, unit, h);
+        else if (task == kBackward) backward(problem, buf, unit, h);
+        else statistics(problem, buf, unit, h);
     }
     if (task == kBackward) {
-        store(own.dk, own.dim, unit.count, problem.dim, problem.at(kKGrad, unit.row, head, unit.start),
-              strides[3 * kKGrad + 2]);
-        store(own.dv, own.dim, unit.count, problem.dim, problem.at(kVGrad, unit.row, head, unit.start),
-              strides[3 * kVGrad + 2]);
+        store(buf.dk, buf.dim, unit.count, problem.dim, problem.at(kDk, unit.row, head, unit.start),
+              strides[3 * kDk + 2]);
+        store(buf.dv, buf.dim, unit.count, problem.dim, problem.at(kDv, unit.row, head, unit.start),
+              strides[3 * kDv + 2]);
     }
     return 0;
 }
@@ -253,18 +254,18 @@ FLASHSINK_DISPATCH(unit)
 
 }  // namespace
 
-// `data` and `strides` (three each) by task: q k v out lse; q k v out lse grad dq dk dv; q k sums - lse. The sequences
-// are starts[n] to ends[n], no longer than `longest`, of row n or of the packed row 0; of column sums only queries from
-// firsts[n] on count. The same whatever the number of threads. 1: no memory.
+// `data` and `strides` (three each) by task: q k v out lse; q k v out lse dout dq dk dv; q k received - lse. Sequence n
+// is [starts[n], ends[n]), no longer than `longest`, of row n or of the packed row 0; in received only queries from
+// query_starts[n] on count. The result does not depend on the number of threads. Returns 0, or 1 without memory.
 FLASHSINK_API int flashsink_short_attention(int task, void* const* data, const int64_t* strides, int64_t sequences,
-                                            int64_t heads, int64_t groups, int64_t dim, int64_t longest,
-                                            const int64_t* starts, const int64_t* ends, const int64_t* firsts,
+                                            int64_t heads, int64_t group, int64_t dim, int64_t longest,
+                                            const int64_t* starts, const int64_t* ends, const int64_t* query_starts,
                                             int packed, int causal, float scale, int threads) {
-    const Problem problem{data, strides, sequences, heads, groups, dim, longest, starts, ends, firsts,
+    const Problem problem{data, strides, sequences, heads, group, dim, longest, starts, ends, query_starts,
                           packed != 0, causal != 0, scale};
     const int64_t units = sequences * heads;
     // one more thread for every 2^18 multiplications (about 10 us)
-    const int64_t useful = 1 + units * groups * longest * longest * dim / (1 << 18);
+    const int64_t useful = 1 + units * group * longest * longest * dim / (1 << 18);
     const int workers = static_cast<int>(std::min<int64_t>({threads, useful, std::max<int64_t>(units, 1)}));
     const int64_t size = up(Buffers::size(longest, dim), kWide);
     std::vector<float> memory;

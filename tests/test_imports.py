@@ -16,13 +16,14 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 # From the bottom up: a package (or module beside the packages) imports only from earlier lines and from itself.
 LAYERS = {
     "flashsink": [
-        "types versions",
+        "types versions operators",
         "checks reference",
         "cpu triton",
         "sdpa",
         "dispatch",
         "functional",
         "hf",
+        "__main__",
     ],
     "avsr": [
         "errors",

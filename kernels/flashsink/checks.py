@@ -1,4 +1,4 @@
-"""Argument checks: every error names the argument, what came and what was expected."""
+"""Argument checks: every error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ VALIDATE_VARIABLE = "FLASHSINK_VALIDATE"
 
 
 def check_values(device: torch.device, validate: bool = False) -> bool:
-    """Whether the values of lengths, starts and spans are looked at: always on CPU; on CUDA (where a look
-    synchronises) only with ``validate`` or ``FLASHSINK_VALIDATE=1``, and never while a graph is compiled."""
+    """Whether the values of lengths, starts and spans are checked: always on CPU; on CUDA (where reading them
+    synchronizes) only with ``validate`` or ``FLASHSINK_VALIDATE=1``, and never while a graph is compiled."""
     if torch.compiler.is_compiling():
         return False
     return device.type == "cpu" or validate or os.environ.get(VALIDATE_VARIABLE, "0") == "1"
@@ -120,7 +120,7 @@ def resolve_layout(
             steps = bounds.diff()
             if bounds[0] != 0 or bounds[-1] > tokens or bool((steps < 0).any()):
                 raise ValueError(f"cu_seqlens: expected to rise from 0 to at most {tokens}, got {bounds.tolist()}")
-        # unchecked values on a GPU are cut, so that no kernel leaves its tensors
+        # unchecked values on a GPU are clamped, so no kernel reads outside its tensors
         bounds = torch.cat([bounds.new_zeros(1), bounds[1:].clamp(0, tokens).cummax(0).values])
         return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
     if starts is None and lengths is None:
@@ -148,7 +148,7 @@ def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor
         given, most = spans.tolist(), layout.lengths.tolist()  # on the CPU cheaper than a few small operations
         if any(not 0 <= span <= length for span, length in zip(given, most, strict=True)):
             raise ValueError(f"spans: expected 0 to the row's number of tokens {most}, got {given}")
-        return spans.clone()  # whoever owns it may change it before the backward
+        return spans.clone()  # the caller may change it before the backward
     return torch.minimum(spans.clamp(min=0), layout.lengths)
 
 

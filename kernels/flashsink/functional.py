@@ -92,11 +92,10 @@ def attention(
     checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
     chosen = implementation(backend, q.device.type, q)
-    counted: Tensor | None = None
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
-        counted = checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
+        query_starts = checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
     if sink_logits is not None:
         checks.check_sink_logits(sink_logits, q)
     q, scale = checks.positive_scale(q, _scale(q, scale))
@@ -107,7 +106,7 @@ def attention(
         layout,
         causal=causal,
         scale=scale,
-        counted=[counted] if return_stats else [],
+        counted=[query_starts] if return_stats else [],
         sink_logits=sink_logits,
     )
     return (out, stats[0]) if return_stats else out
@@ -126,12 +125,12 @@ def calibrated_attention(
 ) -> Tensor:
     """Causal attention with the attention calibration technique (ACT, Yu et al. 2024).
 
-    The probabilities of the columns in ``sinks``, BOS excepted, are multiplied by ``beta``; what is freed goes
-    to the other visible columns in proportion to their probabilities, so rows still sum to 1.
+    The probabilities of the columns in ``sinks``, BOS excepted, are multiplied by ``beta``; the freed mass goes to
+    the other visible columns in proportion to their probabilities, so rows still sum to 1.
 
     Args:
         q, k, v, lengths, starts, backend: as in :func:`attention`.
-        sinks: (B, H, Sk) bool, the columns to calm per head.
+        sinks: (B, H, Sk) bool, the columns to scale per head.
         beta: factor in 0..1.
 
     Returns:
@@ -181,10 +180,10 @@ def decorrelation_loss(
         ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
     """
     layers = checks.check_hidden_states(hidden_states)
-    first = layers[0]
-    layout = checks.resolve_layout(first.shape[0], first.shape[1], first.device, starts=starts, cu_seqlens=cu_seqlens)
+    (rows, tokens, _), device = layers[0].shape, layers[0].device
+    layout = checks.resolve_layout(rows, tokens, device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
-    chosen = implementation(backend, first.device.type)
+    chosen = implementation(backend, device.type)
     spans = checks.check_spans(spans, layout)
     total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
     return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
@@ -207,9 +206,9 @@ def activation_stats(
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
     """
     layers = checks.check_hidden_states(hidden_states)
-    first = layers[0]
-    layout = checks.resolve_layout(first.shape[0], first.shape[1], first.device, lengths=lengths, starts=starts)
-    return implementation(backend, first.device.type).activation_stats(layers, layout, median)
+    (rows, tokens, _), device = layers[0].shape, layers[0].device
+    layout = checks.resolve_layout(rows, tokens, device, lengths=lengths, starts=starts)
+    return implementation(backend, device.type).activation_stats(layers, layout, median)
 
 
 def check_margin(margin: float) -> None:

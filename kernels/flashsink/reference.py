@@ -42,10 +42,10 @@ def probabilities(
 
     ``sink_logits`` (H,) adds one more term to every row's sum of exponentials, a key without a value.
     """
-    groups = q.shape[1] // k.shape[1]
-    # padding may hold NaN: zeroed here, so that it reaches neither the result nor a gradient
+    group = q.shape[1] // k.shape[1]
+    # padding may hold NaN: zeroed here, it reaches neither the result nor a gradient
     padding = ~layout.valid()[:, None, :, None]
-    keys = wide(k).masked_fill(padding, 0.0).repeat_interleave(groups, dim=1)
+    keys = wide(k).masked_fill(padding, 0.0).repeat_interleave(group, dim=1)
     queries = wide(q).masked_fill(padding[:, :, layout.tokens - q.shape[2] :], 0.0)
     scores = queries @ keys.transpose(-1, -2) * scale
     mask = visible(layout, q.shape[2], causal)
@@ -57,14 +57,16 @@ def probabilities(
     return a, lse.squeeze(-1).masked_fill(~mask.any(dim=-1), 0.0)
 
 
-def sink_stats(a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, first: Tensor | None = None) -> SinkStats:
-    """Column sums of A (definition 1) over the queries at positions >= ``first``, one entry a row or sequence."""
+def sink_stats(
+    a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, query_starts: Tensor | None = None
+) -> SinkStats:
+    """Column sums of A over the queries at positions >= ``query_starts``, one entry per row or packed sequence."""
     queries, a = a.shape[2], a.detach()
-    if first is not None:
+    if query_starts is not None:
         position = torch.arange(layout.tokens, device=a.device)
-        counted = position >= first[layout.segments().clamp(min=0)]
-        a = a * counted[:, None, layout.tokens - queries :, None]
-    return SinkStats(a.sum(dim=2).float(), layout.query_counts(queries, causal, first), lse.detach().float())
+        counts = position >= query_starts[layout.segments().clamp(min=0)]
+        a = a * counts[:, None, layout.tokens - queries :, None]
+    return SinkStats(a.sum(dim=2).float(), layout.query_counts(queries, causal, query_starts), lse.detach().float())
 
 
 def attention(
@@ -80,11 +82,11 @@ def attention(
 ) -> tuple[Tensor, list[SinkStats]]:
     """(out (B, H, Sq, D) in q's dtype, one :class:`SinkStats` for every entry of ``counted``).
 
-    An entry of ``counted`` says from which position on the queries count, (N,) for N rows or packed sequences;
-    None = all.
+    An entry of ``counted`` is a ``query_starts``: (N,) int64, the position from which on the queries of each row or
+    packed sequence count, or None for all.
     """
     a, lse = probabilities(q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits)
-    stats = [sink_stats(a, lse, layout, causal=causal, first=first) for first in counted]
+    stats = [sink_stats(a, lse, layout, causal=causal, query_starts=query_starts) for query_starts in counted]
     return weigh(a, v, layout).to(q.dtype), stats
 
 
@@ -153,16 +155,16 @@ def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> 
         top = size.amax(dim=-1)
         index = torch.arange(size.shape[-1], device=size.device)
         reached = (size == top.unsqueeze(-1)) | size.isnan()
-        first = torch.where(reached, index, size.shape[-1]).amin(dim=-1)
+        lowest = torch.where(reached, index, size.shape[-1]).amin(dim=-1)
         maxima.append(top.float().masked_fill(~valid, 0.0))
-        features.append(first.int().masked_fill(~valid, -1))
+        features.append(lowest.int().masked_fill(~valid, -1))
     medians = torch.stack([row_medians(layer, layout) for layer in layers]) if median else None
     return ActivationStats(torch.stack(maxima), torch.stack(features), medians)
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float) -> Normed:
     """RMSNorm of h (B, S, C) as Llama has it, with this layer's decorrelation sum (where ``spans`` is given) and
-    its largest activations. The normalised states are rounded to h's dtype before the weight (C,) multiplies them."""
+    its largest activations. The normalized states are rounded to h's dtype before the weight (C,) multiplies them."""
     size = wide(h)
     out = weight * (size * torch.rsqrt(size.square().mean(dim=-1, keepdim=True) + eps)).to(h.dtype)
     total = None if spans is None else decorrelation_sums([h], spans, layout, margin)[0].float()

@@ -1,8 +1,8 @@
-"""The ``sdpa`` backend: somebody else's attention that hands out its log-sum-exp, and our statistics pass.
+"""The ``sdpa`` backend: a vendor's attention that returns its log-sum-exp, and our statistics pass.
 
 On CUDA every layout becomes variable-length attention over one row of tokens: a dense row is cut at its padding, and
-the pieces of padding are sequences of their own, whose results are thrown away. So nothing is synchronised for the
-sake of the layout, and padding reaches nothing. ``FLASHSINK_VENDOR`` names the attention: ``torch`` (its varlen
+the pieces of padding are sequences of their own, whose results are thrown away. So the layout needs no
+synchronization, and padding reaches nothing. ``FLASHSINK_VENDOR`` names the attention: ``torch`` (its varlen
 flash kernel, the default), ``cudnn`` (dense rows without padding only, else ``torch``), ``flash_attn``
 (FlashAttention 2) or ``flash_attn_4``; the last two when they are installed. On CPU tensors this is the ``cpu``
 backend.
@@ -28,7 +28,7 @@ from flashsink.triton import backend as triton_backend
 from flashsink.types import ActivationStats, Layout, Normed, SinkStats
 
 VENDOR_VARIABLE = "FLASHSINK_VENDOR"
-# (q, k, v (T, heads, D), bounds of queries and of keys (N + 1,) int32, longest of both, causal, scale)
+# (q, k, v (T, heads, D), cu_seqlens_q, cu_seqlens_k (N + 1,) int32, max_seqlen_q, max_seqlen_k, causal, scale)
 # -> out (T, H, D), lse (H, T)
 Vendor = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bool, float], tuple[Tensor, Tensor]]
 
@@ -64,12 +64,10 @@ def attention(
             q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
         )
     out, lse = attend(q, k, v, layout, causal, scale)
-    stats = [
-        SinkStats(
-            _received(q, k, lse, layout, causal, scale, first), layout.queries_later(q.shape[2], causal, first), lse
-        )
-        for first in counted
-    ]
+    stats = []
+    for query_starts in counted:
+        received = _received(q, k, lse, layout, causal, scale, query_starts)
+        stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts), lse))
     return out, stats
 
 
@@ -88,10 +86,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale:
         padding = ~layout.valid()[:, None, :, None]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
         q = q.masked_fill(padding[:, :, layout.tokens - queries :], 0.0)
-    bounds_q, bounds_k, longest_q, longest_k = pieces(layout, queries)
+    lengths = pieces(layout, queries)
     flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(-1, x.shape[1], d) for x in (q, k, v))
     vendor = VENDORS[name if name != "cudnn" else "torch"]
-    out, lse = vendor(flat_q, flat_k, flat_v, bounds_q, bounds_k, longest_q, longest_k, causal, scale)
+    out, lse = vendor(flat_q, flat_k, flat_v, *lengths, causal, scale)
     silent = ~layout.valid()[:, None, layout.tokens - queries :]
     out = out.view(b, queries, h, d).transpose(1, 2).masked_fill(silent.unsqueeze(-1), 0.0)
     lse = lse.detach().view(h, b, queries).transpose(0, 1)
@@ -99,10 +97,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale:
 
 
 def pieces(layout: Layout, queries: int) -> tuple[Tensor, Tensor, int, int]:
-    """The layout as sequences side by side: bounds of queries and keys (int32), and the longest of both.
+    """The layout as packed sequences: (cu_seqlens_q, cu_seqlens_k (int32), max_seqlen_q, max_seqlen_k).
 
     A dense row is three: padding, the valid tokens, padding. Its queries are its last positions. A packed row has
-    one more sequence than it is given, for what lies behind.
+    one more sequence than it is given, for the tokens after the last.
     """
     begins, ends = layout.starts, layout.starts + layout.lengths
     if layout.packed:
@@ -152,41 +150,41 @@ def _ours(x: Tensor) -> Any:
 
 
 def _received(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None
+    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, causal: bool, scale: float, query_starts: Tensor | None
 ) -> Tensor:
     if triton_backend.available() == "usable":
-        return triton_backend.run_received(q, k, lse, layout, causal=causal, scale=scale, first=first)
+        return triton_backend.run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts)
     a, own = reference.probabilities(q.detach(), k.detach(), layout, causal=causal, scale=scale)
-    return reference.sink_stats(a, own, layout, causal=causal, first=first).received
+    return reference.sink_stats(a, own, layout, causal=causal, query_starts=query_starts).received
 
 
 # ---- the vendors; causal means that the last query sees the last key
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     window = (-1, 0) if causal else (-1, -1)
     aux = AuxRequest(lse=True)
-    out, lse = varlen_attn(q, k, v, bounds_q, bounds_k, n_q, n_k, return_aux=aux, scale=scale, window_size=window)
+    out, lse = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, return_aux=aux, scale=scale, window_size=window)
     return out, lse
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     run = importlib.import_module("flash_attn").flash_attn_varlen_func
-    out, lse, _ = run(q, k, v, bounds_q, bounds_k, n_q, n_k, softmax_scale=scale, causal=causal, return_attn_probs=True)
+    out, lse, _ = run(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal, return_attn_probs=True)
     return out, lse
 
 
 def _flash_attn_4(
-    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, n_q: int, n_k: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     run = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-    bounds = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "max_seqlen_q": n_q, "max_seqlen_k": n_k}
+    bounds = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
     out, lse = run(q, k, v, **bounds, softmax_scale=scale, causal=causal, return_lse=True)
     return out, lse
 

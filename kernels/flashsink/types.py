@@ -22,8 +22,8 @@ class SinkStats:
         queries: (B, Sk) int64, the number of those queries.
         lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
 
-    ``received`` and ``queries`` may be handed over as functions that find them out when they are first read (and then
-    forget what they needed for that; :meth:`wait_for_backward` lets ``received`` forget at once).
+    ``received`` and ``queries`` may be passed as functions, which are called when they are first read and then dropped
+    with the tensors they hold; :meth:`wait_for_backward` lets ``received`` drop them at once.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SinkStats:
         return self._queries
 
     def wait_for_backward(self) -> None:
-        """From now on only the backward can say what ``received`` is; nothing is held for the statistics pass."""
+        """From now on only the backward can provide ``received``; nothing is held for the statistics pass."""
         release = getattr(self._received, "release", None)
         if release is not None:
             release()
@@ -84,7 +84,7 @@ class ActivationStats:
 
 
 class Normed(NamedTuple):
-    """What one pass over hidden states h (B, S, C) leaves behind.
+    """What one pass over hidden states h (B, S, C) gives.
 
     Attributes:
         out: (B, S, C) in h's dtype, h after RMSNorm.
@@ -99,7 +99,7 @@ class Normed(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which tokens are real, resolved once a call. Either dense rows or one packed row.
+    """Which tokens are valid, resolved once per call. Either dense rows or one packed row.
 
     Attributes:
         starts: (B,) int64, first valid position of every row. In packed layout (N,), of every sequence.
@@ -135,25 +135,27 @@ class Layout(NamedTuple):
         return torch.where(segment >= 0, position - self.starts[segment.clamp(min=0)], -1)
 
     def valid(self) -> Tensor:
-        """(rows, tokens) bool: real tokens."""
+        """(rows, tokens) bool: valid tokens."""
         return self.segments() >= 0
 
-    def queries_later(self, queries: int, causal: bool, first: Tensor | None = None) -> Tensor | Callable[[], Tensor]:
-        """:meth:`query_counts` for :class:`SinkStats`: a dozen small operations that wait until somebody reads them,
-        but for a graph being compiled, which can hand over tensors only."""
+    def queries_later(
+        self, queries: int, causal: bool, query_starts: Tensor | None = None
+    ) -> Tensor | Callable[[], Tensor]:
+        """:meth:`query_counts` for :class:`SinkStats`: a dozen small operations that wait until they are read, except
+        in a graph being compiled, which can return tensors only."""
         if torch.compiler.is_compiling():
-            return self.query_counts(queries, causal, first)
-        return functools.partial(self.query_counts, queries, causal, first)
+            return self.query_counts(queries, causal, query_starts)
+        return functools.partial(self.query_counts, queries, causal, query_starts)
 
-    def query_counts(self, queries: int, causal: bool, first: Tensor | None = None) -> Tensor:
-        """(rows, tokens) int64: how many queries see a key, of those at positions >= ``first`` (one entry a row or
-        packed sequence); the queries are the last ``queries`` positions of a row."""
+    def query_counts(self, queries: int, causal: bool, query_starts: Tensor | None = None) -> Tensor:
+        """(rows, tokens) int64: how many queries see a key, of those at positions >= ``query_starts`` (one entry per
+        row or packed sequence); the queries are the last ``queries`` positions of a row."""
         segment = self.segments()
         index = segment.clamp(min=0)
         position = torch.arange(self.tokens, device=segment.device)
         low = position.expand_as(segment) if causal else self.starts[index]
         low = low.clamp(min=self.tokens - queries)
-        if first is not None:
-            low = torch.maximum(low, first[index])
+        if query_starts is not None:
+            low = torch.maximum(low, query_starts[index])
         count = (self.starts + self.lengths)[index] - low
         return torch.where(segment >= 0, count.clamp(min=0), 0)

@@ -16,8 +16,8 @@ TESTED = {
 
 
 def outside(package: str) -> str:
-    """What is said of an installed release outside the tested range; "" for one inside, a package without a range and
-    one that is not installed."""
+    """The warning about an installed release outside the tested range; "" for one inside it, for a package without a
+    range and for one that is not installed."""
     if package not in TESTED:
         return ""
     try:

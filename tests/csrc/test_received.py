@@ -37,7 +37,7 @@ def make(layout, heads, kv, queries, d, dtype=torch.float32):
 
 def exact(q, k, layout, causal, scale, first):
     a, lse = reference.probabilities(q.double(), k.double(), layout, causal=causal, scale=scale)
-    received = reference.sink_stats(a, lse, layout, causal=causal, first=first).received
+    received = reference.sink_stats(a, lse, layout, causal=causal, query_starts=first).received
     padding = ~layout.valid()[:, None, layout.tokens - q.shape[2] :]
     return received, lse.float().masked_fill(padding, float("nan"))
 

@@ -209,7 +209,7 @@ def test_strided_starts_and_lengths(small, name):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, (stats,) = triton.attention(*leaves, where, causal=True, scale=0.3, counted=[first])
         out.backward(torch.ones_like(out))
-        early = triton.run_received(q, k, stats.lse, where, causal=True, scale=0.3, first=first)
+        early = triton.run_received(q, k, stats.lse, where, causal=True, scale=0.3, query_starts=first)
         results.append([out.detach(), early, stats.received, *(x.grad for x in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

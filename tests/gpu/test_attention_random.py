@@ -58,7 +58,8 @@ def check(q, k, v, layout, causal, first, cuts):
         leaves = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]
         out, (stats,) = module.attention(*leaves, layout, causal=causal, scale=0.4, counted=[first])
         if module is triton:
-            early = module.run_received(leaves[0], leaves[1], stats.lse, layout, causal=causal, scale=0.4, first=first)
+            options = {"causal": causal, "scale": 0.4, "query_starts": first}
+            early = module.run_received(leaves[0], leaves[1], stats.lse, layout, **options)
         out.sin().sum().backward()
         results.append([out.detach(), stats.lse, stats.received, *(x.grad for x in leaves)])
     results[0].append(early)

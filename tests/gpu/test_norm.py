@@ -144,7 +144,7 @@ def test_a_frozen_weight_costs_nothing(cases):
     with launch.observe(lambda one: seen.append(one) or True):
         normed = norm.rms_norm(h, weight_of(h.detach()), EPS, case.layout, case.spans, 0.0)
         (normed.out.sum() + normed.total).backward()
-    assert seen[-1].arguments["WEIGHT"] is False and seen[-1].arguments["of_weight"] is None
+    assert seen[-1].arguments["WEIGHT"] is False and seen[-1].arguments["dweight"] is None
     twin = h.detach().double().requires_grad_()
     exact = reference.rms_norm(twin, weight_of(h.detach()).double(), EPS, case.layout, case.spans, 0.0)
     (exact.out.sum() + exact.total).backward()

@@ -7,10 +7,10 @@ What runs where, always the same for the same arguments:
   :mod:`flashsink.cpu.short`; else torch's flash attention for CPU with our own backward,
   :mod:`flashsink.cpu.attention`. Statistics are a second pass in C++, :mod:`flashsink.cpu.received`.
 - ``attention`` with ``sink_logits``: the same, rescaled, where no gradient is needed. Torch's log-sum-exp carries
-  none, so the reference computes where one is.
+  none, so the reference runs where one is.
 - ``calibrated_attention``: two sets of keys, attention over all but the sinks by torch's kernel and a skinny product
   for the sinks, in dense rows where no gradient is needed (it needs the log-sum-exp too); else the reference.
-- float64, no queries at all, and a graph being compiled (values decide what runs here): the reference.
+- float64, no queries, and a graph being compiled (what runs depends on values here): the reference.
 - ``decorrelation_sums``, ``activation_stats`` and ``rms_norm``: see :mod:`flashsink.cpu.library` and
   :mod:`flashsink.cpu.norm`.
 
@@ -30,10 +30,14 @@ from flashsink.cpu import short
 from flashsink.cpu.attention import LEAST, flash, mask_of
 from flashsink.cpu.library import activation_stats, decorrelation_sums
 from flashsink.cpu.norm import rms_norm
+from flashsink.cpu.operators import OPERATORS
+from flashsink.operators import register
 from flashsink.reference import refusal
 from flashsink.types import Layout, SinkStats
 
 __all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]
+
+register(OPERATORS, "CPU")
 
 
 def attention(
@@ -68,7 +72,7 @@ def attention(
         every = torch.logaddexp(lse, sink_logits.float()[:, None])
         out, lse = out * (lse - every).exp().unsqueeze(-1), every
         lse = lse.masked_fill(~layout.valid()[:, None, layout.tokens - q.shape[2] :], 0.0)
-    stats = [_sink_stats(wide, lse, layout, causal, scale, first) for first in counted]
+    stats = [_sink_stats(wide, lse, layout, causal, scale, query_starts) for query_starts in counted]
     return out.to(q.dtype), stats
 
 
@@ -140,10 +144,10 @@ def _widen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> _Wide:
 
 @torch.no_grad()
 def _sink_stats(
-    wide: _Wide, lse: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None
+    wide: _Wide, lse: Tensor, layout: Layout, causal: bool, scale: float, query_starts: Tensor | None
 ) -> SinkStats:
     q, k, lse = wide.q.detach(), wide.k.detach(), lse.detach()
     received = torch.ops.flashsink.received(
-        q, k, lse, layout.starts, layout.lengths, first, layout.packed, causal, scale
+        q, k, lse, layout.starts, layout.lengths, query_starts, layout.packed, causal, scale
     )
-    return SinkStats(received, layout.queries_later(q.shape[2], causal, first), lse)
+    return SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts), lse)

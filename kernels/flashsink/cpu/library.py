@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flashsink import reference
+from flashsink.operators import adjacent
 from flashsink.types import ActivationStats, Layout
 
 ABI_VERSION = 3  # flashsink_abi_version() in csrc/library.cpp
@@ -108,8 +109,8 @@ def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, 
     """
     if any(layer.dtype not in DTYPES for layer in layers):
         return reference.decorrelation_sums(layers, spans, layout, margin)
-    # one operator for all: calling one costs as much as reading a small layer
-    run, own = torch.ops.flashsink.decorrelation_sums, [rows(layer) for layer in layers]
+    # one call for all layers: it costs as much as reading a small layer
+    run, own = torch.ops.flashsink.decorrelation_sums, [adjacent(layer) for layer in layers]
     if len({layer.dtype for layer in own}) == 1:
         return run(own, layout.starts, spans, layout.packed, margin)[0]
     return torch.cat([run([layer], layout.starts, spans, layout.packed, margin)[0] for layer in own])
@@ -123,24 +124,19 @@ def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> 
     if any(layer.dtype not in DTYPES for layer in layers):
         return reference.activation_stats(layers, layout, median)
     pairs = [
-        torch.ops.flashsink.activation_max(rows(layer.detach()), layout.starts, layout.lengths, layout.packed)
+        torch.ops.flashsink.activation_max(adjacent(layer.detach()), layout.starts, layout.lengths, layout.packed)
         for layer in layers
     ]
     medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
     return ActivationStats(torch.stack([top for top, _ in pairs]), torch.stack([index for _, index in pairs]), medians)
 
 
-def rows(layer: Tensor) -> Tensor:
-    """``layer``, any tensor, with adjacent entries in the last dimension."""
-    return layer if layer.stride(-1) == 1 or layer.shape[-1] == 1 else layer.contiguous()
-
-
-# ---- operators
+# ---- launchers
 
 
 def _check(layer: Tensor, starts: Tensor, ends: Tensor, packed: bool) -> None:
-    """What the C++ side would trust."""
-    if layer.dim() != 3 or layer.dtype not in DTYPES or rows(layer) is not layer:
+    """The C++ side trusts its arguments, so they are checked here."""
+    if layer.dim() != 3 or layer.dtype not in DTYPES or adjacent(layer) is not layer:
         raise ValueError(f"layer: expected float32 or bfloat16 (B, S, C) with unit last stride, got {layer.dtype}")
     for vector in (starts, ends):
         if vector.dtype != torch.int64 or vector.dim() != 1 or len(vector) != len(starts):
@@ -155,7 +151,7 @@ def _run(name: str, *arguments: Any) -> None:
 
 
 def call(name: str, layer: Tensor, starts: Tensor, ends: Tensor, packed: bool, *more: Any) -> None:
-    """Calls a C++ function of one layer. The arguments all of them begin with come first."""
+    """Calls a C++ function of one layer, with the leading arguments that all of them share."""
     _check(layer, starts, ends, packed)
     starts, ends = starts.contiguous(), ends.contiguous()
     strides = (layer.stride(0), layer.stride(1), *layer.shape)
@@ -180,105 +176,51 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
     return (_POINTER * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
-torch.library.define(
-    "flashsink::decorrelation_sums",
-    "(Tensor[] layers, Tensor starts, Tensor spans, bool packed, float margin) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "flashsink::decorrelation_sums_backward",
-    "(Tensor upstream, Tensor[] layers, Tensor starts, Tensor spans, bool packed, Tensor scalars,"
-    " Tensor bos_gradient) -> Tensor[]",
-)
-torch.library.define(
-    "flashsink::activation_max", "(Tensor layer, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)"
-)
+def sums_like(layers: Sequence[Tensor], starts: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    h, count = layers[0], len(layers)
+    totals = h.new_empty((count,), dtype=torch.float32)
+    scalars = h.new_zeros((count, *h.shape[:2], 2), dtype=torch.float64)
+    return totals, scalars, h.new_empty((count, starts.shape[0], h.shape[-1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("flashsink::decorrelation_sums")
-def _sums_like(
+def sums(
     layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one, count = layers[0], len(layers)
-    totals = one.new_empty((count,), dtype=torch.float32)
-    scalars = one.new_zeros((count, *one.shape[:2], 2), dtype=torch.float64)
-    return totals, scalars, one.new_empty((count, starts.shape[0], one.shape[-1]), dtype=torch.float32)
-
-
-@torch.library.impl("flashsink::decorrelation_sums", "CPU")
-def _sums(
-    layers: Sequence[Tensor], starts: Tensor, spans: Tensor, packed: bool, margin: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums (L,), what the backward needs of every token (L, B, S, 2) float64, gradient of BOS (L, N, C) float32)."""
-    totals, scalars, bos = _sums_like(layers, starts, spans, packed, margin)
-    out = (totals.data_ptr(), scalars.data_ptr(), bos.data_ptr())
+    """(sums (L,), w and p of every token (L, B, S, 2) float64, gradient of BOS (L, N, C) float32)."""
+    totals, scalars, dbos = sums_like(layers, starts)
+    out = (totals.data_ptr(), scalars.data_ptr(), dbos.data_ptr())
     _call_layers("decorrelation_forward", layers, starts, spans, packed, margin, *out)
-    return totals, scalars, bos
+    return totals, scalars, dbos
 
 
-@torch.library.register_fake("flashsink::decorrelation_sums_backward")
-def _gradient_like(
-    upstream: Tensor,
-    layers: Sequence[Tensor],
-    starts: Tensor,
-    spans: Tensor,
-    packed: bool,
-    scalars: Tensor,
-    bos: Tensor,
-) -> list[Tensor]:
+def gradients_like(dsums: Tensor, layers: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [layer.new_empty(layer.shape) for layer in layers]
 
 
-@torch.library.impl("flashsink::decorrelation_sums_backward", "CPU")
-def _gradient(
-    upstream: Tensor,
+def gradients(
+    dsums: Tensor,
     layers: Sequence[Tensor],
     starts: Tensor,
     spans: Tensor,
     packed: bool,
     scalars: Tensor,
-    bos: Tensor,
+    dbos: Tensor,
 ) -> list[Tensor]:
-    """Of every layer (B, S, C) in its dtype, contiguous, 0 at tokens that do not count. upstream: (L,)."""
-    gradients = _gradient_like(upstream, layers, starts, spans, packed, scalars, bos)
-    upstream, scalars, bos = upstream.float().contiguous(), scalars.contiguous(), bos.contiguous()
-    inner = (upstream.data_ptr(), scalars.data_ptr(), bos.data_ptr(), _pointers(gradients))
+    """Of every layer (B, S, C) in its dtype, contiguous, 0 at tokens that do not count. dsums: (L,)."""
+    dlayers = gradients_like(dsums, layers)
+    dsums, scalars, dbos = dsums.float().contiguous(), scalars.contiguous(), dbos.contiguous()
+    inner = (dsums.data_ptr(), scalars.data_ptr(), dbos.data_ptr(), _pointers(dlayers))
     _call_layers("decorrelation_backward", layers, starts, spans, packed, *inner)
-    return gradients
+    return dlayers
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    layers, starts, spans, ctx.packed, _ = inputs
-    _, scalars, bos = output
-    ctx.mark_non_differentiable(scalars, bos)
-    ctx.save_for_backward(starts, spans, scalars, bos, *layers)
-
-
-def _derive(ctx: Any, upstream: Tensor, *_: Any) -> tuple[list[Tensor], None, None, None, None]:
-    starts, spans, scalars, bos, *layers = ctx.saved_tensors
-    run = torch.ops.flashsink.decorrelation_sums_backward
-    return run(upstream, layers, starts, spans, ctx.packed, scalars, bos), None, None, None, None
-
-
-def refuse(ctx: Any, *_: Any) -> Any:
-    """The derivative of a backward."""
-    raise NotImplementedError(
-        "the cpu backend's own kernels are differentiated once; backend='reference' as often as you like"
-    )
-
-
-torch.library.register_autograd("flashsink::decorrelation_sums", _derive, setup_context=_save)
-torch.library.register_autograd("flashsink::decorrelation_sums_backward", refuse)
-
-
-@torch.library.register_fake("flashsink::activation_max")
-def _max_like(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+def maxima_like(layer: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = layer.shape[:2]
     return layer.new_zeros(shape, dtype=torch.float32), layer.new_full(shape, -1, dtype=torch.int32)
 
 
-@torch.library.impl("flashsink::activation_max", "CPU")
-def _max(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+def maxima(layer: Tensor, starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     """(max |h| (B, S) float32, its lowest feature (B, S) int32), 0 and -1 at padding."""
-    top, feature = _max_like(layer, starts, lengths, packed)
-    call("activation_max", layer, starts, lengths, packed, top.data_ptr(), feature.data_ptr())
-    return top, feature
+    max_abs, feature = maxima_like(layer)
+    call("activation_max", layer, starts, lengths, packed, max_abs.data_ptr(), feature.data_ptr())
+    return max_abs, feature

@@ -1,6 +1,6 @@
-"""Packed sequences as rows of padded batches: one call for sequences of like length instead of one for each.
+"""Packed sequences as rows of padded batches: one call for sequences of similar length instead of one per sequence.
 
-Dimensions: N sequences, H heads, T tokens of the packed row, S of the longest sequence of a group.
+Dimensions: N sequences, H heads, T tokens of the packed row, S of the longest sequence of a bucket.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-WASTE = 1.5  # pairs of tokens that a group may compute over those of its sequences
+WASTE = 1.5  # pairs of tokens that a bucket may compute over those of its sequences
 
 
 @dataclass(frozen=True)
-class Group:
+class Bucket:
     """Sequences that are computed together.
 
     Attributes:
         which: (N,) int64, their numbers.
         starts: (N,) int64, their first positions in the packed row.
         lengths: (N,) int64.
-        places: (tokens of all,) int64, positions in the packed row, and slots: the same in rows of S.
+        places: (tokens,) int64, positions in the packed row, and slots: the same in rows of S.
         source: (N * S,) int64, the position that every slot is read from.
-        padding: int64, slots that hold none; None where there is no such.
+        padding: int64, slots without a token; None where there are none.
     """
 
     which: Tensor
@@ -48,7 +48,7 @@ class Group:
         return found.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
 
     def collect(self, x: Tensor, into: Tensor) -> None:
-        """(N, H, S, ...) back to the places of (1, H, T, ...)."""
+        """Writes (N, H, S, ...) to the places of (1, H, T, ...)."""
         flat = x.transpose(1, 2).flatten(0, 1)
         flat = flat if self.padding is None else flat.index_select(0, self.slots)
         into[0].transpose(0, 1).index_copy_(0, self.places, flat)
@@ -59,13 +59,13 @@ def like(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:]).transpose(1, 2)
 
 
-def groups(starts: Tensor, lengths: Tensor, tokens: int) -> list[Group]:
-    """All sequences that have tokens, cut to the ``tokens`` positions there are, longest first."""
-    return _groups(tuple(starts.tolist()), tuple(lengths.tolist()), tokens)
+def buckets(starts: Tensor, lengths: Tensor, tokens: int) -> list[Bucket]:
+    """All sequences that have tokens, clamped to the row's ``tokens`` positions, longest first."""
+    return _buckets(tuple(starts.tolist()), tuple(lengths.tolist()), tokens)
 
 
-@lru_cache(maxsize=8)  # all layers of a step ask for the same
-def _groups(starts: tuple[int, ...], lengths: tuple[int, ...], tokens: int) -> list[Group]:
+@lru_cache(maxsize=8)  # all layers of a step have the same sequences
+def _buckets(starts: tuple[int, ...], lengths: tuple[int, ...], tokens: int) -> list[Bucket]:
     found = []
     for n, (start, size) in enumerate(zip(starts, lengths, strict=True)):
         low, high = min(max(start, 0), tokens), min(start + size, tokens)
@@ -80,13 +80,13 @@ def _groups(starts: tuple[int, ...], lengths: tuple[int, ...], tokens: int) -> l
             made.append([])
             pairs = square
         made[-1].append(sequence)
-    return [_group(sequences) for sequences in made]
+    return [_bucket(sequences) for sequences in made]
 
 
-def _group(sequences: list[tuple[int, int, int]]) -> Group:
+def _bucket(sequences: list[tuple[int, int, int]]) -> Bucket:
     sizes, which, starts = torch.tensor(sequences).unbind(1)
     inside = torch.arange(int(sizes[0])) < sizes[:, None]
     positions = starts[:, None] + torch.arange(int(sizes[0]))
     source = torch.where(inside, positions, starts[:, None]).flatten()
     padding = None if bool(inside.all()) else (~inside).flatten().nonzero().flatten()
-    return Group(which, starts, sizes, positions[inside], inside.flatten().nonzero().flatten(), source, padding)
+    return Bucket(which, starts, sizes, positions[inside], inside.flatten().nonzero().flatten(), source, padding)

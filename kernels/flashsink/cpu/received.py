@@ -8,75 +8,59 @@ Sk keys, D head dim, N sequences (N = B in dense layout).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashsink.cpu import short
-from flashsink.cpu.library import library, rows
-from flashsink.cpu.packed import groups
+from flashsink.cpu.library import library
+from flashsink.cpu.packed import buckets
+from flashsink.operators import adjacent
 
 TILE = 64  # queries of a tile
 PRODUCTS = 1 << 19  # products held at once (2 MB: two cores' caches), more only where one head's tile is larger
-SLACK = 64  # floats that csrc/received.cpp may read behind a tile
+SLACK = 64  # floats that csrc/received.cpp may read past a tile
 
 
-torch.library.define(
-    "flashsink::received",
-    "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? first, bool packed, bool causal,"
-    " float scale) -> Tensor",
-)
-
-
-@torch.library.register_fake("flashsink::received")
-def _received_like(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    first: Tensor | None,
-    packed: bool,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+def forward_like(q: Tensor, k: Tensor, *_: Any) -> Tensor:
     return q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
 
 
-@torch.library.impl("flashsink::received", "CPU")
-def _received(
+def forward(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
     starts: Tensor,
     lengths: Tensor,
-    first: Tensor | None,
+    query_starts: Tensor | None,
     packed: bool,
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """(B, H, Sk) float32: sum over the queries at positions >= ``first`` that may see a key of exp(scale q k - lse).
+    """(B, H, Sk) float32: sum over the queries from ``query_starts`` on that see a key of exp(scale q k - lse).
 
     Args:
         q: (B, H, Sq, D), the last Sq positions, and k: (B, Hk, Sk, D), of any strides and floating dtype; the
             products are float32. Padding may hold anything.
         lse: (B, H, Sq) float32.
-        starts, lengths: (N,) int64, and first: (N,) int64 or None for all, as in :class:`flashsink.types.Layout`.
+        starts, lengths: (N,) int64, and query_starts: (N,) int64 or None for all, as in
+            :class:`flashsink.types.Layout`.
     """
     check(q, k, lse, starts, lengths, packed)
-    out = q.new_zeros((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+    out = forward_like(q, k)
     if short.serves(q, k, lengths):
-        bounds = bounds_of(q, k, starts, lengths, first)
+        bounds = bounds_of(q, k, starts, lengths, query_starts)
         short.received(q, k, lse, out, bounds, packed, short.How(causal, scale))
         return out
     if not packed:
-        return _dense(q, k, lse, out, bounds_of(q, k, starts, lengths, first), causal, scale)
-    for group in groups(starts, lengths, k.shape[2]):
-        own = None if first is None else first[group.which] - group.starts
-        queries, keys = group.spread(q), group.spread(k)
+        return _dense(q, k, lse, out, bounds_of(q, k, starts, lengths, query_starts), causal, scale)
+    for bucket in buckets(starts, lengths, k.shape[2]):
+        own = None if query_starts is None else query_starts[bucket.which] - bucket.starts
+        queries, keys = bucket.spread(q), bucket.spread(k)
         sums = out.new_zeros(len(queries), out.shape[1], queries.shape[2])
-        bounds = bounds_of(queries, keys, *group.rows, own)
-        group.collect(_dense(queries, keys, group.spread(lse), sums, bounds, causal, scale), out)
+        bounds = bounds_of(queries, keys, *bucket.rows, own)
+        bucket.collect(_dense(queries, keys, bucket.spread(lse), sums, bounds, causal, scale), out)
     return out
 
 
@@ -102,13 +86,13 @@ def check(q: Tensor, k: Tensor, lse: Tensor, starts: Tensor, lengths: Tensor, pa
         raise ValueError(f"starts: expected one entry a row, or one packed row, got {len(starts)}")
 
 
-def bounds_of(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, first: Tensor | None) -> Tensor:
-    """(3, N) int64: start and end of every row or sequence, cut to the positions there are, and its first query."""
+def bounds_of(q: Tensor, k: Tensor, starts: Tensor, lengths: Tensor, query_starts: Tensor | None) -> Tensor:
+    """(3, N) int64: start, end and first counted query of every row or sequence, clamped to the tensors."""
     keys = k.shape[2]
     starts = starts.clamp(0, keys)
     ends = torch.minimum(starts + lengths.clamp(min=0), starts.new_tensor(keys))
-    firsts = starts.clamp(min=keys - q.shape[2])
-    return torch.stack([starts, ends, firsts if first is None else torch.maximum(firsts, first)])
+    first = starts.clamp(min=keys - q.shape[2])
+    return torch.stack([starts, ends, first if query_starts is None else torch.maximum(first, query_starts)])
 
 
 Part = tuple[slice, slice]  # rows of the batch, key heads
@@ -116,10 +100,10 @@ Part = tuple[slice, slice]  # rows of the batch, key heads
 
 def parts(q: Tensor, k: Tensor, bounds: Tensor) -> Iterator[Part]:
     """What is computed together: several rows where they are short, else several or one key head of one row."""
-    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
     starts, ends, _ = bounds.tolist()
     longest = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
-    head = groups * min(TILE, longest) * longest  # products of one key head's largest tile
+    head = group * min(TILE, longest) * longest  # products of one key head's largest tile
     some = max(1, PRODUCTS // max(head, 1))
     step = max(1, some // heads)
     for n in range(0, len(starts), step):
@@ -141,17 +125,17 @@ def _part(
 ) -> Tensor:
     """Adds one part to ``out``; returns the buffer for the next."""
     batch, heads = part
-    groups, unseen = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    group, unseen = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
     own = bounds[:, batch].contiguous()
-    start, end, first = int(own[0].min()), int(own[1].max()), int(own[2].min())
-    keys = rows(k[batch, heads, start:end].float()).flatten(0, 1)
-    queries = q.unflatten(1, (-1, groups))[batch, heads]
+    start, end, query_start = int(own[0].min()), int(own[1].max()), int(own[2].min())
+    keys = adjacent(k[batch, heads, start:end].float()).flatten(0, 1)
+    queries = q.unflatten(1, (-1, group))[batch, heads]
     b, g, *_, d = queries.shape
-    head = heads.start * groups
-    for low in range(first, end, TILE):
+    head = heads.start * group
+    for low in range(query_start, end, TILE):
         high = min(low + TILE, end)
         seen = (high if causal else end) - start
-        count = (high - low) * groups
+        count = (high - low) * group
         size = b * g * count * seen
         if buffer.numel() < size + SLACK:
             buffer = buffer.new_empty(size + SLACK)
@@ -160,7 +144,7 @@ def _part(
         library().flashsink_column_sums(
             *(buffer.data_ptr(), lse[batch.start, head, low - unseen :].data_ptr()),
             out[batch.start, head, start:].data_ptr(),
-            *(b, g * groups, high - low, seen, low, start),
+            *(b, g * group, high - low, seen, low, start),
             *(lse.stride(0), lse.stride(1), out.stride(0), out.stride(1)),
             *(own[0].data_ptr(), own[1].data_ptr(), own[2].data_ptr(), int(causal), scale, torch.get_num_threads()),
         )

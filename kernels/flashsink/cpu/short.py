@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsink.cpu.library import library, rows
+from flashsink.cpu.library import library
+from flashsink.operators import adjacent
 
 LONGEST = 256  # tokens of a sequence; up to here measured, and faster than tiles throughout (bench/LOG.md)
 WIDEST = 256  # features of a head
@@ -61,8 +62,8 @@ def received(q: Tensor, k: Tensor, lse: Tensor, out: Tensor, bounds: Tensor, pac
 
 def _run(task: int, tensors: tuple[Tensor, ...], bounds: Tensor, packed: bool, how: How) -> None:
     q, k = tensors[:2]
-    # results have adjacent features, so that ``rows`` copies none of them
-    tensors = tuple(rows(x) if x.dim() == 4 else x for x in tensors)
+    # results have adjacent features, so ``adjacent`` copies none of them
+    tensors = tuple(adjacent(x) if x.dim() == 4 else x for x in tensors)
     if any(x.dtype != torch.float32 for x in tensors):
         raise ValueError(f"expected float32, got {', '.join(str(x.dtype) for x in tensors)}")
     strides = [stride for x in tensors for stride in x.stride()[:3]]

@@ -1,7 +1,7 @@
 """The attention function that transformers calls in an attached model, and what it refuses.
 
-An attention call may carry more than q, k, v and the mask: what the model's code hands on, and what its caller has
-passed to ``forward``. Whatever is not known to change nothing is refused by name.
+An attention call may carry more than q, k, v and the mask: arguments of the model's code, and those its caller passed
+to ``forward``. Anything not known to be harmless is refused by name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ IMPLEMENTATION = "sink_capture"
 MARK = "_flashsink_probe"  # the attribute of an attached model's attention modules
 
 # Seen in the models of transformers 5.17 to 5.23; attention's result does not depend on them (rotary embeddings are
-# applied before, and what a model returns besides the logits is its own business).
+# applied before, and what a model returns besides the logits is not attention's concern).
 _HARMLESS = {
     *("cache_position", "image_sizes", "labels", "logits_to_keep", "num_items_in_batch", "output_attentions"),
     *("output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache"),
 }
 _KNOWN = {"dropout", "is_causal", "scaling", "sliding_window"}  # looked at
-# say once more what restarting positions say, and only some implementations look at them
+# repeat what restarting positions say; only some implementations read them
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter within a window or chunk
 _OWN_MASKS = {"doge"}  # model types whose layers read the mask before attention does

@@ -3,7 +3,7 @@
 Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor passes
 through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor with its numbers
 in it: dense rows (B, 3, 1, 1) = start, length and the first position whose query counts in the statistics; with a
-static cache (B, 4, 1, 1), the end of the used keys behind them; packed (1, N, 3, 1) with the same three.
+static cache (B, 4, 1, 1), followed by the end of the used keys; packed (1, N, 3, 1) with the same three.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Forward(NamedTuple):
 
 
 class _Here(threading.local):
-    """The forward that is under way in this thread."""
+    """The forward that this thread is in."""
 
     def __init__(self) -> None:
         self.forward: Forward | None = None
@@ -55,7 +55,7 @@ def layout_of_mask(mask: Tensor | None, rows: int, tokens: int, device: torch.de
     """A 2-D padding mask (B, S), 1 = valid, as a layout.
 
     Raises:
-        ValueError: another shape, or (where values are checked) valid tokens with a hole between them.
+        ValueError: another shape, or (where values are checked) valid tokens with a gap between them.
     """
     if mask is None:
         start = torch.zeros(rows, dtype=torch.long, device=device)
@@ -93,7 +93,7 @@ def layout_of_positions(position_ids: Tensor | None, rows: int, tokens: int) -> 
 
 
 def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool) -> Layout:
-    """The layout behind another implementation's 4-D mask of a full forward, boolean or additive.
+    """The layout that another implementation's 4-D mask of a full forward describes, boolean or additive.
 
     Raises:
         ValueError: (where values are checked) the pattern is not causal attention with padding.
@@ -102,16 +102,17 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool) -> L
     seen = seen.expand(rows, -1, -1, -1)
     layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate)
     if check_values(mask.device, validate):
-        valid = layout.valid()[:, None, :, None]  # what a padded query may see is of no account
+        valid = layout.valid()[:, None, :, None]  # what a padded query sees does not matter
         if not bool(((reference.visible(layout, tokens, True) == seen) | ~valid).all()):
             raise ValueError("attention_mask: expected causal attention with padding, got another pattern")
     return layout
 
 
-def encode(layout: Layout, keys: int, first: Tensor | None = None) -> Tensor:
-    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused; ``first``
-    (N,) = the first position of every sequence whose query counts, default all."""
-    numbers = torch.stack([layout.starts, layout.lengths, layout.starts if first is None else first], dim=1)
+def encode(layout: Layout, keys: int, query_starts: Tensor | None = None) -> Tensor:
+    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused;
+    ``query_starts`` (N,) = the first position of every sequence whose query counts, default all."""
+    query_starts = layout.starts if query_starts is None else query_starts
+    numbers = torch.stack([layout.starts, layout.lengths, query_starts], dim=1)
     if layout.packed:
         return numbers[None, :, :, None]
     if layout.tokens != keys:
@@ -130,7 +131,7 @@ def is_packed(mask: Any) -> bool:
 
 
 def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> tuple[Layout, Tensor]:
-    """(layout, first positions) of an encoded mask over the first ``tokens`` keys, those in use.
+    """(layout, query_starts) of an encoded mask over the first ``tokens`` keys, those in use.
 
     With a static cache ``tokens`` counts unused slots too; the returned layout leaves them out.
     """
@@ -189,8 +190,8 @@ def make_mask(
 def _foreign(mask_function: Any, others: dict[str, Any]) -> int:
     """The reason why ``mask_function`` is not causal attention, within a window at most; 0 where it is.
 
-    Transformers puts functions together by ``and_masks`` and ``or_masks``: those that are told apart here by their
-    code, which a compiler can follow, others by the arguments that come with them.
+    Transformers puts functions together by ``and_masks`` and ``or_masks``: those are recognized here by their code,
+    which a compiler can follow, others by the arguments that come with them.
     """
     from transformers.masking_utils import and_masks, causal_mask_function
 
@@ -205,7 +206,7 @@ def _foreign(mask_function: Any, others: dict[str, Any]) -> int:
 def _changes_nothing(
     layout: Layout, mask_function: Any, attention_mask: Tensor | None, sizes: dict[str, int], others: dict[str, Any]
 ) -> bool:
-    """Whether a pattern of the model's own comes to causal attention in this very batch, as one for images does where
+    """Whether a pattern of the model's own amounts to causal attention in this batch, as one for images does where
     there are none."""
     from transformers.masking_utils import sdpa_mask
 
@@ -217,7 +218,7 @@ def _changes_nothing(
         use_vmap=bool(others.get("use_vmap")),
         device=layout.starts.device,
     )[..., : layout.tokens]
-    padding = ~layout.valid()[:, None, :, None]  # what a padded query may see is of no account
+    padding = ~layout.valid()[:, None, :, None]  # what a padded query sees does not matter
     return bool(((reference.visible(layout, layout.tokens, True) == seen) | padding).all())
 
 

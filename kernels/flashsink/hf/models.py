@@ -62,8 +62,8 @@ def epsilon(norm: Any) -> float | None:
 
 
 def patch(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Gives this one module another ``forward``; returns what undoes it. Hooks of the module, such as ZeRO-3's that
-    gather its weight, run around it as before."""
+    """Replaces ``forward`` of this one module; returns the function that restores it. Hooks of the module, such as
+    ZeRO-3's that gather its weight, run around it as before."""
     own = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign, assignment]
 

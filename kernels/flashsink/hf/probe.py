@@ -251,7 +251,7 @@ class Probe:
             trained=torch.is_grad_enabled(),
             fused=not any(module.training and getattr(x, "gradient_checkpointing", False) for x in self._layers),
             given=given_spans,
-            behind=None if given_spans is None else layout.starts + spans,
+            span_ends=None if given_spans is None else layout.starts + spans,
             calibration=self._calibration,
         )
         self._keep(current)
@@ -383,7 +383,7 @@ class Probe:
         if record:
             counted.append(None if self._options["queries"] == "all" else first)
         if calibrated and live and forward is not None:
-            counted += [None] if forward.behind is None else [None, forward.behind]
+            counted += [None] if forward.span_ends is None else [None, forward.span_ends]
         chosen = implementation(None, q.device.type, q)
         out, stats = chosen.attention(q, k, v, layout, causal=True, scale=scale, counted=counted)
         if record and live and forward is not None:

@@ -1,4 +1,4 @@
-"""What a probe keeps: the record of a full forward, and what each thread that runs the model has for itself."""
+"""What a probe keeps: the record of a full forward, and what each thread that runs the model keeps to itself."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Calibration:
 
 @dataclass
 class Record:
-    """What one full forward has left behind."""
+    """What one full forward recorded."""
 
     layout: Layout
     spans: Tensor
     mask: Tensor  # the layout as every attention call gets it
     recorded: bool  # whether sinks and activations are
     trained: bool  # whether a backward may follow
-    fused: bool  # whether the norms are to do their part
+    fused: bool  # whether norms observe the layers' outputs
     given: Tensor | None  # the spans that were set
-    behind: Tensor | None  # the first positions behind them, one a row or packed sequence
+    span_ends: Tensor | None  # the first positions after them, one per row or packed sequence
     calibration: Calibration | None
     calm: dict[int, Tensor] = field(default_factory=dict)  # the sinks that ACT scales, by layer
     sinks: dict[int, SinkStats] = field(default_factory=dict)
@@ -39,13 +39,13 @@ class Record:
 
 
 class Mine(threading.local):
-    """What every thread that runs the model has for itself. A copy of the model begins without."""
+    """What each thread that runs the model keeps to itself. A copy of the model starts without."""
 
     def __init__(self) -> None:
         self.spans: Tensor | None = None
         self.current: Record | None = None  # its last full forward
-        self.before: Record | None = None  # what that is again once a checkpoint's recomputation has ended
-        self.again = False  # whether such a one is under way
+        self.before: Record | None = None  # what to restore when a checkpoint's recomputation ends
+        self.again = False  # whether such a recomputation is running
         self.states: dict[int, Tensor] = {}
         self.inside = False
         self.full = False
@@ -62,7 +62,7 @@ class Shared:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held by the thread that is inside a forward
         self.latest: Record | None = None
-        self.mixed = False  # whether forwards of several threads may have a backward to come
+        self.mixed = False  # whether forwards of several threads may still have a backward
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shared, ()

@@ -21,29 +21,29 @@ from flashsink.types import ActivationStats, Layout
 
 
 @triton.jit
-def largest(raw, column, features):
-    """(max |h|, its lowest column) of raw (C,). NaN has its way: it is the largest, and the first one is found.
+def largest(h, offs_c, features):
+    """(max |h|, the lowest feature that reaches it) of h [BLOCK_C]. NaN counts as the largest, and the first is found.
 
-    Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN, all of
-    them one, above that. Columns beyond the features are 0 and come last, so they never win.
+    Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN, mapped
+    to one value, above that. Entries beyond the features are 0 and come last, so they never win.
     """
-    bits = raw.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = h.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.where(bits > 0x7F800000, 0x7FC00000, bits)
-    if raw.dtype.primitive_bitwidth == 16:
-        # the lower 13 bits are 0 and hold the column: one reduction instead of two
-        both = tl.max(bits | (8191 - column), axis=0)
+    if h.dtype.primitive_bitwidth == 16:
+        # the lower 13 bits are 0 and hold the feature: one reduction instead of two
+        both = tl.max(bits | (8191 - offs_c), axis=0)
         value = (both & 0x7FFFE000).to(tl.float32, bitcast=True)
         index = 8191 - (both & 8191)
     else:
         top = tl.max(bits, axis=0)
         value = top.to(tl.float32, bitcast=True)
-        index = tl.min(tl.where(bits == top, column, features), axis=0)
+        index = tl.min(tl.where(bits == top, offs_c, features), axis=0)
     return value, index
 
 
 @triton.jit
 def valid_range(starts, lengths, row, sequences, tokens, PACKED: tl.constexpr):
-    """[start, end) of the real tokens of a row; packed sequences follow each other without a gap."""
+    """[start, end) of the valid tokens of a row; packed sequences follow each other without a gap."""
     if PACKED:
         start, _ = bounds(starts, lengths, 0, tokens)
         final, count = bounds(starts, lengths, sequences - 1, tokens)
@@ -58,29 +58,23 @@ def activation_max(
     layers,  # a tuple of (B, S, C)
     starts, lengths,  # (N,) int64
     max_abs, feature,  # (L, B, S) float32, int32
-    row_stride, token_stride, rows, tokens, sequences,
+    stride_hb, stride_hs, rows, tokens, sequences,
     FEATURES: tl.constexpr, PACKED: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S, B, L), a program for every token; padding is not read."""
+    """Grid (S, B, L): one program per token; padding is not read."""
     token, row, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end = valid_range(starts, lengths, row, sequences, tokens, PACKED)
     valid = (token >= start) & (token < end)
-    column = tl.arange(0, BLOCK_C)
-    h = select(layers, layer) + tl.cast(row, tl.int64) * row_stride + tl.cast(token, tl.int64) * token_stride
-    top, index = largest(tl.load(h + column, mask=valid & (column < FEATURES), other=0.0), column, FEATURES)
+    offs_c = tl.arange(0, BLOCK_C)
+    h_row = select(layers, layer) + tl.cast(row, tl.int64) * stride_hb + tl.cast(token, tl.int64) * stride_hs
+    h = tl.load(h_row + offs_c, mask=valid & (offs_c < FEATURES), other=0.0)  # [BLOCK_C]
+    top, index = largest(h, offs_c, FEATURES)
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens + token
     tl.store(max_abs + flat, tl.where(valid, top, 0.0))
     tl.store(feature + flat, tl.where(valid, index, -1))
 
 
-torch.library.define(
-    "flashsink::triton_activation_max",
-    "(Tensor[] layers, Tensor starts, Tensor lengths, bool packed) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("flashsink::triton_activation_max")
-def _max_like(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+def forward_like(layers: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     shape, device = (len(layers), *layers[0].shape[:2]), layers[0].device
     return (
         torch.empty(shape, dtype=torch.float32, device=device),
@@ -88,34 +82,21 @@ def _max_like(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed:
     )
 
 
-def _max(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+def forward(layers: Sequence[Tensor], starts: Tensor, lengths: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     """(max |h| (L, B, S) float32, its lowest feature (L, B, S) int32), 0 and -1 at padding."""
-    top, feature = _max_like(layers, starts, lengths, packed)
+    max_abs, feature = forward_like(layers)
     layers = alike(layers)
-    row_stride, token_stride, _ = layers[0].stride()
+    stride_hb, stride_hs, _ = layers[0].stride()
     rows, tokens, features = layers[0].shape
     launch(
         activation_max,
         (tokens, rows if len(starts) else 0, len(layers)),
         row_tile(features),
-        layers=tuple(layers),
-        starts=starts.contiguous(),
-        lengths=lengths.contiguous(),
-        max_abs=top,
-        feature=feature,
-        row_stride=row_stride,
-        token_stride=token_stride,
-        rows=rows,
-        tokens=tokens,
-        FEATURES=features,
-        sequences=len(starts),
-        PACKED=packed,
-    )
-    return top, feature
-
-
-for _device in ("CUDA", "CPU"):  # on the CPU under TRITON_INTERPRET=1
-    torch.library.impl("flashsink::triton_activation_max", _device)(_max)
+        layers=tuple(layers), starts=starts.contiguous(), lengths=lengths.contiguous(), max_abs=max_abs,
+        feature=feature, stride_hb=stride_hb, stride_hs=stride_hs, rows=rows, tokens=tokens, sequences=len(starts),
+        FEATURES=features, PACKED=packed,
+    )  # fmt: skip
+    return max_abs, feature
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
@@ -134,7 +115,7 @@ def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> 
     if dtype == torch.float64:
         return reference.activation_stats(layers, layout, median)
     check_features(layers[0].shape[2])
-    run: Any = torch.ops.flashsink.triton_activation_max
-    top, feature = run([layer.detach().to(dtype) for layer in layers], layout.starts, layout.lengths, layout.packed)
+    run = torch.ops.flashsink.triton_activation_max
+    max_abs, feature = run([layer.detach().to(dtype) for layer in layers], layout.starts, layout.lengths, layout.packed)
     medians = torch.stack([reference.row_medians(layer, layout) for layer in layers]) if median else None
-    return ActivationStats(top, feature, medians)
+    return ActivationStats(max_abs, feature, medians)

@@ -1,30 +1,21 @@
-"""Attention, its statistics and ACT as ``torch.library`` operators over the Triton kernels, and their use.
+"""The ``triton`` backend's attention, its statistics and ACT, over the operators of :mod:`flashsink.triton.operators`.
 
-Operators (the same code for CUDA tensors and, under TRITON_INTERPRET=1, for CPU tensors):
-``triton_attention`` with its backward, ``triton_received`` and ``triton_calibrate``.
-
-A way out of the backward for the sink statistics: ``capture``, a float32 input of shape (B, H, Sk) whose values
-nobody reads and whose "gradient" is the attention received per key.
+The statistics leave the backward through ``capture``, a float32 input of shape (B, H, Sk) whose values are not read
+and whose "gradient" is the attention received per key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashsink import reference
+from flashsink.operators import adjacent
 from flashsink.triton import tiles
-from flashsink.triton.attention_backward import backward
-from flashsink.triton.attention_forward import forward
-from flashsink.triton.calibrate import calibrate
-from flashsink.triton.launch import adjacent
-from flashsink.triton.received import received as statistics_pass
 from flashsink.types import Layout, SinkStats
 
-CAPTURED_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -51,58 +42,45 @@ def attention(
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`, differentiable once.
 
-    Where a gradient is on its way and one statistic is asked for, ``received`` is what the backward captures for
-    free, or, when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
+    Where a gradient is needed and ``counted`` has one entry, ``received`` is what the backward captures for free or,
+    when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
-    # a compiled graph cannot hand over a leaf of its own making, so there the pass runs
+    # a compiled graph cannot return a leaf that it creates, so there the pass runs
     pending, capture = None, None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
         pending = Pending(q, k, layout, causal, scale, counted[0])
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
-        q,
-        k,
-        v,
-        sink_logits,
-        capture,
-        layout.starts,
-        layout.lengths,
-        counted[0] if counted else None,
-        layout.packed,
-        causal,
-        scale,
+        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, counted[0] if counted else None),
+        *(layout.packed, causal, scale),
     )
     lse = lse.detach()
     if pending is not None:
         pending.lse = lse
         return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0]), lse)]
-    stats = [
-        SinkStats(
-            run_received(q, k, lse, layout, causal=causal, scale=scale, first=first),
-            layout.queries_later(q.shape[2], causal, first),
-            lse,
-        )
-        for first in counted
-    ]
+    stats = []
+    for query_starts in counted:
+        received = run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts)
+        stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts), lse))
     return out, stats
 
 
 def run_received(
-    q: Tensor, k: Tensor, lse: Tensor, layout: Layout, *, causal: bool, scale: float, first: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    query_starts: Tensor | None = None,
 ) -> Tensor:
     """(B, H, Sk) float32: the statistics pass over any attention with the log-sum-exp ``lse`` (B, H, Sq)."""
     return torch.ops.flashsink.triton_received(
-        q.detach(),
-        k.detach(),
-        lse.float(),
-        layout.starts,
-        layout.lengths,
-        first,
-        layout.packed,
-        causal,
-        scale,
+        *(q.detach(), k.detach(), lse.float(), layout.starts, layout.lengths, query_starts),
+        *(layout.packed, causal, scale),
     )
 
 
@@ -122,20 +100,22 @@ def calibrated_attention(
 
 
 class Pending:
-    """Attention received that is not known yet: captured by the backward, or found out by the statistics pass.
+    """Received attention that is not known yet: the backward captures it, or the statistics pass computes it.
 
-    Holds q and k until one of the two has happened or :meth:`release` is called.
+    Holds q and k until either has happened or :meth:`release` is called.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, layout: Layout, causal: bool, scale: float, first: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, layout: Layout, causal: bool, scale: float, query_starts: Tensor | None
+    ) -> None:
         self._inputs: tuple[Tensor, Tensor, Layout, bool, float, Tensor | None] | None
-        self._inputs = (q.detach(), k.detach(), layout, causal, scale, first)
+        self._inputs = (q.detach(), k.detach(), layout, causal, scale, query_starts)
         self._captured: Tensor | None = None
         self.lse: Tensor | None = None
 
     def leaf(self) -> Tensor:
-        """(B, H, Sk) float32, the input of attention whose gradient the backward will hand over. Only the graph
-        holds it, so that nothing here outlives the graph."""
+        """(B, H, Sk) float32, the input of attention whose gradient the backward returns. Only the graph holds it,
+        so nothing here outlives the graph."""
         assert self._inputs is not None
         q, k = self._inputs[:2]
         shape = (q.shape[0], q.shape[1], k.shape[2])
@@ -144,7 +124,7 @@ class Pending:
         return capture
 
     def _catch(self, leaf: Tensor) -> None:
-        # taken away, so that a second backward of the same graph does not add to it
+        # removed, so a second backward of the same graph does not add to it
         self._captured, leaf.grad = leaf.grad, None
         self._inputs = None
 
@@ -157,192 +137,6 @@ class Pending:
             return self._captured
         if self._inputs is None or self.lse is None:
             raise RuntimeError("received: under activation checkpointing it is known after the backward")
-        q, k, layout, causal, scale, first = self._inputs
+        q, k, layout, causal, scale, query_starts = self._inputs
         self._inputs = None
-        return run_received(q, k, self.lse, layout, causal=causal, scale=scale, first=first)
-
-
-# ---- operators
-
-torch.library.define(
-    "flashsink::triton_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? capture, Tensor starts, Tensor lengths,"
-    " Tensor? first, bool packed, bool causal, float scale) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "flashsink::triton_attention_backward",
-    "(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink_logits, Tensor starts,"
-    " Tensor lengths, Tensor? first, bool packed, bool causal, float scale, bool capture)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "flashsink::triton_received",
-    "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? first, bool packed, bool causal,"
-    " float scale) -> Tensor",
-)
-torch.library.define(
-    "flashsink::triton_calibrate",
-    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sinks, Tensor starts, Tensor lengths, float beta,"
-    " float scale) -> Tensor",
-)
-
-
-def _implement(name: str) -> Any:
-    def decorate(function: Any) -> Any:
-        torch.library.impl(f"flashsink::{name}", ("CUDA", "CPU"))(function)
-        return function
-
-    return decorate
-
-
-def _out_like(q: Tensor) -> Tensor:
-    b, h, queries, d = q.shape
-    return q.new_empty((b, queries, h, d)).transpose(1, 2)
-
-
-@torch.library.register_fake("flashsink::triton_attention")
-def _attention_like(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _out_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_implement("triton_attention")
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_logits: Tensor | None,
-    capture: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    first: Tensor | None,
-    packed: bool,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, sink_logits, starts, lengths, packed=packed, causal=causal, scale=scale)
-
-
-@torch.library.register_fake("flashsink::triton_attention_backward")
-def _attention_backward_like(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    captured = (q.shape[0], q.shape[1], k.shape[2]) if rest[-1] else (0,)
-    sink = q.new_empty(0, dtype=torch.float32) if sink_logits is None else torch.empty_like(sink_logits)
-    return (
-        torch.empty_like(adjacent(q)),
-        torch.empty_like(adjacent(k)),
-        torch.empty_like(adjacent(v)),
-        sink,
-        q.new_empty(captured, dtype=torch.float32),
-    )
-
-
-@_implement("triton_attention_backward")
-def _attention_backward(
-    upstream: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sink_logits: Tensor | None,
-    starts: Tensor,
-    lengths: Tensor,
-    first: Tensor | None,
-    packed: bool,
-    causal: bool,
-    scale: float,
-    capture: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, gradient of the sink logits or empty, received or empty).
-
-    Beyond ``CAPTURED_HEAD_DIM`` the sums of dK and dV fill the registers; the statistics pass runs here instead.
-    """
-    where: dict[str, Any] = {"packed": packed, "causal": causal, "scale": scale}
-    apart = capture and q.shape[-1] > CAPTURED_HEAD_DIM
-    dq, dk, dv, delta, received = backward(
-        upstream,
-        (q, k, v, out, lse),
-        starts,
-        lengths,
-        first,
-        **where,
-        capture=capture and not apart,
-    )
-    if apart:
-        received = statistics_pass(q, k, lse, starts, lengths, first, **where)
-    empty = lse.new_empty(0)
-    sink = empty
-    if sink_logits is not None:
-        layout = Layout(starts, lengths, q.shape[0], k.shape[2], packed)
-        valid = layout.valid()[:, None, k.shape[2] - q.shape[2] :]
-        share = (sink_logits.float()[:, None] - lse).exp()
-        sink = torch.where(valid, -share * delta, 0.0).sum(dim=(0, 2)).to(sink_logits.dtype)
-    return dq, dk, dv, sink, empty if received is None else received
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sink_logits, capture, starts, lengths, first, ctx.packed, ctx.causal, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, output[0], output[1], sink_logits, starts, lengths, first)
-
-
-def _derive(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
-    q, k, v, out, lse, sink_logits, starts, lengths, first = ctx.saved_tensors
-    capture = ctx.needs_input_grad[4]
-    dq, dk, dv, sink, received = torch.ops.flashsink.triton_attention_backward(
-        upstream, q, k, v, out, lse, sink_logits, starts, lengths, first, ctx.packed, ctx.causal, ctx.scale, capture
-    )
-    sink = None if sink_logits is None else sink
-    return dq, dk, dv, sink, received if capture else None, None, None, None, None, None, None
-
-
-def _refuse(ctx: Any, *_: Any) -> Any:
-    raise NotImplementedError(
-        "the triton backend differentiates attention once; backend='reference' as often as you like"
-    )
-
-
-torch.library.register_autograd("flashsink::triton_attention", _derive, setup_context=_save)
-torch.library.register_autograd("flashsink::triton_attention_backward", _refuse)
-
-
-@torch.library.register_fake("flashsink::triton_received")
-def _received_like(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
-
-
-@_implement("triton_received")
-def _received(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    first: Tensor | None,
-    packed: bool,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    return statistics_pass(q, k, lse, starts, lengths, first, packed=packed, causal=causal, scale=scale)
-
-
-@torch.library.register_fake("flashsink::triton_calibrate")
-def _calibrate_like(q: Tensor, *_: Any) -> Tensor:
-    return _out_like(q)
-
-
-@_implement("triton_calibrate")
-def _calibrate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    beta: float,
-    scale: float,
-) -> Tensor:
-    return calibrate(q, k, v, (out, lse), sinks, starts, lengths, beta=beta, scale=scale)
+        return run_received(q, k, self.lse, layout, causal=causal, scale=scale, query_starts=query_starts)

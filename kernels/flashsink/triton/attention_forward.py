@@ -1,8 +1,13 @@
-"""The forward kernel of attention: online softmax over key blocks, GQA groups packed into the rows of a tile.
+"""Attention, forward (FlashAttention-2, Dao 2023): online softmax over blocks of keys, GQA groups packed into tiles.
 
-One program: BLOCK_M rows, which are the GROUP query heads of neighbouring queries, against one key head. A group
-of short sequences then fills a tile, and keys and values are loaded once for the whole group. Blocks of keys that
-every row sees whole run without a mask. Strides are called ``<tensor>_<dimension>``.
+With S = scale Q K^T masked, for every row and block of keys j (m_i and l_i start at -inf and 0):
+
+    m_ij  = max(m_i, rowmax(S_j))      P_j = exp(S_j - m_ij)      alpha = exp(m_i - m_ij)
+    l_i   = alpha l_i + rowsum(P_j)    acc = alpha acc + P_j V_j  m_i   = m_ij
+
+and at the end out = acc / l_i, lse = m_i + log(l_i). A sink logit z is one more score without a value. Exponentials
+are base 2, of scores times log2(e). Dimensions: B rows, H query and Hk key heads, GROUP = H / Hk, N sequences
+(N = B in dense layout).
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashsink.operators import adjacent
 from flashsink.triton import tiles
 from flashsink.triton.device import (
     LN2,
@@ -28,87 +34,90 @@ from flashsink.triton.device import (
     store_rows,
     visible,
 )
-from flashsink.triton.launch import adjacent, launch
+from flashsink.triton.launch import launch, strides
 
 
 @triton.jit
-def _step(
-    acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale,
+def _forward_step(
+    acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: rescales the sums by the new maximum and adds."""
-    key = n + tl.arange(0, BLOCK_N)
-    near = tl.minimum(key, high - 1) if MASKED else key
-    k_tile = load_all(k, near, k_token, D, BLOCK_D)
-    s = product(q_tile, tl.trans(k_tile), PRECISION) * scale
+    """One block of keys: the new acc, l_i and m_i."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(offs_n, end - 1) if MASKED else offs_n
+    k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    qk = product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        s = tl.where(visible(key, position, high, CAUSAL), s, -float("inf"))
-    new = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - new[:, None])
-    shrink = tl.exp2(top - new)
-    v_tile = load_all(v, near, v_token, D, BLOCK_D)
-    acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, PRECISION)
-    return acc, total * shrink + tl.sum(p, 1), new
+        qk = tl.where(visible(offs_n, pos_m, end, CAUSAL), qk, -float("inf"))
+    m_ij = tl.maximum(m_i, tl.max(qk, 1))
+    p = tl.exp2(qk - m_ij[:, None])
+    alpha = tl.exp2(m_i - m_ij)
+    v_tile = load_all(v, rows, stride_vn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    acc = acc * alpha[:, None] + product(p.to(v_tile.dtype), v_tile, PRECISION)
+    return acc, l_i * alpha + tl.sum(p, 1), m_ij
 
 
 @triton.jit
 def forward_kernel(
-    q,  # (B, H, queries, D)
-    k,  # (B, Hk, tokens, D)
-    v,  # (B, Hk, tokens, D)
+    q,  # (B, H, seqlen_q, D)
+    k,  # (B, Hk, seqlen_k, D)
+    v,  # (B, Hk, seqlen_k, D)
     sink_logits,  # (H,) or None
-    out,  # (B, H, queries, D)
-    lse,  # (B, H, queries) float32, contiguous
-    starts,  # (N,) int64
-    lengths,  # (N,) int64
-    sequences, queries, tokens, scale,
-    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token,
+    out,  # (B, H, seqlen_q, D)
+    lse,  # (B, H, seqlen_q) float32, contiguous
+    starts, lengths,  # (N,) int64
+    sequences, seqlen_q, seqlen_k, scale,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row, origin, count, low, high, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, queries, tokens, GROUP, BLOCK_M, PACKED
+    """Grid (slots, Hk, B). A program computes BLOCK_M rows, the GROUP query heads of neighboring queries, against one
+    key head: a group of short sequences fills a tile, and keys and values are loaded once for the group. Blocks of
+    keys that all rows see whole run without a mask."""
+    off_hk = tl.program_id(1)
+    batch, origin, count, start, end, _, tile = locate(
+        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
     )
-    tiles_here = tl.cdiv(count * GROUP, BLOCK_M)
-    if tile >= tiles_here:
+    num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
+    if tile >= num_tiles:
         return
     # with a causal mask the last tile is the longest: it begins first
-    index, member, position, inside, valid, first, last = query_tile(
-        tiles_here - 1 - tile, origin, count, tokens - queries, low, high, GROUP, BLOCK_M
+    offs_m, member, pos_m, inside, valid, first, last = query_tile(
+        num_tiles - 1 - tile, origin, count, seqlen_k - seqlen_q, start, end, GROUP, BLOCK_M
     )
-    row64, member = row.to(tl.int64), head * GROUP + member
-    q_tile = load_rows(q + row64 * q_row + member.to(tl.int64)[:, None] * q_head, index, q_token, valid, D, BLOCK_D)
-    k += row64 * k_row + head.to(tl.int64) * k_head
-    v += row64 * v_row + head.to(tl.int64) * v_head
-    full, end = key_range(low, high, first, last, BLOCK_N, CAUSAL)
+    off_b, off_h = batch.to(tl.int64), off_hk * GROUP + member
+    q_rows = q + off_b * stride_qb + off_h.to(tl.int64)[:, None] * stride_qh
+    q_tile = load_rows(q_rows, offs_m, stride_qm, valid, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
+    v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
+    full, stop = key_range(start, end, first, last, BLOCK_N, CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.zeros([BLOCK_M], tl.float32) + LOWEST
-    for n in range(low, full, BLOCK_N):
-        acc, total, top = _step(
-            acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale * LOG2E,
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.zeros([BLOCK_M], tl.float32) + LOWEST
+    for start_n in range(start, full, BLOCK_N):
+        acc, l_i, m_i = _forward_step(
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
             D, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
-    for n in range(full, end, BLOCK_N):
-        acc, total, top = _step(
-            acc, total, top, q_tile, k, v, k_token, v_token, n, high, position, scale * LOG2E,
+    for start_n in range(full, stop, BLOCK_N):
+        acc, l_i, m_i = _forward_step(
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
             D, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
     if sink_logits is not None:
-        sink = tl.load(sink_logits + member).to(tl.float32) * LOG2E
-        new = tl.maximum(top, sink)
-        shrink = tl.exp2(top - new)
-        acc, total, top = acc * shrink[:, None], total * shrink + tl.exp2(sink - new), new
-    total = tl.where(valid, total, 1.0)
-    acc = tl.where(valid[:, None], acc / total[:, None], 0.0)
-    store_rows(
-        out + row64 * out_row + member.to(tl.int64)[:, None] * out_head, index, out_token, acc, inside, D, BLOCK_D
-    )
+        z = tl.load(sink_logits + off_h).to(tl.float32) * LOG2E  # [BLOCK_M]
+        m_ij = tl.maximum(m_i, z)
+        alpha = tl.exp2(m_i - m_ij)
+        acc, l_i, m_i = acc * alpha[:, None], l_i * alpha + tl.exp2(z - m_ij), m_ij
+    l_i = tl.where(valid, l_i, 1.0)
+    acc = tl.where(valid[:, None], acc / l_i[:, None], 0.0)
+    out_rows = out + off_b * stride_ob + off_h.to(tl.int64)[:, None] * stride_oh
+    store_rows(out_rows, offs_m, stride_om, acc, inside, D, BLOCK_D)
     heads = tl.num_programs(1) * GROUP
-    place = (row64 * heads + member) * queries + index
-    tl.store(lse + place, tl.where(valid, (top + tl.log2(total)) * LN2, 0.0), mask=inside)
+    lse_rows = (off_b * heads + off_h) * seqlen_q + offs_m
+    tl.store(lse + lse_rows, tl.where(valid, (m_i + tl.log2(l_i)) * LN2, 0.0), mask=inside)
 
 
 def forward(
@@ -116,38 +125,45 @@ def forward(
     k: Tensor,
     v: Tensor,
     sink_logits: Tensor | None,
+    capture: Tensor | None,
     starts: Tensor,
     lengths: Tensor,
-    *,
+    query_starts: Tensor | None,
     packed: bool,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D) in q's dtype, lse (B, H, Sq) float32): both 0 at padded queries.
 
-    ``out`` lies in memory as (B, Sq, H, D), which is what a projection behind it wants.
+    ``out`` is (B, Sq, H, D) in memory, as the next projection reads it. ``capture`` and ``query_starts`` are for the
+    backward alone.
     """
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
-    # the kernels count entries, not strides: a mask that carries them has strides, a column of a table too
+    # the kernels take vectors as contiguous: those that a mask carries, or a column of a table, are not
     starts, lengths = starts.contiguous(), lengths.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    b, h, queries, d = q.shape
-    out = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
+    b, h, seqlen_q, d = q.shape
+    heads_k, seqlen_k = k.shape[1], k.shape[2]
+    out, lse = forward_like(q)
+    group = h // heads_k
     tile = tiles.choose("forward", d, q.element_size(), q.device)
-    heads, tokens = k.shape[1], k.shape[2]
-    group = h // heads
     launch(
         forward_kernel,
-        (slots(queries, len(starts), group, tile.blocks["BLOCK_M"], packed), heads, b),
+        (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
         tile,
         q=q, k=k, v=v, sink_logits=sink_logits, out=out, lse=lse, starts=starts, lengths=lengths,
-        sequences=len(starts), queries=queries, tokens=tokens, scale=scale,
-        q_row=q.stride(0), q_head=q.stride(1), q_token=q.stride(2),
-        k_row=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
-        v_row=v.stride(0), v_head=v.stride(1), v_token=v.stride(2),
-        out_row=out.stride(0), out_head=out.stride(1), out_token=out.stride(2),
+        sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
+        **strides("bhm", q=q, o=out), **strides("bhn", k=k, v=v),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
         PRECISION=precision(d),
     )  # fmt: skip
     return out, lse
+
+
+def out_like(q: Tensor) -> Tensor:
+    b, h, seqlen_q, d = q.shape
+    return torch.empty((b, seqlen_q, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def forward_like(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return out_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -4,13 +4,14 @@ Attention takes float16 and bfloat16 with head dims up to 256, and float32 up to
 (float64 goes to the reference) and up to 8192 features.
 
 Where triton cannot be imported (there is none for macOS and Windows, nor with torch's CPU wheels) this module is
-empty and ``available`` says so. It is the one place outside this folder's kernels that looks.
+empty and ``available`` says so. No module outside this folder imports triton.
 """
 
 from __future__ import annotations
 
 import importlib
 
+from flashsink.operators import register
 from flashsink.triton import launch
 
 try:
@@ -23,6 +24,9 @@ else:
     from flashsink.triton.attention import attention, calibrated_attention, refusal, run_received
     from flashsink.triton.decorrelation import decorrelation_sums
     from flashsink.triton.norm import rms_norm
+    from flashsink.triton.operators import OPERATORS
+
+    register(OPERATORS, "CUDA", "CPU")
 
 __all__ = [
     "activation_stats",

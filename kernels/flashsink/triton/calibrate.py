@@ -1,18 +1,25 @@
-"""Attention calibration (ACT) as a correction of ordinary attention, without a matrix of probabilities.
+"""Attention calibration (ACT, Yu et al. 2024) as a correction of ordinary attention, without the probabilities.
 
-With m = sum of A over a row's sinks and o_S = sum of A v over them, the corrected row is c o + (beta - c) o_S with
-c = (1 - beta m) / (1 - m) (closed form of Yu et al. 2024). Only blocks that hold a sink are computed. Where sinks
-take more than half of a row, 1 - m loses digits: the tile then adds up the other columns directly.
+For a row of A with the sinks J (BOS excepted), m = sum of A_j over J and o_S = sum of A_j v_j over J:
+
+    c = (1 - beta m) / (1 - m)      out = c o + (beta - c) o_S
+
+Only blocks that hold a sink are computed. Where sinks take more than half of a row, 1 - m loses digits: the tile then
+adds up the other columns directly. Dimensions: B rows, H query and Hk key heads, GROUP = H / Hk.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashsink.operators import adjacent
 from flashsink.triton import tiles
+from flashsink.triton.attention_forward import out_like
 from flashsink.triton.device import (
     LOG2E,
     key_range,
@@ -24,121 +31,121 @@ from flashsink.triton.device import (
     query_tile,
     store_rows,
 )
-from flashsink.triton.launch import adjacent, launch
+from flashsink.triton.launch import launch, strides
 
 
 @triton.jit
-def _column_block(
-    q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale,
+def _columns(
+    q_tile, k, v, sinks, stride_kn, stride_vn, start_n, start, end, pos_m, lse_i, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(mass (BLOCK_M,), P V (BLOCK_M, BLOCK_D)) of the sink columns of a block, or of the others."""
-    key = n + tl.arange(0, BLOCK_N)
-    # BOS is never a sink to be calmed
-    chosen = (tl.load(sinks + key, mask=key < high, other=0) != 0) & (key != low)
+    """(mass [BLOCK_M], P V [BLOCK_M, BLOCK_D]) of the sink columns of a block, or of the others."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    # BOS is never calibrated
+    chosen = (tl.load(sinks + offs_n, mask=offs_n < end, other=0) != 0) & (offs_n != start)
     if not SINKS:
-        chosen = (chosen == 0) & (key < high)
-    near = tl.minimum(key, high - 1)
-    k_tile = load_all(k, near, k_token, D, BLOCK_D)
-    v_tile = load_all(v, near, v_token, D, BLOCK_D)
-    p = tl.exp2(product(q_tile, tl.trans(k_tile), PRECISION) * scale - lse_row[:, None])
-    p = tl.where(chosen[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
+        chosen = (chosen == 0) & (offs_n < end)
+    rows = tl.minimum(offs_n, end - 1)
+    k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_all(v, rows, stride_vn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    p = tl.exp2(product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale - lse_i[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.where(chosen[None, :] & (offs_n[None, :] <= pos_m[:, None]), p, 0.0)
     return tl.sum(p, 1), product(p.to(v_tile.dtype), v_tile, PRECISION)
 
 
 @triton.jit
 def calibrate_kernel(
-    q, k, v,  # (B, H or Hk, queries or tokens, D)
-    out,  # (B, H, queries, D), attention's
-    result,  # (B, H, queries, D)
-    lse,  # (B, H, queries) float32, contiguous
-    sinks,  # (B, H, tokens) uint8, contiguous
+    q, k, v,  # (B, H or Hk, seqlen_q or seqlen_k, D)
+    out,  # (B, H, seqlen_q, D), attention's
+    result,  # (B, H, seqlen_q, D)
+    lse,  # (B, H, seqlen_q) float32, contiguous
+    sinks,  # (B, H, seqlen_k) uint8, contiguous
     starts, lengths,  # (B,) int64
-    queries, tokens, scale, beta, least,
-    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token,
-    result_row, result_head, result_token,
+    seqlen_q, seqlen_k, scale, beta, least,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_rb, stride_rh, stride_rm,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    row, origin, count, low, high, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, tl.num_programs(2), queries, tokens, 1, BLOCK_M, False
+    """Grid (blocks of queries, H, B). A row with all its mass on sinks stays as it is."""
+    off_h = tl.program_id(1).to(tl.int64)
+    batch, origin, count, start, end, _, tile = locate(
+        tl.program_id(0), tl.program_id(2), starts, lengths, tl.num_programs(2), seqlen_q, seqlen_k, 1, BLOCK_M, False
     )
-    index, _, position, inside, valid, first, last = query_tile(
-        tile, origin, count, tokens - queries, low, high, 1, BLOCK_M
+    offs_m, _, pos_m, inside, valid, first, last = query_tile(
+        tile, origin, count, seqlen_k - seqlen_q, start, end, 1, BLOCK_M
     )
-    row64, own = row.to(tl.int64), row.to(tl.int64) * tl.num_programs(1) + head
-    q_tile = load_rows(q + row64 * q_row + head * q_head, index, q_token, valid, D, BLOCK_D)
-    lse_row = tl.load(lse + own * queries + index, mask=valid, other=float("inf")) * LOG2E
-    k += row64 * k_row + head // GROUP * k_head
-    v += row64 * v_row + head // GROUP * v_head
-    sinks += own * tokens
-    _, end = key_range(low, high, first, last, BLOCK_N, True)
+    off_b, row = batch.to(tl.int64), batch.to(tl.int64) * tl.num_programs(1) + off_h
+    q_tile = load_rows(q + off_b * stride_qb + off_h * stride_qh, offs_m, stride_qm, valid, D, BLOCK_D)
+    lse_i = tl.load(lse + row * seqlen_q + offs_m, mask=valid, other=float("inf")) * LOG2E  # [BLOCK_M]
+    k += off_b * stride_kb + off_h // GROUP * stride_kh
+    v += off_b * stride_vb + off_h // GROUP * stride_vh
+    sinks += row * seqlen_k
+    _, stop = key_range(start, end, first, last, BLOCK_N, True)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    sunk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n in range(low, end, BLOCK_N):
-        key = n + tl.arange(0, BLOCK_N)
-        here = tl.load(sinks + key, mask=(key < high) & (key != low), other=0)
-        if tl.max(here.to(tl.int32)) > 0:
-            a, b = _column_block(
-                q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale * LOG2E,
+    of_sinks = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(start, stop, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        some = tl.load(sinks + offs_n, mask=(offs_n < end) & (offs_n != start), other=0)
+        if tl.max(some.to(tl.int32)) > 0:
+            m, pv = _columns(
+                q_tile, k, v, sinks, stride_kn, stride_vn, start_n, start, end, pos_m, lse_i, scale * LOG2E,
                 D, BLOCK_D, BLOCK_N, True, PRECISION,
             )  # fmt: skip
-            mass += a
-            sunk += b
-    plain = load_rows(out + row64 * out_row + head * out_head, index, out_token, valid, D, BLOCK_D).to(tl.float32)
+            mass += m
+            of_sinks += pv
+    o_tile = load_rows(out + off_b * stride_ob + off_h * stride_oh, offs_m, stride_om, valid, D, BLOCK_D)
+    o_tile = o_tile.to(tl.float32)  # [BLOCK_M, BLOCK_D]
     if tl.max(mass) > 0.5:
         rest = tl.zeros([BLOCK_M], tl.float32)
-        kept = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for n in range(low, end, BLOCK_N):
-            a, b = _column_block(
-                q_tile, k, v, sinks, k_token, v_token, n, low, high, position, lse_row, scale * LOG2E,
+        of_others = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start_n in range(start, stop, BLOCK_N):
+            m, pv = _columns(
+                q_tile, k, v, sinks, stride_kn, stride_vn, start_n, start, end, pos_m, lse_i, scale * LOG2E,
                 D, BLOCK_D, BLOCK_N, False, PRECISION,
             )  # fmt: skip
-            rest += a
-            kept += b
-        grown = (rest + (1.0 - beta) * mass) / tl.maximum(rest, least)
-        # all the mass is on sinks: the row stays as it is
-        value = tl.where((rest > least)[:, None], beta * sunk + grown[:, None] * kept, plain)
+            rest += m
+            of_others += pv
+        c = (rest + (1.0 - beta) * mass) / tl.maximum(rest, least)
+        value = tl.where((rest > least)[:, None], beta * of_sinks + c[:, None] * of_others, o_tile)
     else:
-        grown = (1.0 - beta * mass) / (1.0 - mass)
-        value = grown[:, None] * plain + (beta - grown)[:, None] * sunk
+        c = (1.0 - beta * mass) / (1.0 - mass)
+        value = c[:, None] * o_tile + (beta - c)[:, None] * of_sinks
     value = tl.where(valid[:, None], value, 0.0)
-    store_rows(result + row64 * result_row + head * result_head, index, result_token, value, inside, D, BLOCK_D)
+    store_rows(result + off_b * stride_rb + off_h * stride_rh, offs_m, stride_rm, value, inside, D, BLOCK_D)
 
 
-def calibrate(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention: tuple[Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
     sinks: Tensor,
     starts: Tensor,
     lengths: Tensor,
-    *,
     beta: float,
     scale: float,
 ) -> Tensor:
-    """(B, H, Sq, D): causal attention with ACT from ``attention`` = (out, lse) and ``sinks`` (B, H, Sk) bool."""
-    q, k, v, out = (adjacent(x) for x in (q, k, v, attention[0]))
-    lse = attention[1].contiguous()
-    # the kernels count entries, not strides: a mask that carries them has strides
-    starts, lengths = starts.contiguous(), lengths.contiguous()
-    b, h, queries, d = q.shape
-    result = torch.empty((b, queries, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+    """(B, H, Sq, D): causal attention with ACT from its ``out`` and ``lse``, with ``sinks`` (B, H, Sk) bool."""
+    q, k, v, out = (adjacent(x) for x in (q, k, v, out))
+    # the kernel takes vectors as contiguous: those that a mask carries are not
+    lse, starts, lengths = lse.contiguous(), starts.contiguous(), lengths.contiguous()
+    b, h, seqlen_q, d = q.shape
+    result = out_like(q)
     tile = tiles.choose("calibrate", d, q.element_size(), q.device)
     launch(
         calibrate_kernel,
-        (triton.cdiv(queries, tile.blocks["BLOCK_M"]), h, b),
+        (triton.cdiv(seqlen_q, tile.blocks["BLOCK_M"]), h, b),
         tile,
         q=q, k=k, v=v, out=out, result=result, lse=lse, sinks=sinks.contiguous().view(torch.uint8),
-        starts=starts, lengths=lengths, queries=queries, tokens=k.shape[2], scale=scale, beta=beta,
+        starts=starts, lengths=lengths, seqlen_q=seqlen_q, seqlen_k=k.shape[2], scale=scale, beta=beta,
         least=torch.finfo(torch.float32).tiny ** 0.5,
-        q_row=q.stride(0), q_head=q.stride(1), q_token=q.stride(2),
-        k_row=k.stride(0), k_head=k.stride(1), k_token=k.stride(2),
-        v_row=v.stride(0), v_head=v.stride(1), v_token=v.stride(2),
-        out_row=out.stride(0), out_head=out.stride(1), out_token=out.stride(2),
-        result_row=result.stride(0), result_head=result.stride(1), result_token=result.stride(2),
+        **strides("bhm", q=q, o=out, r=result), **strides("bhn", k=k, v=v),
         GROUP=h // k.shape[1], D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(d),
     )  # fmt: skip
     return result
+
+
+def forward_like(q: Tensor, *_: Any) -> Tensor:
+    return out_like(q)

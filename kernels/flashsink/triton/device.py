@@ -1,7 +1,8 @@
-"""What the attention kernels share: where a program's tile lies, and the scores of one tile.
+"""What the attention kernels share: which tile a program computes, and how it loads, masks and stores rows.
 
-Names: *index* counts positions in a tensor's token dimension, *position* those of the keys; a query's position is
-its index plus ``offset`` = keys - queries. A *slot* is a program's number along the first grid axis.
+Names follow FlashAttention's: offs_m and offs_n are indices of queries and keys in their tensors, pos_m the positions
+of queries among the keys, offs_m + seqlen_k - seqlen_q; [start, end) are the valid positions of a row or packed
+sequence. A *slot* is a program's number along the first grid axis.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e38)  # finite, so that a row without a visible key so far makes no inf - inf
 
 
-def slots(tokens: int, sequences: int, group: int, block: int, packed: bool) -> int:
-    """Number of programs along the first axis for ``tokens`` positions of a row (all rows of one when packed)."""
+def slots(seqlen: int, sequences: int, group: int, block: int, packed: bool) -> int:
+    """Number of programs along the first axis for ``seqlen`` positions of a row (of all sequences when packed)."""
     if packed:
-        return tokens * group // block + sequences + 1
-    return triton.cdiv(tokens * group, block)
+        return seqlen * group // block + sequences + 1
+    return triton.cdiv(seqlen * group, block)
 
 
 def precision(head_dim: int) -> str:
@@ -28,73 +29,76 @@ def precision(head_dim: int) -> str:
 
 
 @triton.jit
-def _bounds(starts, lengths, n, tokens):
-    """[low, high) of sequence n, cut to the tokens there are: values on a GPU are not checked on the host."""
-    low = tl.minimum(tl.maximum(tl.load(starts + n).to(tl.int32), 0), tokens)
-    high = low + tl.maximum(tl.load(lengths + n).to(tl.int32), 0)
-    return low, tl.minimum(high, tokens)
+def _bounds(starts, lengths, n, seqlen):
+    """[start, end) of sequence n, clamped to the tensor: values on a GPU are not checked on the host."""
+    start = tl.minimum(tl.maximum(tl.load(starts + n).to(tl.int32), 0), seqlen)
+    end = start + tl.maximum(tl.load(lengths + n).to(tl.int32), 0)
+    return start, tl.minimum(end, seqlen)
 
 
 @triton.jit
 def locate(
-    slot, row, starts, lengths, sequences, size, tokens, GROUP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
-):
-    """Where slot ``slot`` of row ``row`` lies: (row, origin, count, low, high, n, tile).
+    slot, batch, starts, lengths, sequences, size, seqlen_k,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The tile of slot ``slot`` of row ``batch``: (batch, origin, count, start, end, n, tile).
 
     The tile is the ``tile``-th of the ``count`` indices that begin at ``origin``, GROUP rows each; positions
-    [low, high) are valid; n is the sequence. Dense rows: all ``size`` indices of the row, valid or not. Packed: the
-    slots of sequence n begin at starts[n] * GROUP // BLOCK + n. That is enough room for its tiles and needs no
-    table of tiles; what lies behind the last sequence counts as one more, without a valid position.
+    [start, end) are valid; n is the sequence. Dense rows: all ``size`` indices of the row, valid or not. Packed: the
+    slots of sequence n begin at starts[n] * GROUP // BLOCK + n. That leaves room for all its tiles without a table of
+    tiles; the tokens after the last sequence count as one more, without a valid position.
     """
     if PACKED:
-        last_low, last_high = _bounds(starts, lengths, sequences - 1, tokens)
+        last_start, last_end = _bounds(starts, lengths, sequences - 1, seqlen_k)
         before = 0
         for first in range(0, sequences + 1, 128):
             n = first + tl.arange(0, 128)
-            start = tl.load(starts + n, mask=n < sequences, other=0).to(tl.int32)
-            start = tl.where(n == sequences, last_high, start)
-            begins = start * GROUP // BLOCK + n
+            start_n = tl.load(starts + n, mask=n < sequences, other=0).to(tl.int32)
+            start_n = tl.where(n == sequences, last_end, start_n)
+            begins = start_n * GROUP // BLOCK + n
             before += tl.sum(((n <= sequences) & (begins <= slot)).to(tl.int32))
         index = before - 1
-        low, high = _bounds(starts, lengths, tl.minimum(index, sequences - 1), tokens)
+        start, end = _bounds(starts, lengths, tl.minimum(index, sequences - 1), seqlen_k)
         tail = index == sequences
-        origin = tl.where(tail, high, low)
-        count = tl.where(tail, tokens, high) - origin
-        low = tl.where(tail, high, low)
-        return row, origin, count, low, high, tl.minimum(index, sequences - 1), slot - (origin * GROUP // BLOCK + index)
+        origin = tl.where(tail, end, start)
+        count = tl.where(tail, seqlen_k, end) - origin
+        start = tl.where(tail, end, start)
+        tile = slot - (origin * GROUP // BLOCK + index)
+        return batch, origin, count, start, end, tl.minimum(index, sequences - 1), tile
     else:
-        low, high = _bounds(starts, lengths, row, tokens)
-        return row, 0, size, low, high, row, slot
+        start, end = _bounds(starts, lengths, batch, seqlen_k)
+        return batch, 0, size, start, end, batch, slot
 
 
 @triton.jit
-def load_rows(base, index, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) at 64-bit offsets ``index * stride``; 0 where masked and beyond D."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
+def load_rows(base, rows, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] at 64-bit offsets ``rows * stride``; 0 where masked and beyond D."""
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     if D == BLOCK_D:
         return tl.load(pointers, mask=mask[:, None], other=0.0)
     else:
-        return tl.load(pointers, mask=mask[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_all(base, index, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """:func:`load_rows` without a mask over rows. For the inner loops, which repeat the last valid row instead:
-    its probability is 0."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
+def load_all(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """:func:`load_rows` without a mask over rows, for the inner loops: they repeat the last valid row instead, whose
+    probability there is 0."""
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
     if D == BLOCK_D:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, index, stride, value, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + index.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+def store_rows(base, rows, stride, value, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores ``value`` [rows, BLOCK_D] in the pointer's dtype."""
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -104,39 +108,64 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def query_tile(tile, origin, count, offset, low, high, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The queries of a tile, with the GROUP heads that share a key head as neighbouring rows.
+def query_tile(tile, origin, count, offset, start, end, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The queries of a tile, with the GROUP heads that share a key head as neighboring rows.
 
-    Returns per row the index, the head within the group, its position, whether it lies in the tensor and whether it
-    is valid; and of the valid ones the first and the last position.
+    Returns for every row offs_m, the head within the group, pos_m, whether it is in the tensor and whether it is
+    valid, each [BLOCK_M]; and the first and the last valid position.
     """
     local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    index = origin + local // GROUP
-    position = index + offset
+    offs_m = origin + local // GROUP
+    pos_m = offs_m + offset
     inside = local < count * GROUP
-    valid = inside & (position >= low) & (position < high)
-    first = tl.maximum(origin + offset + tile * BLOCK_M // GROUP, low)
-    last = tl.minimum(origin + offset + (tile * BLOCK_M + BLOCK_M - 1) // GROUP, high - 1)
-    return index, local % GROUP, position, inside, valid, first, last
+    valid = inside & (pos_m >= start) & (pos_m < end)
+    first = tl.maximum(origin + offset + tile * BLOCK_M // GROUP, start)
+    last = tl.minimum(origin + offset + (tile * BLOCK_M + BLOCK_M - 1) // GROUP, end - 1)
+    return offs_m, local % GROUP, pos_m, inside, valid, first, last
 
 
 @triton.jit
-def key_range(low, high, first, last, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(full, end): blocks of keys that begin in [low, full) are seen whole by all valid queries, those in
-    [full, end) need a mask. Both are low where the tile has no valid query."""
+def key_tile(tile, origin, count, start, end, BLOCK_N: tl.constexpr):
+    """The keys of a tile: offs_n (their positions too), whether each is in the tensor and whether it is valid, each
+    [BLOCK_N]; and the first and the last valid position."""
+    start_n = origin + tile * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    inside = offs_n < origin + count
+    valid = inside & (offs_n >= start) & (offs_n < end)
+    return offs_n, inside, valid, tl.maximum(start_n, start), tl.minimum(start_n + BLOCK_N, end) - 1
+
+
+@triton.jit
+def key_range(start, end, first, last, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(full, stop) for a tile of queries first..last: all its valid queries see whole blocks of keys in
+    [start, full); those in [full, stop) need a mask. Both are ``start`` where the tile has no valid query."""
     if CAUSAL:
-        whole, end = first + 1 - low, last + 1
+        whole, stop = first + 1 - start, last + 1
     else:
-        whole, end = high - low, high
-    end = tl.where(first > last, low, end)
+        whole, stop = end - start, end
+    stop = tl.where(first > last, start, stop)
     whole = tl.where(first > last, 0, whole)
-    return low + whole // BLOCK_N * BLOCK_N, end
+    return start + whole // BLOCK_N * BLOCK_N, stop
 
 
 @triton.jit
-def visible(key, position, high, CAUSAL: tl.constexpr):
-    """(rows, keys) bool."""
+def query_range(start, end, first, last, offset, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """(begin, full) for a tile of keys first..last: blocks of queries in [begin, full) need a causal mask, those in
+    [full, end) see all its keys. Both are ``end`` where the tile has no valid key."""
+    begin = tl.maximum(start, offset)
     if CAUSAL:
-        return key[None, :] <= position[:, None]
+        begin = tl.maximum(first, offset)
+        full = tl.minimum(begin + tl.cdiv(tl.maximum(last - begin, 0), BLOCK_M) * BLOCK_M, end)
     else:
-        return (key[None, :] < high) & (position[:, None] >= 0)
+        full = begin
+    begin = tl.where(first > last, end, begin)
+    return begin, tl.maximum(full, begin)
+
+
+@triton.jit
+def visible(offs_n, pos_m, end, CAUSAL: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] bool: whether a query sees a key."""
+    if CAUSAL:
+        return offs_n[None, :] <= pos_m[:, None]
+    else:
+        return (offs_n[None, :] < end) & (pos_m[:, None] >= 0)

@@ -1,8 +1,7 @@
 """The one place where Triton kernels are started.
 
-Everything that must hold for each launch is here: the device of the tensors is made current, and observers see what
-runs. Tests observe to see that a kernel really ran; the compile report observes to compile, without a GPU, exactly
-what would be launched.
+The device of the tensors is made current for each launch, and observers see what runs: tests, that a kernel really
+ran; the compile report, to compile without a GPU exactly what would be launched.
 """
 
 from __future__ import annotations
@@ -73,13 +72,17 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
         kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def adjacent(x: Tensor) -> Tensor:
-    """``x`` with neighbouring entries in the last dimension, as all kernels read vectors and features."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def strides(dimensions: str, **tensors: Tensor) -> dict[str, int]:
+    """Kernel arguments stride_<tensor><dimension> of the leading dimensions, one letter each."""
+    return {
+        f"stride_{name}{dimension}": x.stride(i)
+        for name, x in tensors.items()
+        for i, dimension in enumerate(dimensions)
+    }
 
 
 def available() -> str:
-    """``"usable"``, or what is missing but for triton itself."""
+    """``"usable"``, or what is missing besides triton itself."""
     if INTERPRETED:
         return "usable"
     if not torch.cuda.is_available():

@@ -1,11 +1,16 @@
-"""RMSNorm that also finds this layer's decorrelation sum and largest activations, in the one read of h it needs anyway.
+"""RMSNorm with this layer's decorrelation sum and largest activations, in the one read of h that it needs anyway.
 
-The mathematics is in :mod:`flashsink.triton.decorrelation` and :mod:`flashsink.reference`. A row of S tokens is cut
-into chunks of equal size, padding included, since every token is normalised; a program takes one chunk. In packed
-layout a chunk may touch several sequences and goes through their pieces one by one. Chunk c's part of the gradient of
-sequence n's BOS goes to slot c + n (dense: every row has slots of its own): along a row both only rise and one of them
-does from piece to piece, so no two pieces share a slot, and the slots of a sequence are neighbours. A small second
-launch adds them in order. There are no atomics.
+    rstd = 1 / sqrt(mean(h^2) + eps)      out = gamma * round(rstd h)
+    dh = rstd (g - h rstd^2 <g, h> / C) + dtotal d cos^2/dh,  g = gamma * dout      dgamma = sum of dout * round(rstd h)
+
+(Zhang & Sennrich 2019, rounded as Llama does; the loss is in :mod:`flashsink.triton.decorrelation`). Both gradients of
+h are added in float32 and rounded once.
+
+A row of S tokens is cut into chunks of equal size, padding included, since every token is normalized; a program takes
+one chunk. In packed layout a chunk may touch several sequences and goes through their pieces one by one. Chunk c's part
+of the gradient of sequence n's BOS goes to slot c + n (dense: every row has slots of its own): along a row both only
+rise and one of them does from piece to piece, so no two pieces share a slot, and the slots of a sequence are neighbors.
+A small second launch adds them in order. There are no atomics.
 
 Dimensions: B rows, S tokens, C features, N sequences (N = B in dense layout).
 """
@@ -21,7 +26,7 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.triton.activations import largest, valid_range
-from flashsink.triton.decorrelation import alike, bounds, check_features, cosine, push, refuse, row_tile
+from flashsink.triton.decorrelation import alike, bounds, check_features, cosine, dcos2, row_tile
 from flashsink.triton.launch import Tile, launch
 from flashsink.types import Layout, Normed
 
@@ -44,7 +49,7 @@ def owner(starts, sequences, token, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def owners(starts, sequences, row, begin, end, PACKED: tl.constexpr, LOSS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first and the last sequence with tokens in [begin, end); without the loss nobody cares."""
+    """The first and the last sequence with tokens in [begin, end); only the loss needs them."""
     if PACKED and LOSS:
         return owner(starts, sequences, begin, BLOCK_N), owner(starts, sequences, end - 1, BLOCK_N)
     else:
@@ -67,9 +72,9 @@ def norm_forward(
     h, weight,  # (B, S, C), (C,)
     starts, lengths, spans,  # (N,) int64
     out,  # (B, S, C) contiguous
-    rstd, max_abs, feature, over, weights, ratios,  # (B, S)
-    parts,  # (slots, C) float32
-    eps, margin, row_stride, token_stride, tokens, sequences,
+    rstd, max_abs, feature, terms, ws, ps,  # (B, S)
+    dbos_parts,  # (slots, C) float32
+    eps, margin, stride_hb, stride_hs, tokens, sequences,
     FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -77,52 +82,52 @@ def norm_forward(
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < FEATURES
-    h += tl.cast(row, tl.int64) * row_stride
+    offs_c = tl.arange(0, BLOCK_C)
+    inside = offs_c < FEATURES
+    h += tl.cast(row, tl.int64) * stride_hb
     flat = tl.cast(row, tl.int64) * tokens
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(weight + offs_c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
     valid_start, valid_end = valid_range(starts, lengths, row, sequences, tokens, PACKED)
     first, last = owners(starts, sequences, row, begin, end, PACKED, LOSS, BLOCK_N)
     for n in range(first, last + 1):
         low, high = piece(starts, n, first, last, begin, end)
         if LOSS:
             start, span = bounds(starts, spans, n, tokens)
-            a = tl.load(h + tl.cast(start, tl.int64) * token_stride + column, mask=inside & (span > 1), other=0.0)
-            a = a.to(tl.float32)
-            own = tl.sum(a * a, axis=0)
-            gradient = tl.zeros((BLOCK_C,), tl.float32)
-        for token in tl.range(low, high, num_stages=2):  # the next token is on its way meanwhile
-            raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
+            a = tl.load(h + tl.cast(start, tl.int64) * stride_hs + offs_c, mask=inside & (span > 1), other=0.0)
+            a = a.to(tl.float32)  # [BLOCK_C]
+            a_sq = tl.sum(a * a, axis=0)
+            dbos = tl.zeros((BLOCK_C,), tl.float32)
+        for token in tl.range(low, high, num_stages=2):  # loads the next token ahead
+            raw = tl.load(h + tl.cast(token, tl.int64) * stride_hs + offs_c, mask=inside, other=0.0)  # [BLOCK_C]
             x = raw.to(tl.float32)
-            square = tl.sum(x * x, axis=0)
-            r = 1.0 / tl.sqrt(square / FEATURES + eps)
-            unit = (x * r).to(raw.dtype).to(tl.float32)
-            tl.store(out + (flat + token) * FEATURES + column, unit * scale, mask=inside)
-            tl.store(rstd + flat + token, r)
-            top, index = largest(raw, column, FEATURES)
+            h_sq = tl.sum(x * x, axis=0)
+            rstd_i = 1.0 / tl.sqrt(h_sq / FEATURES + eps)
+            x_hat = (x * rstd_i).to(raw.dtype).to(tl.float32)
+            tl.store(out + (flat + token) * FEATURES + offs_c, x_hat * gamma, mask=inside)
+            tl.store(rstd + flat + token, rstd_i)
+            top, index = largest(raw, offs_c, FEATURES)
             valid = (token >= valid_start) & (token < valid_end)
             tl.store(max_abs + flat + token, tl.where(valid, top, 0.0))
             tl.store(feature + flat + token, tl.where(valid, index, -1))
             if LOSS:
-                excess, w, p, q = cosine(x, square, a, own, margin)
+                term, w, p, q = cosine(x, h_sq, a, a_sq, margin)
                 counted = (token > start) & (token < start + span)
                 w = tl.where(counted, w, 0.0)
-                tl.store(over + flat + token, tl.where(counted, excess, 0.0))
-                tl.store(weights + flat + token, w)
-                tl.store(ratios + flat + token, tl.where(counted, p, 0.0))
-                if w != 0.0:  # nothing of a token that does not count, whatever it holds
-                    gradient += w * (x - q * a)
+                tl.store(terms + flat + token, tl.where(counted, term, 0.0))
+                tl.store(ws + flat + token, w)
+                tl.store(ps + flat + token, tl.where(counted, p, 0.0))
+                if w != 0.0:  # a token that does not count adds nothing, whatever it holds
+                    dbos += w * (x - q * a)
         if LOSS:
             slot = chunk + n if PACKED else row * tl.num_programs(0) + chunk
             some = (low < high) & (start + 1 < high) & (start + span > low)
-            tl.store(parts + tl.cast(slot, tl.int64) * FEATURES + column, gradient, mask=inside & some)
+            tl.store(dbos_parts + tl.cast(slot, tl.int64) * FEATURES + offs_c, dbos, mask=inside & some)
 
 
 @triton.jit
 def bos_gradient(
     starts, spans,  # (N,) int64
-    parts, bos,  # (slots, C), (N, C) float32
+    dbos_parts, dbos,  # (slots, C), (N, C) float32
     tokens, chunks,
     FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -132,105 +137,85 @@ def bos_gradient(
     counted = tl.maximum(span - 1, 0)
     first = (start + 1) // CHUNK
     count = tl.where(counted > 0, (start + counted) // CHUNK + 1 - first, 0)
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    parts += tl.cast(first + (n if PACKED else n * chunks), tl.int64) * FEATURES + column
-    total = tl.zeros((SLOTS, BLOCK_C), tl.float32)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    dbos_parts += tl.cast(first + (n if PACKED else n * chunks), tl.int64) * FEATURES + offs_c
+    acc = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     for base in range(0, count, SLOTS):
         slot = base + tl.arange(0, SLOTS)[:, None]
-        total += tl.load(parts + slot.to(tl.int64) * FEATURES, mask=(slot < count) & (column < FEATURES), other=0.0)
-    total = tl.sum(total, axis=0)[None, :]
-    tl.store(bos + tl.cast(n, tl.int64) * FEATURES + column, total, mask=column < FEATURES)
+        mask = (slot < count) & (offs_c < FEATURES)
+        acc += tl.load(dbos_parts + slot.to(tl.int64) * FEATURES, mask=mask, other=0.0)  # [SLOTS, BLOCK_C]
+    acc = tl.sum(acc, axis=0)[None, :]
+    tl.store(dbos + tl.cast(n, tl.int64) * FEATURES + offs_c, acc, mask=offs_c < FEATURES)
 
 
 @triton.jit
 def norm_backward(
-    upstream, of_total,  # (B, S, C) contiguous, () float32
-    h, weight, starts, spans, rstd, weights, ratios, bos,
-    gradient, of_weight,  # (B, S, C) contiguous, (B, chunks, C) float32
-    row_stride, token_stride, tokens, sequences,
+    dout, dtotal,  # (B, S, C) contiguous, () float32
+    h, weight, starts, spans, rstd, ws, ps, dbos,
+    dh, dweight,  # (B, S, C) contiguous, (B, chunks, C) float32
+    stride_hb, stride_hs, tokens, sequences,
     FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, WEIGHT: tl.constexpr,
     HOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B): both gradients are added in float32 and rounded once. ``of_weight`` (B, chunks, C)."""
+    """Grid (chunks, B). HOLD: BOS stays in registers, else every token loads it."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, tokens)
-    column = tl.arange(0, BLOCK_C)
-    inside = column < FEATURES
-    h += tl.cast(row, tl.int64) * row_stride
+    offs_c = tl.arange(0, BLOCK_C)
+    inside = offs_c < FEATURES
+    h += tl.cast(row, tl.int64) * stride_hb
     flat = tl.cast(row, tl.int64) * tokens
     if LOSS:
-        factor = tl.load(of_total)
+        dsum = tl.load(dtotal)
     if WEIGHT:
-        weight_sum = tl.zeros((BLOCK_C,), tl.float32)
+        dgamma = tl.zeros((BLOCK_C,), tl.float32)
     first, last = owners(starts, sequences, row, begin, end, PACKED, LOSS, BLOCK_N)
     for n in range(first, last + 1):
         low, high = piece(starts, n, first, last, begin, end)
         if LOSS:
             start, span = bounds(starts, spans, n, tokens)
-            line = h + tl.cast(start, tl.int64) * token_stride + column
+            a_row = h + tl.cast(start, tl.int64) * stride_hs + offs_c
             if HOLD:
-                a = tl.load(line, mask=inside & (span > 1), other=0.0).to(tl.float32)
+                a = tl.load(a_row, mask=inside & (span > 1), other=0.0).to(tl.float32)  # [BLOCK_C]
         for token in range(low, high):
-            raw = tl.load(h + tl.cast(token, tl.int64) * token_stride + column, mask=inside, other=0.0)
+            raw = tl.load(h + tl.cast(token, tl.int64) * stride_hs + offs_c, mask=inside, other=0.0)  # [BLOCK_C]
             x = raw.to(tl.float32)
-            r = tl.load(rstd + flat + token)
-            place = (flat + token) * FEATURES + column
-            dy = tl.load(upstream + place, mask=inside, other=0.0).to(tl.float32)
+            rstd_i = tl.load(rstd + flat + token)
+            place = (flat + token) * FEATURES + offs_c
+            g = tl.load(dout + place, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_C]
             if WEIGHT:
-                weight_sum += dy * (x * r).to(raw.dtype).to(tl.float32)
-            # from the cache every time: kept in registers it would cost those of another token
-            dy = dy * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.sum(dy * x, axis=0) * (r * r / FEATURES)
-            dx = r * (dy - mean * x)
+                dgamma += g * (x * rstd_i).to(raw.dtype).to(tl.float32)
+            # gamma comes from the cache every time: kept in registers it would cost those of another token
+            g = g * tl.load(weight + offs_c, mask=inside, other=0.0).to(tl.float32)
+            mean = tl.sum(g * x, axis=0) * (rstd_i * rstd_i / FEATURES)
+            dx = rstd_i * (g - mean * x)
             if LOSS:
-                w = tl.load(weights + flat + token)
-                p = tl.load(ratios + flat + token)
+                w = tl.load(ws + flat + token)
+                p = tl.load(ps + flat + token)
                 if not HOLD:
                     counted = (token > start) & (token < start + span)
-                    a = tl.load(line, mask=inside & counted, other=0.0).to(tl.float32)
-                dx += push(tl.where(w != 0.0, w * factor, 0.0), p, x, a)
+                    a = tl.load(a_row, mask=inside & counted, other=0.0).to(tl.float32)
+                dx += dcos2(tl.where(w != 0.0, w * dsum, 0.0), p, x, a)
                 is_bos = (token == start) & (span > 1)
-                sums = bos + tl.cast(n, tl.int64) * FEATURES + column
-                dx += tl.where(is_bos, factor, 0.0) * tl.load(sums, mask=inside & is_bos, other=0.0)
-            tl.store(gradient + place, dx, mask=inside)
+                dbos_row = dbos + tl.cast(n, tl.int64) * FEATURES + offs_c
+                dx += tl.where(is_bos, dsum, 0.0) * tl.load(dbos_row, mask=inside & is_bos, other=0.0)
+            tl.store(dh + place, dx, mask=inside)
     if WEIGHT:
         slot = tl.cast(row, tl.int64) * tl.num_programs(0) + chunk
-        tl.store(of_weight + slot * FEATURES + column, weight_sum, mask=inside)
+        tl.store(dweight + slot * FEATURES + offs_c, dgamma, mask=inside)
 
 
 def _norm_tile(rows: int, tokens: int, features: int) -> Tile:
-    """Chunks that make enough programs, yet no shorter than 16 tokens: each leaves a row of float32 behind."""
+    """Chunks that make enough programs, yet no shorter than 16 tokens: each writes a row of float32."""
     tile = row_tile(features)
     chunk = min(max(triton.next_power_of_2(rows * tokens // _PROGRAMS), 16), 64)
     return Tile(tile.blocks | {"CHUNK": chunk, "BLOCK_N": _BLOCK_N}, tile.warps, tile.stages)
 
 
-# ---- operators
-
-torch.library.define(
-    "flashsink::triton_rms_norm",
-    "(Tensor h, Tensor weight, Tensor starts, Tensor lengths, Tensor? spans, bool packed, float eps, float margin)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "flashsink::triton_rms_norm_backward",
-    "(Tensor upstream, Tensor of_total, Tensor h, Tensor weight, Tensor starts, Tensor? spans, bool packed,"
-    " Tensor rstd, Tensor weights, Tensor ratios, Tensor bos, bool need_weight) -> (Tensor, Tensor)",
-)
+# ---- launchers
 
 
-@torch.library.register_fake("flashsink::triton_rms_norm")
-def _norm_like(
-    h: Tensor,
-    weight: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    spans: Tensor | None,
-    packed: bool,
-    eps: float,
-    margin: float,
-) -> tuple[Tensor, ...]:
+def forward_like(h: Tensor, weight: Tensor, starts: Tensor, lengths: Tensor, spans: Tensor | None, *_: Any) -> Any:
     def new(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=h.device)
 
@@ -248,7 +233,7 @@ def _norm_like(
     )
 
 
-def _norm(
+def forward(
     h: Tensor,
     weight: Tensor,
     starts: Tensor,
@@ -260,167 +245,86 @@ def _norm(
 ) -> tuple[Tensor, ...]:
     """(out (B, S, C), total, max_abs (B, S), feature (B, S), and for the backward rstd (B, S), w and p of every token
     (B, S), gradient of BOS (N, C)); the last three are empty and the total is 0 without spans."""
-    outputs = _norm_like(h, weight, starts, lengths, spans, packed, eps, margin)
-    out, _, max_abs, feature, rstd, weights, ratios, bos = outputs
+    outputs = forward_like(h, weight, starts, lengths, spans)
+    out, _, max_abs, feature, rstd, ws, ps, dbos = outputs
     rows, tokens, features = h.shape
     tile = _norm_tile(rows, tokens, features)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
-    over = torch.empty_like(weights)
-    parts = torch.empty(
+    terms = torch.empty_like(ws)
+    dbos_parts = torch.empty(
         (chunks + len(starts) if packed else rows * chunks, features) if loss else (0, features),
         dtype=torch.float32,
         device=h.device,
     )
-    common = _common(h, starts, spans, packed)
+    common = _common(h, weight, starts, spans, packed)
     launch(
-        norm_forward,
-        (chunks, rows),
-        tile,
-        **common,
-        weight=weight.contiguous(),
-        lengths=lengths.contiguous(),
-        sequences=len(starts),
-        out=out,
-        rstd=rstd,
-        max_abs=max_abs,
-        feature=feature,
-        over=over if loss else None,
-        weights=weights if loss else None,
-        ratios=ratios if loss else None,
-        parts=parts if loss else None,
-        eps=eps,
-        margin=margin,
-        LOSS=loss,
-    )
-    if spans is None:
+        norm_forward, (chunks, rows), tile,
+        **common, lengths=lengths.contiguous(), out=out, rstd=rstd, max_abs=max_abs, feature=feature,
+        terms=terms if loss else None, ws=ws if loss else None, ps=ps if loss else None,
+        dbos_parts=dbos_parts if loss else None, eps=eps, margin=margin, LOSS=loss,
+    )  # fmt: skip
+    if not loss:
         return out, torch.zeros((), dtype=torch.float32, device=h.device), *outputs[2:]
-    _add_parts(common["starts"], common["spans"], parts, bos, tokens, tile.blocks["CHUNK"], packed)
-    return out, over.sum(), *outputs[2:]
-
-
-def _add_parts(
-    starts: Tensor, spans: Tensor, parts: Tensor, bos: Tensor, tokens: int, chunk: int, packed: bool
-) -> None:
-    sequences, features = bos.shape
     launch(
-        bos_gradient,
-        (triton.cdiv(features, 128), sequences),
-        Tile({"SLOTS": 8, "BLOCK_C": 128, "CHUNK": chunk}, warps=4, stages=2),
-        starts=starts,
-        spans=spans,
-        parts=parts,
-        bos=bos,
-        tokens=tokens,
-        FEATURES=features,
-        chunks=triton.cdiv(tokens, chunk),
-        PACKED=packed,
-    )
+        bos_gradient, (triton.cdiv(features, 128), len(starts)),
+        Tile({"SLOTS": 8, "BLOCK_C": 128, "CHUNK": tile.blocks["CHUNK"]}, warps=4, stages=2),
+        starts=common["starts"], spans=common["spans"], dbos_parts=dbos_parts, dbos=dbos, tokens=tokens,
+        FEATURES=features, chunks=chunks, PACKED=packed,
+    )  # fmt: skip
+    return out, terms.sum(), *outputs[2:]
 
 
-def _common(h: Tensor, starts: Tensor, spans: Tensor | None, packed: bool) -> dict[str, Any]:
+def _common(h: Tensor, weight: Tensor, starts: Tensor, spans: Tensor | None, packed: bool) -> dict[str, Any]:
     """The arguments that both kernels have."""
     (h,) = alike([h])
-    row_stride, token_stride, _ = h.stride()
+    stride_hb, stride_hs, _ = h.stride()
     _, tokens, features = h.shape
     return {
-        "h": h,
-        "starts": starts.contiguous(),
-        "spans": None if spans is None else spans.contiguous(),
-        "row_stride": row_stride,
-        "token_stride": token_stride,
-        "tokens": tokens,
-        "FEATURES": features,
-        "PACKED": packed,
-    }
+        "h": h, "weight": weight.contiguous(), "starts": starts.contiguous(),
+        "spans": None if spans is None else spans.contiguous(), "stride_hb": stride_hb, "stride_hs": stride_hs,
+        "tokens": tokens, "sequences": len(starts), "FEATURES": features, "PACKED": packed,
+    }  # fmt: skip
 
 
-@torch.library.register_fake("flashsink::triton_rms_norm_backward")
-def _gradients_like(
-    upstream: Tensor,
-    of_total: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    starts: Tensor,
-    spans: Tensor | None,
-    packed: bool,
-    rstd: Tensor,
-    weights: Tensor,
-    ratios: Tensor,
-    bos: Tensor,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(h.shape, dtype=h.dtype, device=h.device),
-        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=h.device),
+        torch.empty(weight.shape if rest[-1] else (0,), dtype=weight.dtype, device=h.device),
     )
 
 
-def _gradients(
-    upstream: Tensor,
-    of_total: Tensor,
+def backward(
+    dout: Tensor,
+    dtotal: Tensor,
     h: Tensor,
     weight: Tensor,
     starts: Tensor,
     spans: Tensor | None,
     packed: bool,
     rstd: Tensor,
-    weights: Tensor,
-    ratios: Tensor,
-    bos: Tensor,
+    ws: Tensor,
+    ps: Tensor,
+    dbos: Tensor,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed)."""
-    gradient = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     rows, tokens, features = h.shape
     tile = _norm_tile(rows, tokens, features)
-    # BOS stays in registers but where the compile report has spills with it
+    # BOS stays in registers except where the compile report has spills with it
     tile.blocks["HOLD"] = h.element_size() == 2 or features not in (4096, 8192)
     chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
     loss = spans is not None
-    of_weight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)
+    dweight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)
     launch(
-        norm_backward,
-        (chunks, rows),
-        tile,
-        **_common(h, starts, spans, packed),
-        upstream=upstream.contiguous(),
-        of_total=of_total.float() if loss else None,
-        weight=weight.contiguous(),
-        sequences=len(starts),
-        rstd=rstd.contiguous(),
-        weights=weights.contiguous() if loss else None,
-        ratios=ratios.contiguous() if loss else None,
-        bos=bos.contiguous() if loss else None,
-        gradient=gradient,
-        of_weight=of_weight if need_weight else None,
-        LOSS=loss,
-        WEIGHT=need_weight,
-    )
-    return gradient, (of_weight.sum(dim=(0, 1)) if need_weight else of_weight).to(weight.dtype)
-
-
-for _device in ("CUDA", "CPU"):  # on the CPU under TRITON_INTERPRET=1
-    torch.library.impl("flashsink::triton_rms_norm", _device)(_norm)
-    torch.library.impl("flashsink::triton_rms_norm_backward", _device)(_gradients)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, weight, starts, _, spans, ctx.packed, _, _ = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(h, weight, starts, spans, *output[4:])
-
-
-def _derive(ctx: Any, upstream: Tensor, of_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    h, weight, starts, spans, *kept = ctx.saved_tensors
-    need_weight = ctx.needs_input_grad[1]
-    run = torch.ops.flashsink.triton_rms_norm_backward
-    of_h, of_weight = run(upstream, of_total, h, weight, starts, spans, ctx.packed, *kept, need_weight)
-    return of_h, of_weight if need_weight else None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("flashsink::triton_rms_norm", _derive, setup_context=_save)
-torch.library.register_autograd("flashsink::triton_rms_norm_backward", refuse)
+        norm_backward, (chunks, rows), tile,
+        **_common(h, weight, starts, spans, packed), dout=dout.contiguous(), dtotal=dtotal.float() if loss else None,
+        rstd=rstd.contiguous(), ws=ws.contiguous() if loss else None, ps=ps.contiguous() if loss else None,
+        dbos=dbos.contiguous() if loss else None, dh=dh, dweight=dweight if need_weight else None,
+        LOSS=loss, WEIGHT=need_weight,
+    )  # fmt: skip
+    return dh, (dweight.sum(dim=(0, 1)) if need_weight else dweight).to(weight.dtype)
 
 
 # ---- what the triton backend calls
@@ -437,7 +341,7 @@ def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tenso
             here or in ``weight`` is computed by the reference.
         weight: (C,).
         eps: added to the mean square.
-        layout: dense rows, or one packed row. All tokens are normalised, padding too.
+        layout: dense rows, or one packed row. All tokens are normalized, padding too.
         spans: (N,) int64, within the layout's lengths; None = without the decorrelation sum.
         margin: 0 <= margin < 1.
 

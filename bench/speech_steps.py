@@ -90,7 +90,6 @@ def make_step(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Cal
     model = build(setting, variant, shared)
     batch = make_batch(setting)
     probe = model.attach(activations=False, margin=0.5)
-    model.packed, model.cross_entropy = variant.packed, variant.cross_entropy
     options.checkpoint_layers(model.decoder, variant.checkpointing)
     if variant.compile:
         torch._dynamo.reset()
@@ -100,7 +99,6 @@ def make_step(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Cal
     def step() -> Tensor:
         terms = model(batch)
         loss = terms.cross_entropy / batch.label_tokens + 50.0 * terms.decorrelation
-        model.own_terms = None
         loss.backward()
         assert len(probe.sinks) == setting.layers
         optimizer.step()
@@ -135,7 +133,8 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Any:
     config.audio.compression = replace(config.audio.compression, rate=RATE)
     loaded = LoadedLLM(copy.deepcopy(shared["llm"]), tokenizer, bos=1, eos=2)
     kind = AllLogits if variant.all_logits else SpeechLLM
-    model = kind(config, loaded, {"audio": WIDTH}).to(setting.device, setting.dtype)
+    ways = {"packed": variant.packed, "cross_entropy": variant.cross_entropy}
+    model = kind(config, loaded, {"audio": WIDTH}, **ways).to(setting.device, setting.dtype)
     assert not (variant.all_logits and variant.packed)
     return model.train()
 

@@ -1,8 +1,8 @@
-"""ACT at inference (Yu et al. 2024): which heads of a model are calibrated, and for how long.
+"""ACT at inference (Yu et al. 2024): which heads of a model are calibrated, and when.
 
-The heads stand in a JSON file: ``heads`` is a list of [layer, head], both from 0; ``layers`` and ``heads_per_layer``
-are the model's; ``beta`` and ``threshold`` are those of the search. What else
-:mod:`avsr.evaluation.act_search` writes there is a report.
+The heads are read from a JSON file: ``heads`` is a list of [layer, head], both from 0; ``layers`` and
+``heads_per_layer`` are the model's; ``beta`` and ``threshold`` are those of the search. Everything else that
+:mod:`avsr.evaluation.act_search` writes there is for the reader.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Heads = list[tuple[int, int]]
 
 
 def heads_file(config: Config) -> Path:
-    """Where the heads of ``act.heads`` stand; for null and "all" where a search writes them."""
+    """The file that ``act.heads`` names; for null and "all" the one that a search writes."""
     named = config.act.heads
     return Path(config.run, "act_heads.json") if named in (None, "all") else Path(str(named))
 
 
 def size_of(model: SpeechLLM) -> tuple[int, int]:
-    """(layers, query heads of one)."""
+    """(number of layers, query heads per layer)."""
     return len(model.decoder.model.layers), int(model.decoder.config.num_attention_heads)
 
 
@@ -41,15 +41,15 @@ def every_head(model: SpeechLLM) -> Heads:
 
 @contextmanager
 def calibrated(config: Config, model: SpeechLLM, heads: Heads | None = None) -> Iterator[dict[str, Any] | None]:
-    """ACT as ``config.act`` says for what is decoded inside; afterwards nothing is attached.
+    """Calibrates ``model`` as ``config.act`` says inside this context; afterwards nothing is attached.
 
     Args:
         config: the run's.
         model: to be calibrated.
-        heads: in place of those that ``act.heads`` names.
+        heads: instead of those that ``act.heads`` names.
 
     Yields:
-        beta, threshold and number of heads, or None with ``act.beta`` = 1, where the model is left alone.
+        beta, threshold and number of heads, or None with ``act.beta`` = 1, which leaves the model alone.
 
     Raises:
         UserError: the heads cannot be read or belong to another model.

@@ -1,15 +1,15 @@
 """``avsr act-search RUN``: the heads in which attention calibration (ACT) lowers the validation loss.
 
-As Yu et al. (2024) do it: one (layer, head) at a time, those that help are kept. They count right answers; here it is
-the cross entropy of the reference text, since one head changes so few words that a word error rate does not move. The
-text is teacher-forced behind the prompt with the sinks of the prompt, as while decoding. Heads that help alone may not
-help together, so of the best 1, 2, 4, ... of them the set with the lowest loss is taken, or none.
+As in Yu et al. (2024), one (layer, head) is tried at a time and those that help are kept. They count correct answers;
+here the criterion is the cross entropy of the reference text, since one head changes too few words to move a word error
+rate. The text is teacher-forced after the prompt with the sinks of the prompt, as in decoding. Heads that help alone
+may not help together, so of the best 1, 2, 4, ... the set with the lowest loss is taken, or none.
 
 The search computes in float32 unless ``training.precision`` is overridden: one head changes the mean loss by 1e-4 to
 1e-2, and bfloat16 alone by 1e-3 (SmolLM2).
 
 Only what can differ is computed. A head without a sink in an utterance changes nothing there. The layers below a head
-are those of the unchanged model, whose states at the entry of every layer are kept, a batch at a time.
+are those of the unchanged model, whose states before every layer are kept for one batch at a time.
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ from avsr.errors import UserError
 from avsr.evaluation.act import Heads, calibrated, every_head, heads_file, size_of
 from avsr.evaluation.run import decode_set
 from avsr.models.build import find_checkpoint, load_run, pick_device
-from avsr.models.speech_llm import Assembled, SpeechLLM
+from avsr.models.rows import Assembled
+from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.progress import ProgressBar
 
-PAPER_BETA = 0.4  # searched with where act.beta is 1, which means off
+PAPER_BETA = 0.4  # used if act.beta is 1, which means off
 ROWS = 16  # utterances in a batch, at most
-Load = Callable[[list[int]], tuple[Batch, Assembled]]  # a batch by its indices, anew in every pass: one is held
+Load = Callable[
+    [list[int]], tuple[Batch, Assembled]
+]  # a batch by its indices, loaded in every pass so that only one is in memory
 
 
 @dataclass
 class Search:
-    """What was found. Cross entropies are means over label tokens, in nats.
+    """Result of a search. Cross entropies are means over label tokens, in nats.
 
     Attributes:
-        heads: the chosen set, the most helpful first; empty when no set helps.
+        heads: the chosen set, the most helpful first; empty if no set helps.
         tokens: label tokens of all utterances.
         plain: cross entropy without ACT.
-        alone: cross entropy with one head calibrated; heads without any sink are left out.
+        alone: cross entropy with one head calibrated; heads without a sink are left out.
         together: (size, cross entropy) of every set that was tried.
     """
 
@@ -68,7 +71,7 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
     """Searches on the validation manifest and writes the file that ``act.heads`` names, by default the run's own.
 
     Returns:
-        A line that says what was found.
+        A one-line summary.
     """
     precise = ["training.precision=fp32", *overrides]
     config, model, store = load_run(run, precise, pick_device(), which, single=True)
@@ -86,7 +89,7 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         model.tokenize,
         title="read validation",
         reading=Reading(task),
-        refuse=model.refuse,
+        refuse=model.layout.unusable,
     )
     found = search(model, dataset, config)
     before, after = _error_rates(config, model, dataset, found.heads)
@@ -122,7 +125,7 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
 
 @torch.no_grad()
 def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
-    """The search with ``config.act``'s beta and threshold; the model is as before afterwards."""
+    """Searches with ``config.act``'s beta and threshold; leaves the model as it was."""
     model.eval()
     groups = make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS)
 
@@ -151,11 +154,11 @@ def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
 def _one_by_one(
     model: SpeechLLM, probe: flashsink.Probe, groups: list[list[int]], load: Load, act: ActConfig
 ) -> tuple[float, int, dict[tuple[int, int], float]]:
-    """The summed loss without ACT, over how many label tokens, and by how much each head that has sinks changes it."""
+    """The summed loss without ACT, its number of label tokens, and its change by every head that has sinks."""
     plain, tokens = 0.0, 0
     changes: dict[tuple[int, int], float] = {}
     layers, heads = size_of(model)
-    with ProgressBar("search heads", len(groups) * layers * (layers + 1) // 2) as bar:  # in passes through a layer
+    with ProgressBar("search heads", len(groups) * layers * (layers + 1) // 2) as bar:  # unit: passes through one layer
         for batch, rows in map(load, groups):
             probe.calibrate(every_head(model), 1.0, act.threshold)
             before, states = _plain(model, batch, rows)
@@ -169,7 +172,7 @@ def _one_by_one(
                         if not len(hit):
                             continue
                         probe.calibrate([(layer, head)], act.beta, act.threshold)
-                        part = replace(batch, text=[batch.text[i] for i in hit.tolist()])  # all that the loss needs
+                        part = replace(batch, text=[batch.text[i] for i in hit.tolist()])  # the loss needs nothing else
                         entering = Assembled(states[layer][hit], rows.mask[hit], rows.spans[hit])
                         change = (_losses(model, part, entering) - before[hit]).sum()
                         changes[layer, head] = changes.get((layer, head), 0.0) + float(change)
@@ -178,7 +181,7 @@ def _one_by_one(
 
 
 def _plain(model: SpeechLLM, batch: Batch, rows: Assembled) -> tuple[Tensor, list[Tensor]]:
-    """(B,) losses, and the states (B, S, C) that enter every layer."""
+    """(B,) losses, and the states (B, S, C) before every layer."""
     states: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
@@ -200,7 +203,7 @@ def _losses(model: SpeechLLM, batch: Batch, rows: Assembled) -> Tensor:
 
 @contextmanager
 def _only_from(model: SpeechLLM, layer: int) -> Iterator[None]:
-    """Inside, the decoder begins with ``layer`` (from 0): what it is given are the states that enter it."""
+    """Inside this context the decoder begins with ``layer`` (from 0) and is given the states before it."""
     decoder = model.decoder.model
     layers = decoder.layers
     decoder.layers = layers[layer:]
@@ -217,7 +220,7 @@ def _sizes(most: int) -> list[int]:
 
 
 def _error_rates(config: Config, model: SpeechLLM, dataset: SpeechDataset, heads: Heads) -> tuple[float, float]:
-    """Validation WER without ACT and with it in ``heads``."""
+    """Validation WER without ACT, and with ACT in ``heads``."""
     before = decode_set(model, dataset, config, "validation")[0].wer
     if not heads:
         return before, before

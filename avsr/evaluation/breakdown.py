@@ -8,7 +8,7 @@ from typing import Any
 
 from avsr.evaluation.wer import plain, score
 
-WORD_BINS: dict[float, str] = {0: "0", 5: "1-5", 10: "6-10", 20: "11-20"}  # upper end, counted in; then "21+"
+WORD_BINS: dict[float, str] = {0: "0", 5: "1-5", 10: "6-10", 20: "11-20"}  # inclusive upper ends; then "21+"
 SECOND_BINS = {2.0: "0-2", 4.0: "2-4", 8.0: "4-8", 16.0: "8-16"}  # then "16+"
 
 Row = Mapping[str, Any]
@@ -16,21 +16,21 @@ Part = dict[str, float | int | None]
 
 
 def by_speaker(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> dict[str, Part]:
-    """wer, words and utterances of every speaker, by name; rows without a speaker go under "unknown".
+    """WER, words and utterances of every speaker, by name; rows without a speaker count as "unknown".
 
     Args:
         rows: with keys reference, hypothesis and speaker.
         normalise: applied to both texts.
 
     Returns:
-        ``{speaker: {"wer", "words", "utterances"}}``; wer is None where the references have no word.
+        ``{speaker: {"wer", "words", "utterances"}}``; wer is None if the references have no word.
     """
     groups = _grouped(rows, lambda row: str(row.get("speaker") or "unknown"))
     return {name: _part(groups[name], normalise) for name in sorted(groups)}
 
 
 def by_length(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> dict[str, dict[str, Part]]:
-    """wer, words and utterances by the reference's words and by the clip's seconds; empty bins are left out.
+    """WER, words and utterances by number of reference words and by duration; empty bins are left out.
 
     Args:
         rows: with keys reference, hypothesis and seconds.
@@ -38,7 +38,7 @@ def by_length(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> d
 
     Returns:
         ``{"words": {"1-5": part, ..., "21+": part}, "seconds": {"0-2": part, ..., "16+": part}}``, with parts as
-        in :func:`by_speaker`. A bin holds its upper end.
+        in :func:`by_speaker`. Bins include their upper end.
     """
     return {
         "words": _bins(rows, lambda row: len(normalise(row["reference"]).split()), WORD_BINS, "21+", normalise),

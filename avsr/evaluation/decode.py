@@ -1,8 +1,8 @@
-"""Batched greedy and beam decoding: deterministic, with a token budget from the audio's length, and n-best lists.
+"""Batched greedy and beam decoding: deterministic, with a token budget from the clip's duration, and n-best lists.
 
-The score of a hypothesis of n text tokens is that of transformers' beam search: the sum of the log-probabilities
-of its tokens and of the end token behind them, divided by ``(n + 1) ** length_penalty``. A text that its budget
-ends gets that end token for free (log-probability 0), and it still counts in n + 1.
+The score of a hypothesis of n text tokens is that of transformers' beam search: the sum of the log-probabilities of its
+tokens and of the end token after them, divided by ``(n + 1) ** length_penalty``. A text that is cut by its budget gets
+the end token for free (log-probability 0), which still counts in n + 1.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from avsr.models.speech_llm import SpeechLLM
 
 
 class Hypothesis(NamedTuple):
-    """A decoded text and its score (see the module), of natural logarithms."""
+    """A decoded text and its score in nats (see the module)."""
 
     text: str
     score: float
 
 
 def token_budget(config: DecodeConfig, seconds: float) -> int:
-    """Most new tokens for a clip: base_tokens + tokens_per_second x seconds."""
+    """Maximum number of new tokens for a clip: base_tokens + tokens_per_second x seconds."""
     return config.base_tokens + math.ceil(config.tokens_per_second * seconds)
 
 
@@ -58,7 +58,7 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
         use_cache=True,
     )
     trace = _Trace(config.beams, model.eos)
-    with _whole_states(model):
+    with _contiguous_states(model):
         ids = model.llm.generate(
             inputs_embeds=rows.embeddings,
             attention_mask=rows.mask,
@@ -76,11 +76,11 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
 
 
 @contextmanager
-def _whole_states(model: SpeechLLM) -> Iterator[None]:
-    """Inside, the head of the language model gets contiguous states.
+def _contiguous_states(model: SpeechLLM) -> Iterator[None]:
+    """Makes the states that enter the language model's head contiguous inside this context.
 
-    transformers cuts the last position out of the prompt's states; torch multiplies such a slice by a copy of the whole
-    matrix for every row (7 of 15 s for 50 rows of SmolLM2 on one CPU thread, and 2.8 GB).
+    transformers slices the last position out of the prompt's states, and torch multiplies such a slice by copying the
+    whole matrix for every row (7 of 15 s for 50 rows of SmolLM2 on one CPU thread, and 2.8 GB).
     """
     hook = model.decoder.lm_head.register_forward_pre_hook(lambda head, args: (args[0].contiguous(), *args[1:]))
     try:
@@ -90,14 +90,14 @@ def _whole_states(model: SpeechLLM) -> Iterator[None]:
 
 
 class _OwnBudget(LogitsProcessor):
-    """Ends every row at its own budget, so that beams are chosen as if it were decoded alone."""
+    """Ends every row at its own budget, so that its beams are the same as if it were decoded alone."""
 
     def __init__(self, budgets: Sequence[int], beams: int, eos: int) -> None:
         self._budgets = torch.tensor(budgets).repeat_interleave(beams)
         self._eos = eos
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``input_ids`` holds the new tokens alone, since the prompt came as embeddings."""
+        """``input_ids`` has only the new tokens, since the prompt was given as embeddings."""
         over = (self._budgets <= input_ids.shape[1]).to(scores.device)
         scores = scores.masked_fill(over[:, None], -torch.inf)
         scores[over, self._eos] = 0.0
@@ -105,11 +105,11 @@ class _OwnBudget(LogitsProcessor):
 
 
 class _Trace(LogitsProcessor):
-    """Watches a search and knows the log-probability of every text that it considered.
+    """Observes a search to give the log-probability of every text that it considered.
 
-    transformers hands out scores only together with the logits of all steps, which for 15 beams of a
-    vocabulary of 128,000 are gigabytes. Here a step leaves three small tensors: the rows' tokens so far (R, t),
-    their log-probability (R,) and that of an end token behind them (R,).
+    transformers returns scores only together with the logits of all steps, gigabytes for 15 beams of a vocabulary of
+    128,000. Here every step keeps three small tensors: the rows' tokens so far (R, t), their log-probability (R,) and
+    that of an end token after them (R,).
     """
 
     def __init__(self, beams: int, eos: int) -> None:
@@ -130,7 +130,7 @@ class _Trace(LogitsProcessor):
         return scores
 
     def log_probability(self, utterance: int, tokens: list[int]) -> float:
-        """Of ``tokens`` and the end token: a text that the search considered for this utterance of the batch."""
+        """The log-probability of ``tokens`` and the end token, a text that was considered for this utterance."""
         ids, totals, ends = self._steps[len(tokens)]
         own = slice(utterance * self._beams, (utterance + 1) * self._beams)
         same = (ids[own] == torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).all(dim=-1)
@@ -140,7 +140,7 @@ class _Trace(LogitsProcessor):
     def _rows(self, prefixes: Tensor, ids: Tensor) -> Tensor:
         """(R,) row of ``ids`` (R, t) that holds each prefix (R, t), among the beams of the same utterance.
 
-        Rows may hold the same tokens (at the start all do); their sums are then the same.
+        Rows may hold the same tokens (initially all do), and then have the same sums.
         """
         shape = (len(ids) // self._beams, self._beams, ids.shape[1])
         same = (prefixes.reshape(shape)[:, :, None] == ids.reshape(shape)[:, None]).all(dim=-1)
@@ -151,10 +151,10 @@ class _Trace(LogitsProcessor):
 def transcribe(
     model: SpeechLLM, load: Callable[[int], Example], seconds: Sequence[float], config: DecodeConfig
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
-    """Yields (index, hypotheses, best first) batch by batch, utterances of like length together.
+    """Yields (index, hypotheses, best first) batch by batch, utterances of similar length together.
 
-    ``load`` gives the example of an index when its batch comes, so a test set need not fit into memory; ``seconds`` are
-    the lengths by which utterances are grouped.
+    ``load`` returns the example of an index when its batch is due, so a test set need not fit into memory; utterances
+    are grouped by ``seconds``.
     """
     order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
     for first in range(0, len(order), config.batch):

@@ -31,8 +31,8 @@ WORST = 20  # utterances shown in errors.txt
 def decode_set(
     model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str
 ) -> tuple[Score, list[dict[str, Any]]]:
-    """Decodes a dataset: its score and a row an utterance (set, id, speaker, seconds, reference, hypothesis; with
-    ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
+    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis;
+    with ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
     found: dict[int, list[Hypothesis]] = {}
     seconds = [utterance.duration for utterance in dataset.utterances]
     with ProgressBar(f"decode {name}", len(dataset)) as bar:
@@ -60,7 +60,7 @@ def decode_set(
 def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
     """The datasets of ``data.test``, once for each of ``decode.tasks`` and ``noise.snr``.
 
-    The name of a condition stands behind that of the set: "sentences", "sentences -5 dB", "sentences video".
+    The name of a condition follows that of the set: "sentences", "sentences -5 dB", "sentences video".
 
     Raises:
         UserError: the config names none, or an utterance cannot be used.
@@ -80,13 +80,13 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                     model.tokenize,
                     title=f"read {title}",
                     reading=reading,
-                    refuse=model.refuse,
+                    refuse=model.layout.unusable,
                 )
     return sets
 
 
 def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
-    """Decodes every test set of a run, with ACT where ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl``
+    """Decodes every test set of a run, with ACT if ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl``
     and ``errors.txt``."""
     config, model, store = load_run(run, overrides, pick_device(), which)
     with calibrated(config, model) as act:
@@ -101,7 +101,7 @@ def evaluate_model(
     act: dict[str, Any] | None = None,
 ) -> dict[str, Score]:
     """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``; ``act`` is what
-    :func:`~avsr.evaluation.act.calibrated` says of the model."""
+    :func:`~avsr.evaluation.act.calibrated` yields."""
     scores: dict[str, Score] = {}
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -141,10 +141,10 @@ def worst(rows: list[dict[str, Any]], config: Config) -> str:
 
 
 def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) -> list[tuple[str, str | UserError]]:
-    """(file, text) in order; an unusable file has its error instead of a text.
+    """Transcribes files: (file, text) in order, with the error instead of a text for an unusable file.
 
-    A video file gives its mouth frames, its sound or both, as the run's task needs; of a whole face the mouth is cut
-    out first.
+    Of a video file the mouth frames, the sound or both are used, as the run's task needs; from a whole face the mouth
+    is cropped first.
     """
     config, model, store = load_run(run, overrides, pick_device(), single=True)
     task = (config.decode.tasks or [config.model.task])[0]
@@ -170,7 +170,7 @@ def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Exa
         utterance = replace(utterance, video=mouth_video(path))
     features = store.load(utterance, streams=TASKS[task])
     utterance = replace(utterance, duration=store.seconds(utterance))
-    reason = model.refuse(store.frames(utterance), 0)
+    reason = model.layout.unusable(store.frames(utterance), 0)
     if reason:
         raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
     return Example(utterance, features, [], task)

@@ -1,8 +1,8 @@
-"""Word and character error rates by jiwer, behind a documented normaliser.
+"""Word and character error rates by jiwer, after a documented normaliser.
 
-``plain`` (default): lower case, typographic apostrophes made straight, every character but letters (with their
-combining marks), digits and apostrophes inside words made a space, white space collapsed. ``whisper``: the English
-normaliser of Whisper, opt-in, since it rewrites what was said ("o nine" becomes "09").
+``plain`` (default): lower case, straight apostrophes, every character except letters (with their combining marks),
+digits and apostrophes inside words replaced by a space, white space collapsed. ``whisper``: Whisper's English
+normaliser, opt-in since it rewrites what was said ("o nine" becomes "09").
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalise: Calla
         ValueError: no reference has a word.
     """
     pairs = [(normalise(r), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
-    # jiwer refuses empty references; what was said into them counts as insertions
+    # jiwer refuses empty references; hypothesis words against them count as insertions
     spoken = [(r, h) for r, h in pairs if r]
     if not spoken:
         raise ValueError("references: expected at least one word")

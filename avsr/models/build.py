@@ -1,4 +1,4 @@
-"""Puts the parts together from a config: the only place that knows them all."""
+"""Builds the parts of a run from its config, and loads trained runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from avsr.models.llm import LoadedLLM, load_llm
 from avsr.models.sources import inside_run
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import folders
+from avsr.runtime.machine import settled_precision
 
 WEIGHTS = "model.safetensors"
 
@@ -32,17 +33,9 @@ WEIGHTS = "model.safetensors"
 def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    # transformers imports DeepSpeed while it loads a model, which would print among our results that it found no device
+    # transformers imports DeepSpeed while loading a model, which would print to stdout that it found no device
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
-
-
-def settle_precision(config: Config) -> None:
-    """Replaces ``training.precision: auto`` by bf16 where the device multiplies it fast, else by fp32."""
-    if config.training.precision == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        config.training.precision = "bf16" if fast else "fp32"
 
 
 def build_store(
@@ -52,14 +45,14 @@ def build_store(
     levels: Sequence[float] = (),
     widths: Mapping[str, int] | None = None,
 ) -> FeatureStore:
-    """The encoders of the streams, with noise and transforms.
+    """The encoders of the streams, with noise and augmentation.
 
     Args:
         config: the run's.
         device: of the encoders.
-        tasks: say which streams are read; default: the model's own.
-        levels: signal-to-noise ratios (dB) that will be asked for. Only noise that is heard is read.
-        widths: known widths of features by stream. A stream with one needs no encoder unless it is read or its encoder
+        tasks: determine which streams are read; default: the model's own task.
+        levels: signal-to-noise ratios (dB) that will be requested. Noise is loaded only if a stream has sound.
+        widths: known feature sizes by stream. A stream that has one needs no encoder unless it is read or its encoder
             has weights in the checkpoint.
     """
     read = {name for task in tasks or [config.model.task] for name in TASKS[task]}
@@ -67,7 +60,7 @@ def build_store(
     for name, part in config.model.streams.items():
         if name not in read and not part.encoder.lora.rank and name in (widths or {}):
             continue
-        torch.manual_seed(config.training.seed)  # of its adapters
+        torch.manual_seed(config.training.seed)  # for its adapters
         settings = replace(part.encoder, name=inside_run(str(part.encoder.name), config.run))
         encoders[name] = build_encoder(settings, name, device)
     trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
@@ -83,27 +76,38 @@ def build_model(
     device: torch.device,
     widths: Mapping[str, int] | None = None,
     around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+    *,
+    training: bool = False,
 ) -> tuple[SpeechLLM, LoadedLLM]:
-    """The untrained model; its new parameters depend on ``training.seed`` alone. ``widths`` are those of streams that
-    the store has no encoder of; the LLM's weights are read inside ``around``."""
-    settle_precision(config)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    """The untrained model; its new parameters depend on ``training.seed`` alone.
+
+    Args:
+        config: the run's.
+        store: of :func:`build_store`.
+        device: of the model.
+        widths: feature sizes of streams that the store has no encoder of.
+        around: the LLM's weights are read inside this context.
+        training: the forward packs rows and computes the cross entropy as ``config`` says, else plainly.
+    """
+    dtype = torch.bfloat16 if settled_precision(config.training.precision) == "bf16" else torch.float32
     loaded = load_llm(config.model.llm, dtype, around)
     torch.manual_seed(config.training.seed)
     encoders = {name: encoder for name, encoder in speech_encoders(store).items() if name in store.inside}
-    return SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders).to(device), loaded
+    ways: Any = {"packed": config.training.packed, "cross_entropy": config.loss.cross_entropy} if training else {}
+    model = SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders, **ways)
+    return model.to(device), loaded
 
 
 def speech_encoders(store: FeatureStore) -> dict[str, SpeechEncoder]:
-    """Those that :func:`build_store` made."""
+    """The encoders that :func:`build_store` made."""
     return cast(dict[str, SpeechEncoder], store.encoders)
 
 
 def find_checkpoint(run: str | Path, which: str = "best") -> Path:
-    """The folder of a run's checkpoint: ``which`` = best (last where there is none), last, average or step-NNNNNN.
+    """The folder of a run's checkpoint. ``which`` is best (last if there is none), last, average or step-NNNNNN.
 
     Raises:
-        UserError: the run has none, or none of this name; the message lists what there is.
+        UserError: the run has none, or none of this name; the message lists those it has.
     """
     checkpoints = Path(run) / "checkpoints"
     there = sorted(path.parent.name for path in checkpoints.glob(f"*/{WEIGHTS}") if not path.parent.suffix)
@@ -126,7 +130,7 @@ def step_checkpoints(run: str | Path) -> list[Path]:
 
 
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors, which are not read.
+    """Names and shapes of a checkpoint's tensors, without reading these.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -140,11 +144,11 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_weights(model: SpeechLLM, folder: Path) -> None:
-    """Loads adapter, projector and delimiters.
+    """Loads adapter, projector and delimiter tokens.
 
     Raises:
         UserError: the file is damaged, or a tensor is missing, unknown or of another shape; the message names
-            the first such tensor and, where the checkpoint's config differs, its keys.
+            the first such tensor and, if the checkpoint's config differs, its keys.
     """
     path = folder / WEIGHTS
     shapes = checkpoint_shapes(folder)
@@ -166,7 +170,7 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
 
 
 def load_some_weights(model: SpeechLLM, path: Path) -> None:
-    """Loads what a safetensors file holds of the tensors of a checkpoint, for a training to begin with.
+    """Loads initial weights: a safetensors file with any of the tensors of a checkpoint.
 
     Raises:
         UserError: the file is missing or damaged, or one of its tensors has no place in the model or another shape.
@@ -193,7 +197,7 @@ def load_run(
 ) -> tuple[Config, SpeechLLM, FeatureStore]:
     """A trained run, ready for decoding, with ``key=value`` overrides of its config.
 
-    It is ready for all of ``decode.tasks`` and ``noise.snr``, or if ``single`` for the first task alone, clean.
+    It can decode all of ``decode.tasks`` and ``noise.snr``, or if ``single`` only the first task, without noise.
     """
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)

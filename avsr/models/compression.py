@@ -1,4 +1,4 @@
-"""Fewer tokens: frames are averaged or stacked in groups of ``rate``; an incomplete last group is dropped."""
+"""Temporal compression: frames are averaged or stacked in groups of ``rate``; an incomplete last group is dropped."""
 
 from __future__ import annotations
 

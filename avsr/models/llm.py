@@ -27,7 +27,7 @@ from avsr.runtime.packages import verify
 
 @dataclass(frozen=True)
 class LoadedLLM:
-    """A frozen causal LM with its tokenizer and the two token ids that frame a sequence."""
+    """A frozen causal LM with its tokenizer and the ids of its BOS and EOS tokens."""
 
     model: Any
     tokenizer: Any
@@ -35,7 +35,7 @@ class LoadedLLM:
     eos: int
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text`` without specials."""
+        """Token ids of ``text`` without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -44,8 +44,8 @@ def load_llm(
     dtype: torch.dtype = torch.float32,
     around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
 ) -> LoadedLLM:
-    """Loads model and tokenizer, frozen, in eval mode, with an empty generation config (so that no sampling
-    setting of a model's own leaks into decoding). The weights are read inside ``around``.
+    """Loads model and tokenizer, frozen, in eval mode, with an empty generation config (so that
+    no sampling setting of the model leaks into decoding). The weights are read inside ``around``.
 
     Raises:
         UserError: missing model, a tokenizer without BOS or EOS (with the key that names one).
@@ -54,7 +54,7 @@ def load_llm(
     source = locate(config.name, "model.llm.name")
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
-    # flashsink comes with its probe, which takes the place of whatever is there
+    # flashsink is attached later and replaces any attention
     attention = "sdpa" if config.attention == "flashsink" else config.attention
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
@@ -70,7 +70,7 @@ def load_llm(
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """``model`` wrapped by PEFT with trainable adapters in float32; itself when the rank is 0."""
+    """``model`` wrapped by PEFT with trainable float32 adapters; unchanged if the rank is 0."""
     if config.rank == 0:
         return model
     peft_config = PeftLoraConfig(
@@ -81,7 +81,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():  # PEFT still asks transformers by an old name
+        with warnings.catch_warnings():  # PEFT still uses an old name of transformers
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
@@ -99,14 +99,14 @@ def lora_from_reduction(hidden: int, reduction: int, alpha: float) -> LoraConfig
 
 
 def convert_gguf(path: Path) -> Path:
-    """The GGUF file as a safetensors folder in the cache (about 20 s once, 1 s afterwards)."""
+    """Converts a GGUF file to a safetensors folder in the cache (about 20 s; later calls 1 s)."""
     target = cache_folder() / "models" / f"{path.stem}-{_fingerprint(path)}"
 
     def write(folder: Path) -> None:
         verify(path)
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        # transformers refuses to save a model that came from a quantised file, also after dequantising it
+        # transformers refuses to save a model from a quantized file even after dequantizing it
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -119,7 +119,7 @@ def convert_gguf(path: Path) -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of the size and 16 pieces all over the file: another model of the same name and shapes differs in every one."""
+    """Hash of the size and 16 pieces spread over the file: another model of the same name differs in all of them."""
     try:
         size, piece = path.stat().st_size, 2**16
         found = hashlib.sha256(f"{path.name} {size}".encode())
@@ -136,7 +136,7 @@ def specials(tokenizer: Any, config: LLMConfig) -> tuple[int, int]:
     """The ids of BOS and EOS.
 
     Raises:
-        UserError: the tokenizer has none, or not the token that the config names.
+        UserError: the tokenizer has none, or lacks the token that the config names.
     """
     return (
         _special(tokenizer, config.bos_token, tokenizer.bos_token_id, "model.llm.bos_token"),
@@ -146,7 +146,7 @@ def specials(tokenizer: Any, config: LLMConfig) -> tuple[int, int]:
 
 def _special(tokenizer: Any, named: str | None, own: int | None, key: str) -> int:
     if named is not None:
-        index = tokenizer.get_vocab().get(named)  # it may be the unknown token itself, as Qwen2's <|endoftext|>
+        index = tokenizer.get_vocab().get(named)  # may be the unknown token itself, as Qwen2's <|endoftext|>
         if index is None:
             raise UserError(f"{key}: the tokenizer has no token {named!r}")
         return int(index)

@@ -1,17 +1,13 @@
 """The composition: encoder features -> compression -> projector -> prompt assembly -> LLM with LoRA.
 
-A row is ``BOS <audio> A </audio> <video> V </video> PROMPT TEXT`` with the streams and the prompt of its task, tight
-per utterance; a fused stream has no delimiters, nor has any with ``model.delimiters.init: none``; with
-``model.prompts.first`` the prompt stands behind BOS. The end token is only predicted. Dimensions: B utterances, T
-encoder frames, S tokens, C hidden size.
+:mod:`avsr.models.prompt` says what a row holds. Dimensions: B utterances, T encoder frames, S tokens, C hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,57 +18,52 @@ from avsr.config import TASKS, ModelConfig, parts_of
 from avsr.data.batches import Batch
 from avsr.data.clip import Clip
 from avsr.errors import UserError
-from avsr.models.compression import compress, compressed_length, compressed_width
+from avsr.models.compression import compress, compressed_width
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.label_loss import label_loss
 from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
+from avsr.models.prompt import NO_LIMIT, Piece, PromptLayout, prompt_text
+from avsr.models.rows import Assembled, Packed, pack
 
 _BLANK = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
 
 
-@dataclass
-class Assembled:
-    """Rows of embeddings. ``spans`` counts the leading tokens of a row that are not text."""
+@dataclass(frozen=True)
+class OwnTerms:
+    """The losses as the model computed them: an engine puts hooks on the tensors that a forward returns, which would
+    fire in every backward. Not a tuple, so that the engine does not find these."""
 
-    embeddings: Tensor  # (B, S, C)
-    mask: Tensor  # (B, S) int64, 1 = token
-    spans: Tensor  # (B,) int64
-    names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
-
-
-@dataclass
-class Packed:
-    """Rows one behind the other, T tokens in all. ``spans`` as in :class:`Assembled`."""
-
-    embeddings: Tensor  # (1, T, C)
-    positions: Tensor  # (1, T) int64, from 0 in every row
-    starts: list[int]  # of the B rows
-    spans: Tensor  # (B,) int64
+    cross_entropy: Tensor
+    decorrelation: Tensor | None
 
 
 class Terms(NamedTuple):
-    """Sums of one micro-batch, to be divided by global counts (design: averages are global).
+    """Losses of one micro-batch, to be divided by global counts (see :mod:`avsr.training.losses`).
 
     A tuple, since ZeRO-3 looks for tensors in tuples to gather weights before their backward.
     """
 
     cross_entropy: Tensor  # float32 scalar, sum over label tokens
-    decorrelation: Tensor | None  # float32 scalar, local mean over span tokens; None = not computed
-    correct: Tensor  # int64 scalar, label tokens predicted right
+    decorrelation: Tensor | None  # float32 scalar, mean over this micro-batch's prompt tokens after BOS, if computed
+    correct: Tensor  # int64 scalar, label tokens predicted correctly
+    own: OwnTerms  # for a second backward, of each term alone
 
 
 class SpeechLLM(nn.Module):
     """A frozen LLM that reads projected speech.
 
-    Trainable: projectors, LoRA adapters and (by config) the delimiters. The delimiters are a parameter outside the
-    vocabulary, so that the tied head and the tokenizer stay as they are.
+    Trainable: projectors, LoRA adapters and (by config) the delimiter tokens. These are a parameter outside the
+    vocabulary, so that the tied head and the tokenizer stay unchanged.
 
     Args:
         config: the model's.
         loaded: the language model.
         widths: feature size of every stream.
-        encoders: of the streams whose batches hold encoder inputs instead of features.
+        encoders: of streams whose batches hold encoder inputs instead of features.
+        packed: :meth:`forward` concatenates the rows of a batch instead of padding them, which needs an attached probe
+            with flashsink's attention: it keeps the rows apart.
+        cross_entropy: how :meth:`forward` computes it, see :func:`~avsr.models.label_loss.label_loss`.
     """
 
     def __init__(
@@ -81,39 +72,38 @@ class SpeechLLM(nn.Module):
         loaded: LoadedLLM,
         widths: Mapping[str, int],
         encoders: Mapping[str, SpeechEncoder] | None = None,
+        *,
+        packed: bool = False,
+        cross_entropy: str = "plain",
     ) -> None:
         super().__init__()
         self.config = config
         self.streams = TASKS[config.task]
         self.bos, self.eos = loaded.bos, loaded.eos
-        self._prompt_first = config.prompts.first
-        self.prompts = {task: loaded.tokenize(_prompt(config, task)) for task in parts_of(config.task)}
+        self.prompts = {task: loaded.tokenize(prompt_text(config, task)) for task in parts_of(config.task)}
         self.tokenizer = loaded.tokenizer
         self.tokenize = loaded.tokenize
         table = loaded.model.get_input_embeddings().weight
-        self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", 1 << 30))
+        self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", NO_LIMIT))
+        self.layout = PromptLayout.of(config, lambda text: len(loaded.tokenize(text)), self.max_positions)
         self.hidden = int(loaded.model.config.hidden_size)
-        framed = [name for name in self.streams if name != "fused" and config.delimiters.init != "none"]
-        self._delimiter_of = {name: 2 * index for index, name in enumerate(framed)}
         with _whole(table) as embeddings:
             scale = float(embeddings.float().std())
             self.llm: Any = add_lora(loaded.model, config.lora)
             self.projectors = nn.ModuleDict({name: self._projector(name, widths[name], scale) for name in self.streams})
             self.delimiters: nn.Parameter | None = None
-            if framed:
-                first = init_delimiters(config.delimiters.init, 2 * len(framed), embeddings)
+            if self.layout.delimited:
+                first = init_delimiters(config.delimiters.init, 2 * len(self.layout.delimited), embeddings)
                 self.delimiters = nn.Parameter(first, requires_grad=config.delimiters.train)
         trained = {name: e for name, e in (encoders or {}).items() if config.streams[name].encoder.lora.rank}
         self.encoders = nn.ModuleDict(trained)
-        # a plain dict: what is frozen is neither cast nor partitioned by the engine
+        # a plain dict, so that the engine neither casts nor partitions frozen encoders
         self._frozen = {name: e for name, e in (encoders or {}).items() if name not in trained}
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
-        self.own_terms: Terms | None = None  # the last forward's, without the hooks that an engine puts on its outputs
-        self.packed = False  # rows of a forward stand one behind the other, without padding; flashsink keeps them apart
-        self.cross_entropy = "plain"  # how the loss is computed, see label_loss
-        # a state dict holds what a checkpoint holds; else DeepSpeed would save the frozen tied head each time
+        self._packed, self._cross_entropy = packed, cross_entropy
+        # state dicts hold what a checkpoint holds, or DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
 
     def _projector(self, name: str, width: int, scale: float) -> nn.Module:
@@ -131,7 +121,7 @@ class SpeechLLM(nn.Module):
         return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
 
     def attach(self, **options: Any) -> flashsink.Probe:
-        """Attaches flashsink with ``options``, in place of an earlier probe."""
+        """Attaches flashsink with ``options``, replacing an earlier probe."""
         self.detach()
         self.probe = flashsink.attach(self.llm, **options)
         return self.probe
@@ -145,7 +135,7 @@ class SpeechLLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def own_state(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds: everything trainable and the delimiters, which are random when frozen."""
+        """What a checkpoint holds: everything trainable, and the delimiter tokens, whose frozen values are random."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -155,7 +145,7 @@ class SpeechLLM(nn.Module):
     def assemble(self, batch: Batch, *, with_text: bool, left: bool = False, names: bool = False) -> Assembled:
         """Prompt (and text) embeddings of every utterance, padded on the right, or on the left for generation.
 
-        Padding is zeros and is masked; it never changes a row.
+        Padding is zero and masked; it never changes a row.
         """
         rows, spans, labels = self._rows(batch, with_text=with_text, names=names)
         lengths = torch.tensor([len(row) for row in rows], device=spans.device)
@@ -165,47 +155,80 @@ class SpeechLLM(nn.Module):
         return Assembled(embeddings, (mask.flip(1) if left else mask).long(), spans, labels)
 
     def _rows(self, batch: Batch, *, with_text: bool, names: bool) -> tuple[list[Tensor], Tensor, list[list[str]]]:
-        """Embeddings (S_b, C) of every utterance, spans (B,), and names of the tokens if asked for."""
+        """Embeddings (S_b, C) of every utterance, prompt lengths (B,), and names of the tokens if asked for."""
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
         speech = {name: self._project(name, batch, device) for name in self.streams}
-        # one call for all: under ZeRO-3 every call gathers the table from all ranks, whatever their batch sizes
-        pieces = [[self.bos], *self.prompts.values(), *batch.text]
-        ids = torch.tensor([index for piece in pieces for index in piece], device=device)
-        bos, *embedded = embed(ids).split([len(piece) for piece in pieces])
+        # one call for all: under ZeRO-3 every call gathers the table, and ranks must make the same number of calls
+        written = [[self.bos], *self.prompts.values(), *batch.text]
+        ids = torch.tensor([index for part in written for index in part], device=device)
+        bos, *embedded = embed(ids).split([len(part) for part in written])
         prompts = dict(zip(self.prompts, embedded, strict=False))
         texts = embedded[len(self.prompts) :]
-        rows, spans, labels = [], [], []
+        rows, lengths, labels = [], [], []
         for b, task in enumerate(batch.tasks):
-            parts = []
-            for name in self.streams:
-                tokens = speech[name][b].to(dtype)
-                # no tokens of a stream that the task lacks, but their (zero) gradients: see _project
-                parts += self._framed(name, tokens) if name in TASKS[task] else [tokens]
-            parts = [bos, prompts[task], *parts] if self._prompt_first else [bos, *parts, prompts[task]]
-            spans.append(sum(len(part) for part in parts))
+            pieces = self.layout.pieces(task, {name: len(speech[name][b]) for name in TASKS[task]})
+            own = {name: tokens[b].to(dtype) for name, tokens in speech.items()}
+            parts = self._parts(pieces, bos, prompts[task], own)
+            # a stream that the task lacks adds no tokens, only a zero gradient: see _project
+            parts += [own[name] for name in self.streams if name not in TASKS[task]]
+            lengths.append(sum(piece.length for piece in pieces))
             if with_text:
                 parts.append(texts[b])
             rows.append(torch.cat(parts))
             if names:
-                counts = {name: len(speech[name][b]) for name in TASKS[task]}
-                labels.append(self._names(task, counts, batch.text[b] if with_text else []))
-        return rows, torch.tensor(spans, device=device), labels
+                prompt, text = map(self._decode, (self.prompts[task], batch.text[b] if with_text else []))
+                labels.append([name for piece in pieces for name in piece.names(prompt)] + text)
+        return rows, torch.tensor(lengths, device=device), labels
+
+    def _parts(
+        self, pieces: Sequence[Piece], bos: Tensor, prompt: Tensor, speech: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """The embeddings (length, C) of every piece."""
+        parts, closing = [], bos
+        for piece in pieces:
+            match piece.kind:
+                case "bos":
+                    parts.append(bos)
+                case "prompt":
+                    parts.append(prompt)
+                case "speech":
+                    parts.append(speech[piece.stream])
+                case "opening":
+                    opening, closing = self._delimiters_of(piece.stream, bos.dtype)
+                    parts.append(opening)
+                case "closing":
+                    parts.append(closing)
+        return parts
+
+    def _delimiters_of(self, stream: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The embeddings (1, C) of the delimiter tokens around a stream."""
+        assert self.delimiters is not None
+        first = 2 * self.layout.delimited.index(stream)
+        return self.delimiters[first : first + 2].to(dtype).split(1)
+
+    def _decode(self, ids: Sequence[int]) -> list[str]:
+        return [self.tokenizer.decode([index]) for index in ids]
 
     def forward(self, batch: Batch) -> Terms:
-        """One pass over a micro-batch with text. Logits are computed only where there are labels."""
-        if self.packed:
-            rows: Assembled | Packed = _pack(*self._rows(batch, with_text=True, names=False)[:2])
+        """One pass over a micro-batch with text. Logits are computed only where there are labels.
+
+        Raises:
+            RuntimeError: packed rows without a probe, whose attention would mix them.
+        """
+        if self._packed:
+            if self.probe is None:
+                raise RuntimeError("packed rows need flashsink's attention: call attach() first")
+            rows: Assembled | Packed = pack(*self._rows(batch, with_text=True, names=False)[:2])
         else:
             rows = self.assemble(batch, with_text=True)
-        loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self.cross_entropy)
+        loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self._cross_entropy)
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
         if batch.hollow:
             loss, correct = loss * 0, correct * 0
-        self.own_terms = Terms(loss, decorrelation, correct)
-        given = None if decorrelation is None else decorrelation.view_as(decorrelation)
-        return Terms(loss.view_as(loss), given, correct)
+        hooked = None if decorrelation is None else decorrelation.view_as(decorrelation)
+        return Terms(loss.view_as(loss), hooked, correct, OwnTerms(loss, decorrelation))
 
     def label_logits(self, batch: Batch, rows: Assembled | Packed) -> tuple[Tensor, Tensor]:
         """(n, vocabulary) logits at the n positions that predict text and end tokens, and their (n,) targets."""
@@ -217,71 +240,39 @@ class SpeechLLM(nn.Module):
         hidden = self.hidden_states(rows)
         places: list[int] = []
         targets: list[int] = []
-        starts = (
-            rows.starts if isinstance(rows, Packed) else range(0, hidden.shape[0] * hidden.shape[1], hidden.shape[1])
-        )
-        for ids, start, span in zip(batch.text, starts, rows.spans.tolist(), strict=True):
-            first = start + span - 1  # the last prompt token predicts the first text token
+        for ids, start, length in zip(batch.text, rows.starts, rows.spans.tolist(), strict=True):
+            first = start + length - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
         chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
         return chosen, torch.tensor(targets, device=hidden.device)
 
     def hidden_states(self, rows: Assembled | Packed) -> Tensor:
-        """After the final norm, of the embeddings' shape."""
-        call = {"inputs_embeds": rows.embeddings, "use_cache": False}
-        call |= {"position_ids": rows.positions} if isinstance(rows, Packed) else {"attention_mask": rows.mask}
+        """States after the final norm, of the embeddings' shape."""
         if self.probe is None:
-            return self.decoder.model(**call).last_hidden_state
+            return self.decoder.model(**rows.decoder_inputs(), use_cache=False).last_hidden_state
         with self.probe.spans(rows.spans):
-            return self.decoder.model(**call).last_hidden_state
+            return self.decoder.model(**rows.decoder_inputs(), use_cache=False).last_hidden_state
 
-    def span_tokens(self, batch: Batch) -> list[int]:
+    def prompt_lengths(self, batch: Batch) -> list[int]:
         """Number of prompt tokens of every utterance, known without a forward."""
         if batch.hollow:
             return []
+        frames = {name: [self._features(name, n) for n in rows.tolist()] for name, rows in batch.lengths.items()}
         return [
-            self._fixed(task) + sum(self._tokens(m, self._features(m, int(batch.lengths[m][b]))) for m in TASKS[task])
+            self.layout.prompt_length(task, {name: frames[name][b] for name in TASKS[task]})
             for b, task in enumerate(batch.tasks)
         ]
 
-    def refuse(self, frames: Mapping[str, int], tokens: int) -> str:
-        """Why an utterance of so many encoder frames by stream and text tokens cannot be used, or ""."""
-        for name, count in frames.items():
-            if self._tokens(name, count) < 1:
-                return f"is shorter than one token at model.{name}.compression.rate = {self._rate(name)}"
-        speech = sum(self._tokens(name, count) for name, count in frames.items())
-        if tokens + 1 > self.max_positions - self._fixed(self.config.task) - speech:
-            return f"and its transcript of {tokens} tokens do not fit the model's {self.max_positions} positions"
-        return ""
-
     def _features(self, name: str, rows: int) -> int:
-        """Features of an input of so many rows."""
+        """Number of features of an encoder input of so many rows."""
         return self._counts[name](rows) if name in self._counts else rows
 
-    def _rate(self, name: str) -> int:
-        return self.config.streams[name].compression.rate
-
-    def _tokens(self, name: str, frames: int) -> int:
-        return compressed_length(frames, self._rate(name))
-
-    def _fixed(self, task: str) -> int:
-        """BOS, delimiters and prompt."""
-        return 1 + len(self.prompts[task]) + 2 * sum(name in self._delimiter_of for name in TASKS[task])
-
-    def _framed(self, name: str, tokens: Tensor) -> list[Tensor]:
-        """A stream's tokens between its delimiters."""
-        if self.delimiters is None:
-            return [tokens]
-        first = self._delimiter_of[name]
-        opening, closing = self.delimiters[first : first + 2].to(tokens.dtype).split(1)
-        return [opening, tokens, closing]
-
     def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
-        """Projected tokens of every utterance; none where its task lacks the stream.
+        """Speech tokens (n_b, C) of every utterance; none if its task lacks the stream.
 
-        Where the whole batch lacks it, what is trained runs all the same, since the ranks gather weights (ZeRO-3) and
-        reduce gradients together: each needs a gradient of every parameter, be it zero.
+        Trained modules run even if the whole batch lacks the stream, since all ranks gather weights (ZeRO-3) and reduce
+        gradients together: each needs a gradient of every parameter, if only a zero.
         """
         dtype = next(self.projectors[name].parameters()).dtype
         compression = self.config.streams[name].compression
@@ -294,14 +285,14 @@ class SpeechLLM(nn.Module):
         for row, utterance, task, length in zip(
             tokens, batch.utterances, batch.tasks, batch.lengths[name].tolist(), strict=True
         ):
-            count = self._tokens(name, self._features(name, length))
+            count = self.layout.speech_tokens(name, self._features(name, length))
             if count < 1 and name in TASKS[task]:
                 raise UserError(f"{utterance.where}: {utterance.id!r} is shorter than one token at this rate")
             rows.append(row[:count])
         return rows
 
     def _encode(self, name: str, batch: Batch, device: torch.device) -> Tensor:
-        """(B, T, D) features: as they came, or by the stream's encoder."""
+        """(B, T, D) features: as given, or computed by the stream's encoder."""
         inputs, lengths = batch.features[name].to(device), batch.lengths[name].to(device)
         if name not in self._counts:
             return inputs
@@ -309,7 +300,7 @@ class SpeechLLM(nn.Module):
         present = lengths > 0  # an utterance whose task lacks the stream is not encoded
         if name in self._frozen:
             with torch.no_grad():
-                rows = encoder(inputs[present], lengths[present]).half().float()  # as from the cache
+                rows = encoder(inputs[present], lengths[present]).half().float()  # rounded as in the cache
         else:
             rows = encoder(inputs[present], lengths[present])
         out = rows.new_zeros(len(lengths), *rows.shape[1:])
@@ -317,31 +308,12 @@ class SpeechLLM(nn.Module):
         return out
 
     def _blank(self, name: str, device: torch.device) -> Tensor:
-        """(1, T, D) features of nothing; by the stream's encoder where that is trained."""
+        """(1, T, D) features of a blank clip, computed by the stream's encoder if that is trained."""
         if name not in self.encoders:
             return torch.zeros(1, 0, self._widths[name], device=device)
         encoder: Any = self.encoders[name]
         inputs = encoder.prepare(_BLANK)[None].to(device)
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
-
-    def _names(self, task: str, counts: dict[str, int], text: list[int]) -> list[str]:
-        speech: list[str] = []
-        for name, count in counts.items():
-            tokens = [f"{name[0]}{i}" for i in range(count)]
-            speech += [f"<{name}>", *tokens, f"</{name}>"] if name in self._delimiter_of else tokens
-        prompt, written = ([self.tokenizer.decode([index]) for index in ids] for ids in (self.prompts[task], text))
-        return ["BOS", *prompt, *speech, *written] if self._prompt_first else ["BOS", *speech, *prompt, *written]
-
-
-def _prompt(config: ModelConfig, task: str) -> str:
-    return str(getattr(config.prompts, "audiovisual" if task == "fused" else task))
-
-
-def _pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
-    """Rows (S_b, C) and their spans (B,)."""
-    counts = [len(row) for row in rows]
-    positions = torch.cat([torch.arange(count, device=spans.device) for count in counts])
-    return Packed(torch.cat(list(rows))[None], positions[None], [0, *accumulate(counts[:-1])], spans)
 
 
 @contextmanager

@@ -24,3 +24,14 @@ def spin_briefly() -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def settled_precision(precision: str) -> str:
+    """``training.precision`` as "fp32" or "bf16": "auto" is bf16 where the device multiplies it fast."""
+    import torch  # not before spin_briefly
+
+    if precision != "auto":
+        return precision
+    capabilities = torch.cpu.get_capabilities()
+    fast = torch.cuda.is_available() or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if fast else "fp32"

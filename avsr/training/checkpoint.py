@@ -1,8 +1,8 @@
-"""Checkpoints: adapter, projector and delimiters as safetensors with their config, and what a resume needs.
+"""Checkpoints: adapter, projector and delimiter tokens as safetensors with their config, and what a resume needs.
 
-``checkpoints/last`` also holds the optimizer's state and the generators'; ``checkpoints/previous`` is the one before.
-``checkpoints/best``, the ``training.keep_last`` newest and the ``training.keep_best`` best ``checkpoints/step-NNNNNN``
-are for use alone. Every folder has the SHA-256 of its files.
+``checkpoints/last`` also holds the state of the optimizer and of the random generators; ``checkpoints/previous`` is the
+one before. ``checkpoints/best``, the ``training.keep_last`` newest and the ``training.keep_best`` best
+``checkpoints/step-NNNNNN`` hold weights only. Every folder has the SHA-256 of its files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GENERATORS = "generators.safetensors"
 
 @dataclass
 class Progress:
-    """Where training stands: finished steps, the epoch and its next step, the best validation loss."""
+    """How far training is: finished steps, the epoch and its next step, the best validation loss."""
 
     step: int = 0
     epoch: int = 0
@@ -45,7 +45,7 @@ class Progress:
 
 
 def gather_state(engine: Any) -> dict[str, Tensor]:
-    """The checkpoint's tensors on CPU, those that are trained from their float32 masters. All ranks call it."""
+    """The checkpoint's tensors on CPU, trained ones from their float32 masters. Collective: all ranks call it."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     masters = optimizer_state.masters(engine)
@@ -60,10 +60,10 @@ def gather_state(engine: Any) -> dict[str, Tensor]:
 
 
 def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> str:
-    """Writes ``checkpoints/last``, when ``best`` ``checkpoints/best``, and with ``training.keep_last`` or
-    ``keep_best`` ``checkpoints/step-NNNNNN``, of which others go. All ranks call it.
+    """Writes ``checkpoints/last``; if ``best``, ``checkpoints/best``; and with ``training.keep_last`` or ``keep_best``
+    ``checkpoints/step-NNNNNN``, deleting those that no longer count. Collective: all ranks call it.
 
-    Each folder is written beside and then renamed, so that an interrupted save leaves the old one.
+    Each folder is written under a temporary name and then renamed, so an interrupted save leaves the old one intact.
 
     Returns:
         What failed, the same on every rank, or "".
@@ -76,7 +76,7 @@ def save(engine: Any, config: Config, progress: Progress, *, best: bool) -> str:
         folder = Path(config.run) / "checkpoints"
         record = {**asdict(progress), **_engine_record(engine, config, kept)}
         try:
-            if best:  # before "last", which says that this was the best
+            if best:  # before "last", whose state says that this step was the best
                 publish(folder / "best", state, config, asdict(progress))
             _keep_steps(folder, state, config, progress)
             part = folders.part_of(folder / "last")
@@ -136,13 +136,13 @@ def _gather_generators() -> dict[str, Tensor]:
 
 
 def publish(folder: Path, state: dict[str, Tensor], config: Config, record: Mapping[str, Any]) -> None:
-    """Writes a checkpoint without optimizer state at once: never is there half of one under the name of ``folder``.
+    """Writes a checkpoint without optimizer state atomically: ``folder`` never holds half of one.
 
     Args:
         folder: an earlier one is replaced.
         state: the tensors of :meth:`SpeechLLM.own_state`, on CPU.
-        config: saved beside them.
-        record: what state.json says; ``step`` must be in it.
+        config: saved with them.
+        record: contents of state.json; must have ``step``.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.

@@ -26,13 +26,13 @@ from avsr.training import jit
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, kept quiet and told to use the CPU where there is no CUDA device."""
+    """Imports DeepSpeed with its logging reduced, on the CPU accelerator where there is no CUDA device."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime" is no news on a CPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports the missing CUDA runtime
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -48,10 +48,10 @@ def start_distributed() -> tuple[int, int]:
     """Joins the launcher's process group, or makes one of a single process. Returns (rank, world size)."""
     deepspeed = import_deepspeed()
     if deepspeed.get_accelerator().device_name() == "cpu":
-        # An all-reduce for inference that no training calls; DeepSpeed would compile it at every first start on a CPU.
-        # This table of its own says what can be compiled here, and edits to it are meant to last.
+        # An all-reduce for inference that training never calls; DeepSpeed would compile it at every first start on a
+        # CPU. Its table of compatible ops is read before compiling.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed compiles with ninja, which lies beside this python and may not be on PATH
+    # DeepSpeed compiles with ninja, which is installed next to this interpreter and may not be on PATH
     beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if not path.startswith(beside):
         os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
@@ -73,7 +73,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """Our DeepSpeed config, or the user's JSON with what the recipe decides filled in.
+    """The recipe's DeepSpeed config, or the user's JSON completed with what the recipe decides.
 
     Raises:
         UserError: unreadable JSON, fp16, or a value that contradicts the recipe.
@@ -84,7 +84,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "gradient_clipping": training.clip,
         "bf16": {"enabled": training.precision == "bf16"},
     }
-    # batches have a frame budget, not a size; and our own log is enough
+    # batches have a frame budget instead of a size; steps are logged by MetricsLogger
     fixed = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 30}
     if config.deepspeed.config is None:
         return {**ours, **fixed, **_zero(config.deepspeed)}
@@ -110,14 +110,14 @@ def _zero(config: DeepSpeedConfig) -> dict[str, Any]:
         stage["offload_optimizer"] = host
     if config.offload_parameters:
         stage["offload_param"] = host
-    # torch's AdamW steps the few trained parameters on the host too; DeepSpeed's own would have to be built first
+    # torch's AdamW is fast enough for the few trained parameters on the host; DeepSpeed's would have to be compiled
     return {"zero_optimization": stage, "zero_force_ds_cpu_optimizer": False}
 
 
 @contextmanager
 def partitioned_loading(config: Config) -> Iterator[None]:
-    """Under ZeRO-3 a model that transformers loads inside is partitioned weight by weight as its file is read, so that
-    no rank ever holds all of it; else nothing."""
+    """Under ZeRO-3, a model that transformers loads inside this context is partitioned weight by weight as its file is
+    read, so no rank ever holds all of it. Does nothing on other stages."""
     settings = deepspeed_config(config)
     if settings["zero_optimization"].get("stage") != 3:
         yield
@@ -125,7 +125,7 @@ def partitioned_loading(config: Config) -> Iterator[None]:
     import_deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
 
-    known = HfDeepSpeedConfig(settings)  # transformers finds it for as long as someone holds it
+    known = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference to it
     yield
     del known
 
@@ -147,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _settle(key: str, given: Any, value: Any, path: Path) -> Any:
-    """The recipe's ``value``; a group keeps the user's other keys. "auto" and equal values agree with it."""
+    """The recipe's ``value`` if the user's JSON agrees: "auto" or an equal value. Of a group, other keys are kept."""
     if isinstance(value, dict):
         own = given if isinstance(given, dict) else {}
         return {
@@ -168,7 +168,7 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     settings = deepspeed_config(config)
     _gather_whole(model)
     parameters = list(model.trainable().values())
-    # DeepSpeed's own bucket has room for 500 million gradients, 1 to 2 GB that so few would never fill
+    # DeepSpeed's default bucket holds 500 million gradients, 1 to 2 GB that so few parameters would never fill
     count = sum(parameter.numel() for parameter in parameters)
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         settings["zero_optimization"].setdefault(bucket, max(count, 1))
@@ -192,8 +192,8 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
 
 
 def _gather_whole(model: SpeechLLM) -> None:
-    """Under ZeRO-3 a visual front end gathers all its weights once a call. Its parts are called once a chunk of frames,
-    and ranks with unlike numbers of frames would gather unlike numbers of times."""
+    """Makes a visual front end gather all its weights once per call under ZeRO-3. Its submodules are called once per
+    chunk of frames, so ranks with different numbers of frames would otherwise gather different numbers of times."""
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
@@ -202,7 +202,7 @@ def _gather_whole(model: SpeechLLM) -> None:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; biases and norms are not decayed."""
+    """AdamW, without weight decay on biases and norms."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

@@ -1,5 +1,4 @@
-"""What can go wrong in the middle of a training: clips that are gone, numbers that are not finite, memory, loader
-processes."""
+"""Faults during training: vanished clips, nonfinite losses or gradients, lack of memory, dead loader processes."""
 
 from __future__ import annotations
 
@@ -26,17 +25,17 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class Nonfinite:
-    """Counts the steps of a run that were skipped because their loss or gradient was not finite, and writes what was
-    in them to ``nonfinite.jsonl``; after ``most`` of them training ends."""
+    """Counts the steps of a run that were skipped because their loss or gradient was not finite, and writes their
+    utterances to ``nonfinite.jsonl``; after more than ``most`` of them training ends."""
 
     def __init__(self, run: Path, most: int) -> None:
         self._path, self._most = run / "nonfinite.jsonl", most
 
     def add(self, progress: Progress, row: dict[str, Any], batches: Sequence[Batch], sums: Tensor) -> None:
-        """All ranks call it. ``row`` is marked as skipped, ``sums`` are this rank's own.
+        """Collective. Marks ``row`` as skipped; ``sums`` are those of this rank.
 
         Raises:
-            UserError: it was one step too many.
+            UserError: more than ``training.skip_nonfinite`` steps were skipped.
         """
         ids = [utterance.id for batch in batches for utterance in batch.utterances]
         own = {"rank": dist.get_rank(), "finite": bool(sums.isfinite().all()), "utterances": ids}
@@ -44,7 +43,7 @@ class Nonfinite:
         dist.all_gather_object(parts, own)
         row["skipped"] = True
         progress.skipped += 1
-        # a gradient alone, of a finite loss, cannot be said to be of one rank
+        # a nonfinite gradient of a finite loss cannot be attributed to one rank
         guilty = [part for part in parts if not part["finite"]] or parts
         names = ", ".join(name for part in guilty for name in part["utterances"]) or "none, all its clips are lost"
         if dist.get_rank() == 0:
@@ -58,14 +57,14 @@ class Nonfinite:
 
 
 class LostClips:
-    """Names every utterance that a run lost since it began, once each: in a warning and as a line of ``lost.jsonl``."""
+    """Reports every utterance that a run has lost once: in a warning and as a line of ``lost.jsonl``."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / "lost.jsonl"
         self._known: set[str] = set()
 
     def add(self, step: int, lost: Sequence[Lost]) -> None:
-        """All ranks call it, each with its own, as soon as one of them has lost an utterance."""
+        """Collective: every rank calls it with its own as soon as any has lost an utterance."""
         own = [(item.utterance.id, item.utterance.where, item.reason) for item in lost]
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
@@ -78,7 +77,7 @@ class LostClips:
                 continue
             self._known.add(place)
             logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", name, step, reason)
-            if f'"where": {json.dumps(place)}' not in written:  # by an earlier start
+            if f'"where": {json.dumps(place)}' not in written:  # by an earlier run of this folder
                 _append(self._path, {"step": step, "id": name, "where": place, "reason": reason})
 
 
@@ -91,15 +90,16 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 @contextmanager
 def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]:
-    """Turns an end by lack of memory or by a dead loader process into a message that says what to do."""
+    """Turns out-of-memory errors and dead loader processes into messages that say what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise UserError(
-                f"a loader process died at step {progress.step} ({text.splitlines()[0]}): mostly the kernel ended it "
-                f"for want of memory; set data.workers lower than {config.data.workers}, then continue with resume=true"
+                f"a loader process died at step {progress.step} ({text.splitlines()[0]}): most often the kernel killed "
+                f"it for lack of memory; set data.workers lower than {config.data.workers}, then continue with "
+                "resume=true"
             ) from error
         lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
         if not lacking:

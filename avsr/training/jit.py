@@ -1,5 +1,5 @@
-"""DeepSpeed's compiled ops. A training needs none, unless the user's DeepSpeed JSON asks for one (CPU Adam, FusedAdam):
-then it is compiled at its first use, by one process while the others wait for a lock file of torch's."""
+"""DeepSpeed's compiled ops. Training needs none unless the user's DeepSpeed JSON asks for one (CPU Adam, FusedAdam): it
+is then compiled at first use by one process, while the others wait for torch's lock file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from avsr.runtime.locks import now_in
 
 logger = logging.getLogger("avsr")
 _FOLDER = "TORCH_EXTENSIONS_DIR"
-_QUIET = 600.0  # seconds without a new file after which a build of an unknown host counts as dead
+_QUIET = 600.0  # seconds without a new file after which a build on an unknown host counts as dead
 
 
 def supervise(builder: Any) -> None:
-    """Gives the ops of ``builder``, DeepSpeed's OpBuilder, a folder of their own, checks before each what it needs, and
-    says what takes so long.
+    """Gives the ops of ``builder``, DeepSpeed's OpBuilder, their own build folder, checks for compiler and ninja before
+    each build, and logs that a build takes time.
 
-    torch's default folder is shared by all environments and hosts, whose builds do not fit one another: DeepSpeed
-    compiles for the processor of the host. A folder that the user set stays.
+    torch's default folder is shared by all environments and hosts, whose builds are not interchangeable: DeepSpeed
+    compiles for the host's processor. A folder set by the user is kept.
     """
     os.environ.setdefault(_FOLDER, str(own_folder()))
     compile_op = builder.jit_load
@@ -48,13 +48,13 @@ def supervise(builder: Any) -> None:
 
 
 def own_folder() -> Path:
-    """Of this environment on this host."""
+    """The build folder of this environment on this host."""
     versions = torch.__version__, importlib.metadata.version("deepspeed"), sys.version, sys.prefix, platform.node()
     return cache_folder() / "torch_extensions" / hashlib.sha256(" ".join(versions).encode()).hexdigest()[:16]
 
 
 def make_ready(name: str) -> None:
-    """Before the op ``name`` is compiled or loaded.
+    """Called before the op ``name`` is compiled or loaded.
 
     Raises:
         UserError: there is no compiler, or no ninja.
@@ -75,11 +75,12 @@ def make_ready(name: str) -> None:
 
 
 def remove_stale(lock: Path, *, local: bool) -> None:
-    """Removes torch's lock of a build whose process is gone: the others would wait for it for ever.
+    """Removes torch's lock of a build whose process has died: others would wait for it forever.
 
     Args:
         lock: the file; its holder keeps it open.
-        local: whether only processes of this host can hold it. Else nothing in its folder may have changed for a while.
+        local: whether only processes of this host can hold it. Otherwise nothing in its folder may have changed for a
+            while.
     """
     first = _identity(lock)
     if first is None or _is_open(lock):
@@ -88,7 +89,7 @@ def remove_stale(lock: Path, *, local: bool) -> None:
         return
     time.sleep(1.0)  # a holder closes the file before it removes it
     if _identity(lock) == first and not _is_open(lock):
-        logger.warning("%s was left behind by a process that is gone: removed", lock)
+        logger.warning("%s was left behind by a process that no longer exists: removed", lock)
         lock.unlink(missing_ok=True)
 
 
@@ -108,7 +109,7 @@ def _changed(path: Path) -> float:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether a process of this host that can be looked into has the file open."""
+    """Whether a process of this host has the file open, as far as /proc shows."""
     identity = _identity(path)
     for process in os.listdir("/proc") if os.path.isdir("/proc") else []:
         with suppress(OSError):

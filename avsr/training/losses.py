@@ -15,25 +15,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avsr.data.batches import Batch
-from avsr.models.speech_llm import Terms
 
 
 @dataclass(frozen=True)
 class Counts:
     """Denominators of one optimizer step over all its micro-batches and ranks."""
 
-    labels: int  # text and end tokens; 0 where every clip of the step was lost
-    span: int  # prompt tokens behind BOS
+    labels: int  # text and end tokens; 0 if every clip of the step was lost
+    decorrelated: int  # prompt tokens after BOS, which the decorrelation loss is a mean over
     parts: int  # ranks x accumulation steps
     lost: int = 0  # utterances whose clips could not be read
 
 
-def local_span(spans: Sequence[int]) -> int:
-    return sum(max(span - 1, 0) for span in spans)
+def decorrelated_tokens(prompt_lengths: Sequence[int]) -> int:
+    """Tokens of one micro-batch that the decorrelation loss is a mean over: its prompts without BOS."""
+    return sum(max(length - 1, 0) for length in prompt_lengths)
 
 
 def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """The sum over ranks of every value."""
+    """Every value summed over ranks."""
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -41,26 +41,38 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def all_max(value: float, device: torch.device) -> float:
-    """The largest over ranks."""
+    """The maximum over ranks."""
     largest = torch.tensor(value, dtype=torch.float64, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 
 
-def count_step(batches: Sequence[Batch], spans: Sequence[Sequence[int]], device: torch.device) -> Counts:
-    """All-reduced counts of one step's micro-batches of this rank."""
-    own = [sum(b.label_tokens for b in batches), sum(local_span(s) for s in spans), sum(len(b.lost) for b in batches)]
-    labels, span, lost = map(int, all_sum(own, device))
+def count_step(batches: Sequence[Batch], prompt_lengths: Sequence[Sequence[int]], device: torch.device) -> Counts:
+    """All-reduced counts of one step, from this rank's micro-batches and the prompt lengths in each."""
+    labels = sum(batch.label_tokens for batch in batches)
+    lost = sum(len(batch.lost) for batch in batches)
+    own = [labels, sum(map(decorrelated_tokens, prompt_lengths)), lost]
+    labels, decorrelated, lost = map(int, all_sum(own, device))
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return Counts(labels, span, world * len(batches), lost)
+    return Counts(labels, decorrelated, world * len(batches), lost)
 
 
-def scaled(terms: Terms, spans: Sequence[int], counts: Counts) -> tuple[Tensor, Tensor | None]:
-    """(cross entropy, decorrelation) of one micro-batch, scaled so that DeepSpeed's averages are global ones. An
-    average over no label at all is NaN, so that such a step is skipped like any that is not finite."""
-    cross_entropy = terms.cross_entropy * (counts.parts / (counts.labels or math.nan))
-    if terms.decorrelation is None:
+def scaled(
+    cross_entropy: Tensor, decorrelation: Tensor | None, prompt_lengths: Sequence[int], counts: Counts
+) -> tuple[Tensor, Tensor | None]:
+    """Both terms of one micro-batch, scaled so that DeepSpeed's averages are global ones.
+
+    An average over no label at all is NaN, so that such a step is skipped like any other that is not finite.
+
+    Args:
+        cross_entropy: scalar, the sum over the micro-batch's labels.
+        decorrelation: scalar, the mean over its prompt tokens after BOS, or None.
+        prompt_lengths: of its rows.
+        counts: of the step.
+    """
+    cross_entropy = cross_entropy * (counts.parts / (counts.labels or math.nan))
+    if decorrelation is None:
         return cross_entropy, None
-    share = local_span(spans) * counts.parts / max(counts.span, 1)
-    return cross_entropy, terms.decorrelation * share
+    share = decorrelated_tokens(prompt_lengths) * counts.parts / max(counts.decorrelated, 1)
+    return cross_entropy, decorrelation * share

@@ -1,4 +1,4 @@
-"""What the memory of a training is made of: measured by part."""
+"""Memory of a training process, measured by part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from avsr.training.optimizer_state import base_optimizer
 
 
 def measured(engine: Any) -> dict[str, int]:
-    """Bytes that this rank holds, by part; "activations and the rest" is what the peak has above them."""
+    """Bytes that this rank holds, by part; "activations and the rest" is the difference to the peak."""
     frozen, trained = 0, 0
     for parameter in engine.module.parameters():
         size = _bytes(getattr(parameter, "ds_tensor", parameter))
@@ -24,7 +24,7 @@ def measured(engine: Any) -> dict[str, int]:
             frozen += size
     seen: dict[int, int] = {}
     base = base_optimizer(engine)
-    # ZeRO-3 leaves the masters out of the groups between steps; their states are filed under them
+    # between steps ZeRO-3 removes the masters from the groups, but they remain the keys of the state
     holders = [holder for group in base.param_groups for holder in group["params"]] + list(base.state)
     for holder in holders:
         for value in (holder, *base.state.get(holder, {}).values()):
@@ -38,7 +38,7 @@ def measured(engine: Any) -> dict[str, int]:
 
 
 def device_memory() -> float:
-    """Bytes that this process may fill: the device's, or what is available on the host with what it already has."""
+    """Bytes that this process may use: the device's, or the host's available memory plus what the process holds."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl`` always, TensorBoard and W&B by config."""
+"""Metrics of a run: ``metrics.jsonl`` always, TensorBoard and W&B by config."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger("avsr")
 DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``
 
 
-class MetricsLog:
-    """Appends one JSON object a step; on ``resume_at`` drops the lines of later steps."""
+class MetricsLogger:
+    """Appends one JSON object per step; with ``resume_at``, first drops the rows of later steps."""
 
     def __init__(self, run: Path, config: LogConfig, *, resume_at: int | None = None) -> None:
         self._path = run / "metrics.jsonl"
@@ -36,7 +36,7 @@ class MetricsLog:
             kept = [line for line, row in rows if row["step"] <= resume_at]
             _replace(self._path, "".join(line + "\n" for line in kept))
         self._unwritten: list[str] = []
-        self._sinks: dict[str, Any] = {}
+        self._writers: dict[str, Any] = {}
         if config.tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(run / "tensorboard"))
         if config.wandb:
@@ -47,8 +47,8 @@ class MetricsLog:
             self._start("W&B", lambda: _Wandb(str(config.wandb), run))
 
     def write(self, row: dict[str, Any]) -> None:
-        """``row`` holds ``step`` and numbers, null where one is not finite; others are written to the file alone. What
-        a full disk does not take is kept and written with a later row."""
+        """Writes ``step`` and the numbers of ``row``, null where not finite; other values go to the file only. Rows
+        that a full disk refuses are kept and written with a later one."""
         row = {key: _finite(value) for key, value in row.items()}
         self._unwritten.append(json.dumps(row) + "\n")
         try:
@@ -57,34 +57,34 @@ class MetricsLog:
         except OSError as error:
             logger.error("cannot write %s: %s; its rows are kept for later", self._path, error)
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        for name, sink in list(self._sinks.items()):
+        for name, writer in list(self._writers.items()):
             with self._spared(name):
-                sink.write(numbers, row["step"])
+                writer.write(numbers, row["step"])
 
     def close(self) -> None:
-        for name, sink in list(self._sinks.items()):
+        for name, writer in list(self._writers.items()):
             with self._spared(name):
-                sink.close()
-        self._sinks.clear()
+                writer.close()
+        self._writers.clear()
 
     def _start(self, name: str, make: Callable[[], Any]) -> None:
         with self._spared(name):
-            self._sinks[name] = make()
+            self._writers[name] = make()
 
     @contextmanager
     def _spared(self, name: str) -> Iterator[None]:
-        """A sink that fails, of whatever it be, is named once and gets no more: training goes on."""
+        """A writer that fails, for whatever reason, is reported once and dropped: training continues."""
         try:
             yield
         except Exception as error:
-            self._sinks.pop(name, None)
+            self._writers.pop(name, None)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("%s gets no more of the metrics, which are all in %s: %s", name, self._path, reason)
 
 
 class _TensorBoard:
-    """An event file, written at once: torch's SummaryWriter does it in a thread, which dies of a full disk with a
-    traceback of its own."""
+    """An event file, written synchronously: torch's SummaryWriter uses a thread, which a full disk kills with a
+    traceback."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class _TensorBoard:
         self._add(step=step, summary={"value": values})
 
     def close(self) -> None:
-        """Everything is written."""
+        """Nothing to do: every event is written at once."""
 
     def _add(self, **event: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -126,10 +126,10 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.jsonl``, none when it has no such file.
+    """The rows of a run's ``metrics.jsonl``; none if there is no such file.
 
     Raises:
-        UserError: a line is not what :class:`MetricsLog` writes.
+        UserError: a line is not what :class:`MetricsLogger` writes.
     """
     path = run / "metrics.jsonl"
     if not os.path.isfile(path):
@@ -160,12 +160,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _whole(path: Path) -> list[str]:
-    """The lines of ``path`` without a last one that a full disk or a kill cut short."""
+    """The complete lines of ``path``: a full disk or a kill may have cut the last one short."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def peak_memory_mb() -> float:
-    """Largest memory of this process so far: resident on CPU, allocated on the CUDA device."""
+    """Peak memory of this process in MiB: resident on CPU, allocated on a CUDA device."""
     import resource
 
     import torch

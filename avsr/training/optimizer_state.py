@@ -1,8 +1,8 @@
-"""The optimizer's state by parameter, whatever ZeRO stage and number of ranks keep it in pieces.
+"""The optimizer's state by parameter name, independent of ZeRO stage and number of ranks.
 
-DeepSpeed flattens the trained parameters into float32 partitions, one or more a rank, and the optimizer keeps its state
-for these. Here it is put together by the parameters' names, so that another stage, another number of ranks and plain
-PyTorch can take it apart again; and nothing is pickled.
+DeepSpeed flattens the trained parameters into float32 partitions, one or more per rank, for which the optimizer keeps
+its state. Here the state is assembled by parameter name, so it can be loaded on another stage, another number of ranks
+or in plain PyTorch; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from avsr.errors import UserError
 
 @dataclass(frozen=True)
 class _Piece:
-    """The part of a trained parameter whose float32 value and state this rank keeps: ``count`` elements from
-    ``start`` of the flattened parameter on lie in ``holder`` from ``offset`` on. ``shared``: all ranks have it."""
+    """The part of a trained parameter whose float32 value and state this rank keeps: elements ``start`` to
+    ``start + count`` of the flattened parameter are at ``offset`` in ``holder``. ``shared``: all ranks have it."""
 
     holder: Tensor
     offset: int
@@ -46,7 +46,7 @@ class OptimizerState:
 
 
 def gather(engine: Any) -> OptimizerState:
-    """The whole state. All ranks call it; the result is that of rank 0, elsewhere it is empty."""
+    """The whole state. Collective; rank 0 gets the result, the others an empty one."""
     base = base_optimizer(engine)
     found: dict[str, float | None] = {}  # None: a tensor of the parameter's size
     for _, _, piece in _pieces(engine):
@@ -68,13 +68,13 @@ def gather(engine: Any) -> OptimizerState:
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
-    """The float32 values of all trained parameters, flat, on CPU. All ranks call it."""
+    """The float32 values of all trained parameters, flat, on CPU. Collective."""
     return {name: whole.cpu() for name, whole in _assemble(engine, lambda piece: piece.holder)}
 
 
 @torch.no_grad()
 def _assemble(engine: Any, part: Callable[[_Piece], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole) of every trained parameter, float32 and flat, put together from what ``part`` says of pieces."""
+    """(name, tensor) of every trained parameter, float32 and flat, assembled from ``part`` of each piece."""
     for name, parameter, piece in _pieces(engine):
         whole = torch.zeros(_size(parameter), dtype=torch.float32, device=engine.device)
         kept = None if piece is None else part(piece)
@@ -87,10 +87,10 @@ def _assemble(engine: Any, part: Callable[[_Piece], Tensor | None]) -> Iterator[
 
 @torch.no_grad()
 def scatter(engine: Any, state: OptimizerState, weights: dict[str, Tensor]) -> None:
-    """Gives every rank its pieces of ``state``, and of the float32 ``weights`` by parameter, of any shape.
+    """Copies this rank's pieces of ``state``, and of the float32 ``weights`` by parameter, of any shape.
 
     Raises:
-        UserError: a parameter has no state, or of another size.
+        UserError: a parameter has no state, or one of another size.
     """
     base = base_optimizer(engine)
     keys = sorted({name.partition("/")[0] for name in state.tensors})
@@ -109,7 +109,7 @@ def scatter(engine: Any, state: OptimizerState, weights: dict[str, Tensor]) -> N
                 kept[key] = torch.zeros_like(piece.holder, dtype=torch.float32)
             piece.of(kept[key]).copy_(state.tensors[f"{key}/{name}"][own])
         for key, number in state.scalars.items():
-            # torch's optimizers count steps in tensors, DeepSpeed's own in integers
+            # torch's optimizers count steps in tensors, DeepSpeed's in integers
             kept[key] = torch.tensor(number) if type(base).__module__.startswith("torch.") else int(number)
 
 
@@ -119,7 +119,7 @@ def _kept(base: Any, key: str, piece: _Piece) -> Tensor | None:
 
 
 def base_optimizer(engine: Any) -> Any:
-    """The optimizer that holds the state, out of DeepSpeed's wrapper."""
+    """The optimizer that holds the state, unwrapped from DeepSpeed's."""
     wrapper = engine.optimizer
     return getattr(wrapper, "optimizer", wrapper)
 
@@ -129,7 +129,7 @@ def _size(parameter: Any) -> int:
 
 
 def _pieces(engine: Any) -> Iterator[tuple[str, Any, _Piece | None]]:
-    """(name, parameter, this rank's piece) of every trained parameter; None where others have all of it."""
+    """(name, parameter, this rank's piece) of every trained parameter; None if other ranks have all of it."""
     wrapper = engine.optimizer
     for name, parameter in engine.module.trainable().items():
         if hasattr(parameter, "ds_id"):

@@ -1,5 +1,5 @@
-"""What makes a training smaller or faster and changes no result beyond rounding: activation checkpointing, Liger's
-kernels, torch.compile, and how the cross entropy is computed."""
+"""Options that save memory or time and change no result beyond rounding: activation checkpointing, Liger's kernels,
+torch.compile, and how the cross entropy is computed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from avsr.models.speech_llm import SpeechLLM
 from avsr.training.engine import deepspeed_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of the decoders whose parts Liger replaces
-# operators by torch's names; one that is not there in a release does no harm
-_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1}  # with the place of the left factor
+# operators by torch's names; those that a release does not have are never seen
+_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1}  # position of the left factor
 _ATTENTION = {
     *(f"flashsink::{name}" for name in ("attention", "received", "triton_attention", "triton_received")),
     *(f"aten::_scaled_dot_product_{name}" for name in ("flash_attention", "efficient_attention", "cudnn_attention")),
@@ -28,7 +28,7 @@ _ATTENTION = {
 
 
 def check(config: Config, device: torch.device) -> None:
-    """Before anything is loaded.
+    """Called before anything is loaded.
 
     Raises:
         UserError: an option cannot work on this device, with these packages or on this ZeRO stage.
@@ -58,15 +58,14 @@ def _need_liger(key: str, device: torch.device) -> None:
 
 
 def apply(model: SpeechLLM, config: Config) -> None:
-    """Before flashsink is attached, which takes over norms, Liger's too, and must find layers as they are to be."""
-    model.cross_entropy = config.loss.cross_entropy
+    """Called before flashsink is attached, which patches norms, Liger's too, and must find the final layers."""
     if config.training.kernels == "liger":
         use_liger(model.decoder)
     checkpoint_layers(model.decoder, config.training.gradient_checkpointing)
 
 
 def checkpoint_layers(decoder: Any, how: str) -> None:
-    """``training.gradient_checkpointing`` in the layers of a causal LM."""
+    """Applies ``training.gradient_checkpointing`` to the layers of a causal LM."""
     if how == "false":
         return
     contexts = {"context_fn": selective(decoder.config)} if how == "selective" else {}
@@ -74,11 +73,11 @@ def checkpoint_layers(decoder: Any, how: str) -> None:
 
 
 def use_liger(decoder: Any) -> None:
-    """Liger's rotary embedding, SwiGLU and RMSNorm in this causal LM. Its rotary embedding is patched into the module
-    of transformers and serves every model of the family in this process.
+    """Applies Liger's rotary embedding, SwiGLU and RMSNorm to this causal LM. The rotary embedding is patched into
+    transformers' module and affects every model of the family in this process.
 
     Raises:
-        UserError: another family of models.
+        UserError: a family that Liger does not know.
     """
     family = decoder.config.model_type
     if family not in FAMILIES:
@@ -86,18 +85,18 @@ def use_liger(decoder: Any) -> None:
             f"training.kernels: liger is for {', '.join(FAMILIES)}, the model is a {family}; set it to plain"
         )
     liger = importlib.import_module("liger_kernel.transformers")
-    # the loss is ours to choose: SpeechLLM never calls the causal LM's own forward
+    # SpeechLLM never calls the causal LM's forward, whose loss Liger would replace
     liger._apply_liger_kernel_to_instance(
         model=decoder, rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False
     )
 
 
 def selective(config: Any) -> Callable[[], Any]:
-    """The contexts of a checkpoint that keeps what is dear: attention's results and the products of the layer's own
-    matrices. Norms, rotary embedding, SwiGLU and the adapters' thin products run again.
+    """Contexts of a checkpoint that saves what is expensive: attention's results and the products of the layer's own
+    matrices. Norms, rotary embedding, SwiGLU and the adapters' low-rank products are recomputed.
 
-    Of the last product, ``down_proj``, nothing is kept: no backward asks for its result, and the recomputation ends
-    before it. Products are told apart by their inner dimension: an adapter's second has its rank.
+    Of the last product, ``down_proj``, nothing is saved: no backward needs its result, and recomputation stops before
+    it. Products are told apart by their inner dimension: that of an adapter's second product is its rank.
 
     Args:
         config: the decoder's.
@@ -117,10 +116,12 @@ def selective(config: Any) -> Callable[[], Any]:
 
 
 def compile_parts(model: SpeechLLM, backend: str = "inductor") -> None:
-    """torch.compile of every layer's MLP and norms, one graph for all layers and, beyond one row, all shapes. After
-    flashsink is attached: its own norms and attention hold Python state of their layer, so a graph around them is
-    made anew for each layer, and for the whole decoder with every shape of a batch."""
+    """Compiles every layer's MLP and norms: one graph for all layers and, beyond one row, all shapes.
+
+    Called after flashsink is attached: its norms and attention hold Python state of their layer, so a graph around them
+    would be compiled for each layer, and a graph of the whole decoder for every shape of a batch.
+    """
     for layer in model.decoder.model.layers:
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            if "forward" not in part.__dict__:  # a patch, flashsink's
+            if "forward" not in part.__dict__:  # flashsink has patched it otherwise
                 part.compile(dynamic=True, backend=backend)

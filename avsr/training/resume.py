@@ -1,4 +1,4 @@
-"""How a run goes on where its last whole checkpoint left it, on as many ranks as there are now."""
+"""Resuming a run from its last intact checkpoint, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
 from avsr.training.optimizer_state import OptimizerState
 
 logger = logging.getLogger("avsr")
-# A resumed run may change these: where it lies, how it logs and decodes, and what does not change the steps
+# A resumed run may change these: its folder, logging and decoding, and what does not change the steps
 _FREE = (
     *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "data.on_bad", "training.keep_"),
-    *("noise.snr", "act."),  # of a later evaluation
+    *("noise.snr", "act."),  # used by evaluation only
     *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
     *("training.kernels", "training.compile", "loss.cross_entropy"),
-    "training.accumulation",  # its product with the number of ranks may not, see _check_parts
+    "training.accumulation",  # but not its product with the number of ranks, see _check_parts
 )
 
 
 _COUNTS = ("step", "epoch", "step_in_epoch", "clipped", "skipped", "ranks", "accumulation")
 _KEYS = {*_COUNTS, "best", "validation", "optimizer", "scheduler", "random"}
 FRAMES = "frames.json"
-_MOST = 2**53  # floats count no further
+_MOST = 2**53  # floats represent every integer up to here
 
 
 @dataclass(frozen=True)
 class Start:
-    """What to go on from: the weights must be in the model before the engine is made, the rest afterwards."""
+    """What to resume from. The weights are loaded before the engine is made, the rest afterwards."""
 
     folder: Path
     progress: Progress
@@ -54,10 +54,10 @@ class Start:
 
 
 def prepare_run(config: Config, ranks: int) -> str:
-    """Makes the run folder, or with ``resume`` finds the checkpoint to go on from. Rank 0 alone.
+    """Makes the run folder, or with ``resume`` finds the checkpoint to resume from. Called by rank 0 only.
 
     Returns:
-        The name of the newest whole checkpoint, or "" to begin with the first step.
+        The name of the newest intact checkpoint, or "" to begin with the first step.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is off, all its checkpoints are damaged, the config differs,
@@ -81,10 +81,12 @@ def prepare_run(config: Config, ranks: int) -> str:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (*run.glob("*.part"), *(run / "checkpoints").glob("*.part")):
-            if not part.name.startswith((LOCK, "average.")):  # of a process that may live; others were killed
+            if not part.name.startswith(
+                (LOCK, "average.")
+            ):  # these may belong to a live process; others were left by a killed one
                 folders.remove(part)
         if not config.resume:
-            (run / FRAMES).unlink(missing_ok=True)  # of a start that was refused
+            (run / FRAMES).unlink(missing_ok=True)  # left by a start that was refused
         _replace(saved, to_yaml(config))
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
@@ -92,7 +94,7 @@ def prepare_run(config: Config, ranks: int) -> str:
 
 
 def read_frames(run: Path) -> dict[str, dict[str, int]]:
-    """What :func:`write_frames` wrote when the run began; empty where it did not.
+    """What :func:`write_frames` wrote when the run began, or an empty dict.
 
     Raises:
         UserError: it is damaged.
@@ -113,8 +115,8 @@ def read_frames(run: Path) -> dict[str, dict[str, int]]:
 
 
 def write_frames(run: Path, frames: dict[str, dict[str, int]]) -> None:
-    """Keeps the utterances that a run begins with, in order, and their encoder frames: its batches follow from them,
-    and have to be the same ones when it goes on, whatever becomes of the clips."""
+    """Records the utterances that a run begins with, in order, and their encoder frames. They determine the batches,
+    which must be the same after a resume even if clips have vanished since."""
     try:
         _replace(run / FRAMES, json.dumps(frames))
     except OSError as error:
@@ -128,7 +130,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _newest(run: Path) -> str:
-    """ "last", or "previous" where that is damaged or missing, or "" where neither has been written."""
+    """ "last", or "previous" if that is damaged or missing, or "" if neither has been written."""
     found: list[str] = []
     for name in ("last", "previous"):
         folder = run / "checkpoints" / name
@@ -136,7 +138,7 @@ def _newest(run: Path) -> str:
             continue
         problem = folders.damage(folder)
         if not problem:
-            if found:  # or the next save would keep the damaged one as the one before
+            if found:  # or the next save would keep the damaged one as "previous"
                 folders.swap_in(run / "checkpoints" / "last", run / "checkpoints" / "last.damaged")
             return name
         found.append(problem)
@@ -158,7 +160,7 @@ def _check_parts(record: dict[str, Any], accumulation: int, ranks: int) -> None:
 
 
 def _holds_something(run: Path) -> bool:
-    """More than this function's caller leaves behind when a training is refused before its first step."""
+    """Whether ``run`` has more than :func:`prepare_run` leaves when training is refused before its first step."""
     known = {"config.yaml", FRAMES, LOCK, "checkpoints"}
     extra = [item for item in run.iterdir() if item.name not in known and item.suffix != ".part"]
     return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
@@ -174,7 +176,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _check_record(record: Any) -> None:
-    """Raises ValueError, TypeError or OverflowError: it is not what :func:`avsr.training.checkpoint.save` writes."""
+    """Raises ValueError, TypeError or OverflowError unless :func:`avsr.training.checkpoint.save` can have written
+    ``record``."""
     if not isinstance(record, dict) or not record.keys() >= _KEYS:
         raise ValueError("it is not that of a training")
     for key in _COUNTS:
@@ -195,11 +198,11 @@ def _check_record(record: Any) -> None:
 
 
 def _plain(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _MOST  # NaN too is none
+    return type(value) in (int, float) and abs(value) <= _MOST  # false for NaN too
 
 
 def _alike(saved: Any, own: Any) -> bool:
-    """Whether a value of the schedule's state can take the place of its own."""
+    """Whether a saved value of the schedule's state can replace its own."""
     if isinstance(own, list):
         return isinstance(saved, list) and len(saved) == len(own) and all(map(_alike, saved, own))
     return _plain(saved) if _plain(own) else type(saved) is type(own)
@@ -211,7 +214,7 @@ def _set_random(generator: Any, state: Any) -> None:
 
 
 def load_start(config: Config, name: str, model: SpeechLLM) -> Start | None:
-    """Loads the weights of the checkpoint ``name`` into ``model``; None without a name."""
+    """Loads the weights of the checkpoint ``name`` into ``model``; None if ``name`` is empty."""
     if not name:
         return None
     folder = Path(config.run) / "checkpoints" / name
@@ -222,10 +225,10 @@ def load_start(config: Config, name: str, model: SpeechLLM) -> Start | None:
 
 
 def load_engine(engine: Any, start: Start) -> None:
-    """Optimizer, schedule and generators. All ranks call it; they read the same folder.
+    """Restores optimizer, schedule and random generators. Collective; all ranks read the same folder.
 
     Raises:
-        UserError: the state is of another model or optimizer.
+        UserError: the state belongs to another model or optimizer.
     """
     record = start.record
     state = OptimizerState(_read(start.folder / OPTIMIZER), record["optimizer"])

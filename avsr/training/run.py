@@ -1,8 +1,8 @@
 """Training. One process: ``avsr train CONFIG [key=value ...]``; many, on one or more nodes:
 ``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
 
-The run folder then holds config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
-tensorboard/, where it has to lost.jsonl and nonfinite.jsonl, and while it is trained .lock.
+The run folder gets config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
+tensorboard/, if needed lost.jsonl and nonfinite.jsonl, and during training .lock.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
-from avsr.models.build import build_model, build_store, load_some_weights, pick_device, settle_precision
+from avsr.models.build import build_model, build_store, load_some_weights, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import locks
+from avsr.runtime.machine import settled_precision
 from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
@@ -42,7 +43,7 @@ def train(config: Config, prepare: Prepare | None = None) -> Path:
 
     Args:
         config: what to train.
-        prepare: called once with the model before the engine takes its parameters, in place of :func:`attach`.
+        prepare: called once with the model before the engine takes its parameters, instead of :func:`attach`.
 
     Raises:
         UserError: bad input.
@@ -56,12 +57,12 @@ def train(config: Config, prepare: Prepare | None = None) -> Path:
 
 
 def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack | None = None) -> Trainer:
-    """Everything up to the first step; the run folder is made, or with ``resume`` read.
+    """Does everything up to the first step; makes the run folder, or with ``resume`` reads it.
 
     Args:
         config: what to train.
         prepare: as in :func:`train`.
-        held: gets what has to last as long as the training: the watchdog, and rank 0's lock on the run folder.
+        held: receives what must last as long as training: the watchdog, and rank 0's lock on the run folder.
             Without it there is neither.
     """
     watchdog = Watchdog(config.training.timeout)
@@ -69,7 +70,7 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
         held.enter_context(watchdog)
     rank, world = start_distributed()
     watchdog.connect()
-    settle_precision(config)
+    config.training.precision = settled_precision(config.training.precision)  # once, for the saved config too
     device = pick_device()
     options.check(config, device)
     watchdog.enter("run folder", 0)
@@ -77,7 +78,7 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
     seed_everything(config.training.seed)
     watchdog.enter("model", 0)
     store = build_store(config, device, levels=config.augment.snr)
-    model, loaded = build_model(config, store, device, around=partitioned_loading(config))
+    model, loaded = build_model(config, store, device, around=partitioned_loading(config), training=True)
     if config.training.initial_weights and not checkpoint:
         load_some_weights(model, Path(config.training.initial_weights))
     watchdog.enter("manifests", 0)
@@ -101,7 +102,7 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
 
 
 def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tuple[str, dict[str, dict[str, int]]]:
-    """Rank 0 locks and makes the run folder. Returns the name of the checkpoint to go on from, or "", and what
+    """Locks and makes the run folder, on rank 0. Returns the name of the checkpoint to resume from, or "", and what
     :func:`avsr.training.resume.read_frames` found."""
     found: list[Any] = ["", "", {}]
     if rank == 0:
@@ -136,14 +137,14 @@ def _load_splits(
     tokenize: Callable[[str], list[int]],
     began: Mapping[str, Mapping[str, int]],
 ) -> tuple[SpeechDataset, SpeechDataset]:
-    """The sets to train on and to validate with; ``began`` is what the run had when it began, if it did."""
+    """The training and the validation set; ``began`` holds the frames of both when the run began, if it did."""
     settings = config.training
 
     def refuse(frames: dict[str, int], tokens: int) -> str:
         count = sum(frames.values())
         if count > settings.frames:
             return f"has {count} frames and does not fit training.frames = {settings.frames}"
-        return model.refuse(frames, tokens)
+        return model.layout.unusable(frames, tokens)
 
     def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
         title = f"read {name}"
@@ -158,25 +159,25 @@ def _load_splits(
 
 
 def attach(model: SpeechLLM, config: Config) -> None:
-    """flashsink for training: the decorrelation loss only when it counts, sinks only through its own attention."""
+    """Attaches flashsink for training: the decorrelation loss if it has a weight, sinks if flashsink computes the
+    attention."""
     model.attach(
         attention=config.model.llm.attention == "flashsink",
         decorrelation=config.loss.decorrelation > 0,
         activations=False,
         margin=config.loss.margin,
     )
-    model.packed = config.training.packed
 
 
 def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:
-    """:func:`train`, then stops the threads of the process group that it started, or the exit would abort."""
+    """:func:`train`, then destroys the process group that it started: its threads would abort the exit."""
     with process_group():
         return train(config, prepare)
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Ends the process group that is started inside."""
+    """Destroys the process group that is started inside this context."""
     own = not dist.is_initialized()
     try:
         yield
@@ -186,7 +187,7 @@ def process_group() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point under the ``deepspeed`` launcher."""
+    """Entry point for the ``deepspeed`` launcher."""
     parser = argparse.ArgumentParser(prog="avsr.train")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,4 +1,4 @@
-"""What a step is doing: told to the watchdog, to torch's profiler and, on CUDA, as NVTX ranges to Nsight."""
+"""Stages of a step, reported to the watchdog, torch's profiler and, on CUDA, to Nsight as NVTX ranges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from avsr.training.watchdog import Watchdog
 
 
 class Stages:
-    """Named parts of a step, one at a time."""
+    """Named stages of a step, one at a time."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog

@@ -1,4 +1,4 @@
-"""Gradients of both loss terms apart: how large each is, and whether they pull against each other."""
+"""Separate gradients of both loss terms: how large each is, and whether they oppose each other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from avsr.models.speech_llm import SpeechLLM
 
 
 class TermGradients:
-    """Gradients of both loss terms apart, over the micro-batches of one step.
+    """Separate gradients of both loss terms, accumulated over the micro-batches of one step.
 
-    A large lambda can starve the cross entropy: the norms, and the cosine between both, show it.
+    A large lambda can drown the cross entropy: the norms, and the cosine between both gradients, show it.
     """
 
     def __init__(self, model: SpeechLLM) -> None:
@@ -37,7 +37,7 @@ class TermGradients:
             self._sums[place] = flat if before is None else before + flat
 
     def norms(self, weight: float) -> dict[str, float]:
-        """Norms of the global gradients: of the cross entropy and of lambda x decorrelation."""
+        """Norms of the global gradients of the cross entropy and of lambda x decorrelation, and their cosine."""
         row = {}
         for total in self._sums:
             if total is not None and dist.get_world_size() > 1:

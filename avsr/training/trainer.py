@@ -25,8 +25,8 @@ from avsr.runtime.progress import ProgressBar
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
-from avsr.training.losses import Counts, all_max, all_sum, count_step, local_span, scaled
-from avsr.training.metrics import MetricsLog, peak_memory_mb
+from avsr.training.losses import Counts, all_max, all_sum, count_step, decorrelated_tokens, scaled
+from avsr.training.metrics import MetricsLogger, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
 from avsr.training.watchdog import Watchdog
@@ -53,9 +53,9 @@ class Trainer:
         self.progress = progress
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = self.model.device
-        self._stop = 0  # the signal that asked for it
-        self._asked = -math.inf  # when Ctrl-C last did
-        self._log: MetricsLog | None = None
+        self._stop = 0  # the signal that asked to stop
+        self._asked = -math.inf  # when Ctrl-C last asked
+        self._log: MetricsLogger | None = None
         self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
         self._lost = LostClips(Path(config.run))
@@ -66,11 +66,11 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Trains to the end, or until SIGINT or SIGTERM: then a checkpoint is written first.
+        """Trains to the end, or until SIGINT or SIGTERM, after which a checkpoint is written.
 
         Raises:
             Interrupted: after a signal.
-            UserError: memory or a loader process gave out, too many steps were not finite, or the last checkpoint
+            UserError: out of memory, a loader process died, too many steps were not finite, or the last checkpoint
                 cannot be written.
         """
         if self.progress.step >= self.settings.steps:
@@ -78,7 +78,7 @@ class Trainer:
             return
         resumed = self.progress.step if self.config.resume else None
         if self.rank == 0:
-            self._log = MetricsLog(Path(self.config.run), self.config.log, resume_at=resumed)
+            self._log = MetricsLogger(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         self._watchdog.enter("data", self.progress.step + 1)
         try:
@@ -134,7 +134,7 @@ class Trainer:
             logger.error("%s; training goes on, the old checkpoint stays", failure)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of every step, from where progress stands, epoch after epoch."""
+        """The micro-batches of every step, from the current progress on, epoch after epoch."""
         progress, micro = self.progress, self.settings.accumulation
         while True:
             steps = self._schedule.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
@@ -143,7 +143,7 @@ class Trainer:
                 batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],
                 collate_fn=collate,
                 num_workers=self.config.data.workers,
-                # its own, or a loader that is made anew by a resume would draw from the model's
+                # separate, so that making a loader after a resume draws nothing from the model's
                 generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
             )
             batches: list[Batch] = []
@@ -158,36 +158,35 @@ class Trainer:
             progress.step_in_epoch = 0
 
     def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
-        """One optimizer step: the metrics row, and the signal that asked some rank to stop, or 0."""
+        """Runs one optimizer step. Returns the metrics row, and the signal that asked any rank to stop, or 0."""
         self.engine.train()
         step, enter = self.progress.step, self._stages.enter
-        spans = [self.model.span_tokens(batch) for batch in batches]
+        prompts = [self.model.prompt_lengths(batch) for batch in batches]
         with enter("counts", step):
-            counts = count_step(batches, spans, self.device)
+            counts = count_step(batches, prompts, self.device)
             if counts.lost:
                 self._lost.add(step, [item for batch in batches for item in batch.lost])
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
         sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
-        for batch, span in zip(batches, spans, strict=True):
+        for batch, lengths in zip(batches, prompts, strict=True):
             with enter("forward", step):
                 terms: Terms = self.engine(batch)
-                cross_entropy, decorrelation = scaled(terms, span, counts)
+                cross_entropy, decorrelation = scaled(terms.cross_entropy, terms.decorrelation, lengths, counts)
                 loss = cross_entropy
                 if decorrelation is not None:
                     loss = loss + self.config.loss.decorrelation * decorrelation
-                    sums[1] += float(terms.decorrelation.detach()) * local_span(span)  # type: ignore[union-attr]
+                    sums[1] += float(terms.decorrelation.detach()) * decorrelated_tokens(lengths)  # type: ignore[union-attr]
                 sums[0] += float(terms.cross_entropy.detach())
                 sums[2] += int(terms.correct)
-            if split is not None and self.model.own_terms is not None:
-                split.add(*scaled(self.model.own_terms, span, counts), counts.parts)
-            self.model.own_terms = None  # it holds the graph
+            if split is not None:
+                split.add(*scaled(terms.own.cross_entropy, terms.own.decorrelation, lengths, counts), counts.parts)
             with enter("backward", step):
                 self.engine.backward(loss)
             with enter("optimizer", step):
                 norm = self._update()
         seconds = sum(batch.seconds for batch in batches)
-        tokens = sum(sum(s) + b.label_tokens - len(s) for s, b in zip(spans, batches, strict=True))
+        tokens = sum(sum(n) + b.label_tokens - len(n) for n, b in zip(prompts, batches, strict=True))
         with enter("metrics", step):
             totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
         row = self._row(totals, counts, norm)
@@ -198,8 +197,8 @@ class Trainer:
         return row, int(all_max(self._stop, self.device))
 
     def _update(self) -> float | None:
-        """Ends a micro-batch, with the last one the step: the gradient's norm then. A step whose gradient is not
-        finite changes no weight, and the schedule goes on all the same."""
+        """Ends a micro-batch. The last one of a step updates the weights and returns the gradient's norm; with a
+        gradient that is not finite no weight changes, but the schedule advances."""
         engine = self.engine
         boundary = engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if boundary else None
@@ -222,7 +221,7 @@ class Trainer:
         progress.clipped += norm is not None and norm > self.settings.clip
         row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "ce": totals[0] / labels}
         if weight:
-            row["decorrelation"] = totals[1] / max(counts.span, 1)
+            row["decorrelation"] = totals[1] / max(counts.decorrelated, 1)
         row["loss"] = row["ce"] + weight * row.get("decorrelation", 0.0)
         row["accuracy"] = totals[2] / labels
         row["lr"] = self.engine.get_lr()[0]
@@ -235,7 +234,7 @@ class Trainer:
         return row
 
     def _plain_norm(self) -> float | None:
-        """The gradient's norm where DeepSpeed does not report it: float32 without ZeRO."""
+        """The gradient's norm if DeepSpeed does not compute it: in float32 without ZeRO."""
         engine = self.engine
         if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
             return None
@@ -244,11 +243,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Cross entropy and accuracy over the whole validation split, decorrelation where it is trained."""
+        """Cross entropy and accuracy over the whole validation set, and decorrelation if it is trained."""
         self.engine.eval()
         order = make_batches(self.validation.sizes, self.settings.frames, self.settings.utterances)
         mine = order[self.rank :: self.world]
-        rounds = -(-len(order) // self.world)  # under ZeRO-3 every rank must run as many forwards
+        rounds = -(-len(order) // self.world)  # under ZeRO-3 all ranks must run the same number of forwards
         sums, lost = [0.0] * 6, []
         for index in range(rounds):
             own = index < len(mine)
@@ -257,23 +256,23 @@ class Trainer:
                 terms: Terms = self.engine(batch)
             if not own:
                 continue
-            span = local_span(self.model.span_tokens(batch))
-            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, span, len(batch.lost)]
+            count = decorrelated_tokens(self.model.prompt_lengths(batch))
+            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, count, len(batch.lost)]
             lost += batch.lost
             if terms.decorrelation is not None:
-                values[3] = float(terms.decorrelation) * span
+                values[3] = float(terms.decorrelation) * count
             sums = [total + value for total, value in zip(sums, values, strict=True)]
-        ce, correct, labels, decorrelation, span_total, gone = all_sum(sums, self.device)
-        if gone:
+        ce, correct, labels, decorrelation, counted, lost_clips = all_sum(sums, self.device)
+        if lost_clips:
             self._lost.add(self.progress.step, lost)
         labels = labels or math.nan
         row = {"validation_ce": ce / labels, "validation_accuracy": correct / labels}
         if self.config.loss.decorrelation:
-            row["validation_decorrelation"] = decorrelation / max(span_total, 1)
+            row["validation_decorrelation"] = decorrelation / max(counted, 1)
         return row
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        # the launcher and the scheduler each send their own; only Ctrl-C again, after a while, means at once
+        # launcher and scheduler may each send one; only a later second Ctrl-C means to stop at once
         if number == signal.SIGINT:
             now = time.monotonic()
             if math.isfinite(self._asked) and now - self._asked > 1.0:
@@ -286,7 +285,7 @@ class Trainer:
 
 @contextmanager
 def _idle(optimizer: Any) -> Iterator[None]:
-    """Its steps change nothing."""
+    """Inside this context the optimizer's steps change nothing."""
     step, optimizer.step = optimizer.step, lambda: None
     try:
         yield
@@ -295,7 +294,7 @@ def _idle(optimizer: Any) -> Iterator[None]:
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """A loader process reports bad input with its whole traceback; what a user reads is its last part."""
+    """Strips the traceback that a loader process adds to the message of a UserError."""
     try:
         yield from batches
     except UserError as error:

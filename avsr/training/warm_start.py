@@ -1,9 +1,8 @@
-"""A projector that already points to the embeddings of the words spoken, for trainings to begin with.
+"""A projector pretrained to map speech to the embeddings of the spoken words, as initial weights for training.
 
-A cold projector needs most of a small training to find the language model's embedding space. Where the corpus knows
-when each word was said (``avsr synth`` writes it), every speech token is taught the sum of the mean token embeddings
-of the words that overlap it, weighted by the overlap (cosine loss). No decoder layer takes part, so nothing is decided
-about sinks.
+A random projector needs most of a small training run to find the language model's embedding space. If the corpus has
+word times (``avsr synth`` writes them), the target of every speech token is the sum of the mean token embeddings of the
+words that overlap it, weighted by the overlap (cosine loss). No decoder layer takes part, so sinks are not affected.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from avsr.runtime.progress import ProgressBar
 logger = logging.getLogger("avsr")
 
 STEPS, ROWS, LEARNING_RATE = 1000, 512, 2e-3
-SMALLEST = 0.2  # norm of a target; below it hardly a word is heard
+SMALLEST = 0.2  # norm of a target; below it a token hardly overlaps any word
 STREAM = "audio"
 
 
@@ -62,7 +61,7 @@ def warm_projector(config: Config, path: Path, steps: int = STEPS) -> Path:
 def _pairs(
     config: Config, frames_per_second: float, model: SpeechLLM, loaded: LoadedLLM, store: FeatureStore
 ) -> tuple[Tensor, Tensor]:
-    """Speech tokens of the whole training set (N, features) and what the projector is to make of them (N, C)."""
+    """Speech tokens of the whole training set (N, features) and their targets (N, C)."""
     compression = config.model.streams[STREAM].compression
     table = model.decoder.get_input_embeddings().weight.detach().float().cpu()
     dataset = load_dataset(
@@ -72,7 +71,7 @@ def _pairs(
         loaded.tokenize,
         title="read train",
         reading=Reading(config.model.task),
-        refuse=model.refuse,
+        refuse=model.layout.unusable,
     )
     inputs, targets = [], []
     for index, utterance in enumerate(dataset.utterances):
@@ -88,7 +87,7 @@ def _pairs(
 def _targets(
     words: list[tuple[str, float, float]], count: int, seconds: float, table: Tensor, llm: LoadedLLM
 ) -> Tensor:
-    """(count, C): of tokens of so many seconds each."""
+    """(count, C) targets of tokens of so many seconds each."""
     targets = torch.zeros(count, table.shape[1])
     for word, start, end in words:
         embedding = table[torch.tensor(llm.tokenize(f" {word}"))].mean(dim=0)

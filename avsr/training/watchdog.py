@@ -1,7 +1,8 @@
-"""Says which rank hangs, in which stage, and ends all of them: a hung collective would wait for its own time-out.
+"""Names the rank that hangs and its stage, and ends all ranks, long before a collective's own time-out.
 
-A step's stages go in step: one rank that stays in one too long is enough. At the start one rank may read clips for
-hours while another waits for it: there all ranks have to stand still, and what moves a progress bar is a sign of life.
+Ranks go through the stages of a step together, so one rank that stays in a stage too long is enough. During the start
+one rank may read clips for hours while others wait for it: then all ranks have to be stuck, and progress on a progress
+bar counts as a sign of life.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from avsr.errors import EXIT_HUNG
 from avsr.runtime.progress import ProgressBar
 
 START = ("process group", "run folder", "model", "manifests", "engine")
-# in the order of a step: the rank that is furthest behind is the one that the others wait for
+# in the order of a step: the others wait for the rank that is in the earliest stage
 STAGES = (*START, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
-START_LEAST = 30.0  # seconds that a stage of the start has in any case
+START_LEAST = 30.0  # seconds that a stage of the start may always take
 _ABORT = "abort"
 
 
 class Watchdog:
-    """A thread a rank that tells the others every second where its training stands, once it can: see :meth:`connect`.
+    """A thread per rank that reports its stage to the others every second, once :meth:`connect` was called.
 
     Args:
-        timeout: seconds that a rank may spend in one stage; 0 switches the watchdog off.
+        timeout: seconds that a rank may spend in one stage; 0 disables the watchdog.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -39,7 +40,7 @@ class Watchdog:
         self._rank, self._ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._step, self._stage, self._since = 0, STAGES[0], time.monotonic()
         self._over = threading.Event()
-        self._heard: dict[int, tuple[int, float]] = {}  # by rank: its last count, and when it came
+        self._heard: dict[int, tuple[int, float]] = {}  # by rank: its last count, and when it arrived
         self._store: dist.TCPStore | None = None
         self._thread: threading.Thread | None = None
 
@@ -57,12 +58,12 @@ class Watchdog:
             ProgressBar.moved.remove(self._move)
 
     def connect(self) -> None:
-        """From now on the ranks know of each other; all of them call it."""
+        """Connects the ranks. Collective."""
         if self._thread is not None:
             self._store = self._connect()
 
     def enter(self, stage: str, step: int) -> None:
-        """Says that this rank begins ``stage`` of ``step``."""
+        """Records that this rank begins ``stage`` of ``step``."""
         self._step, self._stage, self._since = step, stage, time.monotonic()
 
     def _move(self) -> None:
@@ -91,16 +92,16 @@ class Watchdog:
                     _leave(store.get(_ABORT).decode())
                 problem = self._judge(store) if self._rank == 0 else ""
             except dist.DistError:
-                if not self._over.is_set():  # at the end rank 0 takes its store along
+                if not self._over.is_set():  # at the end rank 0 closes its store first
                     _leave(f"rank 0 does not answer while rank {self._rank} is in {self._stage} of step {self._step}")
                 return
             if problem:
                 store.set(_ABORT, problem)
-                self._over.wait(3.0)  # the others read it
+                self._over.wait(3.0)  # time for the others to read it
                 _leave(problem)
 
     def _judge(self, store: dist.TCPStore) -> str:
-        """Rank 0: which rank hangs, or ""."""
+        """On rank 0: which rank hangs, or ""."""
         now = time.monotonic()
         places = []
         for rank in range(self._ranks):
@@ -110,7 +111,7 @@ class Watchdog:
             count, step, stage, age = json.loads(store.get(key))
             if self._heard.get(rank, (0, 0.0))[0] != count:
                 self._heard[rank] = (count, now)
-            age += now - self._heard[rank][1]  # a stopped process counts no more
+            age += now - self._heard[rank][1]  # a stopped process no longer counts up
             places.append((step, STAGES.index(stage), -age, rank))
         late = [-age > self._patience(STAGES[stage]) for _, stage, age, _ in places]
         starting = any(STAGES[stage] in START for _, stage, _, _ in places)
@@ -121,7 +122,7 @@ class Watchdog:
         return max(self.timeout, START_LEAST) if stage in START else self.timeout
 
     def _describe(self, places: list[tuple[int, int, float, int]]) -> str:
-        """``places`` are (step, stage, -seconds, rank), the one furthest behind first."""
+        """``places`` are (step, stage, -seconds, rank), the earliest first."""
 
         def where(step: int, stage: int, age: float) -> str:
             name = STAGES[stage]

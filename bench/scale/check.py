@@ -125,7 +125,7 @@ def _imbalance(trainer: Trainer, ranks: int) -> float:
 
     def work(indices: list[int]) -> float:
         batch = collate([data[i] for i in indices])
-        spans = trainer.model.span_tokens(batch)
+        spans = trainer.model.prompt_lengths(batch)
         longest = max(span + len(ids) for span, ids in zip(spans, batch.text, strict=True))  # padding is computed too
         return step_flops(sizes, Rows([longest] * len(indices), sum(spans), batch.label_tokens))
 

@@ -29,7 +29,7 @@ def act_heads(rate: int, folder: Path) -> Heads:
             model.tokenize,
             title="read validation",
             reading=Reading("audio"),
-            refuse=model.refuse,
+            refuse=model.layout.unusable,
         )
         found = search(model, dataset, calibrating(config))
         path.write_text(json.dumps({"heads": found.heads, "ce": found.plain, "ce_act": found.best}), encoding="utf-8")

@@ -28,9 +28,9 @@ def make_faithful(model: SpeechLLM) -> None:
             if parameter.requires_grad:
                 parameter.copy_(parameter.bfloat16())
     register_optimizer_step_post_hook(_round)
-    plain, spans = model.assemble, model.span_tokens
+    plain, lengths = model.assemble, model.prompt_lengths
     model.assemble = lambda batch, **options: plain(_padded(model, batch), **options)  # type: ignore[method-assign]
-    model.span_tokens = lambda batch: spans(_padded(model, batch))  # type: ignore[method-assign]
+    model.prompt_lengths = lambda batch: lengths(_padded(model, batch))  # type: ignore[method-assign]
 
 
 def _padded(model: SpeechLLM, batch: Batch) -> Batch:

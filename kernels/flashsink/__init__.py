@@ -8,7 +8,7 @@ from flashsink.functional import activation_stats, attention, calibrated_attenti
 from flashsink.hf.probe import Probe, attach
 from flashsink.types import ActivationStats, SinkStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActivationStats",

@@ -17,7 +17,7 @@ import torch
 from avsr.cli import main
 from avsr.config import LogConfig, read_run_config, to_yaml
 from avsr.models.build import WEIGHTS
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 
 Tone = Callable[[Path, float], Path]
 Refuse = Callable[..., str]
@@ -305,7 +305,7 @@ def test_an_unknown_command(refuse: Refuse) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_while_metrics_are_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Training goes on, loudly; the row is written when there is room again."""
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
     log.write({"step": 1, "ce": 2.0})
@@ -317,6 +317,6 @@ def test_a_full_disk_while_metrics_are_written(tmp_path: Path, caplog: pytest.Lo
 
 def test_metrics_cut_short_by_a_full_disk_do_not_stop_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False), resume_at=2)
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=2)
     log.write({"step": 3, "ce": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]

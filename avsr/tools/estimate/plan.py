@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from avsr.config import LoraConfig
-from avsr.models.label_loss import PARTS
+from avsr.models.label_loss import CHUNKS
 
 _FLOAT = 4  # masters, Adam's two moments, softmax and frozen encoders are float32
 _LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most (stage3_max_live_parameters)
@@ -129,7 +129,7 @@ def head_bytes(sizes: Sizes, load: Load, way: Way) -> float:
     and their copy are gone by then); an eighth of them at a time when chunked; Liger's kernel holds about as many
     numbers as there are states."""
     width = sizes.hidden if way.cross_entropy == "liger" else sizes.vocabulary
-    return load.labels * width * 3.0 * _FLOAT / (PARTS if way.cross_entropy == "chunked" else 1)
+    return load.labels * width * 3.0 * _FLOAT / (CHUNKS if way.cross_entropy == "chunked" else 1)
 
 
 def _fetched(sizes: Sizes) -> int:

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from avsr.config import TASKS, Config
+from avsr.config import Config
 from avsr.data.batches import make_batches
 from avsr.data.manifest import read_manifest
 from avsr.errors import UserError
-from avsr.models.build import settle_precision
-from avsr.models.compression import compressed_length, compressed_width
+from avsr.models.compression import compressed_width
 from avsr.models.llm import add_lora
 from avsr.models.projector import make_projector
+from avsr.models.prompt import PromptLayout
 from avsr.models.sources import inside_run
+from avsr.runtime.machine import settled_precision
 from avsr.tools.estimate.outlines import LETTERS, EncoderOutline, outline_encoder, outline_llm
 from avsr.tools.estimate.plan import Load, Sizes, Way, largest, memory, read_sizes
 
@@ -55,7 +56,6 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
         raise UserError(f"--ranks: expected at least 1, got {ranks}")
     if not device_memory > 0:
         raise UserError(f"--memory: expected more than 0, got {device_memory / 1e9:g}")
-    settle_precision(config)
     encoders = {
         name: outline_encoder(
             dataclasses.replace(part.encoder, name=inside_run(str(part.encoder.name), config.run)), name
@@ -94,9 +94,9 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
 
 
 def way_of(config: Config, ranks: int) -> Way:
-    """How ``config`` trains; its precision must be settled."""
+    """How ``config`` trains."""
     training, deepspeed = config.training, config.deepspeed
-    element = 2 if training.precision == "bf16" else 4
+    element = 2 if settled_precision(training.precision) == "bf16" else 4
     ours_on_cpu = config.model.llm.attention == "flashsink" and not torch.cuda.is_available()
     return Way(
         ranks,
@@ -154,20 +154,15 @@ def _rows(
     config: Config, encoders: Mapping[str, EncoderOutline], count_tokens: Callable[[str], int], there: bool
 ) -> list[Row]:
     model = config.model
-    prompt = count_tokens(str(getattr(model.prompts, "audiovisual" if model.task == "fused" else model.task)))
-    framed = [name for name in TASKS[model.task] if name != "fused" and model.delimiters.init != "none"]
+    layout = PromptLayout.of(model, count_tokens)
     clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
     if there:
         clips = [(u.duration, count_tokens(u.text)) for u in read_manifest(config.data.train)]
         clips = clips[: config.data.limit or None]
     rows = []
     for seconds, text in clips:
-        frames, span = 0, 1 + prompt + 2 * len(framed)
-        for name, part in model.streams.items():
-            count = max(round(seconds * encoders[name].frames_per_second), 1)
-            frames += count
-            span += compressed_length(count, part.compression.rate)
-        rows.append(Row(frames, span, text))
+        frames = {name: max(round(seconds * encoders[name].frames_per_second), 1) for name in model.streams}
+        rows.append(Row(sum(frames.values()), layout.prompt_length(model.task, frames), text))
     return rows
 
 

@@ -105,7 +105,7 @@ def _settle() -> None:
 def _rows(trainer: Trainer, batches: Sequence[Batch]) -> Rows:
     lengths, speech = [], 0
     for batch in batches:
-        for span, ids in zip(trainer.model.span_tokens(batch), batch.text, strict=True):
+        for span, ids in zip(trainer.model.prompt_lengths(batch), batch.text, strict=True):
             lengths.append(span + len(ids))
             speech += span
     return Rows(lengths, speech, sum(batch.label_tokens for batch in batches))

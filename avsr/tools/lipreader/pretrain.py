@@ -32,7 +32,7 @@ from avsr.tools.lipreader.augment import FaceAugmentConfig, augment, check_augme
 from avsr.tools.lipreader.timed import TARGETS, UNKNOWN, TimedClip, load_timed, vocabulary
 from avsr.tools.synth.visemes import VISEMES
 from avsr.training.engine import learning_rate_factor
-from avsr.training.metrics import MetricsLog
+from avsr.training.metrics import MetricsLogger
 
 logger = logging.getLogger("avsr")
 
@@ -139,7 +139,7 @@ def _fit(model: VisualModel, config: PretrainConfig, train: list[TimedClip], val
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, config.steps, config.warmup)
     )
-    log = MetricsLog(run, config.log)
+    log = MetricsLogger(run, config.log)
     draw = torch.Generator().manual_seed(config.seed)
     try:
         with ProgressBar("pretrain", config.steps) as bar:

@@ -126,7 +126,7 @@ def test_a_row_has_both_streams_between_their_delimiters(tiny_llm: Path) -> None
         table[text],
     ]
     torch.testing.assert_close(rows.embeddings[0], torch.cat(parts))
-    assert rows.spans.tolist() == [len(expected) + len(prompt)] == model.span_tokens(batch)
+    assert rows.spans.tolist() == [len(expected) + len(prompt)] == model.prompt_lengths(batch)
 
 
 def test_a_fused_stream_has_no_delimiters(tiny_llm: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_fused_stream_has_no_delimiters(tiny_llm: Path) -> None:
     prompt = model.tokenize("do both")
     assert rows.names[0][:4] == ["BOS", "f0", "f1", "f2"] and len(rows.names[0]) == 4 + len(prompt)
     assert model.delimiters is None and "delimiters" not in model.own_state()
-    assert rows.spans.tolist() == [4 + len(prompt), 2 + len(prompt)] == model.span_tokens(batch)
+    assert rows.spans.tolist() == [4 + len(prompt), 2 + len(prompt)] == model.prompt_lengths(batch)
     assert torch.isfinite(model(batch).cross_entropy)
 
 
@@ -144,7 +144,7 @@ def test_each_task_has_its_prompt_and_streams(tiny_llm: Path) -> None:
     model = make_model(tiny_llm, "audiovisual")
     batch = collate(random_examples(model, MIXED))
     rows = model.assemble(batch, with_text=True, names=True)
-    assert rows.spans.tolist() == model.span_tokens(batch)
+    assert rows.spans.tolist() == model.prompt_lengths(batch)
     for names, span, (task, _, _) in zip(rows.names, rows.spans.tolist(), MIXED, strict=True):
         prompt = {"audio": "hear", "video": "see it", "audiovisual": "do both"}[task]
         assert "".join(names[:span]).endswith(f"</{TASKS[task][-1]}>{prompt}")
@@ -190,15 +190,15 @@ def test_refusals_name_stream_and_rate(tiny_llm: Path) -> None:
         "video": StreamConfig(compression=CompressionConfig(rate=5)),
     }
     model = make_model(tiny_llm, "audiovisual", streams)
-    assert model.refuse({"audio": 16, "video": 5}, 3) == ""
+    assert model.layout.unusable({"audio": 16, "video": 5}, 3) == ""
     short = "is shorter than one token at model."
-    assert model.refuse({"audio": 15, "video": 5}, 3) == f"{short}audio.compression.rate = 16"
-    assert model.refuse({"audio": 16, "video": 4}, 3) == f"{short}video.compression.rate = 5"
-    assert model.refuse({"video": 5}, 3) == ""  # decode.tasks=[video]
+    assert model.layout.unusable({"audio": 15, "video": 5}, 3) == f"{short}audio.compression.rate = 16"
+    assert model.layout.unusable({"audio": 16, "video": 4}, 3) == f"{short}video.compression.rate = 5"
+    assert model.layout.unusable({"video": 5}, 3) == ""  # decode.tasks=[video]
     fixed = 1 + 4 + len(model.tokenize("do both"))
     text = model.max_positions - fixed - 2 - 1
-    assert model.refuse({"audio": 16, "video": 5}, text) == ""
-    message = model.refuse({"audio": 16, "video": 5}, text + 1)
+    assert model.layout.unusable({"audio": 16, "video": 5}, text) == ""
+    message = model.layout.unusable({"audio": 16, "video": 5}, text + 1)
     assert message == f"and its transcript of {text + 1} tokens do not fit the model's {model.max_positions} positions"
     # exactly as long as allowed: the row and the end token
     longest = collate(random_examples(model, [("audiovisual", {"audio": 16, "video": 5}, "a" * text)]))
@@ -244,7 +244,7 @@ def test_every_encoder_can_be_averaged_and_stacked(
             with torch.no_grad():
                 rows = model.assemble(batch, with_text=True)
                 assert torch.isfinite(model(batch).cross_entropy)
-            assert rows.spans.tolist() == model.span_tokens(batch)
+            assert rows.spans.tolist() == model.prompt_lengths(batch)
             first = 1 if stream == "fused" else 2
             for b, whole in enumerate(features):
                 tokens = whole[: counts[b] // rate * rate].reshape(-1, rate, encoder.width)
@@ -297,7 +297,7 @@ def test_without_a_cache_the_model_sees_the_same(av_recipe: Callable[..., Path],
         assert store.prepare(rows, title="x", shown=False) == {}
         examples = [Example(row, store.load(row), loaded.tokenize(row.text), task) for row in rows]
         batch = collate(examples)
-        assert model.eval().span_tokens(batch) == model.assemble(batch, with_text=False).spans.tolist()
+        assert model.eval().prompt_lengths(batch) == model.assemble(batch, with_text=False).spans.tolist()
         with torch.no_grad():
             outputs.append(logits_of(model, batch))
             alone.append(logits_of(model, collate(examples[:1])))

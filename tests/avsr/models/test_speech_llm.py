@@ -123,7 +123,7 @@ def test_rows_hold_bos_speech_in_delimiters_prompt_and_text(tiny_llm: Path, init
     torch.testing.assert_close(rows.embeddings[0, : len(row)], row)
     letters = list("say it")
     assert rows.names[0] == ["BOS", *(letters + names if first else names + letters), *"bin"]
-    assert rows.spans.tolist() == model.span_tokens(batch)
+    assert rows.spans.tolist() == model.prompt_lengths(batch)
     assert rows.spans[0] == len(row) - 3
     assert rows.mask.sum(dim=1).tolist() == [len(row), int(rows.spans[1]) + 3] == list(map(len, rows.names))
     hidden = model.decoder.model(inputs_embeds=row[None], use_cache=False).last_hidden_state[0, -4:]
@@ -209,7 +209,7 @@ def test_speech_starts_at_the_scale_of_the_embeddings(tiny_llm: Path) -> None:
 def test_compressions_fit_the_projector(tiny_llm: Path, kind: str, rate: int) -> None:
     model = make_model(tiny_llm, audio=StreamConfig(compression=CompressionConfig(kind=kind, rate=rate)))
     batch = make_batch(model, [10, 7], ["bin", "now"])
-    assert model.span_tokens(batch) == model.assemble(batch, with_text=True).spans.tolist()
+    assert model.prompt_lengths(batch) == model.assemble(batch, with_text=True).spans.tolist()
     assert torch.isfinite(model(batch).cross_entropy)
 
 

@@ -35,8 +35,8 @@ def test_model_flops_are_those_that_torch_counts(tiny_recipe: Recipe, tmp_path: 
     batch = collate([data[0]])
     with FlopCounterMode(display=False) as counter:
         model.train()(batch).cross_entropy.backward()
-    span, size = model.span_tokens(batch)[0], model.decoder.config.hidden_size
-    tokens, speech = span + len(batch.text[0]), span - model._fixed("audio")
+    span, size = model.prompt_lengths(batch)[0], model.decoder.config.hidden_size
+    tokens, speech = span + len(batch.text[0]), span - model.layout.prompt_length("audio", {"audio": 0})
     projectors = sum(parameter.numel() for parameter in model.projectors.parameters())
     sizes = read_sizes(model.decoder.config, model.llm, config.model.lora, projectors, 0)
     expected = step_flops(sizes, Rows([tokens], speech, batch.label_tokens))

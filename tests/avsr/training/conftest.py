@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from avsr.config import load_config
 from avsr.errors import Interrupted
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.run import train
 
 
@@ -49,16 +49,16 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     step 3 are written. Returns its last step."""
 
     def train_and_stop(step: int, recipe: Path, *overrides: str, number: int = signal.SIGTERM) -> int:
-        write = MetricsLog.write
+        write = MetricsLogger.write
 
-        def write_and_stop(self: MetricsLog, row: dict[str, Any]) -> None:
+        def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
             write(self, row)
             if row["step"] == step:
                 signal.raise_signal(number)
 
         config = load_config(str(recipe), list(overrides))
         with monkeypatch.context() as patch:
-            patch.setattr(MetricsLog, "write", write_and_stop)
+            patch.setattr(MetricsLogger, "write", write_and_stop)
             with pytest.raises(Interrupted):
                 train(config)
         reached = read_metrics(Path(config.run))[-1]["step"]

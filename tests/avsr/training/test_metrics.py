@@ -14,7 +14,7 @@ import pytest
 
 from avsr.config import LogConfig
 from avsr.errors import UserError
-from avsr.training.metrics import MetricsLog, read_metrics
+from avsr.training.metrics import MetricsLogger, read_metrics
 from avsr.training.trainer import Trainer
 
 
@@ -45,7 +45,7 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     threads = threading.active_count()
-    log = MetricsLog(tmp_path, LogConfig())
+    log = MetricsLogger(tmp_path, LogConfig())
     for step, ce in ((1, 2.5), (2, float("nan")), (3, 1.5)):
         log.write({"step": step, "ce": ce, "tokens": 7 * step, "name": "text"})
     assert threading.active_count() == threads  # a loader process is forked: no thread may hold a lock meanwhile
@@ -63,7 +63,7 @@ def test_a_log_that_fails_is_named_once_and_gets_no_more(
 ) -> None:
     sink = Sink(at)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=sink.init))
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
     for step in (1, 2, 3):
         log.write({"step": step, "ce": 1.0})
     log.close()
@@ -99,7 +99,7 @@ def test_a_full_disk_ends_tensorboard_alone(
 ) -> None:
     """No file may grow beyond a limit, then it may."""
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = MetricsLog(tmp_path, LogConfig())
+    log = MetricsLogger(tmp_path, LogConfig())
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
         for step in range(1, 60):
@@ -114,7 +114,7 @@ def test_a_full_disk_ends_tensorboard_alone(
 
 
 def test_rows_that_cannot_be_dropped_for_a_resume_stay(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
     for step in range(1, 40):
         log.write({"step": step, "ce": 1.0 / step})
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -122,16 +122,16 @@ def test_rows_that_cannot_be_dropped_for_a_resume_stay(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         with pytest.raises(UserError, match=r"resume: cannot write .*metrics\.jsonl: .*File too large"):
-            MetricsLog(tmp_path, LogConfig(tensorboard=False), resume_at=30)
+            MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=30)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-    MetricsLog(tmp_path, LogConfig(tensorboard=False), resume_at=30)
+    MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=30)
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 31))
 
 
 def test_what_a_full_disk_did_not_take_is_logged_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
     log.write({"step": 1, "ce": 1.0})
     path = tmp_path / "metrics.jsonl"
     path.rename(tmp_path / "kept")
@@ -146,4 +146,4 @@ def test_what_a_full_disk_did_not_take_is_logged_later(tmp_path: Path, monkeypat
 def test_wandb_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"log\.wandb: .* pip install wandb"):
-        MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
+        MetricsLogger(tmp_path, LogConfig(tensorboard=False, wandb="mine"))

@@ -70,10 +70,10 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., float]:
-    """``agree(one, other, *keys, rel=1e-3)``: two runs have the same curves of ``keys`` and the same weights up to
-    rounding. Returns the largest relative difference of the curves."""
+    """``agree(one, other, *keys, rel=1e-3, rtol=1e-2, atol=1e-4)``: two runs have the same curves of ``keys`` up to
+    ``rel``, and the same weights up to the others. Returns the largest relative difference of the curves."""
 
-    def compare(one: Path, other: Path, *keys: str, rel: float = 1e-3) -> float:
+    def compare(one: Path, other: Path, *keys: str, rel: float = 1e-3, rtol: float = 1e-2, atol: float = 1e-4) -> float:
         largest = 0.0
         for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
             for key in [key for key in keys if key in a]:
@@ -81,7 +81,7 @@ def agree() -> Callable[..., float]:
                 largest = max(largest, abs(b[key] - a[key]) / max(abs(a[key]), 1e-12))
         others = _weights(other)
         for name, tensor in _weights(one).items():
-            torch.testing.assert_close(others[name], tensor, rtol=1e-2, atol=1e-4)
+            torch.testing.assert_close(others[name], tensor, rtol=rtol, atol=atol)
         return largest
 
     return compare

@@ -107,7 +107,7 @@ def test_what_changes_no_step_may_change(
     """The state of every parameter is saved by its name, not in the pieces of a stage."""
     spoil(parts / "checkpoints" / "last" / "optimizer.safetensors")
     run(recipe, f"run={parts}", "resume=true", *changes)
-    agree(whole, parts, "ce", "grad_norm", "lr", rel=1e-5)
+    agree(whole, parts, "ce", "grad_norm", "lr", rel=1e-5, rtol=1e-4, atol=1e-6)
 
 
 def test_a_damaged_checkpoint_is_never_chosen(

@@ -24,9 +24,9 @@ _NEEDS = {
 class AVHubertEncoder(SpeechEncoder):
     """AV-HuBERT over one modality or over both, with LoRA where ``config.lora`` asks for it.
 
-    A fused clip has as many frames as its mouth video; its sound is cut or filled up to them. A fused clip that
-    lacks one modality is encoded from the other, which the model knows from its pre-training. (So is one whose
-    audio features are all zero: digital silence.)
+    A fused clip has as many frames as its mouth video; its sound is cut or zero-padded to that length. A fused clip
+    without one modality is encoded from the other, as in the modality dropout of the model's pre-training. (So is one
+    whose audio features are all zero: digital silence.)
 
     Args:
         config: ``name`` is an official ``.pt`` file, or a folder or ``.safetensors`` file converted from it.
@@ -58,8 +58,8 @@ class AVHubertEncoder(SpeechEncoder):
         return video_frames
 
     def prepare(self, clip: Clip) -> Tensor:
-        """(T, 104) float32 of sound; (T, 88 * 88) uint8 grey of the mouth; or of a fused clip both features side by
-        side, (T, 104 + 88 * 88) float32."""
+        """(T, 104) float32 of sound; (T, 88 * 88) uint8 gray values of the mouth; for a fused clip both features
+        concatenated, (T, 104 + 88 * 88) float32."""
         wave = clip.wave if "audio" in self.needs and clip.wave is not None and len(clip.wave) else None
         mouth = clip.mouth if "video" in self.needs and clip.mouth is not None and len(clip.mouth) else None
         if wave is None and mouth is None:
@@ -79,9 +79,9 @@ class AVHubertEncoder(SpeechEncoder):
         return torch.cat([audio, video], dim=1)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, K) zero-padded, (B,) int64 -> (B, T, D); frames behind a row's end mean nothing."""
+        """(B, T, K) zero-padded, (B,) int64 -> (B, T, D); frames after a row's end are meaningless."""
         if self.stream == "video":
-            inputs = video_features(inputs)  # here, since batches of bytes are a quarter of the size
+            inputs = video_features(inputs)  # only here, since a batch of bytes is a quarter of the size
         inputs = inputs.to(self.dtype)
         audio = inputs[..., :AUDIO] if "audio" in self.needs else None
         video = inputs[..., -VIDEO:].unflatten(-1, (SIDE, SIDE)) if "video" in self.needs else None

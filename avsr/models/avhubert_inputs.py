@@ -1,4 +1,4 @@
-"""What AV-HuBERT reads: stacked log mel energies of the sound, and normalised grey mouth frames."""
+"""Inputs of AV-HuBERT: stacked log mel energies of the sound, and normalized gray mouth frames."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import center_crop
 from avsr.errors import UserError
 
-SAMPLE_RATE = 16_000
 WINDOW, HOP = 400, 160  # samples: 25 and 10 ms
 FFT = 512
 MELS = 26
-STACK = 4  # mel frames in an audio frame: 25 a second
+STACK = 4  # mel frames per audio frame: 25 a second
 AUDIO = STACK * MELS
 SIDE = 88  # pixels
 VIDEO = SIDE * SIDE
@@ -23,7 +23,7 @@ _MEAN, _STD = 0.421, 0.165
 
 
 def audio_frames(samples: int) -> int:
-    """Audio frames of so many samples: those of 25 ms every 10 ms, the last filled up with zeros, in groups of 4."""
+    """Audio frames of this many samples: mel frames of 25 ms every 10 ms, the last one zero-padded, in groups of 4."""
     mel_frames = 1 + max(0, -(-(samples - WINDOW) // HOP))
     return -(-mel_frames // STACK)
 
@@ -32,9 +32,9 @@ def audio_features(wave: Tensor) -> Tensor:
     """(samples,) float32 in -1..1 at 16 kHz -> (frames, 104) float32.
 
     ``python_speech_features.logfbank`` of the 16-bit samples (25/10 ms, 26 mel filters, pre-emphasis 0.97), 4 mel
-    frames a frame, layer-normalised over the 104 features. The scale of 16 bits, in which the official model was
-    trained, is seen only where zeros fill up the last group. In float64, as there: the energies of near silence
-    are differences of large numbers.
+    frames per audio frame, layer-normalized over the 104 features. The 16-bit scale of the official model's training
+    matters only where zeros pad the last group. Computed in float64, as there: the energies of near silence are
+    differences of large numbers.
     """
     signal = wave.double() * 32768.0
     signal = torch.cat([signal[:1], signal[1:] - _PREEMPHASIS * signal[:-1]])
@@ -49,7 +49,7 @@ def audio_features(wave: Tensor) -> Tensor:
 
 
 def video_crop(mouth: Tensor) -> Tensor:
-    """The middle (T, 88, 88) of (T, H, W) grey frames.
+    """The central (T, 88, 88) of (T, H, W) gray frames.
 
     Raises:
         UserError: the frames are smaller than that.
@@ -61,7 +61,7 @@ def video_crop(mouth: Tensor) -> Tensor:
 
 
 def video_features(grey: Tensor) -> Tensor:
-    """uint8 grey values of any shape -> float32, scaled as in the model's training."""
+    """uint8 gray values of any shape -> float32, scaled as in the model's training."""
     return (grey.float() / 255.0 - _MEAN) / _STD
 
 

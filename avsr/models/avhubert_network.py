@@ -1,7 +1,7 @@
 """The AV-HuBERT network (Shi et al. 2022, "Learning Audio-Visual Speech Representation by Masked Multimodal
-Cluster Prediction") as it is used for features. Module names are those of the official state dicts.
+Cluster Prediction") as a feature extractor. Module names are those of the official state dicts.
 
-What pre-training alone needs (masking, modality dropout, cluster prediction) is not here, nor is any dropout:
+Parts that only pre-training needs (masking, modality dropout, cluster prediction) are left out, and so is all dropout:
 the encoder is frozen.
 """
 
@@ -15,7 +15,7 @@ from torch.nn.functional import conv1d, scaled_dot_product_attention
 
 from avsr.models.resnet import VisualFrontEnd
 
-HEAD = 64  # features of an attention head, in BASE and LARGE
+HEAD = 64  # width of an attention head in BASE and LARGE
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ LARGE = AVHubertConfig(width=1024, ffn=4096, layers=24)
 
 
 class PositionalConv(nn.Module):
-    """A convolution over time, weight-normalised over all but the kernel's own axis; keeps the length."""
+    """A convolution over time that keeps the length; its weight is normalized over all axes but the kernel's."""
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) and (B, 1, 1, T) bool, True = may be seen -> (B, T, D)."""
+        """(B, T, D) and (B, 1, 1, T) bool, True where attention may look -> (B, T, D)."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, HEAD)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A transformer layer that normalises before attention and feed-forward."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ class TransformerEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, D), (B,) -> (B, T, D). Frames behind a row's end are zeros to the convolution and unseen by
-        attention; what is returned there means nothing."""
+        """(B, T, D), (B,) -> (B, T, D). Frames after a row's end are zeros for the convolution and masked in
+        attention; the output there is meaningless."""
         keep = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         mask = None if bool(keep.all()) else keep[:, None, None]
         x = x.masked_fill(~keep[..., None], 0)
@@ -120,12 +120,12 @@ class VideoBranch(nn.Module):
 
 
 class AVHubert(nn.Module):
-    """Audio features and mouth frames, both at 25 a second, to features of the last layer."""
+    """Audio features and mouth frames, both at 25 per second, to features of the last layer."""
 
     def __init__(self, config: AVHubertConfig) -> None:
         super().__init__()
         self.config = config
-        self.mask_emb = nn.Parameter(torch.zeros(config.audio))  # of pre-training; the official files hold it
+        self.mask_emb = nn.Parameter(torch.zeros(config.audio))  # for pre-training only, but part of the official files
         self.feature_extractor_audio = AudioBranch(config)
         self.feature_extractor_video = VideoBranch(config)
         self.layer_norm = nn.LayerNorm(2 * config.width)

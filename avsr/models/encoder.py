@@ -1,4 +1,4 @@
-"""What every speech encoder offers, and its batched use without gradients."""
+"""The interface of every speech encoder, and its batched use without gradients."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SpeechEncoder(nn.Module):
     Attributes:
         width: feature size D.
         frames_per_second: of the features.
-        max_seconds: of a clip; infinite when there is no limit.
-        needs: of "audio" and "video".
+        max_seconds: longest clip; infinite when there is no limit.
+        needs: the inputs it reads: "audio", "video" or both.
         batch: clips encoded at once by :meth:`encode`.
-        identity: names weights and options, for caches.
+        identity: identifies weights and options, for caches.
     """
 
     width: int
@@ -40,7 +40,7 @@ class SpeechEncoder(nn.Module):
         return next(self.parameters()).dtype
 
     def frames(self, samples: int, video_frames: int) -> int:
-        """Features of a clip with so many samples and mouth frames."""
+        """Number of features of a clip with this many samples and mouth frames."""
         raise NotImplementedError
 
     def prepare(self, clip: Clip) -> Tensor:
@@ -48,15 +48,15 @@ class SpeechEncoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, K) prepared inputs, zero-padded behind ``lengths`` (B,) -> (B, T, D) in the weights' dtype."""
+        """(B, T, K) prepared inputs, zero-padded after ``lengths`` (B,) -> (B, T, D) in the weights' dtype."""
         raise NotImplementedError
 
     def feature_count(self, rows: int) -> int:
-        """Features of an input of so many rows: as many, unless the encoder says otherwise."""
+        """Number of features of an input with this many rows; the same number unless a subclass overrides it."""
         return rows
 
     def train(self, mode: bool = True) -> SpeechEncoder:
-        """Stays in eval mode, but for the adapters' dropout: layer drop and batch statistics are not for training."""
+        """Switches the adapters' dropout alone: layer drop and batch statistics stay in eval mode."""
         super().train(False)
         set_lora_mode(self, mode)
         return self
@@ -67,7 +67,7 @@ class SpeechEncoder(nn.Module):
 
     @torch.no_grad()
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Prepared (T, K) inputs -> (T, D) float32 each, in batches of like length."""
+        """Prepared (T, K) inputs -> (T, D) float32 each, in batches of similar length."""
         device = next(self.parameters()).device
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         out: dict[int, Tensor] = {}
@@ -81,7 +81,7 @@ class SpeechEncoder(nn.Module):
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of names and values, for caches."""
+    """A short hash of the parameter names and values, for caches."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -12,21 +12,21 @@ from avsr.errors import UserError
 
 
 def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora") -> nn.Module:
-    """Puts LoRA into the linear layers of ``module`` named by ``config.targets``, in place.
+    """Adds LoRA to the linear layers of ``module`` named by ``config.targets``, in place.
 
-    Only the adapters (in float32) take gradients afterwards, and the module gives what it gave before until they
-    are trained. Llama-AVSR's LoRA on AV-HuBERT is rank 64 with alpha 128 (scale 2) on q_proj and v_proj.
+    Afterwards only the adapters (in float32) take gradients, and the module's output is unchanged until they are
+    trained. Llama-AVSR's LoRA on AV-HuBERT is rank 64 with alpha 128 (scale 2) on q_proj and v_proj.
 
     Args:
-        module: the frozen module. A layer must be *called* for its adapter to act, not just lend its weight.
-        config: rank 0 leaves ``module`` as it is.
+        module: the frozen module. An adapter acts only where its layer is *called*, not where its weight is read.
+        config: rank 0 leaves ``module`` unchanged.
         key: the config key, for messages.
 
     Returns:
         ``module``.
 
     Raises:
-        UserError: a target that names no linear layer of the module.
+        UserError: a target names no linear layer of the module.
     """
     if config.rank == 0:
         return module
@@ -43,14 +43,14 @@ def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora"
     )
     inject_adapter_in_model(peft_config, module)
     for parameter in module.parameters():
-        if parameter.requires_grad:  # PEFT leaves the adapters alone trainable
+        if parameter.requires_grad:  # PEFT leaves only the adapters trainable
             parameter.data = parameter.data.float()
     set_lora_mode(module.eval(), False)
     return module
 
 
 def set_lora_mode(module: nn.Module, training: bool) -> None:
-    """Switches the adapters' dropout alone; whatever is frozen stays in eval mode."""
+    """Switches only the adapters' dropout; everything frozen stays in eval mode."""
     for part in module.modules():
         if isinstance(part, LoraLayer):
             part.lora_dropout.train(training)

@@ -1,4 +1,4 @@
-"""Which encoder a stream of the config names."""
+"""Builds the encoder that the config names for a stream."""
 
 from __future__ import annotations
 

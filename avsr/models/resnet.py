@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_REACH = 2  # frames that the 3D convolution sees to either side
-_CHUNK = 256  # frames worked on at once, which bounds the memory of long clips and large batches
+_REACH = 2  # frames that the 3D convolution sees on either side
+_CHUNK = 256  # frames processed at once, which bounds the memory for long clips and large batches
 
 
 class BasicBlock(nn.Module):
@@ -52,7 +52,7 @@ class Trunk(nn.Module):
 
 
 class VisualFrontEnd(nn.Module):
-    """Grey frames to one vector a frame. ``channels`` is 64 in the official models, ``width`` 8 times that."""
+    """Gray frames to one vector per frame. ``channels`` is 64 in the official models, ``width`` 8 times that."""
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class VisualFrontEnd(nn.Module):
         self.trunk = Trunk(channels)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, H, W) normalised frames, (B,) lengths (0 allowed) -> (B, T, width), zeros behind a row's end.
+        """(B, T, H, W) normalized frames, (B,) lengths (0 allowed) -> (B, T, width), zeros after a row's end.
 
-        The rows are laid end to end with as many black (zero) frames between them as the 3D convolution reaches:
-        every row sees what it sees alone, and padding is not computed on.
+        The rows are concatenated with as many zero frames between them as the 3D convolution reaches: every row gives
+        what it gives alone, and nothing is computed on padding.
         """
         rows, steps = frames.shape[:2]
         place = torch.arange(steps + _REACH, device=frames.device)

@@ -1,4 +1,4 @@
-"""Where weights come from: a hub id, a local path, or a file inside a run or an installed package."""
+"""Where weights come from (a hub id, a local path, a run or an installed package), and how they are loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
 from avsr.runtime.packages import PACKAGES, SUMS, install
@@ -33,7 +35,7 @@ _log = logging.getLogger("avsr")
 def resolve(name: str) -> Path | str:
     """``package:IMPORT_NAME/relative/path`` and existing local paths as a Path, anything else as a hub id.
 
-    The package is found without importing it: its code is never run.
+    The package is located without importing it, so none of its code runs.
 
     Raises:
         UserError: the package or the path inside it is missing, or a path-like name does not exist.
@@ -54,7 +56,7 @@ def resolve(name: str) -> Path | str:
             _say_unknown(name)
         return path
     path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # unlike Path.exists false, not an error, for a name of 300 letters
+    if os.path.exists(path):  # False for a name of 300 letters, for which Path.exists raises an error
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix == ".gguf":
         raise UserError(f"{name}: there is no such file or folder, and it is no hub id (ORGANISATION/NAME)")
@@ -62,8 +64,8 @@ def resolve(name: str) -> Path | str:
 
 
 def locate(name: str, key: str = "") -> Path | str:
-    """As ``resolve``, for what is read by transformers, which without an answer from the hub would try for a minute:
-    a hub id is given back if the hub has it for us, else the folder in the hub's cache that holds it.
+    """As ``resolve``, for weights read by transformers, which without an answer from the hub would retry for a minute:
+    a hub id is returned if the hub serves it, otherwise the folder in the hub's cache that holds it.
 
     Args:
         name: as for ``resolve``.
@@ -71,8 +73,9 @@ def locate(name: str, key: str = "") -> Path | str:
 
     Raises:
         UserError: as ``resolve``; or the model is not in the cache, and the hub cannot be reached, does not know it or
-            does not hand it out.
+            refuses access.
     """
+    disable_progress_bar()
     source = resolve(name)
     if isinstance(source, Path):
         return source
@@ -94,7 +97,7 @@ def locate(name: str, key: str = "") -> Path | str:
 
 
 def _refusal(name: str) -> tuple[str, str]:
-    """Why a model cannot be had from the hub, and what to do; "" twice if it can."""
+    """Why a model cannot be downloaded from the hub, and what to do; two empty strings if it can."""
     own = "HF_HUB_ETAG_TIMEOUT" in os.environ
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if own else _PATIENCE
     found: list[Exception | None] = []
@@ -103,13 +106,13 @@ def _refusal(name: str) -> tuple[str, str]:
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
         except RemoteEntryNotFoundError:
-            found.append(None)  # it is there, in another form: what reads it says so
+            found.append(None)  # the model exists in another form: its reader will report that
         except Exception as error:
             found.append(error)
         else:
             found.append(None)
 
-    thread = threading.Thread(target=ask, daemon=True)  # the timeout is of each address, and not of looking them up
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout does not cover name resolution
     thread.start()
     thread.join(seconds + 0.5)
     hub = constants.ENDPOINT
@@ -123,7 +126,7 @@ def _refusal(name: str) -> tuple[str, str]:
         case RepositoryNotFoundError():
             return f"{hub} knows no such model", "Check its name; if it is private, log in: hf auth login"
         case HfHubHTTPError() as error if error.response.status_code in (401, 403):
-            return f"{hub} refuses access ({error.response.status_code})", "Log in, or anew: hf auth login"
+            return f"{hub} refuses access ({error.response.status_code})", "Log in (again): hf auth login"
         case HfHubHTTPError() as error:
             return f"{hub} answers with the status {error.response.status_code}", _WAYS
         case error:
@@ -132,25 +135,25 @@ def _refusal(name: str) -> tuple[str, str]:
 
 @functools.cache
 def _say_unknown(name: str) -> None:
-    _log.warning("%s: no SHA-256 of this file is known, it is taken as it is", name)
+    _log.warning("%s: the SHA-256 of this file is not known, so it is used unverified", name)
 
 
 def inside_run(name: str, run: str | Path) -> str:
-    """``run:PATH`` as the path below the folder of the run that names it; any other name as it is."""
+    """``run:PATH`` as a path in the folder of the run that names it; any other name unchanged."""
     return str(Path(run) / name.removeprefix(RUN)) if name.startswith(RUN) else name
 
 
 def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:
-    """``target``, a folder in the cache made of ``source`` where there is none yet.
+    """``target``, a folder in the cache, converted from ``source`` if it does not exist yet.
 
-    Processes that start together (the ranks of a training) each write a folder of their own, of which the first
-    one stays for all: others may already read it.
+    Processes that start together (the ranks of a training) each write a folder of their own, and the first one to
+    finish is kept: others may already be reading it.
 
     Args:
         source: for messages.
         target: the folder; complete when it holds ``last``.
         last: the file that ``write`` writes last.
-        write: fills the folder that it is given.
+        write: fills the folder it is given.
 
     Raises:
         UserError: ``write`` fails, or the cache cannot be written.
@@ -159,17 +162,25 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
         return target
     part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        try:
-            os.replace(part, target)  # fails where another process was faster
-        except OSError:
-            if not (target / last).is_file():
-                raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source}: cannot convert to {target}: {reason}") from error
+        with loading(f"{source}: cannot convert to {target}"):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            write(part)
+            try:
+                os.replace(part, target)  # fails where another process was faster
+            except OSError:
+                if not (target / last).is_file():
+                    raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+@contextmanager
+def loading(problem: str) -> Iterator[None]:
+    """Raises a UserError that begins with ``problem`` where weights inside cannot be read or do not fit."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{problem}: {reason}") from error

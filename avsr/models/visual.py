@@ -1,6 +1,6 @@
-"""A small visual encoder that trains from scratch in minutes: mouth frames in, 25 features a second out.
+"""A small visual encoder that trains from scratch in minutes: mouth frames in, 25 features per second out.
 
-``avsr pretrain`` makes the folder (``model.safetensors`` and ``config.json``) that :class:`VisualEncoder` loads.
+``avsr pretrain`` writes the folder (``model.safetensors`` and ``config.json``) that :class:`VisualEncoder` loads.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from avsr.config import EncoderConfig
 from avsr.data.clip import Clip, center_crop
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
-from avsr.models.sources import resolve
+from avsr.models.sources import loading, resolve
 from avsr.runtime.folders import part_of
 
-CROP = 88  # pixels of the mouth frame that are looked at, as in AV-HuBERT
+CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
 FRAMES_PER_SECOND = 25
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "avsr-visual-1"
@@ -41,12 +41,12 @@ class VisualConfig:
     """Sizes of the model.
 
     Attributes:
-        pool: pixels averaged each way; the model sees frames of 88 / pool pixels. 4 is enough for drawn mouths.
+        pool: pixels averaged in each direction, so that frames have 88 / pool pixels. 4 is enough for drawn mouths.
         channels: of the first convolution and of the two residual stages after it.
-        width: features a frame before the temporal layers.
-        hidden: of the recurrent layers, each way; the encoder's width is twice that.
-        layers: recurrent layers.
-        dropout: in training.
+        width: features per frame before the temporal layers.
+        hidden: width of the recurrent layers in each direction; the encoder's width is twice that.
+        layers: number of recurrent layers.
+        dropout: probability in training.
     """
 
     pool: int = 4
@@ -58,7 +58,7 @@ class VisualConfig:
 
 
 class Logits(NamedTuple):
-    """Heads of the model. ``visemes`` (N, V) over the batch's valid frames, row by row; the others (B, T, 1 + U)."""
+    """Outputs of the heads: ``visemes`` (N, V) over the batch's valid frames, row by row; the others (B, T, 1 + U)."""
 
     visemes: Tensor
     units: Tensor
@@ -66,16 +66,16 @@ class Logits(NamedTuple):
 
 
 class VisualModel(nn.Module):
-    """Convolutions over five frames and over each frame, over time, then a bidirectional GRU.
+    """Convolutions over five frames, over each frame and over time, then a bidirectional GRU.
 
-    Padding is left out of the convolutions and of the statistics of batch normalisation, is zero for the temporal
-    layers, and is packed away for the GRU: a clip gives the same features alone and in any batch.
+    Padding is excluded from the convolutions and from the statistics of batch normalization, is zero for the temporal
+    layers and is packed away for the GRU: a clip gives the same features alone and in any batch.
 
     Args:
         config: the sizes.
         visemes: names of the viseme head's classes.
-        units: words, visemes or phonemes that the unit heads name. The class 0 before them is "none of them", for
-            the CTC head its blank.
+        units: words, visemes or phonemes, the classes of the unit heads from 1 on. Class 0 is "none of them"; for the
+            CTC head it is the blank.
     """
 
     feature_mean: Tensor
@@ -87,7 +87,7 @@ class VisualModel(nn.Module):
         self.side = CROP // config.pool
         self.width = 2 * config.hidden
         first, second, third = config.channels
-        # over one grey channel a 3-D convolution is a 2-D one that takes its frames for channels
+        # with one gray channel a 3-D convolution is a 2-D one whose channels are the frames
         self.stem = nn.Sequential(_conv(_SPAN, first, 5, 2), nn.BatchNorm2d(first), nn.ReLU())
         self.trunk = nn.Sequential(_ResidualFrame(first, second), _ResidualFrame(second, third))
         edge = self.side
@@ -113,13 +113,13 @@ class VisualModel(nn.Module):
         self.register_buffer("feature_scale", torch.ones(self.width))
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, side * side) grey values and (B,) valid frames -> (B, T, width), standardised; padding gives 0."""
+        """(B, T, side * side) gray values and (B,) valid frames -> (B, T, width), standardized; padding gives 0."""
         valid = _valid(inputs, lengths)
         hidden = self._context(self._frames(inputs, lengths), valid)
         return (hidden - self.feature_mean) * self.feature_scale * valid[..., None]
 
     def logits(self, inputs: Tensor, lengths: Tensor) -> Logits:
-        """The heads over the same input as :meth:`forward`; at padding they hold no meaning."""
+        """The heads over the same input as :meth:`forward`; their values at padding are meaningless."""
         frames = self._frames(inputs, lengths)
         hidden = self.dropout(self._context(frames, _valid(inputs, lengths)))
         return Logits(self.viseme_head(frames), self.unit_head(hidden), self.ctc_head(hidden))
@@ -145,7 +145,7 @@ class VisualModel(nn.Module):
 
 
 class VisualEncoder(SpeechEncoder):
-    """A frozen :class:`VisualModel`, always in eval mode: the statistics of batch normalisation are frozen too."""
+    """A frozen :class:`VisualModel`, always in eval mode: the statistics of batch normalization are frozen too."""
 
     frames_per_second = FRAMES_PER_SECOND
     needs = frozenset({"video"})
@@ -154,7 +154,7 @@ class VisualEncoder(SpeechEncoder):
         super().__init__()
         folder = resolve(str(config.name))
         if not isinstance(folder, Path):
-            raise UserError(f"model.{stream}.encoder.name: {config.name} is no folder that 'avsr pretrain' made")
+            raise UserError(f"model.{stream}.encoder.name: {config.name} is not a folder written by 'avsr pretrain'")
         try:
             self.model = load_visual(folder)
         except UserError as error:
@@ -170,7 +170,7 @@ class VisualEncoder(SpeechEncoder):
         return video_frames
 
     def prepare(self, clip: Clip) -> Tensor:
-        """(T, side * side) float32: the middle 88 pixels each way, averaged down.
+        """(T, side * side) float32: the central 88 x 88 pixels, averaged down.
 
         Raises:
             UserError: no video, or frames below 88 pixels.
@@ -189,7 +189,7 @@ class VisualEncoder(SpeechEncoder):
 def shrink(mouth: Tensor, pool: int) -> Tensor:
     """(T, H, W) uint8 -> (T, H // pool, W // pool) float32 in 0..255, each pixel the mean of pool x pool.
 
-    A border that does not fill a whole square is left out on both sides alike, so the middle stays the middle.
+    A border narrower than a whole square is dropped equally on both sides, so the center stays the center.
 
     Raises:
         UserError: an empty clip, or frames below 88 pixels.
@@ -201,7 +201,7 @@ def shrink(mouth: Tensor, pool: int) -> Tensor:
 
 
 def save_visual(model: VisualModel, folder: Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, each in one step.
+    """Writes ``config.json`` and ``model.safetensors``, each atomically.
 
     Raises:
         UserError: the folder cannot be written.
@@ -223,15 +223,13 @@ def load_visual(folder: Path) -> VisualModel:
     """The model of a folder, in eval mode.
 
     Raises:
-        UserError: a file is missing, damaged, of another format, or does not fit the other one.
+        UserError: a file is missing, damaged or of another format, or the two do not fit together.
     """
     model = _from_config(folder / CONFIG)
     path = folder / WEIGHTS
-    try:
+    with loading(f"{path}: not a readable checkpoint"):
         state = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # of no memory yet
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # on the meta device
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(own.keys() | found.keys()):
         if own.get(name) != found.get(name):
@@ -253,14 +251,14 @@ def _from_config(path: Path) -> VisualModel:
         check_visual(config, f"{path}: model.")
         if config.layers > _MOST_LAYERS:
             raise UserError(f"{path}: model.layers: expected at most {_MOST_LAYERS}, got {config.layers}")
-        with torch.device("meta"):  # the sizes may be anything; the weights beside it are held to them
+        with torch.device("meta"):  # the sizes are untrusted until the weights are checked against them
             return VisualModel(config, content["visemes"], content["units"])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: not the config of a visual model: {error}") from error
 
 
 def check_visual(config: VisualConfig, prefix: str = "") -> None:
-    """Refuses sizes that make no model.
+    """Refuses impossible sizes.
 
     Raises:
         UserError: the message names the key, after ``prefix``.
@@ -277,7 +275,7 @@ def check_visual(config: VisualConfig, prefix: str = "") -> None:
 
 
 class _ResidualFrame(nn.Module):
-    """Two 3x3 convolutions over each frame, the first of stride 2, around a 1x1 one of stride 2."""
+    """Two 3x3 convolutions over each frame, the first of stride 2, with a 1x1 shortcut of stride 2."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -290,7 +288,7 @@ class _ResidualFrame(nn.Module):
 
 
 class _ResidualTime(nn.Module):
-    """A convolution over five frames of the clip alone: outside it reads zeros. What comes out there has no meaning."""
+    """A convolution over five frames that reads zeros outside the clip; its output there is meaningless."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -314,7 +312,7 @@ def _valid(inputs: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _standardise(inputs: Tensor, valid: Tensor) -> Tensor:
-    """(B, T, K) with mean 0 and deviation 1 over each clip's own pixels; padding 0. A blank clip is all 0."""
+    """(B, T, K) with mean 0 and deviation 1 over each clip's pixels; padding is 0, and so is all of a blank clip."""
     padding = ~valid[..., None]
     count = (valid.sum(1) * inputs.shape[-1]).clamp(min=1)[:, None, None]
     mean = inputs.masked_fill(padding, 0.0).sum((1, 2), keepdim=True) / count

@@ -7,26 +7,23 @@ import warnings
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, WavLMModel
-from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
+from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
-from avsr.models.sources import locate
-
-SAMPLE_RATE = 16_000
+from avsr.models.sources import loading, locate
 
 
 class WavLMEncoder(SpeechEncoder):
-    """WavLM's last layer. The input of a clip is its waveform, (samples, 1), and lengths are samples.
+    """WavLM's last layer. The input of a clip is its waveform, (samples, 1), and lengths count samples.
 
-    There is no longest clip, but attention is computed in full: its memory grows with the square of the length
-    (30 s and 16 heads: 150 MB a clip and layer), and relative positions are learned up to 16 s.
+    Clips may be of any length, but full attention takes memory quadratic in it (30 s and 16 heads: 150 MB per clip and
+    layer), and relative positions are learned up to 16 s.
 
     Args:
         config: ``name`` is a hub id or a folder. ``normalise`` (null: true) gives each waveform mean 0 and
@@ -40,7 +37,7 @@ class WavLMEncoder(SpeechEncoder):
         super().__init__()
         model = _load(str(config.name))
         self._normalise = config.normalise is not False
-        # a norm over time would see the padding, so such clips (BASE) go one by one
+        # BASE normalizes over time, which padding would change, so its clips are encoded one by one
         self._alone = model.config.feat_extract_norm == "group"
         self._convolutions = list(zip(model.config.conv_kernel, model.config.conv_stride, strict=True))
         self.batch = config.batch
@@ -54,7 +51,7 @@ class WavLMEncoder(SpeechEncoder):
         return self.feature_count(samples)
 
     def feature_count(self, rows: int) -> int:
-        """Frames of the convolutions over so many samples."""
+        """Frames of the convolutions over this many samples."""
         samples = rows
         for kernel, stride in self._convolutions:
             samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
@@ -71,8 +68,8 @@ class WavLMEncoder(SpeechEncoder):
         return wave[:, None]
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, samples, 1) zero-padded, (B,) int64 samples -> (B, frames, D); frames behind a row's end mean
-        nothing."""
+        """(B, samples, 1) zero-padded, (B,) int64 samples -> (B, frames, D); frames after a row's end are
+        meaningless."""
         waves = inputs[..., 0].to(self.dtype)
         counts = lengths.tolist()
         if self._alone:
@@ -83,22 +80,19 @@ class WavLMEncoder(SpeechEncoder):
         if min(counts) == waves.shape[1]:
             return self.model(waves).last_hidden_state
         mask = torch.arange(waves.shape[1], device=waves.device) < lengths.to(waves.device)[:, None]
-        with warnings.catch_warnings():  # transformers gives torch a bool mask beside a float one
+        with warnings.catch_warnings():  # transformers passes torch a bool and a float mask
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             return self.model(waves * mask, attention_mask=mask.long()).last_hidden_state
 
 
 def _load(name: str) -> Any:
-    disable_progress_bar()
     source = str(locate(name, "model.audio.encoder.name"))
-    try:
+    with loading(f"{name}: cannot load the WavLM model"):
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "wavlm":
             raise UserError(f"{name}: expected a WavLM model, got {config.model_type!r}")
         model, report = WavLMModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot load the WavLM model: {str(error).splitlines()[0]}") from error
-    # the last one is used by pre-training alone
+    # masked_spec_embed is used only in pre-training
     missing = sorted(key for key in report["missing_keys"] if key != "masked_spec_embed")
     if missing:
         raise UserError(f"{name}: the WavLM weights lack {missing[0]}")

@@ -6,19 +6,17 @@ from pathlib import Path
 
 import torch
 import torchaudio
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
-from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
+from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.formats.ctranslate2 import load_whisper_encoder
-from avsr.models.sources import locate
+from avsr.models.sources import loading, locate
 
-SAMPLE_RATE = 16_000
 HOP = 160  # samples between mel frames
 WINDOW = 400  # samples
 SAMPLES_PER_FRAME = 2 * HOP  # the second convolution halves the mel frames: 50 a second
@@ -27,8 +25,8 @@ SAMPLES_PER_FRAME = 2 * HOP  # the second convolution halves the mel frames: 50 
 class Whisper(SpeechEncoder):
     """A frozen Whisper encoder.
 
-    A clip is followed by a window of silence and encoded over its own frames only. With ``pad_to_30s`` it is encoded
-    as Hugging Face does, over 30 s, and its own frames are returned: attention to the silence then changes the
+    A clip is followed by one window of silence and encoded over its own frames only. With ``pad_to_30s`` it is padded
+    to 30 s and encoded as by Hugging Face, and its own frames are returned: attention to the silence then changes the
     features.
     """
 
@@ -57,7 +55,7 @@ class Whisper(SpeechEncoder):
         self.to(device).eval().requires_grad_(False)
 
     def frames(self, samples: int, video_frames: int) -> int:
-        """One for every started 20 ms."""
+        """One for every 20 ms begun."""
         return frame_count(samples)
 
     def prepare(self, clip: Clip) -> Tensor:
@@ -78,8 +76,8 @@ class Whisper(SpeechEncoder):
         """(B, T, 320) waveforms, (B,) lengths -> (B, T, D)."""
         frames = self._positions if self._pad else inputs.shape[1]
         waves = inputs.flatten(1)
-        behind = frames * SAMPLES_PER_FRAME - waves.shape[1] + (0 if self._pad else WINDOW)
-        mel = self._log_mel(nn.functional.pad(waves, (0, behind)))[..., : 2 * frames]
+        silence = frames * SAMPLES_PER_FRAME - waves.shape[1] + (0 if self._pad else WINDOW)
+        mel = self._log_mel(nn.functional.pad(waves, (0, silence)))[..., : 2 * frames]
         seen = torch.full_like(lengths, frames) if self._pad else lengths
         return self._run(mel.to(self._encoder.conv1.weight.dtype), seen)[:, : inputs.shape[1]]
 
@@ -91,8 +89,8 @@ class Whisper(SpeechEncoder):
         return (log + 4.0) / 4.0
 
     def _run(self, mel: Tensor, length: Tensor) -> Tensor:
-        """WhisperEncoder.forward over any number of frames; frames behind ``length`` act as the zeros that a
-        convolution pads with, and attention does not see them."""
+        """WhisperEncoder.forward over any number of frames; frames after ``length`` act like the zero padding of a
+        convolution and are masked in attention."""
         encoder = self._encoder
         frames = mel.shape[-1] // 2
         keep = torch.arange(2 * frames, device=mel.device) < 2 * length[:, None]
@@ -110,18 +108,14 @@ class Whisper(SpeechEncoder):
 
 
 def frame_count(samples: int) -> int:
-    """Encoder frames of a clip: one per started 20 ms."""
+    """Encoder frames of a clip: one for every 20 ms begun."""
     return -(-samples // SAMPLES_PER_FRAME)
 
 
 def _load(source: Path | str) -> WhisperEncoder:
-    disable_progress_bar()
     if isinstance(source, Path):
         binary = source / "model.bin" if source.is_dir() else source
         if binary.name == "model.bin" and binary.is_file():
             return load_whisper_encoder(binary)
-    try:
+    with loading(f"model.audio.encoder.name: cannot load the Whisper model {str(source)!r}"):
         return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.audio.encoder.name: cannot load the Whisper model {str(source)!r}: {reason}") from error

@@ -166,7 +166,7 @@ def tiny_mouth(index: int, frames: int, side: int = 96) -> np.ndarray:
     return np.where(inside, 30 + 10 * (index % 4), 150 + 8 * (index % 9)).astype(np.uint8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_corpus() -> Callable[..., Path]:
     """``make_corpus(folder, count=8, seconds=0.6)``: distinct tones and their manifest, whose path it returns.
 
@@ -205,7 +205,7 @@ def make_corpus() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., Path]) -> Callable[..., Path]:
     """``tiny_recipe(tmp_path, **{"training.steps": 2})``: path of a complete recipe for the tiny parts.
 
@@ -252,7 +252,7 @@ def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., P
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def av_recipe(
     tiny_recipe: Callable[..., Path], tiny_avhubert: Path, make_corpus: Callable[..., Path]
 ) -> Callable[..., Path]:

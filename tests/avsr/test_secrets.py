@@ -177,7 +177,7 @@ def test_files_without_a_known_sum_are_named_once(package: Path, caplog: pytest.
         for name in ("sub/b.bin", "sub", "sub/"):
             resolve(f"package:known_weights/{name}")
     assert [record.getMessage() for record in caplog.records] == [
-        "package:known_weights/a.bin: no SHA-256 of this file is known, it is taken as it is"
+        "package:known_weights/a.bin: the SHA-256 of this file is not known, so it is used unverified"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Reads the Whisper encoder out of a CTranslate2 ``model.bin`` (format version 6).
+"""Reads the Whisper encoder from a CTranslate2 ``model.bin`` (format version 6).
 
 Layout, little-endian: version u32, spec name, revision u32, number of variables u32; then for every variable
 its name, rank u8, dimensions u32 each, dtype u8, number of bytes u32 and the data. A name is a u16 length with
@@ -50,14 +50,16 @@ def load_whisper_encoder(path: Path) -> WhisperEncoder:
     """The encoder of ``path`` in float32.
 
     Raises:
-        UserError: not such a file, truncated, or quantised to integers.
+        UserError: the file is of another format, truncated, or quantised to integers.
     """
     try:
         verify(path)
         with path.open("rb") as file:
             variables = _read(file, path)
         config, state = _encoder(variables)
-        with torch.device("meta"):  # sizes may say anything; what there is of them is checked before memory is taken
+        with torch.device(
+            "meta"
+        ):  # the sizes are untrusted; tensors are checked against them before memory is allocated
             empty = WhisperEncoder(config)
         empty.load_state_dict(state, assign=True)
     except (OSError, struct.error, KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -67,7 +69,7 @@ def load_whisper_encoder(path: Path) -> WhisperEncoder:
 
 
 def _encoder(variables: dict[str, Tensor]) -> tuple[WhisperConfig, dict[str, Tensor]]:
-    """Sizes and tensors. Every layer below the highest number must be there, whatever number a name holds."""
+    """Sizes and tensors. Every layer up to the highest number in a name must be present."""
     width, mels, _ = variables["conv1/weight"].shape
     found = [match[1] for name in variables if (match := re.match(r"layer_([0-9]{1,4})/", name))]
     layers = 1 + max(map(int, found))
@@ -94,8 +96,8 @@ def _read(file: BinaryIO, path: Path) -> dict[str, Tensor]:
         name = _name(file)
         shape = struct.unpack(f"<{(rank := _unpack(file, '<B'))}I", file.read(4 * rank))
         dtype, size = _unpack(file, "<B"), _unpack(file, "<I")
-        if size > end - file.tell():  # or room would be made for as much as it says
-            raise ValueError(f"{name} goes on behind the end of the file")
+        if size > end - file.tell():  # otherwise as much memory would be allocated as it claims
+            raise ValueError(f"{name} extends past the end of the file")
         if not name.startswith("encoder/"):
             file.seek(size, 1)
             continue

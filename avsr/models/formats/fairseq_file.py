@@ -1,8 +1,8 @@
-"""Reads pre-trained AV-HuBERT weights, first of all the official fairseq ``.pt`` files, without fairseq.
+"""Reads pre-trained AV-HuBERT weights, mainly the official fairseq ``.pt`` files, without fairseq.
 
 A ``.pt`` file is a pickle. It is read by torch's restricted unpickler, which knows tensors and plain containers;
-the one foreign class that a pre-trained file holds (its dictionary of cluster names) becomes an empty object, and
-any other is refused by name. The weights are then converted once to safetensors.
+the one foreign class in a pre-trained file (its dictionary of cluster names) is replaced by an inert object, and any
+other class is refused by name. The weights are then converted once to safetensors.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from avsr.errors import UserError
 from avsr.models.avhubert_network import HEAD, AVHubert, AVHubertConfig
 from avsr.models.formats.torch_file import load_torch_file
-from avsr.models.sources import convert_once, resolve
+from avsr.models.sources import convert_once, loading, resolve
 from avsr.runtime.folders import cache_folder
 
 WEIGHTS = "model.safetensors"
 LICENCE = "AV-HuBERT's weights are for non-commercial research only (Meta's AV-HuBERT licence agreement)"
 _DICTIONARY = "fairseq.data.dictionary.Dictionary"
-TRAINING_ONLY = re.compile(r"label_embs_concat|final_proj\.|target_glu\.|num_updates")  # no part of the encoder
+TRAINING_ONLY = re.compile(r"label_embs_concat|final_proj\.|target_glu\.|num_updates")  # not part of the encoder
 _FINE_TUNED = re.compile(r"(encoder\.)?w2v_(model|encoder)\.|decoder\.")
 _MOST_LAYERS = 48  # LARGE has 24
 _log = logging.getLogger(__name__)
 
 
 class _Inert:
-    """Stands in for fairseq's dictionary: holds what the file says, does nothing."""
+    """Replaces fairseq's dictionary: it holds the data of the file and has no behavior."""
 
 
 def load_avhubert(name: str) -> AVHubert:
@@ -48,8 +47,8 @@ def load_avhubert(name: str) -> AVHubert:
         name: an official ``.pt`` file, the folder or ``.safetensors`` file made of one, or ``package:NAME``.
 
     Raises:
-        UserError: missing, damaged or foreign file, a fine-tuned model, or one that is no AV-HuBERT; it names the
-            file and the first key that differs.
+        UserError: a missing, damaged or foreign file, a fine-tuned model, or one that is not an AV-HuBERT; the
+            message names the file and the first key that differs.
     """
     source = resolve(name)
     if isinstance(source, str):
@@ -62,10 +61,8 @@ def load_avhubert(name: str) -> AVHubert:
         raise UserError(f"{source}: the folder holds no {WEIGHTS}")
     if path.suffix != ".safetensors":
         path = convert_fairseq(path) / WEIGHTS
-    try:
+    with loading(f"{path}: not a readable safetensors file"):
         state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     config = check_state(state, path)
     with torch.device("meta"):
@@ -91,7 +88,7 @@ def convert_fairseq(path: Path) -> Path:
 
 
 def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
-    """The encoder's sizes and tensors out of a fairseq checkpoint, floats as float32, without what only
+    """The encoder's sizes and tensors from a fairseq checkpoint, floats as float32, without those that only
     pre-training needs.
 
     Raises:
@@ -107,7 +104,7 @@ def read_fairseq(path: Path) -> tuple[AVHubertConfig, dict[str, Tensor]]:
         if isinstance(key, str) and _FINE_TUNED.match(key):
             raise UserError(f"{path}: {_fine_tuned(f'it has the key {key!r}')}")
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: the model's entry {key!r} is no tensor but {type(tensor).__name__}")
+            raise UserError(f"{path}: the model's entry {key!r} is not a tensor but {type(tensor).__name__}")
         if not TRAINING_ONLY.match(key):
             tensor = tensor.detach()
             state[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().clone()
@@ -167,7 +164,7 @@ def _shape(state: Mapping[str, Tensor], key: str, where: Path | str) -> tuple[in
 
 
 def _check_options(cfg: Any, config: AVHubertConfig, path: Path) -> None:
-    """Refuses the variants of the architecture that shapes do not tell apart."""
+    """Refuses variants of the architecture that cannot be told apart by shapes."""
     options = cfg.get("model") if isinstance(cfg, Mapping) else None
     if not isinstance(options, Mapping):
         return

@@ -1,11 +1,11 @@
-"""Official Llama-AVSR checkpoints (``model_avg_N.pth``): what is in them, under this project's names.
+"""Official Llama-AVSR checkpoints (``model_avg_N.pth``): their tensors under this project's names.
 
 Such a file holds the whole model in one flat state dict:
 
 - ``audio_proj.{0,2,3}.*``, ``video_proj.*``, and ``audiovisual_proj.*`` for one AV-HuBERT over both (our "fused");
 - ``llm.*``: a Hugging Face Llama with ``self_attn.lora_{down,up}_{Q,V}.weight`` in every layer, whose output is
-  ``up(down(x)) * alpha / R`` with ``down`` of shape (round(hidden / R), hidden): R divides, it is no rank;
-- ``llm.model.embed_tokens.weight`` with rows for <pad>, <audio>, </audio>, <video>, </video> behind the tokenizer's;
+  ``up(down(x)) * alpha / R`` with ``down`` of shape (round(hidden / R), hidden): R is a divisor, not a rank;
+- ``llm.model.embed_tokens.weight`` with rows for <pad>, <audio>, </audio>, <video>, </video> after the tokenizer's;
 - ``audio_encoder.*``, ``video_encoder.*`` or ``audiovisual_encoder.*``; AV-HuBERT may carry LoRA of the same names,
   always with a scale of 2.
 
@@ -39,12 +39,12 @@ _OURS = re.compile(
 
 
 def read_official(path: Path) -> State:
-    """The state dict of a checkpoint, not copied into memory where the format allows; foreign classes are refused.
+    """The state dict of a checkpoint, memory-mapped where the format allows; foreign classes are refused.
 
     A Lightning file (``epoch=N.ckpt``) is read too: its ``state_dict``, whose names begin with ``model.``.
 
     Raises:
-        UserError: no such file, a damaged one, one with foreign classes, or one of another kind.
+        UserError: the file is missing, damaged, of another kind, or holds foreign classes.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -71,7 +71,7 @@ def official_task(state: State, where: Path) -> str:
     """The task, in our names, that the checkpoint's projectors are for.
 
     Raises:
-        UserError: it has none.
+        UserError: there is no such task.
     """
     streams = {PROJECTORS[key.partition(".")[0]] for key in state if key.partition(".")[0] in PROJECTORS}
     if streams == {"audio", "video"}:
@@ -84,11 +84,11 @@ def official_task(state: State, where: Path) -> str:
 def translate(state: State, model: SpeechLLM, where: Path) -> State:
     """The checkpoint's tensors under the names of ``model.own_state()``, float32.
 
-    LoRA factors come over as they are: the scale alpha / R is that of ``model.config.lora`` (alpha / rank).
+    LoRA factors are copied unchanged: the scale alpha / R is that of ``model.config.lora`` (alpha / rank).
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape; it names the tensor, both shapes and, where it
-            can be told, the config key that would fit.
+        UserError: a tensor is missing, left over or of another shape; the message names the tensor, both shapes and,
+            where it can be inferred, the config key to change.
     """
     taken: set[str] = set()
     translated = {}
@@ -126,21 +126,21 @@ def official_name(name: str, state: Mapping[str, Tensor]) -> str:
 
 
 def encoder_prefix(state: Mapping[str, Tensor], stream: str) -> str:
-    """Where the encoder of ``stream`` lies: one AV-HuBERT may serve audio and video, each with its own projector."""
+    """The prefix of the encoder of ``stream``: one AV-HuBERT may serve audio and video, each with its own projector."""
     own = "audiovisual_encoder" if stream == "fused" else f"{stream}_encoder"
     return own if any(key.startswith(f"{own}.") for key in state) else "audiovisual_encoder"
 
 
 def encoder_state(state: State, prefix: str) -> State:
-    """The encoder's tensors below ``prefix`` without LoRA, names as in its own file."""
+    """The encoder's tensors under ``prefix`` without LoRA, named as in its own file."""
     start = f"{prefix}."
     return {key.removeprefix(start): t for key, t in state.items() if key.startswith(start) and not LORA.search(key)}
 
 
 def _delimiters(state: State, model: SpeechLLM, where: Path) -> Tensor:
-    """(n, C) float32: the rows that the checkpoint's larger table has for <audio>, </audio>, <video>, </video>."""
+    """(n, C) float32: the rows of the checkpoint's enlarged table for <audio>, </audio>, <video>, </video>."""
     if TABLE not in state:
-        raise UserError(f"{where}: {TABLE} is missing: it holds the embeddings of <audio>, </audio> and so on")
+        raise UserError(f"{where}: {TABLE} is missing: it holds the embeddings of <audio>, </audio> etc.")
     table = state[TABLE]
     vocabulary = model.tokenizer.get_vocab()
     size = len(model.tokenizer)
@@ -175,7 +175,7 @@ def _refuse_left_over(state: State, taken: set[str], model: SpeechLLM, where: Pa
 
 
 def _acts(state: State, key: str) -> bool:
-    """Whether the adapter of ``key`` adds anything: where AV-HuBERT is frozen, ``down`` is zero as it began."""
+    """Whether the adapter of ``key`` adds anything: where AV-HuBERT is frozen, ``down`` is still zero."""
     pair = [re.sub(r"lora_(down|up)_", f"lora_{side}_", key) for side in ("down", "up")]
     return all(name in state and bool(state[name].any()) for name in pair)
 
@@ -192,7 +192,7 @@ def _cause_missing(name: str) -> str:
 
 
 def _cause_shape(name: str, theirs: tuple[int, ...], ours: tuple[int, ...], model: SpeechLLM) -> str:
-    """What in the config would explain the two shapes (their issue 2), as the end of a message."""
+    """The end of a message: what in the config would explain the two shapes."""
     if "lora_" in name:
         side = 0 if ".lora_A." in name else 1
         if theirs[1 - side] != ours[1 - side]:

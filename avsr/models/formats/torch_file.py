@@ -21,12 +21,12 @@ def load_torch_file(
 
     Args:
         path: the file, a pickle with tensors. torch's restricted unpickler knows tensors and plain containers.
-        stand_ins: what to make of further classes, by their full names.
-        explain: given the name of a class that is refused, ends the message.
+        stand_ins: replacements for further classes, by their full names.
+        explain: given the name of a refused class, the end of the message.
 
     Raises:
-        UserError: a file with any other class, which the message names, a damaged one or none of torch's, or one
-            whose tensors hold less than their shapes say.
+        UserError: the file holds any other class (the message names it), is damaged or was not written by
+            ``torch.save``, or has tensors with less storage than their shapes need.
     """
     known: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
     try:
@@ -36,7 +36,7 @@ def load_torch_file(
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        # no word of torch's own: it advises to load the file with weights_only=False, which runs its code
+        # torch's message is not quoted: it advises weights_only=False, which would run code from the file
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign is None:
             raise UserError(f"{path}: not a readable checkpoint: damaged, or not a file of torch.save") from error
@@ -44,12 +44,13 @@ def load_torch_file(
             f"{path}: refused, the file holds the foreign class {foreign[1]}, and loading it would run code that is "
             f"not ours{explain(foreign[1])}"
         ) from error
-    _refuse_hollow(content, path)
+    _refuse_unbacked(content, path)
     return content
 
 
-def _refuse_hollow(content: Any, path: Path) -> None:
-    """A view can repeat one number to any shape, a sparse or meta tensor needs none: a copy would fill the memory."""
+def _refuse_unbacked(content: Any, path: Path) -> None:
+    """Refuses tensors with less storage than their shape needs (expanded views, sparse and meta tensors): copying one
+    could exhaust the memory."""
     waiting, seen = [content], set[int]()
     while waiting:
         value = waiting.pop()

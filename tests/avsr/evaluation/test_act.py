@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,59 +12,20 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from avsr.config import (
-    ActConfig,
-    CompressionConfig,
-    Config,
-    DecodeConfig,
-    EncoderConfig,
-    LLMConfig,
-    LoraConfig,
-    ModelConfig,
-    StreamConfig,
-)
-from avsr.config import ProjectorConfig as Projector
+from avsr.config import ActConfig, Config, DecodeConfig
 from avsr.data.batches import Example, collate
-from avsr.data.manifest import Utterance
 from avsr.evaluation.act import Heads, calibrated, every_head
-from avsr.evaluation.act_search import search
+from avsr.evaluation.act_search import Search, search
 from avsr.evaluation.decode import token_budget, transcribe_batch
-from avsr.models.llm import load_llm
 from avsr.models.speech_llm import Assembled, SpeechLLM
 
-WIDTH = 32
 SOME: Heads = [(0, 1), (1, 0), (1, 3), (2, 2)]
-CPU = torch.device("cpu")
-Refuse = Callable[..., str]
+Examples = Callable[..., list[Example]]
 
 
-@pytest.fixture
-def model(tiny_llm: Path) -> SpeechLLM:
-    config = ModelConfig(
-        audio=StreamConfig(EncoderConfig(name="none"), CompressionConfig(rate=4)),
-        llm=LLMConfig(name=str(tiny_llm)),
-        projector=Projector(hidden=16),
-        lora=LoraConfig(rank=4),
-    )
-    torch.manual_seed(0)
-    model = SpeechLLM(config, load_llm(config.llm), {"audio": WIDTH})
-    with torch.no_grad():
-        for name, parameter in model.own_state().items():
-            if "lora_" in name or name.startswith("projectors.") and parameter.dim() == 1:
-                parameter.normal_(0, 0.3)
-    return model.eval()
-
-
-def make_examples(model: SpeechLLM, seconds: list[float], texts: list[str] | None = None) -> list[Example]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        Example(
-            Utterance(id=f"u{i}", audio=Path(f"u{i}.wav"), text=text, duration=duration),
-            {"audio": 3 * torch.randn(round(duration * 50), WIDTH, generator=generator)},
-            model.tokenize(text),
-        )
-        for i, (duration, text) in enumerate(zip(seconds, texts or [""] * len(seconds), strict=True))
-    ]
+@pytest.fixture(scope="module")
+def model(speech_llm: Callable[..., SpeechLLM]) -> SpeechLLM:
+    return speech_llm()
 
 
 class ByHand:
@@ -82,7 +42,7 @@ class ByHand:
 
     @torch.no_grad()
     def log_probs(self, example: Example, ids: list[int]) -> Tensor:
-        """(1 + n, vocabulary) of what follows the prompt and each of the n tokens behind it."""
+        """(1 + n, vocabulary) of the next token after the prompt and after each of the n tokens."""
         rows = self.model.assemble(collate([example]), with_text=False)
         self.span = int(rows.spans[0])
         text = self.model.decoder.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
@@ -129,17 +89,8 @@ def run_config(beta: float, threshold: float = 0.1, **decoding: Any) -> Config:
     return Config(run="none", act=ActConfig(beta, threshold), decode=decoder)
 
 
-class Numbers:
-    """A tokenizer whose text is the token ids themselves: nothing is left out or stripped."""
-
-    pad_token_id = 0
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return " ".join(map(str, ids))
-
-
 def without_end(model: SpeechLLM) -> None:
-    """Texts go on to their budget: a beam search is then short to write down."""
+    """Texts continue to their budget, which makes the oracle of a beam search short."""
 
     def forbid(module: Any, args: Any, logits: Tensor) -> Tensor:
         logits = logits.clone()
@@ -154,11 +105,13 @@ def without_end(model: SpeechLLM) -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("heads", [SOME, None], ids=["some heads", "all heads"])
-def test_decoding_equals_full_recomputation(model: SpeechLLM, beams: int, heads: Heads | None) -> None:
+def test_decoding_equals_full_recomputation(
+    speech_llm: Callable[..., SpeechLLM], make_examples: Examples, beams: int, heads: Heads | None
+) -> None:
     """Token by token: cache, padding, batch and beams against whole rows of one utterance."""
-    without_end(model)
-    config = run_config(0.2, beams=beams)
-    examples = make_examples(model, [0.4, 1.3, 0.7])
+    without_end(model := speech_llm())
+    config = run_config(0.2, beams=beams, base_tokens=4, tokens_per_second=5.0)
+    examples = make_examples([0.4, 1.3, 0.7])
     heads = heads or every_head(model)
     oracle = ByHand(model, config.act, heads)
     plain = decode(model, examples, config.decode)
@@ -181,12 +134,14 @@ def test_decoding_equals_full_recomputation(model: SpeechLLM, beams: int, heads:
     assert oracle.found == set(heads)
 
 
-def test_scores_of_texts_that_end_by_themselves(model: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_texts_that_end_by_themselves(
+    speech_llm: Callable[..., SpeechLLM], make_examples: Examples, ids_as_text: Callable[[SpeechLLM], None]
+) -> None:
     """n-best lists of a beam search: the log-probability of a text is that of one pass over all of it."""
-    monkeypatch.setattr(model, "tokenizer", Numbers())
+    ids_as_text(model := speech_llm())
     model.decoder.lm_head.weight.data[model.eos] *= 6
     config = run_config(0.3, beams=3, nbest=3)
-    examples = make_examples(model, [0.5, 0.9, 0.3])
+    examples = make_examples([0.5, 0.9, 0.3])
     oracle = ByHand(model, config.act, SOME)
     with calibrated(config, model, SOME):
         got = decode(model, examples, config.decode)
@@ -203,9 +158,9 @@ def test_scores_of_texts_that_end_by_themselves(model: SpeechLLM, monkeypatch: p
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_rows_decode_as_alone(model: SpeechLLM, beams: int) -> None:
+def test_rows_decode_as_alone(model: SpeechLLM, make_examples: Examples, beams: int) -> None:
     config = run_config(0.1, beams=beams)
-    examples = make_examples(model, [0.4, 2.2, 0.9, 1.3])
+    examples = make_examples([0.4, 2.2, 0.9, 1.3])
     with calibrated(config, model, every_head(model)):
         together = decode(model, examples, config.decode)
         alone = [decode(model, [example], config.decode)[0] for example in examples]
@@ -219,21 +174,34 @@ class Dataset(list[Example]):
     sizes = (20, 65, 35, 45, 20)
 
 
-@pytest.fixture
-def dataset(model: SpeechLLM) -> Any:
-    return Dataset(make_examples(model, [0.4, 1.3, 0.7, 0.9, 0.4], ["bin", "lay blue", "set", "a", "now red"]))
+SECONDS = [0.4, 1.3, 0.7, 0.9, 0.4]
 
 
-@pytest.fixture
-def setting() -> Config:
-    config = run_config(0.2, 0.33)
+@pytest.fixture(scope="module")
+def dataset(model: SpeechLLM, make_examples: Examples) -> Any:
+    return Dataset(make_examples(SECONDS, ["bin", "lay blue", "set", "a", "now red"], model.tokenize))
+
+
+def search_config(beta: float, threshold: float) -> Config:
+    config = run_config(beta, threshold)
     config.training.frames = 150  # several batches
     return config
 
 
-def test_the_search_finds_what_brute_force_finds(model: SpeechLLM, dataset: Any, setting: Config) -> None:
+@pytest.fixture(scope="module")
+def setting() -> Config:
+    return search_config(0.2, 0.33)
+
+
+@pytest.fixture(scope="module")
+def found(model: SpeechLLM, dataset: Any, setting: Config) -> Search:
+    return search(model, dataset, setting)
+
+
+def test_the_search_finds_what_brute_force_finds(
+    model: SpeechLLM, dataset: Any, setting: Config, found: Search
+) -> None:
     """A whole pass over every utterance for every head; heads that are left out change nothing."""
-    found = search(model, dataset, setting)
 
     def brute_force(heads: Heads) -> tuple[float, bool]:
         oracle = ByHand(model, setting.act, heads)
@@ -259,12 +227,8 @@ def test_the_search_finds_what_brute_force_finds(model: SpeechLLM, dataset: Any,
     assert found.heads == ranked[:size] and found.best == pytest.approx(sets[size], abs=1e-6)
 
 
-def test_the_search_repeats_itself(model: SpeechLLM, dataset: Any, setting: Config) -> None:
-    assert search(model, dataset, setting) == search(model, dataset, setting)
-
-
-def test_the_search_holds_the_embeddings_of_one_batch(
-    model: SpeechLLM, dataset: Any, setting: Config, monkeypatch: pytest.MonkeyPatch
+def test_the_search_repeats_itself_and_holds_the_embeddings_of_one_batch(
+    model: SpeechLLM, dataset: Any, setting: Config, found: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
     assemble = model.assemble
@@ -276,24 +240,21 @@ def test_the_search_holds_the_embeddings_of_one_batch(
         return rows
 
     monkeypatch.setattr(model, "assemble", watched)
-    search(model, dataset, setting)
+    assert search(model, dataset, setting) == found
     assert len(made) > 4
 
 
-def test_the_search_finds_a_planted_head(model: SpeechLLM) -> None:
+def test_the_search_finds_a_planted_head(model: SpeechLLM, make_examples: Examples) -> None:
     """Texts that the model says only when the sinks of one head are calmed."""
-    setting, planted = run_config(0.05), (1, 2)
-    setting.training.frames = 150
-    seconds = [0.4, 1.3, 0.7, 0.9, 0.4]
+    setting, planted = search_config(0.05, 0.1), (1, 2)
     with calibrated(setting, model, [planted]):
-        texts = [found[0][0] for found in decode(model, make_examples(model, seconds), setting.decode)]
-    found = search(model, Dataset(make_examples(model, seconds, texts)), setting)  # type: ignore[arg-type]
+        texts = [best[0][0] for best in decode(model, make_examples(SECONDS), setting.decode)]
+    found = search(model, Dataset(make_examples(SECONDS, texts, model.tokenize)), setting)  # type: ignore[arg-type]
     assert found.heads[0] == planted
     assert found.alone[planted] < min([found.plain, *(loss for head, loss in found.alone.items() if head != planted)])
 
 
-def test_heads_without_sinks_are_no_ops(model: SpeechLLM, dataset: Any, setting: Config) -> None:
-    found = search(model, dataset, setting)
+def test_heads_without_sinks_are_no_ops(model: SpeechLLM, dataset: Any, setting: Config, found: Search) -> None:
     idle = [head for head in every_head(model) if head not in found.alone]
     assert idle
     batch = collate(list(dataset))
@@ -306,7 +267,6 @@ def test_heads_without_sinks_are_no_ops(model: SpeechLLM, dataset: Any, setting:
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_no_sink_at_all_finds_no_head(model: SpeechLLM, dataset: Any, setting: Config) -> None:
-    setting.act.threshold = 0.9999999
-    found = search(model, dataset, setting)
+def test_no_sink_at_all_finds_no_head(model: SpeechLLM, dataset: Any) -> None:
+    found = search(model, dataset, search_config(0.2, 0.9999999))
     assert (found.heads, found.alone, found.together, found.best) == ([], {}, [], found.plain)

@@ -22,6 +22,7 @@ from avsr.models.speech_llm import SpeechLLM
 
 CPU = torch.device("cpu")
 Refuse = Callable[..., str]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture

@@ -1,70 +1,50 @@
-"""Greedy and beam decoding: a hypothesis depends on nothing but its own utterance."""
+"""Greedy and beam decoding: which hypotheses, with which scores, and that neither depends on the other utterances."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from avsr.config import CompressionConfig, DecodeConfig, EncoderConfig, LLMConfig, LoraConfig, ModelConfig, StreamConfig
-from avsr.config import ProjectorConfig as Projector
+from avsr.cli import main
+from avsr.config import DecodeConfig
 from avsr.data.batches import Example, collate
-from avsr.data.manifest import Utterance
-from avsr.evaluation.decode import token_budget, transcribe, transcribe_batch
-from avsr.models.llm import load_llm
+from avsr.evaluation.decode import Hypothesis, token_budget, transcribe, transcribe_batch
 from avsr.models.speech_llm import SpeechLLM
 
-WIDTH = 32
-SECONDS = [0.4, 1.3, 0.4, 2.2, 0.7]
-
-
-def build(folder: Path) -> SpeechLLM:
-    """A speech LLM on the tiny Llama, whose random adapters do something."""
-    config = ModelConfig(
-        audio=StreamConfig(EncoderConfig(name="none"), CompressionConfig(rate=4)),
-        llm=LLMConfig(name=str(folder)),
-        projector=Projector(hidden=16),
-        lora=LoraConfig(rank=4, dropout=0.3),
-    )
-    torch.manual_seed(0)
-    model = SpeechLLM(config, load_llm(config.llm), {"audio": WIDTH})
-    with torch.no_grad():
-        for name, parameter in model.own_state().items():
-            if "lora_" in name:
-                parameter.normal_(0, 0.1)
-            elif name.startswith("projectors.") and parameter.dim() == 1:
-                parameter.normal_(0, 1)
-    return model.eval()
+SECONDS = [0.4, 1.3, 0.4, 2.2, 0.7, 0.9, 0.3]
+Make = Callable[..., SpeechLLM]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llm: Path) -> SpeechLLM:
-    return build(tiny_llm)
-
-
-def make_examples(seconds: list[float]) -> list[Example]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        Example(
-            Utterance(id=f"u{i}", audio=Path(f"u{i}.wav"), text="", duration=duration),
-            {"audio": 3 * torch.randn(round(duration * 50), WIDTH, generator=generator)},
-            [],
-        )
-        for i, duration in enumerate(seconds)
-    ]
-
-
-def lengths(examples: list[Example]) -> list[float]:
-    return [example.utterance.duration for example in examples]
+def built(speech_llm: Make) -> SpeechLLM:
+    return speech_llm(adapters=0.1, biases=1.0)
 
 
 @pytest.fixture
-def examples() -> list[Example]:
+def model(built: SpeechLLM) -> Iterator[SpeechLLM]:
+    """It seldom ends a text by itself, and one token is one character."""
+    eos = built.eos
+    yield built
+    built.eos = eos
+
+
+@pytest.fixture(scope="module")
+def ending(speech_llm: Make) -> SpeechLLM:
+    """It ends texts at all lengths, not only at the budget."""
+    model = speech_llm()
+    with torch.no_grad():
+        model.decoder.lm_head.weight[model.eos] *= 3
+    return model
+
+
+@pytest.fixture
+def examples(make_examples: Callable[..., list[Example]]) -> list[Example]:
     return make_examples(SECONDS)
 
 
@@ -86,27 +66,150 @@ def decode(model: SpeechLLM, examples: list[Example], config: DecodeConfig) -> l
     return [hypotheses[0].text for hypotheses in transcribe_batch(model, collate(examples), config)]
 
 
-def test_greedy_is_the_most_likely_token_again_and_again(model: SpeechLLM, examples: list[Example]) -> None:
+def teacher_forced(model: SpeechLLM, example: Example, tokens: list[int], *, ended: bool) -> float:
+    """Sum of log-probabilities of ``tokens`` after the prompt, and of the end token when ``ended``."""
+    rows = model.assemble(collate([example]), with_text=False)
+    text = model.decoder.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+    with torch.no_grad():
+        logits = model.decoder(inputs_embeds=torch.cat([rows.embeddings, text], dim=1)).logits[0]
+    log_probs = logits.double().log_softmax(dim=-1)
+    start = rows.embeddings.shape[1] - 1
+    targets = [*tokens, model.eos] if ended else tokens
+    return float(sum(log_probs[start + i, token] for i, token in enumerate(targets)))
+
+
+# The texts
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_greedy_is_the_most_likely_token_again_and_again(
+    model: SpeechLLM, make_examples: Callable[..., list[Example]], endless: bool
+) -> None:
+    """``endless``: each text continues to its own budget, the longest beyond 32 tokens."""
+    if endless:
+        model.eos = 3  # <unk>: hardly ever the most likely token
+    examples = make_examples([0.4, 1.3, 0.2, 2.2, 5.0])
+    config = DecodeConfig(base_tokens=4, tokens_per_second=10.0)
+    found = decode(model, examples, config)
+    assert found == [naive(model, each, token_budget(config, each.utterance.duration)) for each in examples]
+    assert len(set(found)) == len(found) and all(found)  # the oracle is no constant
+    if endless:
+        assert len(found[-1]) > 40 and len(found[2]) <= 6
+
+
+def test_what_follows_the_end_token_is_left_out(model: SpeechLLM, examples: list[Example]) -> None:
     config = DecodeConfig(base_tokens=6, tokens_per_second=10.0)
-    expected = [naive(model, example, token_budget(config, example.utterance.duration)) for example in examples]
-    assert decode(model, examples, config) == expected
-    assert len(set(expected)) == len(expected) and all(expected)  # the oracle is no constant
+    whole = decode(model, examples, config)
+    fourth = model.tokenize(whole[1])[3]
+    model.eos = fourth
+    shorter = decode(model, examples, config)
+    for before, after in zip(whole, shorter, strict=True):
+        assert before.startswith(after) and model.tokenizer.decode([fourth]) not in after
+    assert len(shorter[1]) <= 3
+
+
+def test_the_budget_grows_with_the_duration() -> None:
+    config = DecodeConfig(base_tokens=8, tokens_per_second=12.0)
+    assert [token_budget(config, s) for s in (0.0, 0.5, 1.0, 1.01, 10.0)] == [8, 14, 20, 21, 128]
+    assert token_budget(DecodeConfig(base_tokens=3, tokens_per_second=0.0), 60.0) == 3
+
+
+def test_many_beams_find_the_best_of_all_texts(ending: SpeechLLM, make_examples: Callable[..., list[Example]]) -> None:
+    """With more beams than there are texts of two tokens the list is the exhaustive one."""
+    (example,) = make_examples([0.5])
+    config = DecodeConfig(beams=40, nbest=20, length_penalty=1.0, base_tokens=2, tokens_per_second=0.0)
+    (found,) = transcribe_batch(ending, collate([example]), config)
+    vocabulary = [i for i in range(ending.decoder.config.vocab_size) if i != ending.eos]
+    rows = ending.assemble(collate([example]), with_text=False)
+    start = rows.embeddings.shape[1] - 1
+    with torch.no_grad():
+        second = ending.decoder.get_input_embeddings()(torch.tensor(vocabulary)[:, None])
+        inputs = torch.cat([rows.embeddings.expand(len(vocabulary), -1, -1), second], dim=1)
+        log_probs = ending.decoder(inputs_embeds=inputs).logits.double().log_softmax(dim=-1)[:, start:]
+    scores = [float(log_probs[0, 0, ending.eos])]
+    scores += [float(log_probs[n, 0, t] + log_probs[n, 1, ending.eos]) / 2 for n, t in enumerate(vocabulary)]
+    for (n, first), last in itertools.product(enumerate(vocabulary), vocabulary):
+        scores.append(float(log_probs[n, 0, first] + log_probs[n, 1, last]) / 3)
+    assert [h.score for h in found[:5]] == pytest.approx(sorted(scores, reverse=True)[:5], abs=2e-5)
+
+
+# The scores
+
+
+@pytest.mark.parametrize(
+    ("beams", "nbest", "penalty"), [(1, 1, 1.0), (1, 1, 0.5), (4, 4, 1.0), (5, 3, 0.0), (3, 2, 2.0)]
+)
+def test_scores_are_log_probabilities_of_the_model(
+    ending: SpeechLLM,
+    examples: list[Example],
+    ids_as_text: Callable[[SpeechLLM], None],
+    beams: int,
+    nbest: int,
+    penalty: float,
+) -> None:
+    """Against one pass over every text, in texts that end by themselves and in texts that the budget ends."""
+    ids_as_text(ending)
+    config = DecodeConfig(beams=beams, nbest=nbest, length_penalty=penalty, base_tokens=3, tokens_per_second=5.0)
+    kinds = set()
+    for example, found in zip(examples, transcribe_batch(ending, collate(examples), config), strict=True):
+        assert len(found) == nbest
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+        budget = token_budget(config, example.utterance.duration)
+        for text, score in found:
+            tokens = [int(word) for word in text.split()]
+            assert len(tokens) <= budget
+            ended = len(tokens) < budget
+            kinds.add(ended)
+            expected = teacher_forced(ending, example, tokens, ended=ended) / (len(tokens) + 1) ** penalty
+            assert score == pytest.approx(expected, abs=2e-5)
+    assert beams == 1 or penalty > 1 or kinds == {True, False}
+
+
+def test_a_shorter_list_is_the_head_of_a_longer_one(ending: SpeechLLM, examples: list[Example]) -> None:
+    batch = collate(examples)
+    lists = [transcribe_batch(ending, batch, DecodeConfig(beams=4, nbest=n, base_tokens=4)) for n in (1, 2, 4)]
+    for one, two, four in zip(*lists, strict=True):
+        assert one == two[:1] and two == four[:2]
+
+
+def test_a_larger_length_penalty_favours_longer_texts(ending: SpeechLLM, examples: list[Example]) -> None:
+    lengths = []
+    for penalty in (0.0, 1.0, 4.0):
+        config = DecodeConfig(beams=4, length_penalty=penalty, base_tokens=20)
+        lengths.append(sum(map(len, decode(ending, examples, config))))
+    assert lengths[0] <= lengths[1] <= lengths[2] and lengths[0] < lengths[2]
+
+
+# What does not matter
+
+
+def same(found: list[Hypothesis], other: list[Hypothesis]) -> bool:
+    return [h.text for h in found] == [h.text for h in other] and [h.score for h in found] == pytest.approx(
+        [h.score for h in other], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("base", [2, 9])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_lists_alone_as_in_a_batch(ending: SpeechLLM, examples: list[Example], beams: int, base: int) -> None:
+    """Also where the budget ends a text: other utterances then continue for longer."""
+    config = DecodeConfig(beams=beams, nbest=beams, base_tokens=base, tokens_per_second=6.0, batch=3)
+    together = transcribe_batch(ending, collate(examples), config)
+    assert len({found[0].text for found in together}) > 3
+    assert transcribe_batch(ending, collate(examples), config) == together
+    for example, found in zip(examples, together, strict=True):
+        assert same(transcribe_batch(ending, collate([example]), config)[0], found)
+    lengths = [example.utterance.duration for example in examples]
+    by_three = list(transcribe(ending, examples.__getitem__, lengths, config))
+    assert sorted(index for index, _ in by_three) == list(range(len(examples)))
+    assert all(same(found, together[index]) for index, found in by_three)
+    assert list(transcribe(ending, [].__getitem__, [], config)) == []
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("base", [3, 12])
-def test_utterances_alone_as_in_a_batch(model: SpeechLLM, beams: int, base: int) -> None:
-    """Also where the budget ends a text: other utterances then go on for longer."""
-    examples = make_examples([0.4, 1.3, 0.2, 2.2, 0.6, 0.4, 1.9, 0.5, 0.3, 2.6])
-    config = DecodeConfig(beams=beams, base_tokens=base, tokens_per_second=10.0)
-    together = decode(model, examples, config)
-    assert len(set(together)) == len(together)
-    assert [decode(model, [example], config)[0] for example in examples] == together
-    assert decode(model, examples[::-1], config) == together[::-1]
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_long_neighbour_does_not_cut_a_short_utterance(model: SpeechLLM, beams: int) -> None:
+def test_a_long_neighbour_does_not_cut_a_short_utterance(
+    model: SpeechLLM, make_examples: Callable[..., list[Example]], beams: int
+) -> None:
     """The long one leaves almost none of the model's 256 positions."""
     short, long = make_examples([0.5, 17.6])
     config = DecodeConfig(beams=beams, base_tokens=16, tokens_per_second=4.0)
@@ -114,44 +217,16 @@ def test_a_long_neighbour_does_not_cut_a_short_utterance(model: SpeechLLM, beams
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_the_same_twice_whatever_the_seed(model: SpeechLLM, examples: list[Example], beams: int) -> None:
+def test_neither_the_seed_nor_dropout_nor_the_models_own_generation_config(
+    model: SpeechLLM, speech_llm: Make, examples: list[Example], tiny_llm: Path, tmp_path: Path, beams: int
+) -> None:
     config = DecodeConfig(beams=beams)
     torch.manual_seed(1)
-    first = decode(model, examples, config)
+    expected = decode(model, examples, config)
     torch.manual_seed(2)
-    assert decode(model, examples, config) == first
-
-
-def test_decoding_leaves_no_dropout_on(model: SpeechLLM, examples: list[Example]) -> None:
-    first = decode(model, examples, DecodeConfig())
     model.train()
-    assert decode(model, examples, DecodeConfig()) == first
+    assert decode(model, examples, config) == expected
     model.eval()
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_head_reads_contiguous_states(model: SpeechLLM, examples: list[Example], beams: int) -> None:
-    """A slice of the prompt's states would be multiplied by one copy of the vocabulary's matrix for every row."""
-    seen: list[bool] = []
-    hook = model.decoder.lm_head.register_forward_hook(lambda head, args, out: seen.append(args[0].is_contiguous()))
-    transcribe_batch(model, collate(examples), DecodeConfig(beams=beams))
-    hook.remove()
-    assert len(seen) > 1 and all(seen)
-    assert not model.decoder.lm_head._forward_pre_hooks
-
-
-def test_transcribe_gives_every_index_once(model: SpeechLLM, examples: list[Example]) -> None:
-    config = DecodeConfig(batch=2, base_tokens=6, tokens_per_second=10.0)
-    found = list(transcribe(model, examples.__getitem__, lengths(examples), config))
-    assert sorted(index for index, _ in found) == list(range(len(examples)))
-    assert [best[0].text for _, best in sorted(found)] == decode(model, examples, config)
-    assert list(transcribe(model, [].__getitem__, [], config)) == []
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_generation_config_of_the_models_own_changes_nothing(
-    model: SpeechLLM, examples: list[Example], tiny_llm: Path, tmp_path: Path, beams: int
-) -> None:
     folder = tmp_path / "llm"
     shutil.copytree(tiny_llm, folder)
     leaks = {
@@ -170,52 +245,46 @@ def test_a_generation_config_of_the_models_own_changes_nothing(
         "eos_token_id": [2, 7, 8, 9],
     }
     (folder / "generation_config.json").write_text(json.dumps(leaks))
-    other = build(folder)
-    config = DecodeConfig(beams=beams)
-    expected = decode(model, examples, config)
-    assert decode(other, examples, config) == expected
-    assert decode(other, examples, config) == expected
+    other = speech_llm(folder, adapters=0.1, biases=1.0)
+    for _ in range(2):
+        assert decode(other, examples, config) == expected
 
 
-def test_the_budget_grows_with_the_duration() -> None:
-    config = DecodeConfig(base_tokens=8, tokens_per_second=12.0)
-    assert [token_budget(config, s) for s in (0.0, 0.5, 1.0, 1.01, 10.0)] == [8, 14, 20, 21, 128]
-    assert token_budget(DecodeConfig(base_tokens=3, tokens_per_second=0.0), 60.0) == 3
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_head_reads_contiguous_states(model: SpeechLLM, examples: list[Example], beams: int) -> None:
+    """A slice of the prompt's states would be multiplied by one copy of the vocabulary's matrix for every row."""
+    seen: list[bool] = []
+    hook = model.decoder.lm_head.register_forward_hook(lambda head, args, out: seen.append(args[0].is_contiguous()))
+    transcribe_batch(model, collate(examples), DecodeConfig(beams=beams))
+    hook.remove()
+    assert len(seen) > 1 and all(seen)
+    assert not model.decoder.lm_head._forward_pre_hooks
 
 
-def test_texts_end_at_their_own_budget_and_not_at_32(model: SpeechLLM) -> None:
-    """This model seldom ends by itself, and one token is one character."""
-    model = _without_end(model)
-    examples = make_examples([0.2, 1.0, 5.0])
-    config = DecodeConfig(base_tokens=4, tokens_per_second=10.0)
-    rows = model.assemble(collate(examples), with_text=False, left=True)
-    assert rows.embeddings.shape[1] + 54 < model.max_positions
-    for example, text in zip(examples, decode(model, examples, config), strict=True):
-        budget = 4 + math.ceil(10.0 * example.utterance.duration)
-        assert len(naive(model, example, budget)) == len(text) <= budget
-    assert len(decode(model, examples, config)[2]) > 40
-    assert len(decode(model, examples, config)[0]) <= 6
+# By command
 
 
-def _without_end(model: SpeechLLM) -> SpeechLLM:
-    model.eos = 3  # <unk>: hardly ever the most likely token
-    return model
+@pytest.mark.integration
+def test_evaluate_writes_the_lists(run_folder: Path) -> None:
+    def rows() -> list[dict]:
+        return [json.loads(line) for line in (run_folder / "hypotheses.jsonl").read_text().splitlines()]
+
+    main(["evaluate", str(run_folder), "decode.beams=3", "decode.nbest=2", "data.limit=2"])
+    assert len(rows()) == 4
+    for row in rows():
+        first, second = row["nbest"]
+        assert first["text"] == row["hypothesis"] and first["score"] >= second["score"]
+        assert row["seconds"] == pytest.approx(0.6)
+    main(["evaluate", str(run_folder), "decode.beams=3", "data.limit=2"])
+    assert all("nbest" not in row for row in rows())
+    part = json.loads((run_folder / "metrics.json").read_text())["sentences"]
+    assert sum(p["words"] for p in part["by_speaker"].values()) == part["words"] == 6
+    assert set(part["by_speaker"]) == {"s0", "s1"}
+    assert part["by_length"]["words"]["1-5"] == part["by_length"]["seconds"]["0-2"]
+    assert part["by_length"]["words"]["1-5"]["wer"] == pytest.approx(part["wer"])
 
 
-@pytest.fixture(autouse=True)
-def restore_end(request: pytest.FixtureRequest, model: SpeechLLM) -> Callable[[], None]:
-    eos = model.eos
-    request.addfinalizer(lambda: setattr(model, "eos", eos))
-    return lambda: None
-
-
-def test_what_follows_the_end_token_is_left_out(model: SpeechLLM, examples: list[Example]) -> None:
-    config = DecodeConfig(base_tokens=6, tokens_per_second=10.0)
-    whole = decode(model, examples, config)
-    third = model.tokenize(whole[1])[3]
-    model.eos = third  # now the fourth character ends the text
-    shorter = decode(model, examples, config)
-    for before, after in zip(whole, shorter, strict=True):
-        assert before.startswith(after)
-        assert model.tokenizer.decode([third]) not in after
-    assert len(shorter[1]) <= 3
+def test_no_more_hypotheses_than_beams(refuse: Callable[..., str], run_folder: Path) -> None:
+    message = refuse("evaluate", run_folder, "decode.nbest=4", "decode.beams=3")
+    assert "decode.nbest" in message and "decode.beams = 3" in message and "4" in message
+    assert "decode.nbest" in refuse("evaluate", run_folder, "decode.nbest=0")

@@ -36,12 +36,6 @@ def test_against_a_loop(kind: str, rate: int, frames: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["average", "stack"])
-def test_rate_1_changes_nothing(kind: str) -> None:
-    features = torch.randn(2, 6, 4)
-    assert torch.equal(compress(features, kind, 1), features)
-
-
-@pytest.mark.parametrize("kind", ["average", "stack"])
 @pytest.mark.parametrize("frames", [8, 9, 10, 11])
 def test_padding_never_reaches_a_valid_token(kind: str, frames: int) -> None:
     row = torch.randn(1, frames, 4)

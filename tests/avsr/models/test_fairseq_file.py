@@ -95,12 +95,15 @@ def test_an_official_file_is_read_without_fairseq(
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-def test_half_precision_becomes_float32(write: Callable[..., Path], weights: dict[str, Tensor]) -> None:
+def test_half_precision_becomes_float32(write: Callable[..., Path], weights: dict[str, Tensor], cache: Path) -> None:
     half = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
     state = load_avhubert(str(write(half))).state_dict()
     for key, tensor in half.items():
         expected = tensor.float() if tensor.is_floating_point() else tensor
         assert state[key].dtype == expected.dtype and torch.equal(state[key], expected)
+    (path,) = cache.glob("models/*/model.safetensors")
+    with safe_open(str(path), "pt") as file:  # as converted, too
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32, torch.int64}  # noqa: SIM118
 
 
 def test_it_is_converted_once_and_the_result_is_a_name_too(
@@ -184,7 +187,7 @@ def test_other_sizes_are_refused_with_the_first_key(write: Callable[..., Path], 
         (changed(post_extract_proj__weight=torch.zeros(90)), r"post_extract_proj\.weight has shape \[90\]"),
         (changed(encoder__layers__2__extra=torch.zeros(1)), r"encoder\.layers\.2\.\S+ is missing"),
         (changed(encoder__extra=torch.zeros(1)), r"AV-HuBERT has no 'encoder\.extra'"),
-        ({"mask_emb": 3}, r"the model's entry 'mask_emb' is no tensor but int"),
+        ({"mask_emb": 3}, r"the model's entry 'mask_emb' is not a tensor but int"),
         ({}, r"post_extract_proj\.weight is missing"),
     ]
     for index, (model, message) in enumerate(cases):
@@ -244,11 +247,3 @@ def test_the_licence_is_said_once(write: Callable[..., Path], caplog: pytest.Log
     for _ in range(2):
         load_avhubert(path)
     assert [r.message for r in caplog.records if "non-commercial" in r.message] == [fairseq_file.LICENCE]
-
-
-def test_converted_weights_are_float32(write: Callable[..., Path], weights: dict[str, Tensor], cache: Path) -> None:
-    half = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-    load_avhubert(str(write(half)))
-    (path,) = cache.glob("models/*/model.safetensors")
-    with safe_open(str(path), "pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32, torch.int64}  # noqa: SIM118

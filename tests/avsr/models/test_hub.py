@@ -154,7 +154,7 @@ def test_every_reader_ends_at_once_without_a_hub(
 def test_a_hub_that_never_answers_is_not_waited_for(
     at: Callable[[str], None], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, listening: bool
 ) -> None:
-    """As behind a wall that drops what is sent; or where the look-up of the name does, which has no timeout."""
+    """As with a firewall that drops packets; or with a name resolution that hangs, which has no timeout."""
     monkeypatch.setattr(sources, "_PATIENCE", 1.0)
     if not listening:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(20))

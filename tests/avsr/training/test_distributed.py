@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from avsr.config import load_config
 from avsr.errors import EXIT_HUNG, EXIT_PREEMPTED, UserError
 from avsr.models.avhubert_network import AVHubert, AVHubertConfig
 from avsr.training.metrics import read_metrics
-from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
+pytestmark = [pytest.mark.distributed, pytest.mark.integration, pytest.mark.timeout(900)]
+Recipe = Callable[..., Path]
+Run = Callable[..., Path]
+Agree = Callable[..., float]
 LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 SETTINGS = {
     "training.utterances": 3,
@@ -61,62 +63,45 @@ def launch(recipe: Path, *overrides: str, ranks: int = 2) -> subprocess.Complete
     return finish(deepspeed(*where, "--module", "avsr.train", str(recipe), *overrides))
 
 
-def alone(recipe: Path, *overrides: str) -> Path:
-    """A training in this process."""
-    before = dict(os.environ)
-    try:
-        return train(load_config(str(recipe), list(overrides)))
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def agree(one: Path, other: Path, *keys: str, rel: float = 1e-3) -> float:
-    """The curves and the weights of two runs. Returns the largest relative difference of the curves."""
-    largest = 0.0
-    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
-        for key in [key for key in keys if key in a]:
-            assert b.get(key) == pytest.approx(a[key], rel=rel), (a["step"], key)
-            largest = max(largest, abs(b[key] - a[key]) / max(abs(a[key]), 1e-12))
-    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, other)]
-    for name, tensor in saved[0].items():
-        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
-    return largest
-
-
 CURVE = ("ce", "decorrelation", "grad_norm", "tokens", "validation_ce")
 
 
-@pytest.mark.distributed
-@pytest.mark.timeout(900)
+ACCUMULATED = "training.accumulation=2"
+ONE = (ACCUMULATED, "deepspeed.stage=1")
+
+
+@pytest.fixture(scope="module")
+def two_batches(tiny_recipe: Recipe, run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe, and its training by one process with two micro-batches a step."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("one"), **SETTINGS, **{"model.delimiters.train": True})
+    return recipe, run(recipe, *ONE)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_as_one_process_with_two_micro_batches(
-    tiny_recipe: Callable[..., Path], tmp_path: Path, stage: int
+    two_batches: tuple[Path, Path], run: Run, agree: Agree, tmp_path: Path, stage: int
 ) -> None:
-    """Unlike numbers of labels and prompt tokens on both ranks: losses, gradient norms and weights agree. Then one
-    process goes on from what two ranks saved half way."""
-    norms = {"training.gradient_norms_every": int(stage < 3)}
-    recipe = tiny_recipe(tmp_path, **{**SETTINGS, **norms, "model.delimiters.train": True})
-    done = launch(recipe, f"run={tmp_path / 'two'}", f"deepspeed.stage={stage}")
+    """Different numbers of labels and prompt tokens on the two ranks: losses, gradient norms and weights agree. Then
+    one process continues from what two ranks saved half way."""
+    recipe, one = two_batches
+    folder, norms = f"run={tmp_path / 'two'}", f"training.gradient_norms_every={int(stage < 3)}"
+    done = launch(recipe, folder, f"deepspeed.stage={stage}", norms)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2", "deepspeed.stage=1")
     more = ("grad_norm_ce", "grad_norm_decorrelation") if stage < 3 else ()
     agree(one, tmp_path / "two", *CURVE, *more)
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "last")  # the one before is of step 2
     with pytest.raises(UserError, match=r"a step was 2 ranks x .* = 1.*training\.accumulation=2"):
-        alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "deepspeed.stage=1")
-    alone(recipe, f"run={tmp_path / 'two'}", "resume=true", "training.accumulation=2", "deepspeed.stage=1")
+        run(recipe, folder, norms, "resume=true", "deepspeed.stage=1")
+    run(recipe, folder, norms, "resume=true", *ONE)
     agree(one, tmp_path / "two", *CURVE, *more)
 
 
-@pytest.mark.distributed
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_rank_that_loses_its_clip_holds_up_nobody(
-    tiny_recipe: Callable[..., Path], tmp_path: Path, stage: int
+    tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path, stage: int
 ) -> None:
-    """One utterance a rank and step. The clip goes when all is read, and the step is as good as the other rank's
-    alone: losses, gradient norms and weights are those of one process that loses it too."""
+    """One utterance a rank and step. The clip disappears after everything has been read, and the step counts the other
+    rank alone: losses, gradient norms and weights are those of one process that loses it too."""
     settings = {**SETTINGS, "training.utterances": 1, "training.gradient_norms_every": 0, "data.on_bad": "skip"}
     recipe = tiny_recipe(tmp_path, **settings, **{"data.cache": None, "training.steps": 4})
     clip = tmp_path / "corpus" / "train" / "u005.wav"
@@ -136,19 +121,19 @@ def test_a_rank_that_loses_its_clip_holds_up_nobody(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", fit)
-        one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
+        one = run(recipe, f"run={tmp_path / 'one'}", ACCUMULATED)
     agree(one, tmp_path / "run", *CURVE, "lost")
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_on_every_number_of_ranks_gives_one_curve(
-    tiny_recipe: Callable[..., Path],
+    tiny_recipe: Recipe,
     make_corpus: Callable[..., Path],
+    run: Run,
+    agree: Agree,
     tmp_path: Path,
     stage: int,
     ranks: int,
@@ -159,7 +144,7 @@ def test_every_stage_on_every_number_of_ranks_gives_one_curve(
     corpus = make_corpus(tmp_path / "many", seconds=[0.3 + 0.1 * (n % 7) for n in range(16)])
     settings = {"training.utterances": 1, "training.steps": 3, "loss.decorrelation": 2.0, "training.clip": 1.0e9}
     recipe = tiny_recipe(tmp_path, **settings, **{"data.train": str(corpus), "model.delimiters.train": True})
-    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=4")
+    one = run(recipe, f"run={tmp_path / 'one'}", "training.accumulation=4")
     options = [f"deepspeed.stage={stage}", f"training.accumulation={4 // ranks}"]
     options.append(f"training.gradient_checkpointing={str(checkpointing).lower()}")
     done = launch(recipe, f"run={tmp_path / 'many_ranks'}", *options, ranks=ranks)
@@ -167,16 +152,14 @@ def test_every_stage_on_every_number_of_ranks_gives_one_curve(
     record_property("largest relative difference", agree(one, tmp_path / "many_ranks", *CURVE))  # for --junitxml
     evaluate = [sys.executable, "-m", "avsr.cli", "evaluate"]
     scores = []
-    for run in (one, tmp_path / "many_ranks"):
-        subprocess.run([*evaluate, str(run)], check=True, env=environment(), capture_output=True, timeout=200)
-        scores.append((run / "hypotheses.jsonl").read_text())
+    for folder in (one, tmp_path / "many_ranks"):
+        subprocess.run([*evaluate, str(folder)], check=True, env=environment(), capture_output=True, timeout=200)
+        scores.append((folder / "hypotheses.jsonl").read_text())
     assert scores[0] == scores[1]
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_two_nodes_meet_on_one_machine(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_nodes_meet_on_one_machine(tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path) -> None:
     """Two launchers, one rendezvous on loopback, as with deepspeed --hostfile --no_ssh on two machines."""
     recipe = tiny_recipe(tmp_path, **SETTINGS)
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
@@ -187,32 +170,33 @@ def test_two_nodes_meet_on_one_machine(tiny_recipe: Callable[..., Path], tmp_pat
         nodes.append(deepspeed(*where, "--module", "avsr.train", str(recipe), f"run={tmp_path / 'two'}"))
     for done in [finish(node) for node in nodes]:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    agree(alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2"), tmp_path / "two", *CURVE)
+    agree(run(recipe, f"run={tmp_path / 'one'}", ACCUMULATED), tmp_path / "two", *CURVE)
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_whose_batches_lack_other_streams_train_together(
-    av_recipe: Callable[..., Path], tmp_path: Path, stage: int
+    av_recipe: Recipe, run: Run, tmp_path: Path, stage: int
 ) -> None:
     """Modality dropout: one rank hears while the other sees, and the parts of each belong to both."""
     settings = {"training.utterances": 1, "training.tasks": {"audio": 1, "video": 1}, "training.clip": 1.0e9}
     recipe = av_recipe(tmp_path, "audiovisual", **settings, **{"model.video.encoder.lora": {"rank": 2}})
     done = launch(recipe, f"run={tmp_path / 'two'}", f"deepspeed.stage={stage}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
+    one = run(recipe, f"run={tmp_path / 'one'}", ACCUMULATED)
     for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
         for key in ("ce", "grad_norm", "tokens"):
             assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
-    av_recipe: Callable[..., Path], make_corpus: Callable[..., Path], tmp_path: Path
+    av_recipe: Recipe,
+    make_corpus: Callable[..., Path],
+    run: Run,
+    agree: Agree,
+    weights: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
 ) -> None:
     """One rank has a clip of two chunks and the other of one. The front end has the official width: DeepSpeed
     leaves smaller weights whole on every rank."""
@@ -235,14 +219,9 @@ def test_zero_3_partitions_a_visual_front_end_that_works_in_chunks(
     )
     done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    one = alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2")
-    for a, b in zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True):
-        for key in ("ce", "grad_norm", "tokens"):
-            assert b[key] == pytest.approx(a[key], rel=2e-3), (a["step"], key)
-    saved = [load_file(str(run / "checkpoints/last/model.safetensors")) for run in (one, tmp_path / "two")]
-    assert any(name.startswith("encoders.video.") and tensor.any() for name, tensor in saved[0].items())
-    for name, tensor in saved[0].items():
-        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-2, atol=1e-4)
+    one = run(recipe, f"run={tmp_path / 'one'}", ACCUMULATED)
+    agree(one, tmp_path / "two", "ce", "grad_norm", "tokens", rel=2e-3)
+    assert any(name.startswith("encoders.video.") and tensor.any() for name, tensor in weights(one).items())
 
 
 HURT = """
@@ -300,24 +279,18 @@ def hurt(tmp_path: Path, kind: str, recipe: Path, *overrides: str) -> list[subpr
     ]
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_one_rank_that_hangs_ends_both_and_is_named(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_rank_that_hangs_ends_both_and_is_named(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, **SETTINGS)
     ranks = [finish(process) for process in hurt(tmp_path, "sleep", recipe, "training.timeout=5")]
     assert [done.returncode for done in ranks] == [EXIT_HUNG, EXIT_HUNG], ranks[0].stderr[-2000:]
     said = ranks[0].stderr + ranks[1].stderr
     assert "rank 1 hangs in data of step 3 for" in said
-    assert "in step" in said and "rank 0 hangs" not in said  # where rank 1 stands; rank 0 only waits for it
+    assert "in step" in said and "rank 0 hangs" not in said  # where rank 1 hangs; rank 0 only waits for it
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_on_all(
-    tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_on_all(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, **{**SETTINGS, "deepspeed.stage": 2})
     for done in [finish(process) for process in hurt(tmp_path, "nan", recipe)]:
         assert done.returncode == 0, done.stderr[-2000:]
@@ -327,11 +300,9 @@ def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_on_all(
     assert [part["rank"] for part in entry["ranks"]] == [1] and len(entry["ranks"][0]["utterances"]) == 3
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_pre_emption_of_two_ranks_saves_and_the_next_start_goes_on(
-    tiny_recipe: Callable[..., Path], tmp_path: Path
+    tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path
 ) -> None:
     """SIGTERM reaches the ranks at different times, here one of them alone."""
     recipe = tiny_recipe(tmp_path, **SETTINGS, **{"training.steps": 12, "training.validate_every": 100})
@@ -345,12 +316,10 @@ def test_pre_emption_of_two_ranks_saves_and_the_next_start_goes_on(
     assert 3 <= reached < 12 and (tmp_path / "run/checkpoints/last/SHA256SUMS").is_file()
     for done in [finish(process) for process in hurt(tmp_path, "none", recipe, "resume=true")]:
         assert done.returncode == 0, done.stderr[-2000:]
-    agree(alone(recipe, f"run={tmp_path / 'one'}", "training.accumulation=2"), tmp_path / "run", *CURVE)
+    agree(run(recipe, f"run={tmp_path / 'one'}", ACCUMULATED), tmp_path / "run", *CURVE)
 
 
-@pytest.mark.distributed
-@pytest.mark.timeout(200)
-def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """Started threads of the process group must not abort the exit."""
     recipe = tiny_recipe(tmp_path, **{"data.train": str(tmp_path / "none.jsonl")})
     command = [sys.executable, "-m", "avsr.cli", "train", str(recipe)]
@@ -360,10 +329,8 @@ def test_a_refusal_ends_the_command_with_its_status(tiny_recipe: Callable[..., P
     assert "Traceback" not in done.stderr and "terminate" not in done.stderr
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_bad_input_ends_every_rank_with_one_line(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_input_ends_every_rank_with_one_line(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, **SETTINGS)
     done = launch(recipe, f"run={tmp_path / 'bad'}", "training.utterances=64", "training.frames=100000")
     assert done.returncode != 0

@@ -1,8 +1,7 @@
-"""Where numbers go besides metrics.jsonl: whatever fails there is named once, and training goes on."""
+"""Logs of the metrics: whatever fails is named once, and training continues."""
 
 from __future__ import annotations
 
-import logging
 import resource
 import sys
 import threading
@@ -13,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from avsr.config import LogConfig, load_config
+from avsr.config import LogConfig
 from avsr.errors import UserError
 from avsr.training.metrics import MetricsLogger, read_metrics
-from avsr.training.run import train
 from avsr.training.trainer import Trainer
 
 
@@ -59,31 +57,31 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("tokens")] == [(1, 7), (2, 14), (3, 21)]
 
 
-@pytest.mark.parametrize(("at", "reached"), [("start", []), ("write", [1]), ("close", [1, 2, 3, 4])])
-def test_a_log_that_fails_is_named_once_and_training_goes_on(
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    at: str,
-    reached: list[int],
+@pytest.mark.parametrize(("at", "reached"), [("start", []), ("write", [1]), ("close", [1, 2, 3])])
+def test_a_log_that_fails_is_named_once_and_gets_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str, reached: list[int]
 ) -> None:
     sink = Sink(at)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=sink.init))
-    with caplog.at_level(logging.WARNING):
-        run = train(load_config(str(tiny_recipe(tmp_path)), ["log.wandb=mine"]))
-    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
+    for step in (1, 2, 3):
+        log.write({"step": step, "ce": 1.0})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert caplog.text.count("W&B") == 1 and f"no {at}" in caplog.text and "second line" not in caplog.text
     assert sink.rows == reached
 
 
-def test_tensorboard_that_cannot_begin_leaves_the_others(
+@pytest.mark.integration
+def test_a_training_goes_on_without_logs_that_fail(
     tiny_recipe: Callable[..., Path],
+    run: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sink, fit = Sink(""), Trainer.fit
+    """TensorBoard cannot begin, and W&B, which gets every step, cannot end."""
+    sink, fit = Sink("close"), Trainer.fit
 
     def blocked(self: Trainer) -> None:
         (tmp_path / "run" / "tensorboard").touch()
@@ -91,8 +89,9 @@ def test_tensorboard_that_cannot_begin_leaves_the_others(
 
     monkeypatch.setattr(Trainer, "fit", blocked)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=sink.init))
-    train(load_config(str(tiny_recipe(tmp_path)), ["log.wandb=mine", "log.tensorboard=true"]))
-    assert sink.rows == [1, 2, 3, 4] and caplog.text.count("TensorBoard gets no more") == 1
+    folder = run(tiny_recipe(tmp_path), "log.wandb=mine", "log.tensorboard=true")
+    assert [row["step"] for row in read_metrics(folder)] == sink.rows == [1, 2, 3, 4]
+    assert caplog.text.count("TensorBoard gets no more") == caplog.text.count("W&B gets no more") == 1
 
 
 def test_a_full_disk_ends_tensorboard_alone(
@@ -129,6 +128,19 @@ def test_rows_that_cannot_be_dropped_for_a_resume_stay(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=30)
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 31))
+
+
+def test_what_a_full_disk_did_not_take_is_logged_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
+    log.write({"step": 1, "ce": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    path.rename(tmp_path / "kept")
+    path.mkdir()  # cannot be opened
+    log.write({"step": 2, "ce": 0.9})
+    path.rmdir()
+    (tmp_path / "kept").rename(path)
+    log.write({"step": 3, "ce": 0.8})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_wandb_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

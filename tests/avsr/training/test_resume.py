@@ -1,9 +1,10 @@
-"""A training that ends anywhere goes on as if it had not: bit by bit, from whole checkpoints alone."""
+"""A training that ends anywhere continues as if it had not: bit for bit, from whole checkpoints only."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from avsr.config import load_config
-from avsr.errors import EXIT_PREEMPTED, Interrupted, UserError
+from avsr.errors import EXIT_PREEMPTED, UserError
 from avsr.models.build import load_run
 from avsr.runtime import folders
 from avsr.training import checkpoint
-from avsr.training.metrics import MetricsLogger, read_metrics
-from avsr.training.run import train
+from avsr.training.metrics import read_metrics
+from avsr.training.trainer import Trainer
 
+pytestmark = pytest.mark.integration
 Recipe = Callable[..., Path]
-NUMBERS = ("step", "epoch", "ce", "decorrelation", "grad_norm", "lr", "validation_ce")
+Run = Callable[..., Path]
 # dropout makes the generators' states count; a warm-up makes the schedule's
 SETTINGS = {
     "training.steps": 7,
@@ -37,74 +37,21 @@ SETTINGS = {
 }
 
 
-def run(recipe: Path, *overrides: str) -> Path:
-    return train(load_config(str(recipe), list(overrides)))
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_recipe(tmp_path_factory.mktemp("resume"), **SETTINGS)
 
 
-def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(str(run / "checkpoints" / name / "model.safetensors"))
+@pytest.fixture(scope="module")
+def whole(recipe: Path, run: Run) -> Path:
+    """All steps without an interruption; the checkpoint before the last is that of step 6."""
+    return run(recipe)
 
 
-def curve(run: Path) -> list[list[Any]]:
-    return [[row.get(key) for key in NUMBERS] for row in read_metrics(run)]
-
-
-def same(one: Path, other: Path) -> None:
-    assert curve(other) == curve(one)
-    for name, tensor in weights(one).items():
-        assert torch.equal(weights(other)[name], tensor), name
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    write = MetricsLogger.write
-
-    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
-        write(self, row)
-        if row["step"] == step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(MetricsLogger, "write", write_and_stop)
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision"),
-    [
-        (0, "fp32"),
-        (3, "fp32"),
-        (1, "bf16"),
-        (2, "bf16"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, "fp32"), (2, "fp32"), (0, "bf16"), (3, "bf16"))),
-    ],
-)
-def test_a_resumed_training_is_the_uninterrupted_one_bit_by_bit(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
-) -> None:
-    settings = {"deepspeed.stage": stage, "training.precision": precision, "training.accumulation": 1 + stage % 2}
-    recipe = tiny_recipe(tmp_path, **SETTINGS, **settings)
-    whole = run(recipe, f"run={tmp_path / 'whole'}")
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        with pytest.raises(Interrupted):
-            run(recipe, f"run={tmp_path / 'parts'}")
-    assert 3 <= len(read_metrics(tmp_path / "parts")) < 7
-    run(recipe, f"run={tmp_path / 'parts'}", "resume=true")
-    same(whole, tmp_path / "parts")
-
-
-def test_another_stage_goes_on_in_the_same_way(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """The state of every parameter is saved by its name, not in the pieces of a stage."""
-    recipe = tiny_recipe(tmp_path, **SETTINGS)
-    whole = run(recipe, f"run={tmp_path / 'whole'}")
-    for stage in (0, 3):
-        parts = tmp_path / f"parts{stage}"
-        run(recipe, f"run={parts}")
-        spoil(parts / "checkpoints" / "last" / "optimizer.safetensors")
-        run(recipe, f"run={parts}", "resume=true", f"deepspeed.stage={stage}")
-        for one, other in zip(read_metrics(whole), read_metrics(parts), strict=True):
-            for key in ("ce", "grad_norm", "lr"):
-                assert other[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
-        for name, tensor in weights(whole).items():
-            torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-4, atol=1e-6)
+@pytest.fixture
+def parts(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "parts")
 
 
 def spoil(path: Path) -> None:
@@ -113,33 +60,104 @@ def spoil(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_never_chosen(
-    tiny_recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("stage", "precision", "number"),
+    [
+        (0, "fp32", signal.SIGTERM),
+        (3, "fp32", signal.SIGTERM),
+        (1, "bf16", signal.SIGTERM),
+        (2, "bf16", signal.SIGINT),
+        *(
+            pytest.param(*p, signal.SIGTERM, marks=pytest.mark.slow)
+            for p in ((1, "fp32"), (2, "fp32"), (0, "bf16"), (3, "bf16"))
+        ),
+    ],
+)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_by_bit(
+    recipe: Path,
+    run: Run,
+    stop: Callable[..., int],
+    identical: Callable[..., None],
+    weights: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    stage: int,
+    precision: str,
+    number: int,
 ) -> None:
-    recipe = tiny_recipe(tmp_path, **SETTINGS)
-    whole = run(recipe, f"run={tmp_path / 'whole'}")
-    run(recipe, f"run={tmp_path / 'parts'}")
-    checkpoints = tmp_path / "parts" / "checkpoints"
+    settings = [f"deepspeed.stage={stage}", f"training.precision={precision}", f"training.accumulation={1 + stage % 2}"]
+    one = run(recipe, f"run={tmp_path / 'one'}", *settings)
+    stop(3, recipe, f"run={tmp_path / 'parts'}", *settings, number=number)
+    identical(one, run(recipe, f"run={tmp_path / 'parts'}", "resume=true", *settings))
+    if precision == "bf16":  # what is saved is the float32 master, finer than bf16
+        saved = weights(one)["projectors.audio.0.weight"]
+        assert saved.dtype == torch.float32 and not torch.equal(saved, saved.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["deepspeed.stage=0", "loss.cross_entropy=chunked"],
+        ["deepspeed.stage=3", "training.gradient_checkpointing=selective"],
+    ],
+    ids=str,
+)
+def test_what_changes_no_step_may_change(
+    recipe: Path, whole: Path, parts: Path, run: Run, agree: Callable[..., float], changes: list[str]
+) -> None:
+    """The state of every parameter is saved by its name, not in the pieces of a stage."""
+    spoil(parts / "checkpoints" / "last" / "optimizer.safetensors")
+    run(recipe, f"run={parts}", "resume=true", *changes)
+    agree(whole, parts, "ce", "grad_norm", "lr", rel=1e-5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_damaged_checkpoint_is_never_chosen(
+    recipe: Path,
+    whole: Path,
+    parts: Path,
+    run: Run,
+    identical: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoints = parts / "checkpoints"
     (checkpoints / "last.part").mkdir()
     spoil(checkpoints / "last" / "optimizer.safetensors")
-    run(recipe, f"run={tmp_path / 'parts'}", "resume=true")
+    run(recipe, f"run={parts}", "resume=true")
     assert "optimizer.safetensors is damaged" in caplog.text
-    same(whole, tmp_path / "parts")
+    identical(whole, parts)
     for name in ("last", "previous"):
         spoil(checkpoints / name / "state.json")
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole: .*state\.json is damaged.*state\.json is dam"):
-        run(recipe, f"run={tmp_path / 'parts'}", "resume=true")
-
-
-def test_a_damaged_checkpoint_is_not_evaluated(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    folder = run(tiny_recipe(tmp_path))
-    spoil(folder / "checkpoints" / "best" / "model.safetensors")
+        run(recipe, f"run={parts}", "resume=true")
+    spoil(checkpoints / "best" / "model.safetensors")
     with pytest.raises(UserError, match=r"best/model\.safetensors is damaged"):
-        load_run(folder, [], torch.device("cpu"))
+        load_run(parts, [], torch.device("cpu"))
+
+
+def test_a_run_is_continued_only_as_it_was(
+    recipe: Path, whole: Path, parts: Path, run: Run, identical: Callable[..., None]
+) -> None:
+    with pytest.raises(UserError, match="exists already.*resume=true"):
+        run(recipe, f"run={parts}")
+    with pytest.raises(UserError, match=r"training\.learning_rate: 0\.5 != "):
+        run(recipe, f"run={parts}", "resume=true", "training.learning_rate=0.5")
+    with pytest.raises(UserError, match=r"1 ranks x training.accumulation = 1, now .* 1 x 2.* training.accumulation=1"):
+        run(recipe, f"run={parts}", "resume=true", "training.accumulation=2")
+    run(recipe, f"run={parts}", "resume=true")  # it has finished and stays as it is
+    identical(whole, parts)
+
+
+def test_a_resumed_run_needs_the_lines_of_its_manifest(recipe: Path, parts: Path, run: Run, tmp_path: Path) -> None:
+    lines = (recipe.parent / "corpus" / "train" / "manifest.jsonl").read_text().splitlines()
+    shorter = recipe.parent / "corpus" / "train" / "shorter.jsonl"
+    shorter.write_text("\n".join(lines[:-1]) + "\n")
+    config = parts / "config.yaml"
+    config.write_text(config.read_text().replace("train/manifest.jsonl", "train/shorter.jsonl"))
+    with pytest.raises(UserError, match=r"^resume: .*shorter\.jsonl lacks 1 utterances .* \(u007\); restore"):
+        run(recipe, f"run={parts}", "resume=true", f"data.train={shorter}")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Full at step 4 alone: the save of step 6 is whole again."""
     recipe = tiny_recipe(tmp_path, **SETTINGS)
@@ -169,7 +187,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
 
 
 def test_a_full_disk_at_the_end_is_an_error(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -179,21 +197,9 @@ def test_a_full_disk_at_the_end_is_an_error(
         run(tiny_recipe(tmp_path))
 
 
-def test_a_finished_run_stays_as_it_is(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """resume=true may stand in every start."""
-    recipe = tiny_recipe(tmp_path)
-    folder = run(recipe)
-    before = [weights(folder), read_metrics(folder)]
-    run(recipe, "resume=true")
-    assert read_metrics(folder) == before[1]
-    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in before[0].items())
-
-
 def test_the_best_and_the_newest_steps_are_kept(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from avsr.training.trainer import Trainer
-
     losses = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
     monkeypatch.setattr(Trainer, "validate", lambda self: {"validation_ce": next(losses)})
     settings = {"training.steps": 6, "training.validate_every": 1, "training.keep_last": 1, "training.keep_best": 2}
@@ -205,28 +211,6 @@ def test_the_best_and_the_newest_steps_are_kept(
     assert json.loads((folder / "checkpoints/best/state.json").read_text())["step"] == 2
 
 
-def test_what_a_full_disk_did_not_take_is_logged_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from avsr.config import LogConfig
-
-    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False))
-    log.write({"step": 1, "ce": 1.0})
-    path = tmp_path / "metrics.jsonl"
-    path.rename(tmp_path / "kept")
-    path.mkdir()  # cannot be opened
-    log.write({"step": 2, "ce": 0.9})
-    path.rmdir()
-    (tmp_path / "kept").rename(path)
-    log.write({"step": 3, "ce": 0.8})
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-
-
-def test_resume_on_ranks_that_do_not_fit_names_the_way_out(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{"training.utterances": 2, "training.accumulation": 2})
-    run(recipe)
-    with pytest.raises(UserError, match=r"1 ranks x training.accumulation = 2, now .* 1 x 1.* training.accumulation=2"):
-        run(recipe, "resume=true", "training.accumulation=1")
-
-
 KILLER = """
     import os, signal, sys
     from avsr.runtime import folders
@@ -234,16 +218,17 @@ KILLER = """
     from avsr.cli import main
 
     point, count, recipe = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    number = signal.SIGTERM if point == "stop" else signal.SIGKILL
     calls = [0]
 
     def dying(real, after):
         def call(*args, **kwargs):
             calls[0] += 1
             if calls[0] == count and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             result = real(*args, **kwargs)
             if calls[0] == count:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             return result
         return call
 
@@ -253,7 +238,7 @@ KILLER = """
         folders.seal = dying(folders.seal, after=False)
     elif point == "rename":
         os.replace = dying(os.replace, after=True)
-    elif point == "step":
+    elif point in ("step", "stop"):
         from avsr.training.trainer import Trainer
         Trainer.step = dying(Trainer.step, after=True)
     main(["train", recipe, "resume=true", *sys.argv[4:]])
@@ -268,46 +253,39 @@ def start(tmp_path: Path, point: str, count: int, recipe: Path, *overrides: str)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-def kills(tmp_path: Path, recipe: Path, *points: tuple[str, int]) -> None:
-    """The run of the recipe, killed at each of the points in turn and then left alone, against one left alone."""
-    whole = run(recipe, f"run={tmp_path / 'whole'}")
-    for point, count in points:
-        done = start(tmp_path, point, count, recipe)
-        assert done.returncode == -signal.SIGKILL, (point, count, done.stderr)
-    done = start(tmp_path, "never", 0, recipe)
+def finish(tmp_path: Path, recipe: Path) -> None:
+    done = start(tmp_path, "never", 0, recipe, f"run={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    same(whole, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.part")) and not (tmp_path / "run" / ".lock").exists()
 
 
-def test_killed_at_a_step_and_in_a_save_nothing_is_lost(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """The third rename of a training with its config is the one between both names of the last checkpoint."""
-    kills(tmp_path, tiny_recipe(tmp_path, **SETTINGS), ("step", 3), ("rename", 5))
+def test_killed_in_a_save_and_then_told_to_stop_nothing_is_lost(
+    recipe: Path, whole: Path, identical: Callable[..., None], tmp_path: Path
+) -> None:
+    """Killed between the two renames that replace the last checkpoint; then SIGTERM, with a status of its own."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    done = start(tmp_path, "rename", 7, recipe, f"run={tmp_path / 'run'}")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (checkpoints / "previous").is_dir() and not (checkpoints / "last").exists()
+    done = start(tmp_path, "stop", 2, recipe, f"run={tmp_path / 'run'}")
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
+    assert "a checkpoint is written" in done.stderr and "Traceback" not in done.stderr
+    reached = json.loads((checkpoints / "last" / "state.json").read_text())["step"]
+    assert 4 <= reached < 7 and reached == read_metrics(tmp_path / "run")[-1]["step"]
+    finish(tmp_path, recipe)
+    identical(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_ten_times_nothing_is_lost(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_killed_ten_times_nothing_is_lost(
+    tiny_recipe: Recipe, run: Run, identical: Callable[..., None], tmp_path: Path
+) -> None:
     recipe = tiny_recipe(tmp_path, **{**SETTINGS, "training.steps": 24, "training.keep_last": 2})
     points = [("step", 1), ("write", 1), ("seal", 2), ("rename", 4), ("step", 5)]
     points += [("rename", 7), ("write", 9), ("rename", 8), ("seal", 5), ("rename", 11)]
-    kills(tmp_path, recipe, *points)
-
-
-def test_sigterm_saves_and_ends_with_its_own_status(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{**SETTINGS, "training.steps": 5000, "training.validate_every": 5000})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "avsr.cli", "train", str(recipe)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while not read_metrics(tmp_path / "run"):
-            assert process.poll() is None
-        process.terminate()
-        _, err = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == EXIT_PREEMPTED, err
-    assert "a checkpoint is written" in err and "Traceback" not in err
-    state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())
-    assert 0 < state["step"] == read_metrics(tmp_path / "run")[-1]["step"]
+    for point, count in points:
+        done = start(tmp_path, point, count, recipe, f"run={tmp_path / 'run'}")
+        assert done.returncode == -signal.SIGKILL, (point, count, done.stderr)
+    finish(tmp_path, recipe)
+    identical(run(recipe, f"run={tmp_path / 'whole'}"), tmp_path / "run")

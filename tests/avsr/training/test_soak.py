@@ -39,6 +39,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 
 @pytest.mark.distributed
+@pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_training_survives_everything_at_once(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
 
 import avsr.training.run as train_module
 from avsr.config import load_config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.manifest import read_manifest
 from avsr.data.video_writer import write_video
-from avsr.errors import Interrupted, UserError
+from avsr.errors import UserError
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.models.build import build_store
-from avsr.training.metrics import MetricsLogger, read_metrics
-from avsr.training.run import train
+from avsr.training.metrics import read_metrics
 
+pytestmark = pytest.mark.integration
 Recipe = Callable[..., Path]
+Run = Callable[..., Path]
 LORA = {"model.video.encoder.lora": {"rank": 2, "alpha": 4.0, "dropout": 0.3}}
 ALL_ON = {
     "augment.snr": [-5, 5, float("inf")],
@@ -34,10 +34,6 @@ ALL_ON = {
     "noise.talkers": 2,
     "training.tasks": {"audio": 1.0, "video": 1.0, "audiovisual": 2.0},
 }
-
-
-def run(recipe: Path, *overrides: str) -> Path:
-    return train(load_config(str(recipe), list(overrides)))
 
 
 def clip(path: Path, frames: int = 15, *, sound: bool = True, side: int = 96) -> Path:
@@ -49,13 +45,14 @@ def clip(path: Path, frames: int = 15, *, sound: bool = True, side: int = 96) ->
 
 
 @pytest.mark.parametrize("task", ["video", "audiovisual", "fused"])
-def test_a_task_is_trained_scored_and_used(av_recipe: Recipe, tmp_path: Path, task: str) -> None:
+def test_a_task_is_trained_scored_and_used(
+    av_recipe: Recipe, run: Run, weights: Callable[..., Any], tmp_path: Path, task: str
+) -> None:
     folder = run(av_recipe(tmp_path, task, **{"loss.decorrelation": 1.0, "training.steps": 2}))
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(np.isfinite(row[key]) for row in rows for key in ("ce", "decorrelation", "grad_norm"))
-    weights = load_file(str(folder / "checkpoints" / "last" / "model.safetensors"))
-    streams = {name.split(".")[1] for name in weights if name.startswith("projectors.")}
+    streams = {name.split(".")[1] for name in weights(folder) if name.startswith("projectors.")}
     assert streams == {"video": {"video"}, "audiovisual": {"audio", "video"}, "fused": {"fused"}}[task]
     evaluate(folder, [])
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -66,16 +63,10 @@ def test_a_task_is_trained_scored_and_used(av_recipe: Recipe, tmp_path: Path, ta
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("all_tasks")
-
-
-@pytest.fixture
-def all_tasks(av_recipe: Recipe, kept: Path) -> Path:
-    """A run of all three tasks with noise, masks and crops in training, cached in two versions; trained once."""
-    if not (kept / "run" / "checkpoints" / "last").is_dir():
-        run(av_recipe(kept, "audiovisual", **ALL_ON, **{"augment.views": 2, "training.steps": 3}))
-    return kept / "run"
+def all_tasks(av_recipe: Recipe, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all three tasks with noise, masks and crops in training, cached in two versions."""
+    settings = {**ALL_ON, "augment.views": 2, "training.steps": 3}
+    return run(av_recipe(tmp_path_factory.mktemp("all_tasks"), "audiovisual", **settings))
 
 
 def test_conditions_are_scored_one_by_one(all_tasks: Path) -> None:
@@ -149,12 +140,12 @@ def test_a_file_is_transcribed_by_the_task_it_fits(all_tasks: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("task", ["audiovisual", "fused"])
 def test_clips_that_do_not_fit_are_named_or_skipped(
-    av_recipe: Recipe, tmp_path: Path, task: str, caplog: pytest.LogCaptureFixture
+    av_recipe: Recipe, run: Run, tmp_path: Path, task: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = av_recipe(tmp_path, task, **{"training.steps": 1})
     rows = read_manifest(tmp_path / "corpus" / "train" / "manifest.jsonl")
     assert rows[1].audio is not None and rows[2].video is not None and rows[3].video is not None
-    soundfile.write(str(rows[1].audio), 0.3 * np.sin(np.arange(16_000) / 9), 16_000)  # 1 s beside 0.6 s of video
+    soundfile.write(str(rows[1].audio), 0.3 * np.sin(np.arange(16_000) / 9), 16_000)  # 1 s of sound, 0.6 s of video
     rows[2].video.write_bytes(b"broken")
     clip(rows[3].video, 15, side=256)
     with pytest.raises(UserError) as caught:
@@ -175,7 +166,9 @@ def test_clips_that_do_not_fit_are_named_or_skipped(
     assert "skipped 3 utterances" in caplog.text and len(read_metrics(folder)) == 1
 
 
-def test_a_wrong_corpus_for_the_task(av_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_wrong_corpus_for_the_task(
+    av_recipe: Recipe, run: Run, make_corpus: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = av_recipe(tmp_path, "video")
     sound = make_corpus(tmp_path / "sound", 3)
     with pytest.raises(UserError, match="3 of 3 utterances cannot be used(.|\n)*'u000' has no video"):
@@ -187,40 +180,31 @@ def test_a_wrong_corpus_for_the_task(av_recipe: Recipe, make_corpus: Callable[..
     assert len(read_metrics(run(recipe, f"data.train={whole}", "model.task=audiovisual", "training.steps=1"))) == 1
 
 
-def test_lora_on_the_mouths_encoder_trains_and_comes_back(av_recipe: Recipe, tmp_path: Path) -> None:
+def test_lora_on_the_mouths_encoder_trains_and_comes_back(
+    av_recipe: Recipe, run: Run, stop: Callable[..., int], weights: Callable[..., Any], tmp_path: Path
+) -> None:
     """With loader processes, noise and everything drawn anew; interrupted and resumed it is the same run."""
     settings = {**LORA, **ALL_ON, "data.cache": None, "data.workers": 2, "training.steps": 6, "training.utterances": 2}
     recipe = av_recipe(tmp_path, "audiovisual", **settings)
     whole = run(recipe, f"run={tmp_path / 'whole'}")
-    write = MetricsLogger.write
-
-    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
-        write(self, row)
-        if row["step"] == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsLogger, "write", write_and_stop)
-        with pytest.raises(Interrupted):
-            run(recipe, f"run={tmp_path / 'parts'}")
-    assert len(read_metrics(tmp_path / "parts")) < 6
+    stop(3, recipe, f"run={tmp_path / 'parts'}", number=signal.SIGINT)
     parts = run(recipe, f"run={tmp_path / 'parts'}", "resume=true", "data.workers=0")
     one, other = read_metrics(whole), read_metrics(parts)
-    # dropout's random numbers are not saved: up to the stop the same, behind it the same clips and tasks
+    # the same numbers up to the stop, the same clips and tasks after it
     assert [row["tokens"] for row in other] == [row["tokens"] for row in one]
     assert [row["ce"] for row in other[:3]] == pytest.approx([row["ce"] for row in one[:3]], rel=1e-5)
-    weights = load_file(str(whole / "checkpoints" / "last" / "model.safetensors"))
-    adapters = {name: tensor for name, tensor in weights.items() if name.startswith("encoders.video.")}
+    saved = weights(whole)
+    adapters = {name: tensor for name, tensor in saved.items() if name.startswith("encoders.video.")}
     assert len(adapters) == 2 * 2 * 2 and all("lora_" in name for name in adapters)
     assert all(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)  # it learned something
-    assert not any(name.startswith("encoders.audio") for name in weights)
+    assert not any(name.startswith("encoders.audio") for name in saved)
     scores = evaluate(whole, ["decode.tasks=[video,audiovisual]"])
     assert len(scores) == 4
     with pytest.raises(UserError, match=r"encoders\.video\..*model\.video\.encoder\.lora\.rank: 0 != 2"):
         evaluate(whole, ["model.video.encoder.lora.rank=0"])
 
 
-def test_bad_input_met_in_a_loader_process_is_one_message(av_recipe: Recipe, tmp_path: Path) -> None:
+def test_bad_input_met_in_a_loader_process_is_one_message(av_recipe: Recipe, run: Run, tmp_path: Path) -> None:
     """A clip that goes away between the check and the training."""
     recipe = av_recipe(tmp_path, "video", **{"data.cache": None, "data.workers": 1})
     (tmp_path / "corpus").rename(tmp_path / "real")
@@ -240,7 +224,7 @@ def test_bad_input_met_in_a_loader_process_is_one_message(av_recipe: Recipe, tmp
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_wavlm_without_a_cache_transcribes(tiny_recipe: Recipe, tiny_wavlm: Path, tmp_path: Path) -> None:
+def test_wavlm_without_a_cache_transcribes(tiny_recipe: Recipe, run: Run, tiny_wavlm: Path, tmp_path: Path) -> None:
     """Its inputs are samples, of which a clip has many more than the language model has positions."""
     settings = {"model.audio.encoder": {"kind": "wavlm", "name": str(tiny_wavlm)}, "data.cache": None}
     folder = run(tiny_recipe(tmp_path, **settings, **{"training.steps": 1}))

@@ -1,46 +1,58 @@
-"""The training loop on tiny random parts: files, resume, interruption, loss scaling, failures."""
+"""The training loop on tiny random parts: its files and numbers, and settings that must not change the numbers."""
 
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from avsr.config import load_config
 from avsr.data.batches import Batch, collate
 from avsr.data.dataset import Reading, load_dataset
-from avsr.errors import Interrupted, UserError
+from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
-from avsr.training.metrics import MetricsLogger, read_metrics
-from avsr.training.run import attach, train
+from avsr.training.metrics import read_metrics
+from avsr.training.run import attach
 from avsr.training.trainer import Trainer
 
 Recipe = Callable[..., Path]
+Run = Callable[..., Path]
+CPU = torch.device("cpu")
 
 
-def run(recipe: Path, *overrides: str) -> Path:
-    return train(load_config(str(recipe), list(overrides)))
+@pytest.fixture(scope="module")
+def base(tiny_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two micro-batches per step of utterances of different lengths; the longest is alone in its micro-batch."""
+    folder = tmp_path_factory.mktemp("base")
+    settings = {
+        "data.train": str(make_corpus(folder / "uneven", seconds=[0.3, 0.9, 0.5, 1.8, 0.3, 0.7])),
+        "training.accumulation": 2,
+        "training.utterances": 2,
+        "training.frames": 100,
+        "training.gradient_norms_every": 2,
+        "loss.decorrelation": 5.0,
+        "model.delimiters.train": True,
+    }
+    return tiny_recipe(folder, **settings)
 
 
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(str(folder / "checkpoints" / "last" / "model.safetensors"))
+@pytest.fixture(scope="module")
+def trained(base: Path, run: Run) -> Path:
+    return run(base)
 
 
-def test_a_run_folder_holds_what_it_promises(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 1.0, "training.gradient_norms_every": 2})
-    folder = run(recipe)
-    rows = read_metrics(folder)
+@pytest.mark.integration
+def test_a_run_folder_holds_what_it_promises(base: Path, trained: Path, weights: Callable[..., Any]) -> None:
+    rows = read_metrics(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["ce"] + row["decorrelation"])
+        assert row["loss"] == pytest.approx(row["ce"] + 5.0 * row["decorrelation"])
         assert {"lr", "grad_norm", "clipped_share", "seconds", "tokens", "peak_memory_mb"} <= row.keys()
         assert ("validation_ce" in row) == (row["step"] % 2 == 0)
         assert ("grad_norm_ce" in row) == (row["step"] % 2 == 0)
@@ -48,125 +60,89 @@ def test_a_run_folder_holds_what_it_promises(tiny_recipe: Recipe, tmp_path: Path
         ce, decorrelation = row["grad_norm_ce"], row["grad_norm_decorrelation"]
         square = ce**2 + decorrelation**2 + 2 * ce * decorrelation * row["grad_cosine"]
         assert row["grad_norm"] == pytest.approx(square**0.5, rel=1e-3)
-    assert load_config(str(folder / "config.yaml")) == load_config(str(recipe))
+    assert load_config(str(trained / "config.yaml")) == load_config(str(base))
     for name in ("best", "last"):
-        saved = folder / "checkpoints" / name
+        saved = trained / "checkpoints" / name
         assert (saved / "config.yaml").is_file() and (saved / "model.safetensors").is_file()
-    kinds = {name.split(".")[0] for name in final_weights(folder)}
-    assert kinds == {"projectors", "delimiters", "llm"}
-    assert not any("embed" in name or "lm_head" in name for name in final_weights(folder))
+    assert {name.split(".")[0] for name in weights(trained)} == {"projectors", "delimiters", "llm"}
+    assert not any("embed" in name or "lm_head" in name for name in weights(trained))
 
 
-def test_off_means_not_computed(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NO_NORMS = "training.gradient_norms_every=0"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("settings", "rel"),
+    [
+        (["deepspeed.stage=0", "model.llm.attention=sdpa"], 1e-3),
+        (["model.llm.attention=eager"], 1e-3),
+        (["deepspeed.stage=2", "loss.cross_entropy=chunked"], 1e-4),
+        (["deepspeed.stage=3", "loss.cross_entropy=chunked", NO_NORMS], 1e-4),
+        (["deepspeed.stage=3", "training.gradient_checkpointing=selective", NO_NORMS], 1e-4),
+        (["deepspeed.stage=2", "deepspeed.offload_optimizer=true"], 1e-4),
+        (
+            ["deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true", NO_NORMS],
+            1e-4,
+        ),
+        (["deepspeed.config=ds.json", "training.gradient_checkpointing=selective", NO_NORMS], 1e-4),
+        (["training.packed=true"], 1e-4),
+        (["training.packed=true", "training.gradient_checkpointing=true", NO_NORMS], 1e-4),
+    ],
+    ids=str,
+)
+def test_settings_that_change_no_number(
+    base: Path, trained: Path, run: Run, tmp_path: Path, settings: list[str], rel: float
+) -> None:
+    """ZeRO stages and a user's own JSON, ways of attention and of the loss, recomputation and packing."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}))
+    other = run(base, f"run={tmp_path / 'run'}", *(text.replace("ds.json", str(path)) for text in settings))
+    for one, two in zip(read_metrics(trained), read_metrics(other), strict=True):
+        norms = [key for key in one if key.startswith("grad_norm_") and NO_NORMS not in settings]
+        assert two["accuracy"] == one["accuracy"]
+        for key in ("ce", "decorrelation", "grad_norm", *norms):
+            assert two[key] == pytest.approx(one[key], rel=rel), (one["step"], key)
+
+
+@pytest.mark.integration
+def test_no_decorrelation_means_that_it_is_not_computed_and_training_lowers_the_loss(
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("computed")
 
     for backend in ("reference", "cpu.backend"):
         for name in ("decorrelation_sums", "rms_norm"):
             monkeypatch.setattr(f"flashsink.{backend}.{name}", refuse)
-    folder = run(tiny_recipe(tmp_path, **{"loss.decorrelation": 0.0}))
-    assert all("decorrelation" not in row for row in read_metrics(folder))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_loss_works_with_other_attention(tiny_recipe: Recipe, tmp_path: Path, attention: str) -> None:
-    rows = []
-    for name in ("flashsink", attention):
-        settings = {"model.llm.attention": name, "loss.decorrelation": 1.0, "training.steps": 2}
-        rows.append(read_metrics(run(tiny_recipe(tmp_path / name, **settings))))
-    for ours, theirs in zip(*rows, strict=True):
-        for key in ("ce", "decorrelation", "grad_norm"):
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-3)
-
-
-def test_an_unknown_attention_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.llm\.attention.*flash_attention_2.*'quick'"):
-        run(tiny_recipe(tmp_path, **{"model.llm.attention": "quick"}))
-
-
-def test_training_lowers_the_loss(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    folder = run(tiny_recipe(tmp_path, **{"training.steps": 40, "training.learning_rate": 0.01}))
-    rows = read_metrics(folder)
+    settings = {"loss.decorrelation": 0.0, "training.steps": 30, "training.learning_rate": 0.01}
+    rows = read_metrics(run(tiny_recipe(tmp_path, **settings, **{"training.validate_every": 30})))
+    assert all("decorrelation" not in row for row in rows)
     assert rows[-1]["validation_ce"] < 0.9 * rows[0]["ce"]
 
 
-def test_an_existing_run_is_refused_or_resumed_only_as_it_was(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    folder = run(recipe, "resume=true")  # nothing is there yet
-    with pytest.raises(UserError, match="exists already.*resume=true"):
-        run(recipe)
-    with pytest.raises(UserError, match=r"training\.learning_rate: 0\.5 != "):
-        run(recipe, "resume=true", "training.learning_rate=0.5")
-    assert len(read_metrics(folder)) == 4
-
-
-def test_interrupted_and_resumed_equals_uninterrupted(
-    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"training.steps": 7, "training.accumulation": 2, "training.utterances": 2, "loss.decorrelation": 1.0}
-    recipe = tiny_recipe(tmp_path, **settings)
-    whole = run(recipe, f"run={tmp_path / 'whole'}")
-    write = MetricsLogger.write
-
-    def write_and_stop(self: MetricsLogger, row: dict[str, Any]) -> None:
-        write(self, row)
-        if row["step"] == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLogger, "write", write_and_stop)
-        with pytest.raises(Interrupted):
-            run(recipe, f"run={tmp_path / 'parts'}")
-    parts = tmp_path / "parts"
-    done = json.loads((parts / "checkpoints" / "last" / "state.json").read_text())["step"]
-    assert 3 <= done < 7
-    run(recipe, f"run={parts}", "resume=true")
-    expected, got = read_metrics(whole), read_metrics(parts)
-    assert [row["step"] for row in got] == list(range(1, 8))
-    for one, other in zip(expected, got, strict=True):
-        for key in ("ce", "decorrelation", "grad_norm", "lr"):
-            assert other[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
-    for name, tensor in final_weights(whole).items():
-        torch.testing.assert_close(final_weights(parts)[name], tensor, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        ["deepspeed.stage=0"],
-        ["deepspeed.stage=2"],
-        ["deepspeed.stage=3"],
-        ["deepspeed.stage=2", "deepspeed.offload_optimizer=true"],
-        ["deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"],
+        ({"model.llm.attention": "quick"}, r"model\.llm\.attention.*flash_attention_2.*'quick'"),
+        ({"training.packed": True, "model.llm.attention": "sdpa"}, r"training\.packed.*attention=flashsink"),
     ],
 )
-def test_other_zero_stages_train_the_same(tiny_recipe: Recipe, tmp_path: Path, settings: list[str]) -> None:
-    recipe = tiny_recipe(
-        tmp_path,
-        **{
-            "training.accumulation": 2,
-            "training.utterances": 2,
-            "loss.decorrelation": 1.0,
-            "model.delimiters.train": True,
-        },
-    )
-    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}"))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", *settings))
-    for a, b in zip(one, other, strict=True):
-        assert b["ce"] == pytest.approx(a["ce"], rel=1e-4)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+def test_attention_that_does_not_work_is_refused(
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tiny_recipe(tmp_path, **settings))
 
 
 def test_zero_3_reads_the_language_model_in_pieces(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """No weight is whole after loading, and the delimiters' scale is that of the whole table."""
     start_distributed()
-    cpu = torch.device("cpu")
     models = []
     for stage in (1, 3):
         settings = [f"deepspeed.stage={stage}", "model.delimiters.init=table"]
         config = load_config(str(tiny_recipe(tmp_path)), settings)
-        store = build_store(config, cpu)
-        models.append(build_model(config, store, cpu, around=partitioned_loading(config))[0])
+        models.append(build_model(config, build_store(config, CPU), CPU, around=partitioned_loading(config))[0])
     whole, pieces = models
     sizes = {n: p.numel() for n, p in pieces.named_parameters() if n.startswith("llm.") and not p.requires_grad}
     assert sizes and not any(sizes.values())
@@ -174,65 +150,24 @@ def test_zero_3_reads_the_language_model_in_pieces(tiny_recipe: Recipe, tmp_path
     torch.testing.assert_close(pieces.delimiters, whole.delimiters)
 
 
-def test_a_users_deepspeed_json_trains_the_same(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}))
-    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}"))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", f"deepspeed.config={path}"))
-    assert [row["ce"] for row in other] == pytest.approx([row["ce"] for row in one], rel=1e-4)
-
-
-def test_gradient_checkpointing_changes_nothing(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 5.0})
-    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}"))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", "training.gradient_checkpointing=true"))
-    for key in ("ce", "decorrelation", "grad_norm"):
-        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
-
-
-@pytest.mark.parametrize("settings", [[], ["training.gradient_checkpointing=true"], ["training.utterances=1"]])
-def test_packed_batches_train_as_padded_ones(
-    tiny_recipe: Recipe, make_corpus: Callable[..., Path], tmp_path: Path, settings: list[str]
-) -> None:
-    """Utterances of unlike length, with and without the recomputation of layers, and one alone in its batch."""
-    train_set = make_corpus(tmp_path / "uneven", seconds=[0.3, 0.9, 0.5, 1.4, 0.3, 0.7])
-    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 5.0, "data.train": str(train_set)})
-    one = read_metrics(run(recipe, f"run={tmp_path / 'one'}", *settings))
-    other = read_metrics(run(recipe, f"run={tmp_path / 'other'}", "training.packed=true", *settings))
-    for key in ("ce", "decorrelation", "grad_norm"):
-        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-4)
-
-
-def test_packed_batches_need_an_attention_that_keeps_them_apart(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"training\.packed.*attention=flashsink"):
-        run(tiny_recipe(tmp_path, **{"training.packed": True, "model.llm.attention": "sdpa"}))
-
-
-def test_bf16_trains_and_keeps_float32_masters(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    folder = run(tiny_recipe(tmp_path, **{"training.precision": "bf16", "loss.decorrelation": 1.0}))
-    weights = final_weights(folder)["projectors.audio.0.weight"]
-    assert weights.dtype == torch.float32
-    assert not torch.equal(weights, weights.bfloat16().float())  # finer than bf16: the master was saved
-
-
-def step_trainer(recipe: Path) -> tuple[Trainer, list[Batch], Any]:
-    """A trainer with accumulation 2 and two micro-batches of 1 and 5 utterances of unlike length."""
-    config = load_config(str(recipe), ["training.accumulation=2", "training.clip=1e9"])
+@pytest.fixture
+def prepared(tiny_recipe: Recipe, tmp_path: Path) -> tuple[Trainer, list[Batch], Batch]:
+    """A trainer with accumulation 2, two micro-batches of 1 and 5 utterances, and one batch of all six."""
+    config = load_config(
+        str(tiny_recipe(tmp_path, **{"loss.decorrelation": 3.0})), ["training.accumulation=2", "training.clip=1e9"]
+    )
     start_distributed()
-    store = build_store(config, torch.device("cpu"))
-    model, loaded = build_model(config, store, torch.device("cpu"))
+    store = build_store(config, CPU)
+    model, loaded = build_model(config, store, CPU)
     data = load_dataset(config.data.train, config.data, store, loaded.tokenize, title="train", reading=Reading("audio"))
     attach(model, config)
-    engine = make_engine(model, config)
-    loop = Trainer(engine, config, data, data, Progress(step=1))
+    loop = Trainer(make_engine(model, config), config, data, data, Progress(step=1))
     return loop, [collate([data[0]]), collate([data[i] for i in range(1, 6)])], collate([data[i] for i in range(6)])
 
 
-def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(prepared: tuple[Trainer, list[Batch], Batch]) -> None:
     """Numbers of label and of span tokens differ by a factor of five and more between the micro-batches."""
-    recipe = tiny_recipe(tmp_path, **{"loss.decorrelation": 3.0})
-    loop, micro, together = step_trainer(recipe)
+    loop, micro, together = prepared
     model = loop.model
     model.train()
     terms = model(together)
@@ -245,8 +180,8 @@ def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(tiny_recipe: Re
     assert row["decorrelation"] == pytest.approx(float(terms.decorrelation.detach()), rel=1e-5)
 
 
-def test_validation_is_the_mean_over_its_split(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    loop, _, _ = step_trainer(tiny_recipe(tmp_path, **{"loss.decorrelation": 3.0}))
+def test_validation_is_the_mean_over_its_split(prepared: tuple[Trainer, list[Batch], Batch]) -> None:
+    loop, _, _ = prepared
     row = loop.validate()
     batch = collate([loop.validation[i] for i in range(len(loop.validation))])
     with torch.no_grad():

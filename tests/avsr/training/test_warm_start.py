@@ -18,6 +18,7 @@ from avsr.models.compression import compress
 from avsr.training.run import train
 from avsr.training.warm_start import warm_projector
 
+pytestmark = pytest.mark.integration
 Recipe = Callable[..., Path]
 CPU = torch.device("cpu")
 

@@ -1,12 +1,10 @@
-"""The start of a training: what DeepSpeed compiles, what it waits for, and a start that hangs."""
+"""What DeepSpeed compiles at the start of a training, and what it waits for."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +14,22 @@ from typing import Any
 import pytest
 
 from avsr.config import load_config
-from avsr.errors import EXIT_HUNG, UserError
-from avsr.training import jit, watchdog
+from avsr.errors import UserError
+from avsr.training import jit
 from avsr.training.engine import import_deepspeed
 from avsr.training.metrics import read_metrics
 from avsr.training.run import train
-from avsr.training.watchdog import STAGES, Watchdog
 
 Recipe = Callable[..., Path]
 ADAM = '{"optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": false}}}'
 
 
+@pytest.mark.integration
 def test_a_start_needs_no_compiler_and_waits_for_no_lock(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """Neither c++ nor ninja, and what a kill left where DeepSpeed once compiled an op for every start."""
     nothing, built = tmp_path / "bin", tmp_path / "built"
     nothing.mkdir()
-    (nothing / "python").symlink_to(sys.executable)  # ninja lies beside the real one
+    (nothing / "python").symlink_to(sys.executable)  # the real one has ninja next to it
     lock = built / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -116,76 +114,3 @@ def test_every_op_of_deepspeed_passes_there(monkeypatch: pytest.MonkeyPatch) -> 
     CPUAdamBuilder().jit_load()
     assert came == ["cpu_adam", "cpu_adam"]
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(jit.own_folder())
-
-
-HANGING = """
-    import sys, time
-    import avsr.training.run
-    from avsr.cli import main
-    from avsr.training import watchdog
-    from avsr.training.engine import import_deepspeed
-
-    def hang(*arguments, **options):
-        time.sleep(600)
-
-    import_deepspeed()
-    setattr(avsr.training.run, sys.argv[1], hang)
-    watchdog.START_LEAST = 1.0 if sys.argv[1] == "start_distributed" else 6.0
-    main(["train", sys.argv[2], "training.timeout=0.5"])
-"""
-
-
-@pytest.mark.parametrize(
-    ("point", "stage"),
-    [("start_distributed", "process group"), ("load_dataset", "manifests")],
-)
-def test_a_start_that_hangs_ends_and_says_where(tiny_recipe: Recipe, tmp_path: Path, point: str, stage: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HANGING), point, str(tiny_recipe(tmp_path))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == EXIT_HUNG, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("avsr: ")]
-    assert re.fullmatch(rf"avsr: rank 0 hangs in the start \({stage}\) for \d+ s \(training\.timeout = 0\.5 s\)", line)
-    assert "in hang" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("places", "said"),
-    [
-        # one reads for long, the others wait for it
-        ([("manifests", 0, 1.0), ("manifests", 0, 100.0)], ""),
-        ([("manifests", 0, 70.0), ("engine", 0, 90.0)], "rank 0 hangs in the start (manifests) for 70 s"),
-        ([("data", 1, 70.0), ("engine", 0, 90.0)], "rank 1 hangs in the start (engine) for 90 s"),
-        # in a step one is enough
-        ([("forward", 3, 1.0), ("data", 3, 70.0)], "rank 1 hangs in data of step 3 for 70 s"),
-        ([("forward", 3, 1.0), ("data", 3, 50.0)], ""),
-    ],
-)
-def test_at_the_start_all_ranks_have_to_stand_still(places: list[tuple[str, int, float]], said: str) -> None:
-    dog: Any = Watchdog(60.0)
-    dog._ranks = len(places)
-    texts = {f"rank/{n}": f'[1, {step}, "{stage}", {age}]' for n, (stage, step, age) in enumerate(places)}
-    store = SimpleNamespace(check=lambda keys: keys[0] in texts, get=texts.__getitem__)
-    assert dog._judge(store).startswith(said) and bool(dog._judge(store)) == bool(said)
-
-
-def test_what_moves_a_progress_bar_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from avsr.runtime.progress import ProgressBar
-
-    left: list[str] = []
-    monkeypatch.setattr(watchdog, "START_LEAST", 0.0)
-    monkeypatch.setattr(watchdog, "_leave", left.append)
-    with Watchdog(1.0) as dog, ProgressBar("read", 30, shown=False) as bar:
-        dog.enter("manifests", 0)
-        for _ in range(20):
-            time.sleep(0.1)
-            bar.advance()
-        assert not left
-        time.sleep(1.6)
-    assert left and "manifests" in left[0] and not ProgressBar.moved
-    assert set(watchdog.START) < set(STAGES)

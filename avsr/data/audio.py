@@ -1,4 +1,4 @@
-"""Reading sound: any format that soundfile knows, mixed to mono, resampled to 16 kHz."""
+"""Reads sound files of any format that soundfile supports, as mono at 16 kHz."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
 MAX_SAMPLES = 3600 * 48_000  # of one file: an hour at 48 kHz
 RATES = (1000, 400_000)  # Hz
 
-_BLOCK = 2**20  # values read at once, of all channels
-_MAX_FILTER = 2**22  # values of the resampling filter; 44.1 kHz needs 71,000, a rate without common factors 700 million
+_BLOCK = 2**20  # values read at once, over all channels
+_MAX_FILTER = 2**22  # size of the resampling filter; 44.1 kHz needs 71,000, a rate without common factors 700 million
 
 
 def load_audio(path: Path, *, where: str = "") -> Tensor:
     """(samples,) float32 at 16 kHz, in -1..1.
 
     Raises:
-        UserError: missing, empty, truncated, non-audio, silent, not finite, longer than ``MAX_SAMPLES`` or of a
-            sample rate that cannot be resampled, naming the file.
+        UserError: the file is missing, empty, truncated, not audio, silent, not finite, longer than ``MAX_SAMPLES``, or
+            has a sample rate that cannot be resampled; the message names it.
     """
     prefix = f"{where}: " if where else ""
     if not os.path.isfile(path):
@@ -55,7 +55,7 @@ def load_audio(path: Path, *, where: str = "") -> Tensor:
 
 
 def _checked_rate(rate: int, where: str) -> int:
-    """A header may ask for any rate: 1 Hz makes 16,000 samples of each, an odd one a filter of gigabytes."""
+    """A header may claim any rate: at 1 Hz each sample becomes 16,000, and an odd rate needs a filter of gigabytes."""
     ours, theirs = (value // math.gcd(rate, SAMPLE_RATE) for value in (SAMPLE_RATE, rate))
     if not RATES[0] <= rate <= RATES[1] or ours * (theirs + 12 * max(1, theirs // ours)) > _MAX_FILTER:
         raise UserError(
@@ -65,7 +65,7 @@ def _checked_rate(rate: int, where: str) -> int:
 
 
 def _mono(file: soundfile.SoundFile, where: str) -> list[Tensor]:
-    """The mean of the channels, in pieces: memory is taken for what is there and not for what the header promises."""
+    """The mean of the channels, in blocks: allocates memory for samples that exist, not for those the header claims."""
     blocks: list[Tensor] = []
     count = 0
     while len(data := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
@@ -77,7 +77,7 @@ def _mono(file: soundfile.SoundFile, where: str) -> list[Tensor]:
 
 
 def _truncated(path: Path) -> bool:
-    """A WAV file shorter than its header says; libsndfile reads what is there. Writers that cannot seek leave a
+    """Whether a WAV file is shorter than its header says, which libsndfile accepts. Writers that cannot seek leave a
     size near 2^31 or 2^32."""
     with path.open("rb") as file:
         head = file.read(8)

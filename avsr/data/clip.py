@@ -1,4 +1,4 @@
-"""One utterance's signals: 16 kHz sound and 25 fps mouth frames, cut to the same length."""
+"""The signals of one utterance: 16 kHz sound and 25 fps mouth frames, cut to the same length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from avsr.errors import UserError
 FRAMES_PER_SECOND = 25
 SAMPLES_PER_VIDEO_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
-MOUTH_SIZES = (88, 128)  # pixels a side of a mouth crop that an encoder can use: 96 in all known corpora
+MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Clip:
 
 
 def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
-    """The middle (T, height, width) of (T, H, W) frames, which must not be smaller."""
+    """The central (T, height, width) of (T, H, W) frames, which must be at least that large."""
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[:, top : top + height, left : left + width]
 
 
 def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Clip:
-    """Reads what is needed of an utterance.
+    """Reads the signals of an utterance.
 
     Args:
-        utterance: its files.
-        needs: of "audio" and "video".
-        max_mismatch: seconds by which both may differ in length; then both are cut to the shorter.
+        utterance: names its files.
+        needs: "audio", "video" or both.
+        max_mismatch: seconds by which the two may differ in length; within it both are cut to the shorter.
 
     Raises:
-        UserError: a file is missing or cannot be used, a mouth crop has another size, or the lengths disagree.
+        UserError: a file is missing or unusable, the video is not a mouth crop, or the lengths disagree.
     """
     place = f"{utterance.where}: " if utterance.where else ""
     clip = Clip()

@@ -1,8 +1,9 @@
-"""What the model gets of an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
+"""What the model receives for an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
 
-With ``data.cache`` a frozen encoder runs once for every clip and view. A file of the cache is a float16 array (T, D)
-in a folder named after the encoder, named after the clip's files (path, size, time of change) and view. Without a
-cache, and for an encoder that is trained (LoRA), the encoder's input is handed out and the model runs the encoder.
+With ``data.cache``, a frozen encoder runs once for every clip and view. A cache file is a float16 array (T, D); its
+folder is named after the encoder, the file itself after the clip's files (path, size, modification time) and the view.
+Without a cache, and for an encoder that is trained (LoRA), the store returns encoder inputs and the model runs the
+encoder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _GROUP = 64  # clips read before they are sorted by length and encoded
 
 
 class Encoder(Protocol):
-    """What a store asks of a stream's encoder; ``avsr.models.encoder`` says what the parts mean."""
+    """What a store needs from a stream's encoder; ``avsr.models.encoder`` documents the members."""
 
     width: int
     frames_per_second: int
@@ -49,11 +50,11 @@ class FeatureStore:
     """Features or encoder inputs of utterances, by stream.
 
     Args:
-        encoders: of every stream.
+        encoders: by stream.
         data: cache and limits.
         transforms: makes the views.
-        trained: streams whose encoders are trained, and so never cached.
-        active: streams that are read; default all.
+        trained: streams whose encoders are trained, and therefore never cached.
+        active: streams to read; default all.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class FeatureStore:
     ) -> None:
         self.encoders = dict(encoders)
         self.active = list(encoders if active is None else active)
-        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes
+        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes itself
         self._data = data
         self._transforms = transforms
-        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of what was read, by id
+        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of every clip read, by id
         self._folders: dict[str, Path] = {}
         for name in self.active:
             if name not in self.inside:
@@ -90,7 +91,7 @@ class FeatureStore:
         """Reads every clip that the cache lacks and encodes it for the cache.
 
         Returns:
-            The reason of every utterance that cannot be used, by id.
+            By id, why an utterance cannot be used.
         """
         if not self._data.verify and not self._folders:
             for u in utterances:
@@ -119,7 +120,7 @@ class FeatureStore:
 
         Raises:
             ClipError: the clip cannot be used.
-            UserError: the cache cannot.
+            UserError: the cache cannot be used.
         """
         clip: Clip | None = None
         out: dict[str, Tensor] = {}
@@ -142,7 +143,7 @@ class FeatureStore:
         return out
 
     def frames(self, utterance: Utterance, view: View = PLAIN) -> dict[str, int]:
-        """Encoder frames by stream of an utterance that was prepared or loaded in this view."""
+        """Encoder frames by stream, of an utterance that was prepared or loaded in this view."""
         out = {}
         for name in self.active:
             if name in self.inside:
@@ -152,7 +153,7 @@ class FeatureStore:
         return out
 
     def seconds(self, utterance: Utterance) -> float:
-        """Length of an utterance that was loaded."""
+        """Length in seconds of an utterance that was loaded."""
         if utterance.id in self.sizes:
             samples, frames = self.sizes[utterance.id]
             return max(samples / SAMPLE_RATE, frames / FRAMES_PER_SECOND)
@@ -162,7 +163,7 @@ class FeatureStore:
     def _fill(
         self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], view: View, bad: dict[str, str]
     ) -> None:
-        """Encodes what the cache lacks of a view; whose view cannot be made goes into ``bad``."""
+        """Encodes what the cache lacks of a view; an utterance whose view cannot be made is added to ``bad``."""
         inputs: dict[str, dict[str, Tensor]] = {name: {} for name in self._folders}
         for utterance in utterances:
             lacking = [name for name in self._folders if not self._path(name, utterance, view).is_file()]
@@ -181,7 +182,7 @@ class FeatureStore:
         return any(not self._path(name, utterance, view).is_file() for name in self._folders)
 
     def _checked(self, utterance: Utterance) -> Clip:
-        """The clip as it is; its lengths are kept."""
+        """The unchanged clip, within the limits; records its lengths."""
         encoders = [self.encoders[name] for name in self.active]
         needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
         clip = load_clip(utterance, needs, self._data.max_mismatch)

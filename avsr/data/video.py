@@ -1,6 +1,6 @@
-"""Reading video with PyAV: grey frames at 25 fps, and the sound track of a video file.
+"""Reads video with PyAV: gray frames at 25 fps, and the sound track of a video file.
 
-Time 0 is where the earlier of the two streams starts, so frames and sound of one file stay in step.
+Time 0 is the start of the earlier of the two streams, so frames and sound of one file stay in sync.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MAX_SIDE = 4096  # pixels
 MAX_SECONDS = 3600
 MAX_BYTES = 2**31  # of the frames of one clip in memory
 
-_SLACK = 0.001  # seconds; some containers round time stamps to milliseconds
+_SLACK = 0.001  # seconds; some containers round timestamps to milliseconds
 _LUMA_FIRST = frozenset(  # 8-bit formats whose first plane is the luma
     ("yuv420p", "yuv422p", "yuv444p", "yuv410p", "yuv411p", "yuv440p", "nv12", "nv21", "nv16", "gray")
 )
 _FULL_RANGE = frozenset(("yuvj420p", "yuvj422p", "yuvj444p", "yuvj411p", "yuvj440p"))
-_EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to grey
+_EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to gray
 _JPEG_RANGE = 2  # AVCOL_RANGE_JPEG
-# FFmpeg's names of the formats that are read: files that hold all that they show. Playlists (HLS, DASH, concat, SDP),
-# numbered pictures and others name further files or addresses, which FFmpeg would open wherever they are.
+# FFmpeg's names of the accepted formats, which are self-contained. Playlists (HLS, DASH, concat, SDP), numbered
+# pictures and others refer to further files or addresses, which FFmpeg would open wherever they are.
 _FORMATS = (
     *("mov", "matroska", "avi", "mpeg", "mpegts", "asf", "flv", "ogg", "nut", "mxf", "gxf", "rm", "wtv", "dv", "ivf"),
     *("h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "mjpeg", "vc1", "dirac", "av1", "obu"),
@@ -46,14 +46,14 @@ _OPTIONS = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"
 
 
 def read_video(path: Path, *, where: str = "") -> Tensor:
-    """(T, H, W) uint8 grey at 25 fps, whatever the file's rate: frame k is the last one shown by k/25 s.
+    """(T, H, W) uint8 gray at 25 fps, whatever the file's rate: frame k is the last one shown by k/25 s.
 
     Args:
-        path: a video file of any kind that FFmpeg knows.
+        path: a video file of an accepted format.
         where: "file:line" for messages.
 
     Raises:
-        UserError: as ``video_frames``, or more than ``MAX_BYTES`` of frames.
+        UserError: as in ``video_frames``, or more than ``MAX_BYTES`` of frames.
     """
     frames = []
     size = 0
@@ -72,15 +72,15 @@ def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
     """The frames of ``read_video`` one at a time, (H, W) uint8 each, all of one size.
 
     Raises:
-        UserError: a missing, damaged or truncated file, no video, no frame, sides over ``MAX_SIDE`` or more than
-            ``MAX_SECONDS``, naming the file.
+        UserError: the file is missing, damaged or truncated, has no video or no frame, sides over ``MAX_SIDE`` or more
+            than ``MAX_SECONDS``; the message names it.
     """
     with _opened(path, where) as container:
         stream = _video_stream(container)
         if stream is None:
             raise UserError(f"{_prefix(where)}{path} has no video stream")
         lead = max(0.0, _start(stream) - min(_starts(container)))
-        due, shown = 0, None  # number of the next frame to give, and the picture to show until the next one starts
+        due, shown = 0, None  # index of the next frame to yield, and the picture shown until the next one starts
         for grey, time in _decoded(stream, path, where):
             if shown is not None and grey.shape != shown.shape:
                 raise UserError(f"{_prefix(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
@@ -101,10 +101,10 @@ def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
 def read_video_sound(path: Path, where: str = "") -> Tensor | None:
     """The sound track of a video file: (samples,) float32 mono at 16 kHz, or None where there is none.
 
-    Zeros are put in front of a track that starts after the video, so that it stays in step with ``read_video``.
+    A track that starts after the video is padded with leading zeros, to stay in sync with ``read_video``.
 
     Raises:
-        UserError: a missing or damaged file, or more than ``MAX_SECONDS``, naming the file.
+        UserError: the file is missing, damaged or longer than ``MAX_SECONDS``; the message names it.
     """
     with _opened(path, where) as container:
         if not container.streams.audio:
@@ -147,13 +147,12 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
-    """All reading of video and of its sound comes by here. ``file:`` takes the rest for a path, whatever it looks
-    like."""
+    """The only place that opens video files. ``file:`` makes FFmpeg take the rest as a path, whatever it looks like."""
     return av.open(f"file:{path}", options=_OPTIONS)
 
 
 def _unlisted(path: Path) -> str:
-    """The format of a file that is not opened for it, else "": FFmpeg names it in its log alone."""
+    """The format because of which a file was refused, else "": only FFmpeg's log names it."""
     before = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
@@ -176,7 +175,7 @@ def _video_stream(container: Any) -> Any:
 
 
 def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, float]]:
-    """(H, W) uint8 grey, and seconds since the first frame."""
+    """(H, W) uint8 gray frames, and their seconds since the first one."""
     context = stream.codec_context
     if context is None:
         raise UserError(f"{_prefix(where)}{path} has a video stream of a kind that cannot be decoded")
@@ -191,7 +190,7 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
     for frame in _guarded_frames(stream.container, stream, path, where):
         if frame.is_corrupt:
             raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
-        # a raw stream has no time stamps
+        # a raw stream has no timestamps
         time = count * _frame_seconds(stream) if frame.pts is None else float(frame.pts * frame.time_base)
         first = time if first is None else first
         last = max(last, time - first)
@@ -202,11 +201,11 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
 
 
 def _frames_to_come(stream: Any) -> int:
-    """How many frames there must be, before the first is read; 0 where the file does not say.
+    """The number of frames that the file promises; 0 when it does not say. Call it before the first frame is read.
 
-    The number in an mp4 also counts what its edit list hides: a cut without encoding anew keeps the frames from the
-    key frame on, and a phone that trims a video keeps all. Those are left out of the index, or marked in it. Other
-    kinds of files may make their index while they are read.
+    The frame count of an mp4 includes frames hidden by its edit list: a cut without re-encoding keeps the frames from
+    the key frame on, and a phone that trims a video keeps them all. The index leaves them out or marks them. Other
+    containers may build their index while they are read.
     """
     if "mp4" not in stream.container.format.name:
         return int(stream.frames)
@@ -231,13 +230,15 @@ def _grey(frame: Any) -> np.ndarray:
     name = frame.format.name
     if name in _LUMA_FIRST or name in _FULL_RANGE:
         plane = frame.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # a line may be longer than the picture
+        rows = np.frombuffer(plane, np.uint8).reshape(
+            -1, plane.line_size
+        )  # a row of memory may be longer than the picture
         luma = rows[: frame.height, : frame.width]
         full = name in _FULL_RANGE or name == "gray" or int(frame.color_range) == _JPEG_RANGE
         grey = luma.copy() if full else _EXPAND[luma]
     else:
         grey = frame.to_ndarray(format="gray")
-    turns = round(frame.rotation / 90) % 4  # a phone's video says how to turn it
+    turns = round(frame.rotation / 90) % 4  # phones store the rotation in the file
     return np.ascontiguousarray(np.rot90(grey, turns)) if turns else grey
 
 

@@ -15,26 +15,8 @@ SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 
 # From the bottom up: a package (or module beside the packages) imports only from earlier lines and from itself.
 LAYERS = {
-    "flashsink": [
-        "types versions",
-        "checks reference",
-        "cpu triton",
-        "sdpa",
-        "dispatch",
-        "functional",
-        "hf",
-    ],
-    "avsr": [
-        "errors",
-        "runtime",
-        "config",
-        "data",
-        "models",
-        "training evaluation",
-        "tools",
-        "train",
-        "cli",
-    ],
+    "flashsink": ["types versions", "checks reference", "cpu triton", "sdpa", "dispatch", "functional", "hf"],
+    "avsr": ["errors", "runtime", "config", "data", "models", "training evaluation", "tools", "train", "cli"],
 }
 LEVEL = {
     f"{top}.{name}": level for top, lines in LAYERS.items() for level, line in enumerate(lines) for name in line.split()

@@ -54,7 +54,7 @@ def fuzz(count: int, cases: st.SearchStrategy[Any], check: Callable[[Any], Any],
 
     @settings(
         max_examples=count,
-        derandomize=count == FEW,
+        derandomize=count <= FEW,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

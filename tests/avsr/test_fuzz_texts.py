@@ -7,14 +7,17 @@ import json
 import math
 import runpy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
+from omegaconf import MISSING, OmegaConf
 
-from avsr.config import load_config, to_yaml
+from avsr.config import LoraConfig, load_config
+from avsr.config.composing import compose
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.evaluation.act import _read
@@ -54,6 +57,30 @@ data: {train: a.jsonl, validation: b.jsonl, test: {one: c.jsonl}}
 training: {steps: 5, betas: [0.9, 0.98], precision: fp32}
 noise: {snr: [0, .inf]}
 """
+
+
+@dataclass
+class Small:
+    """A key of every type, for composing many times; with all keys of a training it takes ten times as long."""
+
+    run: str = MISSING
+    resume: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    test: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)
+    cache: str | None = None
+    steps: int = 1
+
+
+SMALL = """
+run: runs/x
+resume: true
+lora: {rank: 4, alpha: 8.0, targets: [q_proj]}
+test: {one: c.jsonl}
+tasks: {audio: 0.5}
+cache: null
+steps: 5
+"""
 HOSTILE_YAML = [
     "&a [*a]",
     "!!int abc",
@@ -85,6 +112,9 @@ HOSTILE_YAML = [
     "1e400",
     "-1",
 ]
+
+
+TYPED = ["0", "-1", "1:2:3", "2020-01-01", ".nan", "[.nan]", "[-1e400]", "a/b", "${run}"]  # may pass for some type
 
 
 def write_and(path: Path, read: Callable[[], Any]) -> Callable[[bytes], None]:
@@ -150,66 +180,53 @@ def test_labels_of_voxceleb(count: int, tmp_path: Path, monkeypatch: pytest.Monk
     each = tools.each_changed({"id": "dev/id1/v/00001", "text": "hello"})
     tools.fuzz(count, rows, write_and(path, lambda: read_labels(path)), each)
     packed = tmp_path / "l.gz"
-    whole, bomb = gzip.compress(b"id1/v/00001\thello\n" * 9), gzip.compress(b"\0" * 2**29, 1)
+    whole, bomb = gzip.compress(b"id1/v/00001\thello\n" * 9), gzip.compress(bytes(2**20)) * 2**9
     flips = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(len(whole))]
     tools.fuzz(count, tools.damaged(whole, 24), write_and(packed, lambda: read_labels(packed)), [bomb, *flips])
     plain = tmp_path / "l.csv"
     tools.fuzz(count, tools.damaged(LABELS.encode()), write_and(plain, lambda: read_labels(plain)))
 
 
+def written(config: Any) -> bytes:
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+
+
 @few_and_many
 def test_configs(count: int, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    values = [line.partition(":")[2].strip() for line in RECIPE.splitlines() if ":" in line and line.strip()[-1] != ":"]
-    words = sorted({word for word in RECIPE.replace(":", " ").split() if len(word) > 3})
+    values = [line.partition(":")[2].strip() for line in SMALL.splitlines() if ":" in line]
+    words = sorted({word for word in SMALL.replace(":", " ").split() if len(word) > 3})
     swap = st.tuples(st.sampled_from([*values, *words]), st.sampled_from(HOSTILE_YAML))
-    swapped = st.lists(swap, min_size=1, max_size=2).map(_swapped)
-    cases = st.one_of(tools.damaged(RECIPE.encode(), 600), swapped.map(str.encode))
-    each = [
-        _swapped([(old, new)]).encode() for new in HOSTILE_YAML for old in ("runs/x", "4, t", "{steps: 5,", "0, .inf")
-    ]
-    tools.fuzz(count, cases, write_and(path, lambda: to_yaml(load_config(str(path))).encode()), each)
+    swapped = st.lists(swap, min_size=1, max_size=2).map(lambda swaps: _swapped(SMALL, swaps))
+    cases = st.one_of(tools.damaged(SMALL.encode(), 300), swapped)
+    places = ("runs/x", "4,", "{one: c.jsonl}", "[q_proj]", "null")
+    each = [_swapped(SMALL, [(old, new)]) for new in HOSTILE_YAML for old in places]
+    tools.fuzz(count, cases, write_and(path, lambda: written(compose(str(path), [], Small))), each)
+    read = write_and(path, lambda: written(load_config(str(path))))
+    tools.fuzz(count // 4, tools.damaged(RECIPE.encode(), 600), read, [_swapped(RECIPE, [("5", v)]) for v in TYPED])
 
 
-def _swapped(swaps: list[tuple[str, str]]) -> str:
-    text = RECIPE
+def _swapped(text: str, swaps: list[tuple[str, str]]) -> bytes:
     for old, new in swaps:
         text = text.replace(old, new, 1)
-    return text
+    return text.encode()
 
 
 @few_and_many
 def test_overrides(count: int, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    keys = [
-        "training.steps",
-        "run",
-        "data.test.x",
-        "model",
-        "model.lora.targets",
-        "training.betas[0]",
-        "a",
-        "",
-        ".",
-        "[",
-    ]
-    keys += [
-        "run.a" + ".a" * 2_000,
-        "run" + "[0]" * 2_000,
-        "training.",
-        "..",
-        "defaults",
-        "data.test",
-        "noise.snr",
-        "\0",
-    ]
+    path.write_text(SMALL)
+    keys = ["steps", "run", "test.x", "lora", "lora.targets", "lora.targets[0]", "a", "", ".", "[", "run.", "..", "\0"]
+    keys += ["run.a" + ".a" * 2_000, "run" + "[0]" * 2_000, "defaults", "test", "tasks"]
     text = st.one_of(st.sampled_from([*HOSTILE_YAML, *tools.TEXTS, "\udcff"]), st.text(max_size=8))
     cases = st.lists(st.tuples(st.sampled_from(keys), text).map("=".join), min_size=1, max_size=3)
-    each = [[f"{key}={value}"] for key in ("run", "training.steps", "data.test.x") for value in HOSTILE_YAML]
+    each = [[f"{key}={value}"] for key in ("run", "steps", "test.x") for value in HOSTILE_YAML]
     each += [[f"{key}=1"] for key in keys] + [["run=\udcff"]]
-    tools.fuzz(count, cases, lambda overrides: to_yaml(load_config(str(path), overrides)).encode(), each)
+    tools.fuzz(count, cases, lambda overrides: written(compose(str(path), overrides, Small)), each)
     tools.fuzz(count, text, lambda name: load_config(name), tools.TEXTS[:-1])
+    path.write_text(RECIPE)
+    every = [[f"{key}={value}"] for key in ("run", "training.steps", "noise.snr", "data.test.x") for value in TYPED]
+    tools.fuzz(1, st.just([]), lambda overrides: written(load_config(str(path), overrides)), every)
 
 
 @few_and_many

@@ -53,7 +53,7 @@ class Batch:
     lost: list[Lost] = field(default_factory=list)
 
     @property
-    def hollow(self) -> bool:
+    def is_dummy(self) -> bool:
         """Whether all its utterances were lost."""
         return not self.utterances
 
@@ -64,7 +64,7 @@ class Batch:
     @property
     def label_tokens(self) -> int:
         """Text tokens, and one end token per utterance."""
-        return 0 if self.hollow else sum(len(ids) + 1 for ids in self.text)
+        return 0 if self.is_dummy else sum(len(ids) + 1 for ids in self.text)
 
 
 def collate(found: Sequence[Example | Lost]) -> Batch:

@@ -201,7 +201,7 @@ class SpeechLLM(nn.Module):
         loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self.cross_entropy)
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
-        if batch.hollow:
+        if batch.is_dummy:
             loss, correct = loss * 0, correct * 0
         self.own_terms = Terms(loss, decorrelation, correct)
         given = None if decorrelation is None else decorrelation.view_as(decorrelation)
@@ -238,7 +238,7 @@ class SpeechLLM(nn.Module):
 
     def span_tokens(self, batch: Batch) -> list[int]:
         """Number of prompt tokens of every utterance, known without a forward."""
-        if batch.hollow:
+        if batch.is_dummy:
             return []
         return [
             self._fixed(task) + sum(self._tokens(m, self._features(m, int(batch.lengths[m][b]))) for m in TASKS[task])

@@ -37,7 +37,7 @@ def configs_folder() -> Path:
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
             return folder
-    raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")
+    raise UserError(f"the configs folder is missing next to and inside {package}; reinstall the package")
 
 
 def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema:

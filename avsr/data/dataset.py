@@ -15,7 +15,7 @@ from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
-from avsr.data.transforms import PLAIN, View
+from avsr.data.transforms import PLAIN, Version
 from avsr.errors import ClipError, UserError
 
 logger = logging.getLogger("avsr")
@@ -33,31 +33,31 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How the utterances of a manifest are read: as ``view`` for ``task``; or in training as augmented version number
-    ``draw``, for a task drawn with the weights ``tasks``."""
+    """How the utterances of a manifest are read: as ``version`` for ``task``; or in training as augmented version
+    number ``draw``, for a task drawn with the weights ``tasks``."""
 
     task: str
-    view: View = PLAIN
+    version: Version = PLAIN
     tasks: Mapping[str, float] = field(default_factory=dict)
-    views: int = 0  # number of augmented versions; 0 = no limit
+    versions: int = 0  # number of augmented versions; 0 = no limit
     augmented: bool = False
     seed: int = 0
     lossy: bool = False  # a clip that can no longer be read gives a Lost instead of an error
 
-    def all_views(self) -> list[View]:
-        """All views that a cache has to hold, at least one."""
-        return [View(draw=n) for n in range(self.views or 1)] if self.augmented else [self.view]
+    def all_versions(self) -> list[Version]:
+        """All versions that a cache has to hold, at least one."""
+        return [Version(draw=n) for n in range(self.versions or 1)] if self.augmented else [self.version]
 
-    def pick(self, utterance: Utterance, draw: int | None) -> tuple[View, str]:
+    def pick(self, utterance: Utterance, draw: int | None) -> tuple[Version, str]:
         if draw is None:
-            return self.view, self.task
-        view = self.view
+            return self.version, self.task
+        version = self.version
         if self.augmented:
-            view = View(draw=draw % self.views if self.views else draw)
+            version = Version(draw=draw % self.versions if self.versions else draw)
         if not self.tasks:
-            return view, self.task
+            return version, self.task
         rng = random.Random(f"{self.seed} {utterance.id} {draw} task")
-        return view, rng.choices(list(self.tasks), list(self.tasks.values()))[0]
+        return version, rng.choices(list(self.tasks), list(self.tasks.values()))[0]
 
 
 class SpeechDataset(Dataset[Example]):
@@ -95,11 +95,11 @@ class SpeechDataset(Dataset[Example]):
         """An :class:`Example`, or possibly a :class:`Lost` when ``reading.lossy``."""
         index, draw = key if isinstance(key, tuple) else (key, None)
         utterance = self.utterances[index]
-        view, task = self.reading.pick(utterance, draw)
+        version, task = self.reading.pick(utterance, draw)
         if utterance.id in self.bad:
             return Lost(utterance, task, self.bad[utterance.id])
         try:
-            features = self._store.load(utterance, view, TASKS[task])
+            features = self._store.load(utterance, version, TASKS[task])
         except ClipError as error:
             if not self.reading.lossy:
                 raise
@@ -196,14 +196,14 @@ def _check(
     refuse: Callable[[Utterance, dict[str, int]], str],
 ) -> Checked:
     """This rank's share. ``bar`` is the title of the progress bar, and whether it is shown."""
-    views = reading.all_views()
+    versions = reading.all_versions()
     frames: dict[str, int] = {}
     try:
-        bad = store.prepare(mine, title=bar[0], views=views, shown=bar[1])
+        bad = store.prepare(mine, title=bar[0], versions=versions, shown=bar[1])
         for utterance in mine:
             if utterance.id in bad:
                 continue
-            counts = store.frames(utterance, views[0])  # all views have the same length
+            counts = store.frames(utterance, versions[0])  # all versions have the same length
             frames[utterance.id] = sum(counts.values())
             if reason := refuse(utterance, counts):
                 bad[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"

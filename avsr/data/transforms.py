@@ -21,7 +21,7 @@ _TEST_SEED = 0
 
 
 @dataclass(frozen=True)
-class View:
+class Version:
     """A version of a clip: unchanged, with noise at ``snr`` dB, or augmented version number ``draw``."""
 
     snr: float = CLEAN
@@ -32,11 +32,11 @@ class View:
         return self.draw is None and self.snr == CLEAN
 
 
-PLAIN = View()
+PLAIN = Version()
 
 
 class Transforms:
-    """Makes views of clips; everything random depends on the seed, the utterance and the view alone.
+    """Makes versions of clips; everything random depends on the seed, the utterance and the version alone.
 
     Augmented versions depend on ``seed``; the noise of test sets has a fixed seed, so that runs can be compared.
     """
@@ -44,31 +44,31 @@ class Transforms:
     def __init__(self, config: AugmentConfig, noise: Babble | None, seed: int) -> None:
         self._config, self._noise, self._seeds = config, noise, (seed, _TEST_SEED)
 
-    def identity(self, view: View, needs: Set[str]) -> str:
-        """Identifies what changes a view for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
+    def identity(self, version: Version, needs: Set[str]) -> str:
+        """Names the changes of a version for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
         config, parts = self._config, []
-        if view.draw is not None and config.time_mask:
+        if version.draw is not None and config.time_mask:
             parts.append("time_mask")
-        if view.draw is not None and config.random_crop and "video" in needs:
+        if version.draw is not None and config.random_crop and "video" in needs:
             parts.append("random_crop")
-        if "audio" in needs and (view.snr != CLEAN or (view.draw is not None and config.snr)):
-            levels = config.snr if view.draw is not None else view.snr
+        if "audio" in needs and (version.snr != CLEAN or (version.draw is not None and config.snr)):
+            levels = config.snr if version.draw is not None else version.snr
             parts.append(f"snr={levels} {self._noise.identity if self._noise else ''}")
-        return f"{' '.join(parts)} draw={view.draw} seed={self._seed(view)}" if parts else ""
+        return f"{' '.join(parts)} draw={version.draw} seed={self._seed(version)}" if parts else ""
 
-    def _seed(self, view: View) -> int:
-        return self._seeds[view.draw is None]
+    def _seed(self, version: Version) -> int:
+        return self._seeds[version.draw is None]
 
-    def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
-        if view.plain:
+    def __call__(self, clip: Clip, utterance: Utterance, version: Version) -> Clip:
+        if version.plain:
             return clip
 
         def rng(purpose: str) -> random.Random:
             # one generator per change, so that no change depends on the others (see identity)
-            return random.Random(f"{self._seed(view)} {utterance.id} {view.draw} {purpose}")
+            return random.Random(f"{self._seed(version)} {utterance.id} {version.draw} {purpose}")
 
-        wave, mouth, snr = clip.wave, clip.mouth, view.snr
-        if view.draw is not None:
+        wave, mouth, snr = clip.wave, clip.mouth, version.snr
+        if version.draw is not None:
             if self._config.snr:
                 snr = rng("snr").choice(self._config.snr)
             if mouth is not None and self._config.random_crop:

@@ -157,7 +157,7 @@ def _enter(path: Path, own: str, new: Path) -> None:
             continue
         silent = now_in(path.parent) - beat
         if holder.dead or silent > STALE:
-            why = "is gone" if holder.dead else f"gave no sign of life for {silent:.0f} s"
+            why = "has ended" if holder.dead else f"gave no sign of life for {silent:.0f} s"
             logger.warning("%s was in use by %s, which %s: this process takes over", path.parent, holder, why)
             with suppress(FileNotFoundError):  # another process was faster
                 os.utime(file)  # before the rename, or the new name would look just as old

@@ -135,7 +135,6 @@ def test_groups_that_do_not_divide_the_width_are_refused(tmp_path: Path, avhuber
 def test_converted_avhubert(count: int, tmp_path: Path, avhubert: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "a.safetensors"
     whole = save(avhubert)
-    shapes = {name: list(tensor.shape) for name, tensor in avhubert.items() if tensor.numel() <= 4096}
     name = st.sampled_from(sorted(avhubert))
     side = st.sampled_from([0, 1, 2, 3, 7, 8, 64, 104, 129, 1024])
 
@@ -146,13 +145,9 @@ def test_converted_avhubert(count: int, tmp_path: Path, avhubert: dict[str, torc
     swapped = st.tuples(name, st.lists(side, max_size=5)).map(other)
     extra = [save({**avhubert, f"encoder.layers.{n}.fc1.weight": torch.zeros(1)}) for n in (1, 9, 10**30)]
     many = save({**avhubert, **{f"encoder.layers.{n}.x": torch.zeros(1) for n in range(3_000)}})
-    assert shapes
 
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        load_avhubert(str(path))
-
-    tools.fuzz(count, st.one_of(tools.damaged(whole, 4_000), swapped), check, [*each_header(), *extra, many])
+    cases, always = st.one_of(tools.damaged(whole, 4_000), swapped), [*each_header(), *extra, many]
+    tools.fuzz_file(count, path, cases, lambda: load_avhubert(str(path)), always)
 
 
 def ct2(variables: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], version: int = 6) -> bytes:
@@ -202,11 +197,7 @@ def test_ctranslate2_files(count: int, tmp_path: Path) -> None:
     always += [ct2({k: v for k, v in good.items() if k != name}, {}) for name in good]
     always += [ct2({**good, name: np.zeros(3, np.float32)}, {}) for name in good]
 
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        load_whisper_encoder(path)
-
-    tools.fuzz(count, tools.damaged(whole, 300), check, always)
+    tools.fuzz_file(count, path, tools.damaged(whole, 300), lambda: load_whisper_encoder(path), always)
 
 
 @few_and_many
@@ -219,12 +210,8 @@ def test_visual_encoders(count: int, tmp_path: Path) -> None:
     path.write_text(json.dumps(about))
     assert load_visual(tmp_path).config.hidden == 2
 
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        load_visual(tmp_path)
-
     wide = [json.dumps({**about, "model": {**sizes, key: 10**n}}).encode() for key in sizes for n in (5, 9)]
-    tools.fuzz(count, tools.json_file(about), check, [*tools.each_changed(about), *wide])
+    tools.fuzz_json(count, path, about, lambda: load_visual(tmp_path), *wide)
 
 
 def headers(plain: bytes) -> list[bytes]:

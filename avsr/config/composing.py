@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from avsr.config.keys import keys
 from avsr.errors import PASSWORD, UserError
 
 _DEEPEST = 32  # levels; ours have 5
@@ -70,14 +71,9 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
     return _typed(merged, name, schema)
 
 
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every field of nested dataclasses."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, value
+    return ((item.name, item.value) for item in keys(config))
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -41,11 +41,11 @@ class Rule:
         """The allowed values in words, or "" when every value of the type is allowed."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
-        low, high = (self.at_least, self.at_most)
-        left = f"{self.above:g} < " if self.above is not None else f"{low:g} <= " if low is not None else ""
-        right = f" < {self.below:g}" if self.below is not None else f" <= {high:g}" if high is not None else ""
         if self.above == -math.inf and self.below == math.inf:
             return "a finite number"
+        low, high = self.at_least, self.at_most
+        left = f"{self.above:g} < " if self.above is not None else f"{low:g} <= " if low is not None else ""
+        right = f" < {self.below:g}" if self.below is not None else f" <= {high:g}" if high is not None else ""
         if left and right:
             return f"{left}{name}{right}"
         if left:
@@ -58,7 +58,7 @@ def key(default: Any, help: str, **bounds: Any) -> Any:
 
     Args:
         default: its default; a list or dict is copied for every instance. ``MISSING`` when it must be given.
-        help: one sentence without a full stop.
+        help: what it does, as a phrase without a period.
         bounds: the other fields of :class:`Rule`.
     """
     metadata = {"rule": Rule(help, **bounds)}

@@ -1,4 +1,4 @@
-"""What an installation asks for: weights apart from code, and nothing that would compile."""
+"""Requirements of an installation: weights separate from code, and nothing that has to be compiled."""
 
 from __future__ import annotations
 

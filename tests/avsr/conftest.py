@@ -209,7 +209,7 @@ def make_corpus() -> Callable[..., Path]:
 def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., Path]) -> Callable[..., Path]:
     """``tiny_recipe(tmp_path, **{"training.steps": 2})``: path of a complete recipe for the tiny parts.
 
-    Its corpora lie in ``tmp_path/corpus``, its run in ``tmp_path/run``.
+    Its corpora are in ``tmp_path/corpus``, its run in ``tmp_path/run``.
     """
 
     def make(tmp_path: Path, **overrides: Any) -> Path:
@@ -351,13 +351,13 @@ def refuse_training(
 
 @pytest.fixture(scope="session")
 def draw_face() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """The function of drawn_face.py beside this file."""
+    """The function of drawn_face.py next to this file."""
     return runpy.run_path(str(Path(__file__).with_name("drawn_face.py")))["draw_face"]
 
 
 @pytest.fixture(scope="session")
 def parts() -> Any:
-    """The module official_checkpoint.py beside this file."""
+    """The module official_checkpoint.py next to this file."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("official_checkpoint.py"))))
 
 

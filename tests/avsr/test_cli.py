@@ -147,7 +147,7 @@ def test_a_config_that_does_not_fit_names_tensor_and_key(
     message = refuse("evaluate", run_folder, override)
     key = override.split("=")[0]
     assert tensor in message and f"{key}: " in message and str(run_folder) in message
-    assert message.count("!=") == 2  # the heading and this key alone
+    assert message.count("!=") == 2  # only the heading and this key
 
 
 def test_another_language_model_names_the_key(refuse: Refuse, run_folder: Path, tiny_llm: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_an_unknown_command(refuse: Refuse) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_while_metrics_are_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Training goes on, loudly; the row is written when there is room again."""
+    """Training continues with a warning; the row is written when there is room again."""
     log = MetricsLog(tmp_path, LogConfig(tensorboard=False))
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")

@@ -1,4 +1,4 @@
-"""What must not get out: tokens and passwords; and what must not get in: weights that are not those we know."""
+"""Tokens and passwords never leave the process, and changed weights are never read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading sound files of many kinds, and refusing what is none."""
+"""Sound files of many kinds are read, anything else is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of a clip: crops, time masks, versions that can be repeated anywhere, and their caches."""
+"""Changes to clips: crops, time masks, versions that are reproducible anywhere, and their caches."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_changes_are_drawn_apart(babble: Babble) -> None:
 
 
 def test_noise_of_an_evaluation_is_the_same_each_time_and_at_each_level(babble: Babble) -> None:
-    """Only its scale differs, so that levels can be compared; masks and crops are for training alone."""
+    """Only its scale differs, so that levels can be compared; masks and crops are only for training."""
     plain, made = clip(20), all_on(babble)
     assert plain.wave is not None
     noises = []

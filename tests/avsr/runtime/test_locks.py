@@ -1,4 +1,4 @@
-"""One writer in a folder: whoever comes second is refused, and takes over from one that is gone."""
+"""One writer per folder: a second one is refused, and takes over from one that has ended."""
 
 from __future__ import annotations
 

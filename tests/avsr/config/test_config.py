@@ -324,15 +324,6 @@ def test_fp16_is_refused_with_the_reason(recipe: Callable[..., str]) -> None:
     assert "training.precision" in message and "65,504" in message and "activations" in message
 
 
-def test_every_missing_mandatory_value_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, "part", "model: {llm: {name: l}}\nrun: r")
-    message = refusal(path)
-    assert path in message
-    for key in ("data.train", "data.validation"):
-        assert key in message
-    assert "model.llm.name" not in message
-
-
 @pytest.mark.parametrize("override", ["training.steps", "=3", "training..steps=3", "training.steps=[1"])
 def test_overrides_that_are_none(recipe: Callable[..., str], override: str) -> None:
     assert override in refusal(recipe(), override)

@@ -29,6 +29,11 @@ class UserError(Exception):
         super().__init__("".join(c if c >= " " and c != "\x7f" or c in "\n\t" else repr(c)[1:-1] for c in shown))
 
 
+def at(where: str) -> str:
+    """The start of a message about ``where``, such as "file:line"; "" where that is not known."""
+    return f"{where}: " if where else ""
+
+
 class ClipError(UserError):
     """The clip of one utterance cannot be used; others can."""
 

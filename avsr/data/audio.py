@@ -13,7 +13,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 SAMPLE_RATE = 16_000
 SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
@@ -31,27 +31,32 @@ def load_audio(path: Path, *, where: str = "") -> Tensor:
         UserError: the file is missing, empty, truncated, not audio, silent, not finite, longer than ``MAX_SAMPLES``, or
             has a sample rate that cannot be resampled; the message names it.
     """
-    prefix = f"{where}: " if where else ""
+    name = f"{at(where)}{path}"
     if not os.path.isfile(path):
-        raise UserError(f"{prefix}there is no file {path}")
+        raise UserError(f"{at(where)}there is no file {path}")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            rate = _checked_rate(file.samplerate, f"{prefix}{path}")
-            blocks = _mono(file, f"{prefix}{path}")
+            rate = _checked_rate(file.samplerate, name)
+            blocks = _mono(file, name)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{prefix}{path} is not a readable sound file: {error}") from error
+        raise UserError(f"{name} is not a readable sound file: {error}") from error
     if _truncated(path):
-        raise UserError(f"{prefix}{path} is truncated: shorter than its header says")
+        raise UserError(f"{name} is truncated: shorter than its header says")
     if not blocks:
-        raise UserError(f"{prefix}{path} holds no samples")
+        raise UserError(f"{name} holds no samples")
     wave = torch.cat(blocks)
-    if not bool(torch.isfinite(wave).all()):
-        raise UserError(f"{prefix}{path} holds NaN or infinite samples")
-    if float(wave.abs().max()) < SILENCE:
-        raise UserError(f"{prefix}{path} is silent (peak below {SILENCE})")
+    refuse_unusable(wave, name)
     if rate != SAMPLE_RATE:
         wave = torchaudio.functional.resample(wave, rate, SAMPLE_RATE)
     return wave
+
+
+def refuse_unusable(wave: Tensor, name: str) -> None:
+    """Raises a ``UserError`` if samples are not finite, or all of them silent; ``name`` is that of their file."""
+    if not bool(torch.isfinite(wave).all()):
+        raise UserError(f"{name} holds NaN or infinite samples")
+    if float(wave.abs().max()) < SILENCE:
+        raise UserError(f"{name} is silent (peak below {SILENCE})")
 
 
 def _checked_rate(rate: int, where: str) -> int:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE, SILENCE, load_audio
+from avsr.data.audio import SAMPLE_RATE, load_audio, refuse_unusable
 from avsr.data.manifest import Utterance
 from avsr.data.video import read_video, read_video_sound
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 FRAMES_PER_SECOND = 25
 SAMPLES_PER_VIDEO_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
@@ -56,7 +56,7 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
     Raises:
         UserError: a file is missing or unusable, the video is not a mouth crop, or the lengths disagree.
     """
-    place = f"{utterance.where}: " if utterance.where else ""
+    place = at(utterance.where)
     clip = Clip()
     if "audio" in needs:
         clip = replace(clip, wave=_sound(utterance, place))
@@ -85,10 +85,7 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     wave = read_video_sound(path, where=utterance.where)
     if wave is None:
         raise UserError(f"{place}{path} has no sound track")
-    if not bool(torch.isfinite(wave).all()):
-        raise UserError(f"{place}{path} holds NaN or infinite samples")
-    if float(wave.abs().max()) < SILENCE:
-        raise UserError(f"{place}{path} is silent (peak below {SILENCE})")
+    refuse_unusable(wave, f"{place}{path}")
     return wave
 
 

@@ -23,7 +23,7 @@ from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
 from avsr.data.manifest import Utterance
 from avsr.data.transforms import PLAIN, Transforms, Version
-from avsr.errors import ClipError, UserError
+from avsr.errors import ClipError, UserError, at
 from avsr.runtime.folders import part_of
 from avsr.runtime.progress import ProgressBar
 
@@ -174,7 +174,7 @@ class FeatureStore:
                 for name in lacking:
                     inputs[name][utterance.id] = self.encoders[name].prepare(clip)
             except UserError as error:
-                bad[utterance.id] = f"{utterance.where}: {error}" if utterance.where else str(error)
+                bad[utterance.id] = f"{at(utterance.where)}{error}"
         by_id = {utterance.id: utterance for utterance in utterances}
         for name, rows in inputs.items():
             for key, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
@@ -190,9 +190,8 @@ class FeatureStore:
         clip = load_clip(utterance, needs, self._data.max_mismatch)
         most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
         if not self._data.min_seconds <= clip.seconds <= most:
-            place = f"{utterance.where}: " if utterance.where else ""
             raise UserError(
-                f"{place}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
+                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
                 f"{self._data.min_seconds:g} to {most:g} s "
                 "(data.min_seconds, data.max_seconds, and the encoder's positions)"
             )

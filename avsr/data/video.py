@@ -19,7 +19,7 @@ from torch import Tensor
 
 from avsr.data.audio import SAMPLE_RATE
 from avsr.data.video_writer import FRAMES_PER_SECOND, encode_video, write_video
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 __all__ = ["FRAMES_PER_SECOND", "encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
 
@@ -61,7 +61,7 @@ def read_video(path: Path, *, where: str = "") -> Tensor:
         size += frame.nbytes
         if size > MAX_BYTES:
             raise UserError(
-                f"{_prefix(where)}{path} has more than {MAX_BYTES >> 20} MB of frames "
+                f"{at(where)}{path} has more than {MAX_BYTES >> 20} MB of frames "
                 f"({_size(frame)} pixels): cut it into utterances or crop the mouth"
             )
         frames.append(frame)
@@ -78,21 +78,21 @@ def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
     with _opened(path, where) as container:
         stream = _video_stream(container)
         if stream is None:
-            raise UserError(f"{_prefix(where)}{path} has no video stream")
+            raise UserError(f"{at(where)}{path} has no video stream")
         lead = max(0.0, _start(stream) - min(_starts(container)))
         due, shown = 0, None  # index of the next frame to yield, and the picture shown until the next one starts
         for grey, time in _decoded(stream, path, where):
             if shown is not None and grey.shape != shown.shape:
-                raise UserError(f"{_prefix(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
+                raise UserError(f"{at(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
             time += round(lead * FRAMES_PER_SECOND) / FRAMES_PER_SECOND
             if time > MAX_SECONDS:
-                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+                raise UserError(f"{at(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
             while shown is not None and due / FRAMES_PER_SECOND < time - _SLACK:
                 yield shown
                 due += 1
             shown, end = grey, time + _frame_seconds(stream)
         if shown is None:
-            raise UserError(f"{_prefix(where)}{path} holds no video frame")
+            raise UserError(f"{at(where)}{path} holds no video frame")
         while due == 0 or due / FRAMES_PER_SECOND < end - _SLACK:
             yield shown
             due += 1
@@ -111,16 +111,16 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
             return None
         stream = container.streams.audio[0]
         if stream.codec_context is None:
-            raise UserError(f"{_prefix(where)}{path} has a sound track of a kind that cannot be decoded")
+            raise UserError(f"{at(where)}{path} has a sound track of a kind that cannot be decoded")
         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
         parts: list[np.ndarray] = []
         samples = 0
         for frame in chain(_guarded_frames(container, stream, path, where), [None]):
-            for part in _resampled(resampler, frame, f"{_prefix(where)}{path}"):
+            for part in _resampled(resampler, frame, f"{at(where)}{path}"):
                 parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
                 samples += len(parts[-1])
             if samples > MAX_SECONDS * SAMPLE_RATE:
-                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+                raise UserError(f"{at(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
         if samples == 0:
             return None
         wave = np.concatenate(parts)
@@ -128,20 +128,20 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
             wave = wave[: round(float(stream.duration * stream.time_base) * SAMPLE_RATE)]
         lead = round((_start(stream) - min(_starts(container))) * SAMPLE_RATE)
         if lead > MAX_SECONDS * SAMPLE_RATE:
-            raise UserError(f"{_prefix(where)}{path} is damaged: its sound starts after {lead // SAMPLE_RATE} s")
+            raise UserError(f"{at(where)}{path} is damaged: its sound starts after {lead // SAMPLE_RATE} s")
         return torch.from_numpy(np.concatenate([np.zeros(max(0, lead), np.float32), wave]))
 
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[Any]:
     if not os.path.isfile(path):
-        raise UserError(f"{_prefix(where)}there is no file {path}")
+        raise UserError(f"{at(where)}there is no file {path}")
     try:
         container = _open(path)
     except (av.FFmpegError, ValueError, OverflowError) as error:
         kind = _unlisted(path)
         reason = f"it is of the format {kind}, which is not read: convert it to mp4" if kind else _reason(error)
-        raise UserError(f"{_prefix(where)}{path} is not a readable video file: {reason}") from error
+        raise UserError(f"{at(where)}{path} is not a readable video file: {reason}") from error
     with container:
         yield container
 
@@ -178,10 +178,10 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
     """(H, W) uint8 gray frames, and their seconds since the first one."""
     context = stream.codec_context
     if context is None:
-        raise UserError(f"{_prefix(where)}{path} has a video stream of a kind that cannot be decoded")
+        raise UserError(f"{at(where)}{path} has a video stream of a kind that cannot be decoded")
     if not 0 < max(context.width, context.height) <= MAX_SIDE:
         raise UserError(
-            f"{_prefix(where)}{path} has pictures of {context.width}x{context.height} pixels, "
+            f"{at(where)}{path} has pictures of {context.width}x{context.height} pixels, "
             f"allowed are sides of 1 to {MAX_SIDE}"
         )
     context.thread_type, context.thread_count = "NONE", 1
@@ -189,7 +189,7 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
     expected = _frames_to_come(stream)
     for frame in _guarded_frames(stream.container, stream, path, where):
         if frame.is_corrupt:
-            raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
+            raise UserError(f"{at(where)}{path} is damaged at frame {count}")
         # a raw stream has no timestamps
         time = count * _frame_seconds(stream) if frame.pts is None else float(frame.pts * frame.time_base)
         first = time if first is None else first
@@ -197,7 +197,7 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
         yield _grey(frame), last
         count += 1
     if count < expected:
-        raise UserError(f"{_prefix(where)}{path} is truncated or damaged: {count} of its {expected} frames can be read")
+        raise UserError(f"{at(where)}{path} is truncated or damaged: {count} of its {expected} frames can be read")
 
 
 def _frames_to_come(stream: Any) -> int:
@@ -216,7 +216,7 @@ def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iter
     try:
         yield from container.decode(stream)
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(f"{_prefix(where)}{path} is damaged: {_reason(error)}") from error
+        raise UserError(f"{at(where)}{path} is damaged: {_reason(error)}") from error
 
 
 def _resampled(resampler: Any, frame: Any, where: str) -> list[Any]:
@@ -258,10 +258,6 @@ def _starts(container: Any) -> list[float]:
 
 def _size(picture: np.ndarray) -> str:
     return f"{picture.shape[1]}x{picture.shape[0]}"
-
-
-def _prefix(where: str) -> str:
-    return f"{where}: " if where else ""
 
 
 def _reason(error: Exception) -> str:

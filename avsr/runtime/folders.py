@@ -65,7 +65,7 @@ def seal(folder: Path) -> None:
         OSError: the disk is full.
     """
     files = sorted(path for path in folder.iterdir() if path.name != SUMS)
-    lines = [f"{_sum(path)}  {path.name}\n" for path in files]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     for path in (*files, folder / SUMS, folder):
         _flush(path)
@@ -89,7 +89,7 @@ def damage(folder: Path, name: str = "") -> str:
         if name and file != name:
             continue
         try:
-            if _sum(path) != expected:
+            if sha256(path) != expected:
                 return f"{path} is damaged: its SHA-256 is not that of {SUMS}"
         except (OSError, ValueError) as error:  # a name with a NUL
             return f"{path} cannot be read: {error}"
@@ -114,7 +114,8 @@ def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sum(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits; 100 MB take 0.1 to 0.3 s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

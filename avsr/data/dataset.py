@@ -141,10 +141,8 @@ def load_dataset(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append)
+    utterances = read_manifest(manifest, on_bad=lines.append)[: config.limit or None]
     bad = {f"bad line {number}": line for number, line in enumerate(lines)}
-    if config.limit:
-        utterances = utterances[: config.limit]
     if began is not None:
         utterances = _again(utterances, began, manifest)
     tokens = {utterance.id: len(tokenize(utterance.text)) for utterance in utterances}
@@ -168,9 +166,8 @@ def load_dataset(
     usable = [u for u in utterances if u.id not in bad]
     if not usable:
         raise UserError(f"{manifest}: no utterance can be used")
-    if began is not None:
-        return SpeechDataset(utterances, began, bad, store, tokenize, reading)
-    return SpeechDataset(usable, frames, bad, store, tokenize, reading)
+    kept, sizes = (usable, frames) if began is None else (utterances, began)
+    return SpeechDataset(kept, sizes, bad, store, tokenize, reading)
 
 
 def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str) -> list[Utterance]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import pkgutil
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from avsr.errors import EXIT_USER, UserError, guarded
 
@@ -14,17 +19,23 @@ def main(argv: list[str] | None = None) -> None:
     """Runs one command; ``avsr --help`` lists them."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse does not find positional arguments that stand behind an option
-    behind = getattr(arguments, "overrides", getattr(arguments, "targets", None))
-    if any(text.startswith("-") for text in rest) or rest and behind is None:
+    # argparse does not find positional arguments that follow an option
+    following = getattr(arguments, "overrides", getattr(arguments, "targets", None))
+    if any(text.startswith("-") for text in rest) or rest and following is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if behind is not None:
-        behind += rest
+    if following is not None:
+        following += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with guarded():
         arguments.run_command(arguments)
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    """Names and ``key=value`` overrides; what exists is a name even with a "="."""
+    names = [name for name in given if "=" not in name or Path(name).exists()]
+    return names, [name for name in given if name not in names]
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -68,8 +79,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _transcribe(arguments: argparse.Namespace) -> None:
     from avsr.evaluation.run import transcribe_files
 
-    names = [name for name in arguments.files if "=" not in name or Path(name).exists()]
-    overrides = [name for name in arguments.files if name not in names]
+    names, overrides = _split(arguments.files)
     if not names:
         raise UserError("transcribe: no file given")
     failed = 0
@@ -92,8 +102,7 @@ def _act_search(arguments: argparse.Namespace) -> None:
 def _analyze(arguments: argparse.Namespace) -> None:
     from avsr.tools.analyze import analyze
 
-    targets = [name for name in arguments.targets if "=" not in name or Path(name).exists()]
-    overrides = [name for name in arguments.targets if name not in targets]
+    targets, overrides = _split(arguments.targets)
     if not targets:
         raise UserError("analyze: no run or model given")
     print(analyze(targets, overrides, arguments.out, arguments.text))
@@ -142,74 +151,155 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"the reasons are in {Path(arguments.out, REFUSED)}")
 
 
+def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return flags, options
+
+
+_CONFIG = _argument("config", help="a YAML file or a recipe's name")
+_RUN = _argument("run", help="the run folder")
+_CHECKPOINT = _argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
+_OVERRIDES = _argument("overrides", nargs="*", metavar="key=value")
+_KEYS, _PRETRAIN_KEYS = "avsr.config:Config", "avsr.tools.lipreader.pretrain:PretrainConfig"
+_SYNTH_KEYS, _PREPARE_KEYS = "avsr.tools.synth.options:SynthOptions", "avsr.tools.prepare.options:PrepareOptions"
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One command; ``keys`` is where the dataclass of its ``key=value`` arguments is."""
+
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    arguments: Sequence[tuple[tuple[str, ...], dict[str, Any]]] = ()
+    keys: str = ""
+
+
+_COMMANDS = {
+    "train": _Command(_train, "train a config", [_CONFIG, _OVERRIDES], _KEYS),
+    "profile": _Command(
+        _profile,
+        "measure a few steps of a config: speed, time and memory by part",
+        [_CONFIG, _argument("--steps", type=int, default=10, help="steps that are measured"), _OVERRIDES],
+        _KEYS,
+    ),
+    "plan": _Command(
+        _plan,
+        "estimate a config's memory for every ZeRO stage, and the batches that fit",
+        [
+            _CONFIG,
+            _argument("--ranks", type=int, default=1, help="devices (default: 1)"),
+            _argument("--memory", type=float, metavar="GB", help="of a device (default: this one's)"),
+            _OVERRIDES,
+        ],
+        _KEYS,
+    ),
+    "pretrain": _Command(
+        _pretrain,
+        "train the small visual encoder on a corpus with known times",
+        [_CONFIG, _OVERRIDES],
+        _PRETRAIN_KEYS,
+    ),
+    "evaluate": _Command(_evaluate, "decode and score a run's test sets", [_RUN, _CHECKPOINT, _OVERRIDES], _KEYS),
+    "transcribe": _Command(
+        _transcribe,
+        "print one line of text for each sound or video file",
+        [_RUN, _argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")],
+        _KEYS,
+    ),
+    "act-search": _Command(
+        _act_search,
+        "find the heads that attention calibration (act.beta) helps",
+        [_RUN, _CHECKPOINT, _OVERRIDES],
+        _KEYS,
+    ),
+    "analyze": _Command(
+        _analyze,
+        "write analysis.json and report.html of runs or language models",
+        [
+            _argument(
+                "targets",
+                nargs="+",
+                metavar="TARGET",
+                help="run folders, or language models (hub id, folder, .gguf, package:NAME/path) that read plain text; "
+                "and key=value: of a run's config, or of a model model.llm.bos_token=TOKEN, "
+                "model.llm.eos_token=TOKEN, limit=N",
+            ),
+            _argument("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
+            _argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
+        ],
+    ),
+    "average": _Command(
+        _average,
+        "write the mean of a run's newest checkpoints as checkpoints/average",
+        [
+            _argument("run", help="the run folder, trained with training.keep_last"),
+            _argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)"),
+        ],
+    ),
+    "import": _Command(
+        _import,
+        "make a run from an official Llama-AVSR checkpoint",
+        [
+            _argument("checkpoint", help="model_avg_N.pth"),
+            _argument("--config", required=True, help="a YAML file or a recipe's name that describes it"),
+            _argument("--out", required=True, help="the run folder to create"),
+            _argument("--reduction", type=int, metavar="R", help="its --reduction_lora, instead of model.lora"),
+            _argument("--alpha", type=float, metavar="A", help="its --alpha: LoRA is scaled by A / R"),
+            _OVERRIDES,
+        ],
+        _KEYS,
+    ),
+    "doctor": _Command(_doctor, "print versions, devices, backends and what is missing"),
+    "synth": _Command(
+        _synth,
+        "make a corpus of synthetic speech",
+        [_argument("out", help="the folder to create"), _OVERRIDES],
+        _SYNTH_KEYS,
+    ),
+    "prepare": _Command(
+        _prepare,
+        "turn the videos of a corpus into mouth crops, sound and manifests",
+        [
+            _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
+            _argument("root", help="the corpus as it was distributed"),
+            _argument("out", help="the folder to create"),
+            _OVERRIDES,
+        ],
+        _PREPARE_KEYS,
+    ),
+}
+
+
+class _HelpKeys(argparse.Action):
+    """Prints the keys of a command and exits, like ``--help``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from avsr.config.reference import help_text
+
+        try:
+            print(help_text(pkgutil.resolve_name(self.const)), flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="avsr", description="Llama-AVSR without attention sinks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a config")
-    train.add_argument("config", help="a YAML file or a recipe's name")
-    _add(train, _train)
-    profile = commands.add_parser("profile", help="measure a few steps of a config: speed, time and memory by part")
-    profile.add_argument("config", help="a YAML file or a recipe's name")
-    profile.add_argument("--steps", type=int, default=10, help="steps that are measured")
-    _add(profile, _profile)
-    plan = commands.add_parser("plan", help="estimate a config's memory on every ZeRO stage, and the batches that fit")
-    plan.add_argument("config", help="a YAML file or a recipe's name")
-    plan.add_argument("--ranks", type=int, default=1, help="devices (default: 1)")
-    plan.add_argument("--memory", type=float, metavar="GB", help="of a device (default: this one's)")
-    _add(plan, _plan)
-    pretrain = commands.add_parser("pretrain", help="teach the small visual encoder a corpus with known times")
-    pretrain.add_argument("config", help="a YAML file or a recipe's name")
-    _add(pretrain, _pretrain)
-    evaluate = commands.add_parser("evaluate", help="decode and score a run's test sets")
-    evaluate.add_argument("run", help="the run folder")
-    evaluate.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
-    _add(evaluate, _evaluate)
-    transcribe = commands.add_parser("transcribe", help="print one line of text a sound or video file")
-    transcribe.add_argument("run", help="the run folder")
-    transcribe.add_argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")
-    transcribe.set_defaults(run_command=_transcribe)
-    act = commands.add_parser("act-search", help="find the heads that attention calibration (act.beta) helps")
-    act.add_argument("run", help="the run folder")
-    act.add_argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
-    _add(act, _act_search)
-    analyze = commands.add_parser("analyze", help="write analysis.json and report.html of runs or language models")
-    analyze.add_argument(
-        "targets",
-        nargs="+",
-        metavar="TARGET",
-        help="run folders, or language models (hub id, folder, .gguf, package:NAME/path) that read plain text; and "
-        "key=value: of a run's config, or of a model model.llm.bos_token=TOKEN, model.llm.eos_token=TOKEN, limit=N",
-    )
-    analyze.add_argument("--text", metavar="FILE", help="one text a line, for models (default: 100 fixed sentences)")
-    analyze.add_argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)")
-    analyze.set_defaults(run_command=_analyze)
-    average = commands.add_parser("average", help="write the mean of a run's newest checkpoints as checkpoints/average")
-    average.add_argument("run", help="the run folder, trained with training.keep_last")
-    average.add_argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)")
-    average.set_defaults(run_command=_average)
-    importing = commands.add_parser("import", help="make a run of an official Llama-AVSR checkpoint")
-    importing.add_argument("checkpoint", help="model_avg_N.pth")
-    importing.add_argument("--config", required=True, help="a YAML file or a recipe's name that describes it")
-    importing.add_argument("--out", required=True, help="the run folder to make")
-    importing.add_argument("--reduction", type=int, metavar="R", help="its --reduction_lora, in place of model.lora")
-    importing.add_argument("--alpha", type=float, metavar="A", help="its --alpha: LoRA is scaled by A / R")
-    _add(importing, _import)
-    doctor = commands.add_parser("doctor", help="print versions, devices, backends and what is missing")
-    doctor.set_defaults(run_command=_doctor)
-    synth = commands.add_parser("synth", help="make a corpus of synthetic speech")
-    synth.add_argument("out", help="the folder to make")
-    _add(synth, _synth)
-    prepare = commands.add_parser("prepare", help="turn the videos of a corpus into mouth crops, sound and manifests")
-    prepare.add_argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)")
-    prepare.add_argument("root", help="the corpus as it was handed out")
-    prepare.add_argument("out", help="the folder to make")
-    _add(prepare, _prepare)
+    for name, command in _COMMANDS.items():
+        own = commands.add_parser(name, help=command.help)
+        for flags, options in command.arguments:
+            own.add_argument(*flags, **options)
+        if command.keys:
+            own.add_argument(
+                "--help-keys",
+                action=_HelpKeys,
+                nargs=0,
+                const=command.keys,
+                default=argparse.SUPPRESS,
+                help="print all keys with type, default, help and allowed values, and exit",
+            )
+        own.set_defaults(run_command=command.run)
     return parser
-
-
-def _add(parser: argparse.ArgumentParser, command: object) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(run_command=command)
 
 
 if __name__ == "__main__":

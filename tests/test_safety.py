@@ -1,4 +1,4 @@
-"""Nothing in the source runs what a file holds, and nothing leaves the folder that it was given."""
+"""Nothing in the source runs the content of a file, or writes outside the folder that it was given."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """YAML files that compose, ``key=value`` overrides, and unknown keys refused, for any dataclass as schema.
 
-A file may name others in its ``defaults`` list (paths below ``configs/`` without the ending); later ones win,
-then the file itself, then the overrides. Of a table with free names, such as ``data.test``, a later file's stands
-alone; an override changes one name of it.
+A file may name others in its ``defaults`` list (paths below ``configs/`` without the suffix); later ones win over
+earlier ones, then the file itself, then the overrides. A table with free names, such as ``data.test``, replaces that of
+an earlier file; an override changes one name of it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from avsr.config.keys import keys
 from avsr.errors import PASSWORD, UserError
 
 _DEEPEST = 32  # levels; ours have 5
 _MOST_LETTERS = 2**20
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 Schema = TypeVar("Schema")
 
 
 def configs_folder() -> Path:
-    """``configs/`` inside the package when installed from a wheel, beside it in a source tree."""
+    """``configs/`` inside the package when installed from a wheel, next to it in a source tree."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
             return folder
-    raise UserError(f"the configs folder is missing beside and inside {package}; reinstall the package")
+    raise UserError(f"the configs folder is missing next to and inside {package}; reinstall the package")
 
 
 def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Reads a file with its defaults, applies the overrides and returns them as a ``schema``.
 
     Args:
-        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its ending; several
+        name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its suffix; several
             joined by "+", of which later ones win.
         overrides: such as ``training.steps=50``.
         schema: a dataclass whose fields all have defaults; ``MISSING`` ones must be given.
@@ -69,14 +71,9 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
     return _typed(merged, name, schema)
 
 
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every field of nested dataclasses."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, value
+    return ((item.name, item.value) for item in keys(config))
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -100,7 +97,7 @@ def _find(name: str) -> Path:
     root = configs_folder()
     candidates = [Path(name), root / f"{name}.yaml", root / "recipe" / f"{name}.yaml"]
     for path in candidates:
-        if os.path.isfile(path):  # unlike Path.is_file false, not an error, for a name of 300 letters
+        if os.path.isfile(path):  # False for a name of 300 letters, where Path.is_file raises
             return path
     known = sorted(path.stem for path in (root / "recipe").glob("*.yaml"))
     near = difflib.get_close_matches(name, known, 1)
@@ -134,12 +131,12 @@ def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConf
 
 
 def _check_yaml(text: str, where: str) -> None:
-    """Refuses what a config has no need of: values nested so deep that reading them fails, and OmegaConf's resolvers,
-    of which one writes environment variables, such as a hub's token, into a run's config.
+    """Refuses what no config needs: values nested so deeply that reading them fails, and OmegaConf's resolvers, one of
+    which would write environment variables, such as a hub token, into a run's config.
 
     Raises:
-        UserError: the text has one of these, or is large.
-        YAMLError: it is no YAML.
+        UserError: the text contains one of these, or is too large.
+        YAMLError: it is not YAML.
     """
     if len(text) > _MOST_LETTERS:
         raise UserError(f"{where[:200]}: {len(text)} letters, more than a config has")
@@ -149,11 +146,13 @@ def _check_yaml(text: str, where: str) -> None:
         if depth > _DEEPEST:
             raise UserError(f"{where[:200]}: values nested more than {_DEEPEST} deep")
         if isinstance(event, yaml.ScalarEvent) and ":" in event.value.partition("${")[2]:
-            raise UserError(f"{where}: {event.value!r} is refused: only values of other keys are put in, as ${{KEY}}")
+            raise UserError(
+                f"{where}: {event.value!r} is refused: only values of other keys can be inserted, as ${{KEY}}"
+            )
 
 
 def _check_leaves(value: Any, where: str, key: str = "") -> None:
-    """Refuses numbers that torch has no room for, and texts that the run's files cannot or must not hold."""
+    """Refuses numbers beyond 64 bits, and strings that the run's files cannot or must not contain."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _check_leaves(name, where, key)
@@ -165,19 +164,18 @@ def _check_leaves(value: Any, where: str, key: str = "") -> None:
         raise UserError(f"{where}: {key}: a number of {value.bit_length()} bits")
     elif isinstance(value, str):
         if "\0" in value or value != value.encode("utf-8", "replace").decode():
-            raise UserError(f"{where}: {key}: {value!r} holds letters that are no text")
+            raise UserError(f"{where}: {key}: {value!r} has characters that are not text")
         if PASSWORD.search(value):
-            raise UserError(f"{where}: {key}: {value} has a password, which would be kept in the run's folder")
+            raise UserError(f"{where}: {key}: {value} has a password, which would be saved in the run's folder")
 
 
 @contextmanager
 def _as_user_error(where: str) -> Iterator[None]:
-    """What YAML and OmegaConf raise for values that they cannot read; PyYAML's own constructors raise anything."""
+    """Turns what YAML and OmegaConf raise for unreadable values into a ``UserError``; PyYAML's constructors raise
+    almost anything."""
     try:
         yield
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{where}: {_one_line(error)}") from error
-    except (AttributeError, OverflowError, RecursionError) as error:
+    except (YAMLError, OmegaConfBaseException, *_UNREADABLE) as error:
         raise UserError(f"{where}: {_one_line(error)}") from error
 
 
@@ -233,7 +231,7 @@ def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, YAMLError):  # its place stands in further lines
+    if isinstance(error, YAMLError):  # its position is in further lines
         return " ".join(str(error).split())
     key = getattr(error, "full_key", None) or ""
     return (f"{key}: " if key else "") + (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Reading sound: any format that soundfile knows, mixed to mono, resampled to 16 kHz."""
+"""Reads sound files of any format that soundfile supports, as mono at 16 kHz."""
 
 from __future__ import annotations
 
@@ -13,49 +13,54 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 SAMPLE_RATE = 16_000
 SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
 MAX_SAMPLES = 3600 * 48_000  # of one file: an hour at 48 kHz
 RATES = (1000, 400_000)  # Hz
 
-_BLOCK = 2**20  # values read at once, of all channels
-_MAX_FILTER = 2**22  # values of the resampling filter; 44.1 kHz needs 71,000, a rate without common factors 700 million
+_BLOCK = 2**20  # values read at once, over all channels
+_MAX_FILTER = 2**22  # size of the resampling filter; 44.1 kHz needs 71,000, a rate without common factors 700 million
 
 
 def load_audio(path: Path, *, where: str = "") -> Tensor:
     """(samples,) float32 at 16 kHz, in -1..1.
 
     Raises:
-        UserError: missing, empty, truncated, non-audio, silent, not finite, longer than ``MAX_SAMPLES`` or of a
-            sample rate that cannot be resampled, naming the file.
+        UserError: the file is missing, empty, truncated, not audio, silent, not finite, longer than ``MAX_SAMPLES``, or
+            has a sample rate that cannot be resampled; the message names it.
     """
-    prefix = f"{where}: " if where else ""
+    name = f"{at(where)}{path}"
     if not os.path.isfile(path):
-        raise UserError(f"{prefix}there is no file {path}")
+        raise UserError(f"{at(where)}there is no file {path}")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            rate = _checked_rate(file.samplerate, f"{prefix}{path}")
-            blocks = _mono(file, f"{prefix}{path}")
+            rate = _checked_rate(file.samplerate, name)
+            blocks = _mono(file, name)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{prefix}{path} is not a readable sound file: {error}") from error
+        raise UserError(f"{name} is not a readable sound file: {error}") from error
     if _truncated(path):
-        raise UserError(f"{prefix}{path} is truncated: shorter than its header says")
+        raise UserError(f"{name} is truncated: shorter than its header says")
     if not blocks:
-        raise UserError(f"{prefix}{path} holds no samples")
+        raise UserError(f"{name} holds no samples")
     wave = torch.cat(blocks)
-    if not bool(torch.isfinite(wave).all()):
-        raise UserError(f"{prefix}{path} holds NaN or infinite samples")
-    if float(wave.abs().max()) < SILENCE:
-        raise UserError(f"{prefix}{path} is silent (peak below {SILENCE})")
+    refuse_unusable(wave, name)
     if rate != SAMPLE_RATE:
         wave = torchaudio.functional.resample(wave, rate, SAMPLE_RATE)
     return wave
 
 
+def refuse_unusable(wave: Tensor, name: str) -> None:
+    """Raises a ``UserError`` if samples are not finite, or all of them silent; ``name`` is that of their file."""
+    if not bool(torch.isfinite(wave).all()):
+        raise UserError(f"{name} holds NaN or infinite samples")
+    if float(wave.abs().max()) < SILENCE:
+        raise UserError(f"{name} is silent (peak below {SILENCE})")
+
+
 def _checked_rate(rate: int, where: str) -> int:
-    """A header may ask for any rate: 1 Hz makes 16,000 samples of each, an odd one a filter of gigabytes."""
+    """A header may claim any rate: at 1 Hz each sample becomes 16,000, and an odd rate needs a filter of gigabytes."""
     ours, theirs = (value // math.gcd(rate, SAMPLE_RATE) for value in (SAMPLE_RATE, rate))
     if not RATES[0] <= rate <= RATES[1] or ours * (theirs + 12 * max(1, theirs // ours)) > _MAX_FILTER:
         raise UserError(
@@ -65,7 +70,7 @@ def _checked_rate(rate: int, where: str) -> int:
 
 
 def _mono(file: soundfile.SoundFile, where: str) -> list[Tensor]:
-    """The mean of the channels, in pieces: memory is taken for what is there and not for what the header promises."""
+    """The mean of the channels, in blocks: allocates memory for samples that exist, not for those the header claims."""
     blocks: list[Tensor] = []
     count = 0
     while len(data := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
@@ -77,7 +82,7 @@ def _mono(file: soundfile.SoundFile, where: str) -> list[Tensor]:
 
 
 def _truncated(path: Path) -> bool:
-    """A WAV file shorter than its header says; libsndfile reads what is there. Writers that cannot seek leave a
+    """Whether a WAV file is shorter than its header says, which libsndfile accepts. Writers that cannot seek leave a
     size near 2^31 or 2^32."""
     with path.open("rb") as file:
         head = file.read(8)

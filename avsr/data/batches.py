@@ -1,6 +1,6 @@
-"""Micro-batches under a frame budget, and what is in one.
+"""Micro-batches within a frame budget, and their content.
 
-Batches are bounded by their padded area: the number of utterances times the longest of them.
+The budget bounds the padded area of a batch: the number of utterances times the length of the longest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from avsr.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One utterance ready for a batch: features (T, D) or encoder inputs (T, K) of its task's streams, and text ids
-    without specials."""
+    """One utterance ready for a batch: features (T, D) or encoder inputs (T, K) of its task's streams, and the token
+    ids of its text without special tokens."""
 
     utterance: Utterance
     features: dict[str, Tensor]
@@ -29,7 +29,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Lost:
-    """In place of an example: its clip could not be read when the batch was made, for this reason."""
+    """Takes the place of an example whose clip could not be read when the batch was made."""
 
     utterance: Utterance
     task: str
@@ -39,10 +39,10 @@ class Lost:
 @dataclass
 class Batch:
     """B utterances. ``features[stream]`` is (B, T, D), zero-padded on the right; ``lengths[stream]`` (B,) int64
-    counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without specials.
+    counts frames, 0 where an utterance's task lacks the stream; ``text`` holds token ids without special tokens.
 
-    A batch that lost all its utterances is one row of a prompt without speech and text. It counts for nothing: it is
-    there because ranks have to run the same number of forwards.
+    A batch that lost all its utterances is a dummy: one row with a prompt but neither speech nor text. It contributes
+    nothing, but all ranks have to run the same number of forward passes.
     """
 
     utterances: list[Utterance]
@@ -53,7 +53,7 @@ class Batch:
     lost: list[Lost] = field(default_factory=list)
 
     @property
-    def hollow(self) -> bool:
+    def is_dummy(self) -> bool:
         """Whether all its utterances were lost."""
         return not self.utterances
 
@@ -63,11 +63,12 @@ class Batch:
 
     @property
     def label_tokens(self) -> int:
-        """Text tokens and one end token an utterance."""
-        return 0 if self.hollow else sum(len(ids) + 1 for ids in self.text)
+        """Text tokens, and one end token per utterance."""
+        return 0 if self.is_dummy else sum(len(ids) + 1 for ids in self.text)
 
 
 def collate(found: Sequence[Example | Lost]) -> Batch:
+    """Pads examples to one batch; a stream that an example lacks gets length 0."""
     lost = [item for item in found if isinstance(item, Lost)]
     examples = [item for item in found if isinstance(item, Example)]
     if not examples:
@@ -84,10 +85,10 @@ def collate(found: Sequence[Example | Lost]) -> Batch:
 
 
 def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Random | None = None) -> list[list[int]]:
-    """Groups indices so that (utterances x longest size) stays within ``budget`` and at most ``most`` are together.
+    """Groups indices so that (items x largest size) is at most ``budget``, with at most ``most`` items in a batch.
 
-    Neighbours in length share a batch, which keeps padding small; with ``rng`` equal lengths are mixed anew, up
-    to 10% of jitter, and the batches are shuffled. Without it the order is that of length.
+    Items of similar size share a batch, which keeps padding small. With ``rng``, sizes are jittered by up to 5% either
+    way before they are sorted, and the batches are shuffled; without it everything is ordered by size.
 
     Raises:
         UserError: one item alone is larger than the budget.
@@ -114,10 +115,10 @@ def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Rando
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which batch every rank takes in every micro-step: the same on any machine for one seed.
+    """Assigns batches to ranks and micro-steps; one seed gives the same schedule on any machine.
 
-    A step takes ``world * accumulation`` batches of the epoch's list; what is left at the end of an epoch is
-    dropped (the shuffle leaves out others next time).
+    A step takes ``world * accumulation`` batches of the epoch's list. The rest of an epoch is dropped; the shuffle
+    leaves out others in the next one.
     """
 
     sizes: tuple[int, ...]

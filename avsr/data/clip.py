@@ -1,4 +1,4 @@
-"""One utterance's signals: 16 kHz sound and 25 fps mouth frames, cut to the same length."""
+"""The signals of one utterance: 16 kHz sound and 25 fps mouth frames, cut to the same length."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE, SILENCE, load_audio
+from avsr.data.audio import SAMPLE_RATE, load_audio, refuse_unusable
 from avsr.data.manifest import Utterance
 from avsr.data.video import read_video, read_video_sound
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 FRAMES_PER_SECOND = 25
 SAMPLES_PER_VIDEO_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
-MOUTH_SIZES = (88, 128)  # pixels a side of a mouth crop that an encoder can use: 96 in all known corpora
+MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Clip:
 
 
 def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
-    """The middle (T, height, width) of (T, H, W) frames, which must not be smaller."""
+    """The central (T, height, width) of (T, H, W) frames, which must be at least that large."""
     top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
     return frames[:, top : top + height, left : left + width]
 
 
 def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Clip:
-    """Reads what is needed of an utterance.
+    """Reads the signals of an utterance.
 
     Args:
-        utterance: its files.
-        needs: of "audio" and "video".
-        max_mismatch: seconds by which both may differ in length; then both are cut to the shorter.
+        utterance: names its files.
+        needs: "audio", "video" or both.
+        max_mismatch: seconds by which the two may differ in length; within it both are cut to the shorter.
 
     Raises:
-        UserError: a file is missing or cannot be used, a mouth crop has another size, or the lengths disagree.
+        UserError: a file is missing or unusable, the video is not a mouth crop, or the lengths disagree.
     """
-    place = f"{utterance.where}: " if utterance.where else ""
+    place = at(utterance.where)
     clip = Clip()
     if "audio" in needs:
         clip = replace(clip, wave=_sound(utterance, place))
@@ -85,10 +85,7 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     wave = read_video_sound(path, where=utterance.where)
     if wave is None:
         raise UserError(f"{place}{path} has no sound track")
-    if not bool(torch.isfinite(wave).all()):
-        raise UserError(f"{place}{path} holds NaN or infinite samples")
-    if float(wave.abs().max()) < SILENCE:
-        raise UserError(f"{place}{path} is silent (peak below {SILENCE})")
+    refuse_unusable(wave, f"{place}{path}")
     return wave
 
 

@@ -1,4 +1,4 @@
-"""A manifest made ready: checked up front, with features and token ids."""
+"""A manifest as a dataset: checked before training, with features and token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -15,49 +15,56 @@ from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
-from avsr.data.transforms import PLAIN, View
+from avsr.data.transforms import PLAIN, Version
 from avsr.errors import ClipError, UserError
 
 logger = logging.getLogger("avsr")
-# By id: refusals, samples and mouth frames, encoder frames over all streams; and what ended the reading
-Found = tuple[dict[str, str], dict[str, tuple[int, int]], dict[str, int], str]
 _SHOWN = 5  # bad lines named in one message
+
+
+class Checked(NamedTuple):
+    """What one rank found out about its share of a manifest, by utterance id."""
+
+    bad: dict[str, str]  # reasons of refusals
+    sizes: dict[str, tuple[int, int]]  # samples and mouth frames
+    frames: dict[str, int]  # encoder frames over all streams
+    failure: str = ""  # the error that ended the check on this rank
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the utterances of a manifest are read: as ``view`` for ``task``, or, in training, as version ``draw`` with a
-    task drawn from the weights ``tasks``."""
+    """How the utterances of a manifest are read: as ``version`` for ``task``; or in training as augmented version
+    number ``draw``, for a task drawn with the weights ``tasks``."""
 
     task: str
-    view: View = PLAIN
+    version: Version = PLAIN
     tasks: Mapping[str, float] = field(default_factory=dict)
-    views: int = 0  # number of training versions; 0 = no limit
+    versions: int = 0  # number of augmented versions; 0 = no limit
     augmented: bool = False
     seed: int = 0
-    lossy: bool = False  # an utterance whose clip cannot be read any more is given as lost instead of an error
+    lossy: bool = False  # a clip that can no longer be read gives a Lost instead of an error
 
-    def all_views(self) -> list[View]:
-        """What a cache has to hold, at least one."""
-        return [View(draw=n) for n in range(self.views or 1)] if self.augmented else [self.view]
+    def all_versions(self) -> list[Version]:
+        """All versions that a cache has to hold, at least one."""
+        return [Version(draw=n) for n in range(self.versions or 1)] if self.augmented else [self.version]
 
-    def pick(self, utterance: Utterance, draw: int | None) -> tuple[View, str]:
+    def pick(self, utterance: Utterance, draw: int | None) -> tuple[Version, str]:
         if draw is None:
-            return self.view, self.task
-        view = self.view
+            return self.version, self.task
+        version = self.version
         if self.augmented:
-            view = View(draw=draw % self.views if self.views else draw)
+            version = Version(draw=draw % self.versions if self.versions else draw)
         if not self.tasks:
-            return view, self.task
+            return version, self.task
         rng = random.Random(f"{self.seed} {utterance.id} {draw} task")
-        return view, rng.choices(list(self.tasks), list(self.tasks.values()))[0]
+        return version, rng.choices(list(self.tasks), list(self.tasks.values()))[0]
 
 
 class SpeechDataset(Dataset[Example]):
     """Examples of a manifest's utterances, by index or by (index, draw).
 
-    ``frames`` by id are encoder frames over all streams, ``sizes`` the same in order; ``bad`` holds the reason of every
-    refusal by id. Of these a run that goes on keeps those that it began with: they are always lost.
+    ``frames`` holds encoder frames over all streams by id, ``sizes`` the same in order; ``bad`` holds the reason of
+    every refusal by id. A resumed run keeps the utterances it began with, also those in ``bad``: they are always lost.
     """
 
     def __init__(
@@ -85,14 +92,14 @@ class SpeechDataset(Dataset[Example]):
         return len(self.bad)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
-        """An :class:`Example`, or where ``reading.lossy`` perhaps a :class:`Lost`."""
+        """An :class:`Example`, or possibly a :class:`Lost` when ``reading.lossy``."""
         index, draw = key if isinstance(key, tuple) else (key, None)
         utterance = self.utterances[index]
-        view, task = self.reading.pick(utterance, draw)
+        version, task = self.reading.pick(utterance, draw)
         if utterance.id in self.bad:
             return Lost(utterance, task, self.bad[utterance.id])
         try:
-            features = self._store.load(utterance, view, TASKS[task])
+            features = self._store.load(utterance, version, TASKS[task])
         except ClipError as error:
             if not self.reading.lossy:
                 raise
@@ -119,14 +126,14 @@ def load_dataset(
     Args:
         manifest: path of a manifest.
         config: limits, and what to do about bad utterances.
-        store: features.
+        store: source of the features.
         tokenize: text to token ids.
         title: of the progress bar.
-        reading: as what the utterances are read.
+        reading: how the utterances are read.
         refuse: given encoder frames by stream and the number of text tokens, says why such an utterance cannot be
             used, or "".
-        began: the ``frames`` of the dataset that the run began with. This one then has the same utterances and sizes
-            in the same order, whatever became of their clips since.
+        began: ``frames`` of the dataset that the run began with. The result then has the same utterances and sizes in
+            the same order, whatever has happened to their clips since.
 
     Raises:
         UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can; or the manifest lacks one
@@ -134,10 +141,8 @@ def load_dataset(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append)
+    utterances = read_manifest(manifest, on_bad=lines.append)[: config.limit or None]
     bad = {f"bad line {number}": line for number, line in enumerate(lines)}
-    if config.limit:
-        utterances = utterances[: config.limit]
     if began is not None:
         utterances = _again(utterances, began, manifest)
     tokens = {utterance.id: len(tokenize(utterance.text)) for utterance in utterances}
@@ -148,26 +153,25 @@ def load_dataset(
                 f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
-    parts = _gather(_read(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id])), world)
+    own = _check(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id]))
     frames: dict[str, int] = {}
-    for refused, sizes, found, failure in parts:
-        if failure:
-            raise UserError(failure)
-        bad.update(refused)
-        store.sizes.update(sizes)
-        frames.update(found)
+    for part in _gather(own, world):
+        if part.failure:
+            raise UserError(part.failure)
+        bad.update(part.bad)
+        store.sizes.update(part.sizes)
+        frames.update(part.frames)
     if bad:
         _report(bad, manifest, len(utterances) + len(lines), skip=config.on_bad == "skip")
     usable = [u for u in utterances if u.id not in bad]
     if not usable:
         raise UserError(f"{manifest}: no utterance can be used")
-    if began is not None:
-        return SpeechDataset(utterances, began, bad, store, tokenize, reading)
-    return SpeechDataset(usable, frames, bad, store, tokenize, reading)
+    kept, sizes = (usable, frames) if began is None else (utterances, began)
+    return SpeechDataset(kept, sizes, bad, store, tokenize, reading)
 
 
 def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str) -> list[Utterance]:
-    """Those that a run began with, in its order."""
+    """The utterances that a run began with, in its order."""
     by_id = {utterance.id: utterance for utterance in utterances}
     gone = [name for name in began if name not in by_id]
     if gone:
@@ -181,29 +185,29 @@ def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str)
     return [by_id[name] for name in began]
 
 
-def _read(
+def _check(
     mine: Sequence[Utterance],
     store: FeatureStore,
     reading: Reading,
     bar: tuple[str, bool],
     refuse: Callable[[Utterance, dict[str, int]], str],
-) -> Found:
-    """This rank's part. ``bar`` is the title of the progress bar, and whether it is shown."""
-    views = reading.all_views()
+) -> Checked:
+    """This rank's share. ``bar`` is the title of the progress bar, and whether it is shown."""
+    versions = reading.all_versions()
     frames: dict[str, int] = {}
     try:
-        bad = store.prepare(mine, title=bar[0], views=views, shown=bar[1])
+        bad = store.prepare(mine, title=bar[0], versions=versions, shown=bar[1])
         for utterance in mine:
             if utterance.id in bad:
                 continue
-            counts = store.frames(utterance, views[0])  # a view changes no length
+            counts = store.frames(utterance, versions[0])  # all versions have the same length
             frames[utterance.id] = sum(counts.values())
             if reason := refuse(utterance, counts):
                 bad[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
-    except UserError as error:  # a full disk; the other ranks wait for this one's answer
-        return {}, {}, {}, str(error)
-    # only of this manifest: another one may use the same ids
-    return bad, {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}, frames, ""
+    except UserError as error:  # such as a full disk; the other ranks wait for this one's answer
+        return Checked({}, {}, {}, str(error))
+    # sizes of this manifest only: another one may use the same ids
+    return Checked(bad, {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}, frames)
 
 
 def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> None:
@@ -217,9 +221,9 @@ def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> No
     logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
 
 
-def _gather(own: Found, world: int) -> list[Found]:
+def _gather(own: Checked, world: int) -> list[Checked]:
+    parts = [own] * world
     if world == 1:
-        return [own]
-    parts: list[Found] = [own] * world
+        return parts
     dist.all_gather_object(parts, own)
     return parts

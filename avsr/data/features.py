@@ -1,8 +1,9 @@
-"""What the model gets of an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
+"""What the model receives for an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
 
-With ``data.cache`` a frozen encoder runs once for every clip and view. A file of the cache is a float16 array (T, D)
-in a folder named after the encoder, named after the clip's files (path, size, time of change) and view. Without a
-cache, and for an encoder that is trained (LoRA), the encoder's input is handed out and the model runs the encoder.
+With ``data.cache``, a frozen encoder runs once for every clip and version. A cache file is a float16 array (T, D); its
+folder is named after the encoder, the file itself after the clip's files (path, size, modification time) and the
+version. Without a cache, and for an encoder that is trained (LoRA), the store returns encoder inputs and the model runs
+the encoder.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from avsr.config import DataConfig
 from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
 from avsr.data.manifest import Utterance
-from avsr.data.transforms import PLAIN, Transforms, View
-from avsr.errors import ClipError, UserError
+from avsr.data.transforms import PLAIN, Transforms, Version
+from avsr.errors import ClipError, UserError, at
 from avsr.runtime.folders import part_of
 from avsr.runtime.progress import ProgressBar
 
@@ -30,7 +31,7 @@ _GROUP = 64  # clips read before they are sorted by length and encoded
 
 
 class Encoder(Protocol):
-    """What a store asks of a stream's encoder; ``avsr.models.encoder`` says what the parts mean."""
+    """What a store needs from a stream's encoder; ``avsr.models.encoder`` documents the members."""
 
     width: int
     frames_per_second: int
@@ -49,11 +50,11 @@ class FeatureStore:
     """Features or encoder inputs of utterances, by stream.
 
     Args:
-        encoders: of every stream.
+        encoders: by stream.
         data: cache and limits.
-        transforms: makes the views.
-        trained: streams whose encoders are trained, and so never cached.
-        active: streams that are read; default all.
+        transforms: makes the versions.
+        trained: streams whose encoders are trained, and therefore never cached.
+        active: streams to read; default all.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class FeatureStore:
     ) -> None:
         self.encoders = dict(encoders)
         self.active = list(encoders if active is None else active)
-        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes
+        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes itself
         self._data = data
         self._transforms = transforms
-        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of what was read, by id
+        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of every clip read, by id
         self._folders: dict[str, Path] = {}
         for name in self.active:
             if name not in self.inside:
@@ -85,18 +86,18 @@ class FeatureStore:
         return {name: encoder.width for name, encoder in self.encoders.items()}
 
     def prepare(
-        self, utterances: Sequence[Utterance], *, title: str, views: Sequence[View] = (PLAIN,), shown: bool = True
+        self, utterances: Sequence[Utterance], *, title: str, versions: Sequence[Version] = (PLAIN,), shown: bool = True
     ) -> dict[str, str]:
         """Reads every clip that the cache lacks and encodes it for the cache.
 
         Returns:
-            The reason of every utterance that cannot be used, by id.
+            By id, why an utterance cannot be used.
         """
         if not self._data.verify and not self._folders:
             for u in utterances:
                 self.sizes[u.id] = (round(u.duration * SAMPLE_RATE), round(u.duration * FRAMES_PER_SECOND))
             return {}
-        todo = [u for u in utterances if self.inside or any(self._missing(u, view) for view in views)]
+        todo = [u for u in utterances if self.inside or any(self._missing(u, version) for version in versions)]
         bad: dict[str, str] = {}
         if not todo:
             return bad
@@ -109,27 +110,29 @@ class FeatureStore:
                         clips[utterance.id] = self._checked(utterance)
                     except UserError as error:
                         bad[utterance.id] = str(error)
-                for view in views:
-                    self._fill([u for u in group if u.id in clips and u.id not in bad], clips, view, bad)
+                for version in versions:
+                    self._fill([u for u in group if u.id in clips and u.id not in bad], clips, version, bad)
                 bar.advance(len(group), f"{len(bad)} unusable" if bad else "")
         return bad
 
-    def load(self, utterance: Utterance, view: View = PLAIN, streams: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def load(
+        self, utterance: Utterance, version: Version = PLAIN, streams: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         """(T, D) float32 features by stream, or (T, K) inputs for the streams of ``inside``.
 
         Raises:
             ClipError: the clip cannot be used.
-            UserError: the cache cannot.
+            UserError: the cache cannot be used.
         """
         clip: Clip | None = None
         out: dict[str, Tensor] = {}
         for name in self.active if streams is None else streams:
-            path = None if name in self.inside else self._path(name, utterance, view)
+            path = None if name in self.inside else self._path(name, utterance, version)
             if path is not None and path.is_file():
                 out[name] = torch.from_numpy(_read_cached(path)).float()
                 continue
             try:
-                clip = clip or self._transforms(self._checked(utterance), utterance, view)
+                clip = clip or self._transforms(self._checked(utterance), utterance, version)
                 inputs = self.encoders[name].prepare(clip)
             except UserError as error:
                 raise ClipError(str(error)) from None
@@ -141,18 +144,18 @@ class FeatureStore:
             out[name] = features.float()
         return out
 
-    def frames(self, utterance: Utterance, view: View = PLAIN) -> dict[str, int]:
-        """Encoder frames by stream of an utterance that was prepared or loaded in this view."""
+    def frames(self, utterance: Utterance, version: Version = PLAIN) -> dict[str, int]:
+        """Encoder frames by stream, of an utterance that was prepared or loaded in this version."""
         out = {}
         for name in self.active:
             if name in self.inside:
                 out[name] = self.encoders[name].frames(*self.sizes[utterance.id])
             else:
-                out[name] = int(_read_cached(self._path(name, utterance, view), mmap_mode="r").shape[0])
+                out[name] = int(_read_cached(self._path(name, utterance, version), mmap_mode="r").shape[0])
         return out
 
     def seconds(self, utterance: Utterance) -> float:
-        """Length of an utterance that was loaded."""
+        """Length in seconds of an utterance that was loaded."""
         if utterance.id in self.sizes:
             samples, frames = self.sizes[utterance.id]
             return max(samples / SAMPLE_RATE, frames / FRAMES_PER_SECOND)
@@ -160,45 +163,44 @@ class FeatureStore:
         return max(count / self.encoders[name].frames_per_second for name, count in frames_of.items())
 
     def _fill(
-        self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], view: View, bad: dict[str, str]
+        self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], version: Version, bad: dict[str, str]
     ) -> None:
-        """Encodes what the cache lacks of a view; whose view cannot be made goes into ``bad``."""
+        """Encodes what the cache lacks of a version; an utterance whose version cannot be made is added to ``bad``."""
         inputs: dict[str, dict[str, Tensor]] = {name: {} for name in self._folders}
         for utterance in utterances:
-            lacking = [name for name in self._folders if not self._path(name, utterance, view).is_file()]
+            lacking = [name for name in self._folders if not self._path(name, utterance, version).is_file()]
             try:
-                clip = self._transforms(clips[utterance.id], utterance, view) if lacking else Clip()
+                clip = self._transforms(clips[utterance.id], utterance, version) if lacking else Clip()
                 for name in lacking:
                     inputs[name][utterance.id] = self.encoders[name].prepare(clip)
             except UserError as error:
-                bad[utterance.id] = f"{utterance.where}: {error}" if utterance.where else str(error)
+                bad[utterance.id] = f"{at(utterance.where)}{error}"
         by_id = {utterance.id: utterance for utterance in utterances}
         for name, rows in inputs.items():
             for key, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
-                _save(self._path(name, by_id[key], view), features.half().cpu())
+                _save(self._path(name, by_id[key], version), features.half().cpu())
 
-    def _missing(self, utterance: Utterance, view: View) -> bool:
-        return any(not self._path(name, utterance, view).is_file() for name in self._folders)
+    def _missing(self, utterance: Utterance, version: Version) -> bool:
+        return any(not self._path(name, utterance, version).is_file() for name in self._folders)
 
     def _checked(self, utterance: Utterance) -> Clip:
-        """The clip as it is; its lengths are kept."""
+        """The unchanged clip, within the limits; records its lengths."""
         encoders = [self.encoders[name] for name in self.active]
         needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
         clip = load_clip(utterance, needs, self._data.max_mismatch)
         most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
         if not self._data.min_seconds <= clip.seconds <= most:
-            place = f"{utterance.where}: " if utterance.where else ""
             raise UserError(
-                f"{place}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
+                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
                 f"{self._data.min_seconds:g} to {most:g} s "
                 "(data.min_seconds, data.max_seconds, and the encoder's positions)"
             )
         self.sizes[utterance.id] = (clip.samples, clip.video_frames)
         return clip
 
-    def _path(self, name: str, utterance: Utterance, view: View) -> Path:
+    def _path(self, name: str, utterance: Utterance, version: Version) -> Path:
         state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
-        identity = self._transforms.identity(view, self.encoders[name].needs)
+        identity = self._transforms.identity(version, self.encoders[name].needs)
         if identity:
             state += f" {utterance.id} {utterance.speaker} {identity}"
         key = hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Manifests: one JSON object a line, or the label CSV of Llama-AVSR or auto_avsr.
+"""Manifests: one JSON object per line, or the label CSV of Llama-AVSR or auto_avsr.
 
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
 ``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
@@ -17,7 +17,7 @@ from avsr.errors import UserError
 from avsr.runtime.folders import part_of
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
-_MOST_DIGITS = 9  # of their number: Python reads no number of 5,000 digits
+_MOST_DIGITS = 9  # of a frame count: int() refuses 5,000 digits
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     Args:
         path: the manifest. CSV paths are taken relative to the parent of the folder that holds the file
             (``ROOT/labels/x.csv``).
-        on_bad: called with the message of every bad line, which is then left out. Without it the first bad
-            line raises.
+        on_bad: called with the message of every bad line, which is then skipped. Without it, the first bad line
+            raises.
 
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
@@ -80,11 +80,11 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
 
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, replacing ``path`` in one step."""
+    """Writes one JSON object per line, replacing ``path`` atomically."""
     path = Path(path)
     part = part_of(path)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # a file's name may hold bytes that are no UTF-8; Python's escape for them is also JSON's
+    # a file name may hold bytes that are not UTF-8; Python's escape for them is valid JSON too
     part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
@@ -92,7 +92,7 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _parse_json(line: str, root: Path, where: str) -> Utterance:
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+        json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON object: {str(error).splitlines()[0]}") from error
     if not isinstance(row, dict):
@@ -163,11 +163,11 @@ def parse_label(line: str, where: str) -> Label:
 
 
 def _parse_csv(line: str, root: Path, where: str) -> Utterance:
-    """A line without a text (auto_avsr's) takes it from the text file in the tree beside the video's:
-    ``lrs3_text_seg16s/x.txt`` for ``lrs3_video_seg16s/x.mp4``."""
+    """A line without a text (auto_avsr's) takes it from the parallel text tree: ``lrs3_text_seg16s/x.txt`` for
+    ``lrs3_video_seg16s/x.mp4``."""
     label = parse_label(line, where)
     video = _inside(root, f"{label.dataset}/{label.path}", where)
-    text = label.text if label.text is not None else _text_beside(root, label.dataset, label.path, where)
+    text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
     if not text:
         raise UserError(f"{where}: the transcript is empty")
     return Utterance(
@@ -188,12 +188,12 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _text_beside(root: Path, dataset: str, relative: str, where: str) -> str:
+def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
     first, slash, rest = relative.partition("/")
     if "_video_" not in first or not slash:
         raise UserError(
-            f"{where}: the line has no text, and {relative!r} is not in a folder like {dataset}_video_seg16s, beside"
-            f" which {dataset}_text_seg16s would have it"
+            f"{where}: the line has no text, and {relative!r} is not in a folder like {dataset}_video_seg16s, next"
+            f" to which {dataset}_text_seg16s would have it"
         )
     path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
     try:
@@ -203,10 +203,10 @@ def _text_beside(root: Path, dataset: str, relative: str, where: str) -> str:
 
 
 def _inside(root: Path, relative: str, where: str) -> Path:
-    """``relative`` below ``root``, whatever ``..`` it holds."""
+    """``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
     path = Path(os.path.normpath(root / relative))
     if "\0" in relative:
-        raise UserError(f"{where}: the path {relative!r} cannot be one of a file")
+        raise UserError(f"{where}: {relative!r} cannot be the path of a file")
     if not path.is_relative_to(root):
         raise UserError(f"{where}: the path {relative!r} leads outside {root}")
     return path

@@ -1,4 +1,4 @@
-"""Babble noise: a sound file, or talkers mixed out of a corpus, added at a given signal-to-noise ratio."""
+"""Babble noise: a sound file, or talkers mixed from a corpus, added at a given signal-to-noise ratio."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CLEAN = float("inf")  # dB
 
 
 class Babble:
-    """Noise for a clip, the same for the same random generator.
+    """Noise for a clip; determined by the random generator that is passed in.
 
-    From a manifest: ``talkers`` utterances of other speakers, each repeated from a random start over the clip's
-    length and brought to the same power, are added up. From a file: a random segment of it. Where a manifest names no
-    speakers, all but the clip itself may talk.
+    From a manifest: the sum of ``talkers`` utterances of other speakers, each repeated from a random start over the
+    clip's length and scaled to the same power. From a file: a random segment of it. Where a manifest does not name
+    speakers, every utterance except the clip itself may be used.
 
     Args:
         config: file, or manifest and number of talkers.
-        manifest: where ``config.babble`` names none.
+        manifest: used when ``config.babble`` is null.
 
     Raises:
         UserError: the file or manifest cannot be read.
@@ -82,8 +82,8 @@ class Babble:
         return total
 
     def _others(self, clip: Utterance, rng: random.Random) -> list[Utterance]:
-        """Twice the talkers out of the other speakers' utterances, since some may be unusable; without a list of all
-        others, which a large corpus would make for every clip."""
+        """Twice as many utterances of other speakers as there are talkers, since some may be unusable. Never lists all
+        others, which would be slow for every clip of a large corpus."""
         place = self._place.get(clip.audio or clip.video)
         itself = (0, 0) if place is None else (place, place + 1)
         first, last = self._own.get(clip.speaker, itself)
@@ -100,8 +100,7 @@ def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
 
 
 def make_babble(config: NoiseConfig, levels: Sequence[float], manifest: str) -> Babble | None:
-    """The noise source, with ``manifest`` as the corpus where the config names none; None when all ``levels`` (dB)
-    are clean."""
+    """The noise source, with ``manifest`` as the default corpus; None when all ``levels`` (dB) are clean."""
     return None if all(level == CLEAN for level in levels) else Babble(config, manifest)
 
 
@@ -109,7 +108,7 @@ def _segment(wave: Tensor, samples: int, rng: random.Random) -> Tensor:
     """(samples,) of the repeated wave from a random start; never silent."""
     start = rng.randrange(len(wave))
     piece = _repeated(wave, start, samples)
-    # a gap has no power that could be scaled to a level
+    # silence cannot be scaled to a level
     return piece if bool(piece.any()) else _repeated(wave, int(wave.abs().argmax()), samples)
 
 

@@ -1,4 +1,4 @@
-"""What is done to a clip before an encoder sees it: noise, time masks, a random crop. Every draw is repeatable."""
+"""Changes to a clip before it is encoded: noise, time masks, a random crop. Every draw is reproducible."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from avsr.data.manifest import Utterance
 from avsr.data.noise import CLEAN, Babble, add_babble
 
 CROP = 88  # pixels a side
-VIDEO_MASK = (10, 25)  # longest mask and one mask for every so many frames (Auto-AVSR)
-_TEST_SEED = 0
+VIDEO_MASK = (10, 25)  # frames: window of a mask, and one mask per so many (Auto-AVSR)
 AUDIO_MASK = (6400, 16000)  # the same in samples
+_TEST_SEED = 0
 
 
 @dataclass(frozen=True)
-class View:
-    """Which version of a clip: as it is, with noise at ``snr`` dB, or the training version number ``draw``."""
+class Version:
+    """A version of a clip: unchanged, with noise at ``snr`` dB, or augmented version number ``draw``."""
 
     snr: float = CLEAN
     draw: int | None = None
@@ -32,43 +32,43 @@ class View:
         return self.draw is None and self.snr == CLEAN
 
 
-PLAIN = View()
+PLAIN = Version()
 
 
 class Transforms:
-    """Makes the view of a clip; what is random depends on seed, utterance and view alone.
+    """Makes versions of clips; everything random depends on the seed, the utterance and the version alone.
 
-    Training versions follow ``seed``; the noise of test sets always has the same one, so that runs can be compared.
+    Augmented versions depend on ``seed``; the noise of test sets has a fixed seed, so that runs can be compared.
     """
 
     def __init__(self, config: AugmentConfig, noise: Babble | None, seed: int) -> None:
         self._config, self._noise, self._seeds = config, noise, (seed, _TEST_SEED)
 
-    def identity(self, view: View, needs: Set[str]) -> str:
-        """Names what shapes a view for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
+    def identity(self, version: Version, needs: Set[str]) -> str:
+        """Names the changes of a version for an encoder that ``needs`` sound, mouth or both; "" when nothing does."""
         config, parts = self._config, []
-        if view.draw is not None and config.time_mask:
+        if version.draw is not None and config.time_mask:
             parts.append("time_mask")
-        if view.draw is not None and config.random_crop and "video" in needs:
+        if version.draw is not None and config.random_crop and "video" in needs:
             parts.append("random_crop")
-        if "audio" in needs and (view.snr != CLEAN or (view.draw is not None and config.snr)):
-            levels = config.snr if view.draw is not None else view.snr
+        if "audio" in needs and (version.snr != CLEAN or (version.draw is not None and config.snr)):
+            levels = config.snr if version.draw is not None else version.snr
             parts.append(f"snr={levels} {self._noise.identity if self._noise else ''}")
-        return f"{' '.join(parts)} draw={view.draw} seed={self._seed(view)}" if parts else ""
+        return f"{' '.join(parts)} draw={version.draw} seed={self._seed(version)}" if parts else ""
 
-    def _seed(self, view: View) -> int:
-        return self._seeds[view.draw is None]
+    def _seed(self, version: Version) -> int:
+        return self._seeds[version.draw is None]
 
-    def __call__(self, clip: Clip, utterance: Utterance, view: View) -> Clip:
-        if view.plain:
+    def __call__(self, clip: Clip, utterance: Utterance, version: Version) -> Clip:
+        if version.plain:
             return clip
 
         def rng(purpose: str) -> random.Random:
-            # one for each change, so that none depends on which others are made (see identity)
-            return random.Random(f"{self._seed(view)} {utterance.id} {view.draw} {purpose}")
+            # one generator per change, so that no change depends on the others (see identity)
+            return random.Random(f"{self._seed(version)} {utterance.id} {version.draw} {purpose}")
 
-        wave, mouth, snr = clip.wave, clip.mouth, view.snr
-        if view.draw is not None:
+        wave, mouth, snr = clip.wave, clip.mouth, version.snr
+        if version.draw is not None:
             if self._config.snr:
                 snr = rng("snr").choice(self._config.snr)
             if mouth is not None and self._config.random_crop:
@@ -83,15 +83,15 @@ class Transforms:
 
 
 def random_crop(frames: Tensor, size: int, rng: random.Random) -> Tensor:
-    """The same random (size, size) window of all (T, H, W) frames."""
+    """One random (size, size) window of all (T, H, W) frames."""
     top = rng.randint(0, frames.shape[1] - size)
     left = rng.randint(0, frames.shape[2] - size)
     return frames[:, top : top + size, left : left + size]
 
 
 def time_mask(signal: Tensor, window: int, stride: int, rng: random.Random) -> Tensor:
-    """Auto-AVSR's adaptive time mask: floor((length + stride - 0.1) / stride) stretches of fewer than ``window``
-    steps along the first axis are set to 0."""
+    """Auto-AVSR's adaptive time mask: sets floor((length + stride - 0.1) / stride) spans of fewer than ``window`` steps
+    along the first axis to 0."""
     length = len(signal)
     masked = signal.clone()
     for _ in range(math.floor((length + stride - 0.1) / stride)):

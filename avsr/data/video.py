@@ -1,6 +1,6 @@
-"""Reading video with PyAV: grey frames at 25 fps, and the sound track of a video file.
+"""Reads video with PyAV: gray frames at 25 fps, and the sound track of a video file.
 
-Time 0 is where the earlier of the two streams starts, so frames and sound of one file stay in step.
+Time 0 is the start of the earlier of the two streams, so frames and sound of one file stay in sync.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from avsr.data.audio import SAMPLE_RATE
 from avsr.data.video_writer import FRAMES_PER_SECOND, encode_video, write_video
-from avsr.errors import UserError
+from avsr.errors import UserError, at
 
 __all__ = ["FRAMES_PER_SECOND", "encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
 
@@ -27,15 +27,15 @@ MAX_SIDE = 4096  # pixels
 MAX_SECONDS = 3600
 MAX_BYTES = 2**31  # of the frames of one clip in memory
 
-_SLACK = 0.001  # seconds; some containers round time stamps to milliseconds
+_SLACK = 0.001  # seconds; some containers round timestamps to milliseconds
 _LUMA_FIRST = frozenset(  # 8-bit formats whose first plane is the luma
     ("yuv420p", "yuv422p", "yuv444p", "yuv410p", "yuv411p", "yuv440p", "nv12", "nv21", "nv16", "gray")
 )
 _FULL_RANGE = frozenset(("yuvj420p", "yuvj422p", "yuvj444p", "yuvj411p", "yuvj440p"))
-_EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to grey
+_EXPAND = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)  # BT.601/709 luma to gray
 _JPEG_RANGE = 2  # AVCOL_RANGE_JPEG
-# FFmpeg's names of the formats that are read: files that hold all that they show. Playlists (HLS, DASH, concat, SDP),
-# numbered pictures and others name further files or addresses, which FFmpeg would open wherever they are.
+# FFmpeg's names of the accepted formats, which are self-contained. Playlists (HLS, DASH, concat, SDP), numbered
+# pictures and others refer to further files or addresses, which FFmpeg would open wherever they are.
 _FORMATS = (
     *("mov", "matroska", "avi", "mpeg", "mpegts", "asf", "flv", "ogg", "nut", "mxf", "gxf", "rm", "wtv", "dv", "ivf"),
     *("h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "mjpeg", "vc1", "dirac", "av1", "obu"),
@@ -46,14 +46,14 @@ _OPTIONS = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"
 
 
 def read_video(path: Path, *, where: str = "") -> Tensor:
-    """(T, H, W) uint8 grey at 25 fps, whatever the file's rate: frame k is the last one shown by k/25 s.
+    """(T, H, W) uint8 gray at 25 fps, whatever the file's rate: frame k is the last one shown by k/25 s.
 
     Args:
-        path: a video file of any kind that FFmpeg knows.
+        path: a video file of an accepted format.
         where: "file:line" for messages.
 
     Raises:
-        UserError: as ``video_frames``, or more than ``MAX_BYTES`` of frames.
+        UserError: as in ``video_frames``, or more than ``MAX_BYTES`` of frames.
     """
     frames = []
     size = 0
@@ -61,7 +61,7 @@ def read_video(path: Path, *, where: str = "") -> Tensor:
         size += frame.nbytes
         if size > MAX_BYTES:
             raise UserError(
-                f"{_prefix(where)}{path} has more than {MAX_BYTES >> 20} MB of frames "
+                f"{at(where)}{path} has more than {MAX_BYTES >> 20} MB of frames "
                 f"({_size(frame)} pixels): cut it into utterances or crop the mouth"
             )
         frames.append(frame)
@@ -72,27 +72,27 @@ def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
     """The frames of ``read_video`` one at a time, (H, W) uint8 each, all of one size.
 
     Raises:
-        UserError: a missing, damaged or truncated file, no video, no frame, sides over ``MAX_SIDE`` or more than
-            ``MAX_SECONDS``, naming the file.
+        UserError: the file is missing, damaged or truncated, has no video or no frame, sides over ``MAX_SIDE`` or more
+            than ``MAX_SECONDS``; the message names it.
     """
     with _opened(path, where) as container:
         stream = _video_stream(container)
         if stream is None:
-            raise UserError(f"{_prefix(where)}{path} has no video stream")
+            raise UserError(f"{at(where)}{path} has no video stream")
         lead = max(0.0, _start(stream) - min(_starts(container)))
-        due, shown = 0, None  # number of the next frame to give, and the picture to show until the next one starts
+        due, shown = 0, None  # index of the next frame to yield, and the picture shown until the next one starts
         for grey, time in _decoded(stream, path, where):
             if shown is not None and grey.shape != shown.shape:
-                raise UserError(f"{_prefix(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
+                raise UserError(f"{at(where)}{path} changes its size from {_size(shown)} to {_size(grey)}")
             time += round(lead * FRAMES_PER_SECOND) / FRAMES_PER_SECOND
             if time > MAX_SECONDS:
-                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+                raise UserError(f"{at(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
             while shown is not None and due / FRAMES_PER_SECOND < time - _SLACK:
                 yield shown
                 due += 1
             shown, end = grey, time + _frame_seconds(stream)
         if shown is None:
-            raise UserError(f"{_prefix(where)}{path} holds no video frame")
+            raise UserError(f"{at(where)}{path} holds no video frame")
         while due == 0 or due / FRAMES_PER_SECOND < end - _SLACK:
             yield shown
             due += 1
@@ -101,26 +101,26 @@ def video_frames(path: Path, *, where: str = "") -> Iterator[np.ndarray]:
 def read_video_sound(path: Path, where: str = "") -> Tensor | None:
     """The sound track of a video file: (samples,) float32 mono at 16 kHz, or None where there is none.
 
-    Zeros are put in front of a track that starts after the video, so that it stays in step with ``read_video``.
+    A track that starts after the video is padded with leading zeros, to stay in sync with ``read_video``.
 
     Raises:
-        UserError: a missing or damaged file, or more than ``MAX_SECONDS``, naming the file.
+        UserError: the file is missing, damaged or longer than ``MAX_SECONDS``; the message names it.
     """
     with _opened(path, where) as container:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
         if stream.codec_context is None:
-            raise UserError(f"{_prefix(where)}{path} has a sound track of a kind that cannot be decoded")
+            raise UserError(f"{at(where)}{path} has a sound track of a kind that cannot be decoded")
         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
         parts: list[np.ndarray] = []
         samples = 0
         for frame in chain(_guarded_frames(container, stream, path, where), [None]):
-            for part in _resampled(resampler, frame, f"{_prefix(where)}{path}"):
+            for part in _resampled(resampler, frame, f"{at(where)}{path}"):
                 parts.append(part.to_ndarray().mean(axis=0, dtype=np.float32))
                 samples += len(parts[-1])
             if samples > MAX_SECONDS * SAMPLE_RATE:
-                raise UserError(f"{_prefix(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
+                raise UserError(f"{at(where)}{path} lasts longer than {MAX_SECONDS} s: cut it into utterances")
         if samples == 0:
             return None
         wave = np.concatenate(parts)
@@ -128,32 +128,31 @@ def read_video_sound(path: Path, where: str = "") -> Tensor | None:
             wave = wave[: round(float(stream.duration * stream.time_base) * SAMPLE_RATE)]
         lead = round((_start(stream) - min(_starts(container))) * SAMPLE_RATE)
         if lead > MAX_SECONDS * SAMPLE_RATE:
-            raise UserError(f"{_prefix(where)}{path} is damaged: its sound starts after {lead // SAMPLE_RATE} s")
+            raise UserError(f"{at(where)}{path} is damaged: its sound starts after {lead // SAMPLE_RATE} s")
         return torch.from_numpy(np.concatenate([np.zeros(max(0, lead), np.float32), wave]))
 
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[Any]:
     if not os.path.isfile(path):
-        raise UserError(f"{_prefix(where)}there is no file {path}")
+        raise UserError(f"{at(where)}there is no file {path}")
     try:
         container = _open(path)
     except (av.FFmpegError, ValueError, OverflowError) as error:
         kind = _unlisted(path)
         reason = f"it is of the format {kind}, which is not read: convert it to mp4" if kind else _reason(error)
-        raise UserError(f"{_prefix(where)}{path} is not a readable video file: {reason}") from error
+        raise UserError(f"{at(where)}{path} is not a readable video file: {reason}") from error
     with container:
         yield container
 
 
 def _open(path: Path) -> Any:
-    """All reading of video and of its sound comes by here. ``file:`` takes the rest for a path, whatever it looks
-    like."""
+    """The only place that opens video files. ``file:`` makes FFmpeg take the rest as a path, whatever it looks like."""
     return av.open(f"file:{path}", options=_OPTIONS)
 
 
 def _unlisted(path: Path) -> str:
-    """The format of a file that is not opened for it, else "": FFmpeg names it in its log alone."""
+    """The format because of which a file was refused, else "": only FFmpeg's log names it."""
     before = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
@@ -176,13 +175,13 @@ def _video_stream(container: Any) -> Any:
 
 
 def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, float]]:
-    """(H, W) uint8 grey, and seconds since the first frame."""
+    """(H, W) uint8 gray frames, and their seconds since the first one."""
     context = stream.codec_context
     if context is None:
-        raise UserError(f"{_prefix(where)}{path} has a video stream of a kind that cannot be decoded")
+        raise UserError(f"{at(where)}{path} has a video stream of a kind that cannot be decoded")
     if not 0 < max(context.width, context.height) <= MAX_SIDE:
         raise UserError(
-            f"{_prefix(where)}{path} has pictures of {context.width}x{context.height} pixels, "
+            f"{at(where)}{path} has pictures of {context.width}x{context.height} pixels, "
             f"allowed are sides of 1 to {MAX_SIDE}"
         )
     context.thread_type, context.thread_count = "NONE", 1
@@ -190,23 +189,23 @@ def _decoded(stream: Any, path: Path, where: str) -> Iterator[tuple[np.ndarray, 
     expected = _frames_to_come(stream)
     for frame in _guarded_frames(stream.container, stream, path, where):
         if frame.is_corrupt:
-            raise UserError(f"{_prefix(where)}{path} is damaged at frame {count}")
-        # a raw stream has no time stamps
+            raise UserError(f"{at(where)}{path} is damaged at frame {count}")
+        # a raw stream has no timestamps
         time = count * _frame_seconds(stream) if frame.pts is None else float(frame.pts * frame.time_base)
         first = time if first is None else first
         last = max(last, time - first)
         yield _grey(frame), last
         count += 1
     if count < expected:
-        raise UserError(f"{_prefix(where)}{path} is truncated or damaged: {count} of its {expected} frames can be read")
+        raise UserError(f"{at(where)}{path} is truncated or damaged: {count} of its {expected} frames can be read")
 
 
 def _frames_to_come(stream: Any) -> int:
-    """How many frames there must be, before the first is read; 0 where the file does not say.
+    """The number of frames that the file promises; 0 when it does not say. Call it before the first frame is read.
 
-    The number in an mp4 also counts what its edit list hides: a cut without encoding anew keeps the frames from the
-    key frame on, and a phone that trims a video keeps all. Those are left out of the index, or marked in it. Other
-    kinds of files may make their index while they are read.
+    The frame count of an mp4 includes frames hidden by its edit list: a cut without re-encoding keeps the frames from
+    the key frame on, and a phone that trims a video keeps them all. The index leaves them out or marks them. Other
+    containers may build their index while they are read.
     """
     if "mp4" not in stream.container.format.name:
         return int(stream.frames)
@@ -217,7 +216,7 @@ def _guarded_frames(container: Any, stream: Any, path: Path, where: str) -> Iter
     try:
         yield from container.decode(stream)
     except (av.FFmpegError, ValueError) as error:
-        raise UserError(f"{_prefix(where)}{path} is damaged: {_reason(error)}") from error
+        raise UserError(f"{at(where)}{path} is damaged: {_reason(error)}") from error
 
 
 def _resampled(resampler: Any, frame: Any, where: str) -> list[Any]:
@@ -231,13 +230,15 @@ def _grey(frame: Any) -> np.ndarray:
     name = frame.format.name
     if name in _LUMA_FIRST or name in _FULL_RANGE:
         plane = frame.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # a line may be longer than the picture
+        rows = np.frombuffer(plane, np.uint8).reshape(
+            -1, plane.line_size
+        )  # a row of memory may be longer than the picture
         luma = rows[: frame.height, : frame.width]
         full = name in _FULL_RANGE or name == "gray" or int(frame.color_range) == _JPEG_RANGE
         grey = luma.copy() if full else _EXPAND[luma]
     else:
         grey = frame.to_ndarray(format="gray")
-    turns = round(frame.rotation / 90) % 4  # a phone's video says how to turn it
+    turns = round(frame.rotation / 90) % 4  # phones store the rotation in the file
     return np.ascontiguousarray(np.rot90(grey, turns)) if turns else grey
 
 
@@ -257,10 +258,6 @@ def _starts(container: Any) -> list[float]:
 
 def _size(picture: np.ndarray) -> str:
     return f"{picture.shape[1]}x{picture.shape[0]}"
-
-
-def _prefix(where: str) -> str:
-    return f"{where}: " if where else ""
 
 
 def _reason(error: Exception) -> str:

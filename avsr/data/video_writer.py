@@ -1,4 +1,4 @@
-"""Writing video: grey frames, with or without sound, to a small H.264 mp4 file. Needs no torch, so it starts fast."""
+"""Writes gray frames, with or without sound, as a small H.264 mp4 file. Does not import torch, so it starts fast."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from avsr.errors import UserError
 FRAMES_PER_SECOND = 25
 SOUND_RATE = 16_000  # Hz
 
-_SOUND_BITS = 64_000  # a second
-# B-frames and macroblock trees make x264 (core 165) read memory that it has not set, so that one clip in hundreds
-# comes out different; without them, and without the look-ahead that feeds them, it does not.
+_SOUND_BITS = 64_000  # per second
+# With B-frames or macroblock trees, x264 (core 165) reads uninitialized memory, and one clip in hundreds comes out
+# different; without them, and without the look-ahead that feeds them, output is reproducible.
 _X264 = {"preset": "veryfast", "x264-params": "bframes=0:no-mbtree=1:rc-lookahead=0:threads=1"}
 
 
@@ -42,17 +42,17 @@ def encode_video(
     """An mp4 file; the same input gives the same bytes.
 
     Args:
-        frames: (T, H, W) uint8 grey, T at least 1, H and W even (H.264's usual 4:2:0 has one colour for 2x2 pixels).
-        fps: frames a second.
-        sound: (samples,) float mono at 16 kHz in -1..1, put beside the video as AAC.
+        frames: (T, H, W) uint8 gray, T at least 1, H and W even (H.264's usual 4:2:0 has one color per 2x2 pixels).
+        fps: frames per second.
+        sound: (samples,) float mono at 16 kHz in -1..1, stored as an AAC track.
         crf: x264's quality, 0 is lossless.
 
     Raises:
-        ValueError: frames of another shape or dtype.
+        ValueError: frames have another shape or dtype.
     """
     if frames.ndim != 3 or frames.dtype != np.uint8 or 0 in frames.shape or frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames: expected (T, H, W) uint8 with even H and W, got {frames.shape} {frames.dtype}")
-    av: Any = importlib.import_module("av")  # only those who write need it
+    av: Any = importlib.import_module("av")  # needed only for writing
     _, height, width = frames.shape
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -64,7 +64,7 @@ def encode_video(
         if sound is not None:
             track = container.add_stream("aac", rate=SOUND_RATE, layout="mono")
             track.codec_context.bit_rate = _SOUND_BITS
-        picture = np.full((height * 3 // 2, width), 128, np.uint8)  # luma on top of two colour planes that say grey
+        picture = np.full((height * 3 // 2, width), 128, np.uint8)  # luma, then two color planes of neutral gray
         luma = np.rint(16 + np.arange(256) * (219 / 255)).astype(np.uint8)  # players expect 16 to 235
         for index, grey in enumerate(frames):
             picture[:height] = luma[grey]

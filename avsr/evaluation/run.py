@@ -15,7 +15,7 @@ from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
-from avsr.data.transforms import View
+from avsr.data.transforms import Version
 from avsr.errors import UserError
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_speaker
@@ -72,7 +72,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
         for task in config.decode.tasks or [config.model.task]:
             for snr in config.noise.snr or [CLEAN]:
                 title = name + (f" {task}" if config.decode.tasks else "") + (f" {snr:g} dB" if snr != CLEAN else "")
-                reading = Reading(task, View(snr))
+                reading = Reading(task, Version(snr))
                 sets[title] = load_dataset(
                     manifest,
                     config.data,

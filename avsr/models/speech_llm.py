@@ -225,7 +225,7 @@ class SpeechLLM(nn.Module):
         loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self._cross_entropy)
         probe = self.probe
         decorrelation = probe.decorrelation_loss if probe is not None and probe.computes_decorrelation else None
-        if batch.hollow:
+        if batch.is_dummy:
             loss, correct = loss * 0, correct * 0
         hooked = None if decorrelation is None else decorrelation.view_as(decorrelation)
         return Terms(loss.view_as(loss), hooked, correct, OwnTerms(loss, decorrelation))
@@ -256,7 +256,7 @@ class SpeechLLM(nn.Module):
 
     def prompt_lengths(self, batch: Batch) -> list[int]:
         """Number of prompt tokens of every utterance, known without a forward."""
-        if batch.hollow:
+        if batch.is_dummy:
             return []
         frames = {name: [self._features(name, n) for n in rows.tolist()] for name, rows in batch.lengths.items()}
         return [

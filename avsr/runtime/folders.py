@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all: written beside, summed, flushed to the disk, then renamed; the cache."""
+"""Folders that are complete or absent: written under another name, checksummed, flushed, then renamed; the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUMS = "SHA256SUMS"  # as sha256sum -c reads it
 
 
 def cache_folder() -> Path:
-    """For converted weights and encoder features: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
+    """Holds converted weights and mouth videos: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
     own = os.environ.get("AVSR_CACHE")
     if own:
         return Path(own)
@@ -23,18 +23,18 @@ def cache_folder() -> Path:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process, and no other of any host, writes what will be ``path``."""
+    """Where this process, and no other on any host, writes what will become ``path``."""
     return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
 
 
 def drop_parts(folder: Path) -> None:
-    """Removes what this process has begun to write in ``folder``."""
+    """Removes everything that this process has begun to write in ``folder``."""
     for path in folder.glob(f"*{glob.escape(part_of(Path('x')).name[1:])}"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """A file or a folder with all that is in it, where there is one."""
+    """Deletes a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -42,10 +42,10 @@ def remove(path: Path) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds ``data`` to the end of a file: all of it, or nothing where the disk is full.
+    """Appends ``data`` to a file: all of it, or nothing if the disk is full.
 
     Raises:
-        OSError: nothing was added.
+        OSError: nothing was appended.
     """
     with path.open("ab", buffering=0) as file:
         place = file.tell()
@@ -53,27 +53,27 @@ def append(path: Path, data: bytes) -> None:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
-            with suppress(OSError):  # no regular file
+            with suppress(OSError):  # not a regular file
                 file.truncate(place)
             raise
 
 
 def seal(folder: Path) -> None:
-    """Writes the checksums of all files of ``folder`` and flushes everything to the disk.
+    """Writes the checksums of all files in ``folder`` and flushes everything to disk.
 
     Raises:
         OSError: the disk is full.
     """
     files = sorted(path for path in folder.iterdir() if path.name != SUMS)
-    lines = [f"{_sum(path)}  {path.name}\n" for path in files]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     for path in (*files, folder / SUMS, folder):
         _flush(path)
 
 
 def damage(folder: Path, name: str = "") -> str:
-    """What is wrong with a sealed folder, or with its file ``name`` alone, or "". A folder that was never sealed has no
-    sums to hold one file to."""
+    """What is wrong with a sealed folder, or only with its file ``name``; "" if nothing is. A file of a folder that was
+    never sealed cannot be checked and passes."""
     sums = folder / SUMS
     if name and not sums.is_file():
         return ""
@@ -89,7 +89,7 @@ def damage(folder: Path, name: str = "") -> str:
         if name and file != name:
             continue
         try:
-            if _sum(path) != expected:
+            if sha256(path) != expected:
                 return f"{path} is damaged: its SHA-256 is not that of {SUMS}"
         except (OSError, ValueError) as error:  # a name with a NUL
             return f"{path} cannot be read: {error}"
@@ -99,7 +99,7 @@ def damage(folder: Path, name: str = "") -> str:
 
 
 def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
-    """Gives ``new`` the name ``place``. What had it gets the name ``keep``, or goes.
+    """Renames ``new`` to ``place``. What was there is renamed to ``keep``, or deleted.
 
     Raises:
         OSError: a rename failed.
@@ -114,7 +114,8 @@ def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sum(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits; 100 MB take 0.1 to 0.3 s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

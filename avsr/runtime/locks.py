@@ -1,10 +1,10 @@
-"""One writer at a time in a folder, on whatever host, and past a writer that was killed.
+"""One writer at a time per folder, across hosts, and with takeover from a writer that was killed.
 
-``FOLDER/.lock`` is a folder with one file. Its name says who holds the lock; its time of change is the holder's last
-sign of life. Whoever begins moves a folder with such a file to that place, which fails while there is another one.
-Whoever takes over gives the file of the one that is gone a name of its own, which only one of several can. Both are
-single renames, so this holds on network file systems too, where flock may not reach other hosts, and where filelock's
-SoftFileLease leaves the lock of a killed process for good (it wants to exchange two names at once).
+``FOLDER/.lock`` is a folder with one file. The file's name identifies the holder; its modification time is the holder's
+last sign of life. A new holder renames a folder with its own file to ``.lock``, which fails while another one exists.
+To take over from a dead holder, a process renames that file to its own name, which only one of several can do.
+Both are single renames, so they work on network file systems, where flock may not reach other hosts and where
+filelock's SoftFileLease never releases the lock of a killed process (it needs to exchange two names atomically).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from avsr.runtime.folders import part_of
 
 logger = logging.getLogger("avsr")
 LOCK = ".lock"
-STALE = 300.0  # seconds without a sign of life after which a holder counts as gone
-BEAT = 10.0  # seconds between signs of life; network file systems show them to other hosts up to a minute later
+STALE = 300.0  # seconds without a sign of life after which a holder counts as dead
+BEAT = 10.0  # seconds between signs of life; on network file systems other hosts see them up to a minute late
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Holder:
     """A process that holds a lock."""
 
     host: str
-    space: int  # its namespace of process ids, which containers of one host do not share
+    space: int  # its namespace of process ids, which containers on one host do not share
     pid: int
-    born: int  # see process_start; 0 = not known
-    since: int  # seconds since the epoch by its own clock, for messages alone
+    born: int  # see process_start; 0 = unknown
+    since: int  # seconds since the epoch by its own clock, only for messages
     token: str
 
     @classmethod
@@ -51,7 +51,7 @@ class Holder:
 
     @classmethod
     def parse(cls, path: Path) -> Holder:
-        """Raises a UserError for a file that is none of a lock."""
+        """Raises a ``UserError`` for a file that does not belong to a lock."""
         try:
             host, space, pid, born, since, token = path.name.split("@")
             return cls(unquote(host), int(space), int(pid), int(born), int(since), token)
@@ -64,12 +64,12 @@ class Holder:
 
     @property
     def here(self) -> bool:
-        """Whether this process could see it."""
+        """Whether this process can see that process."""
         return bool(self.born) and (self.host, self.space) == (platform.node(), _namespace())
 
     @property
     def dead(self) -> bool:
-        """Surely; another process may have got its number since."""
+        """Whether it has certainly ended; another process may have its id by now."""
         return self.here and process_start(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -82,12 +82,12 @@ class Holder:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Makes ``folder`` and holds its lock. Who only reads there needs none.
+    """Creates ``folder`` and holds its lock. Readers do not need it.
 
-    Where the holder is on another host and may be gone, this waits for a sign of life, at most :data:`STALE` seconds.
+    If the holder is on another host and may be dead, this waits for a sign of life, for at most :data:`STALE` seconds.
 
     Raises:
-        UserError: another process writes there, or the folder cannot be written.
+        UserError: another process writes there, or the folder is not writable.
     """
     path, own = folder / LOCK, Holder.own()
     new = part_of(path)
@@ -115,16 +115,16 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def process_start(pid: int) -> int:
-    """When a process of this host began, in clock ticks after the host did; 0 where there is none or no /proc."""
+    """Start of a process of this host in clock ticks since boot; 0 without such a process or without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])  # ended, and its parent has not asked yet
+    return 0 if fields[0] in "ZX" else int(fields[19])  # ended, but not yet reaped by its parent
 
 
 def now_in(folder: Path) -> float:
-    """The time of ``folder``'s file system, whose clock stamps its files."""
+    """The current time by the clock that stamps the files of ``folder``'s file system."""
     probe = part_of(folder / "now")
     probe.touch()
     try:
@@ -134,7 +134,7 @@ def now_in(folder: Path) -> float:
 
 
 def _enter(path: Path, own: str, new: Path) -> None:
-    """Makes ``own`` the file in ``path``; ``new`` is a folder with such a file."""
+    """Makes ``own`` the file in ``path``; ``new`` is a folder that contains a file of that name."""
     seen: tuple[str, float] | None = None
     while True:
         refused: OSError | None = None
@@ -143,7 +143,7 @@ def _enter(path: Path, own: str, new: Path) -> None:
         except OSError as error:
             refused = error
         there = _files(path)
-        if own in there:  # whatever the rename said: a network file system may send it twice
+        if own in there:  # even if the rename failed: a network file system may send it twice
             return
         if not there:
             if refused is not None and refused.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -157,10 +157,10 @@ def _enter(path: Path, own: str, new: Path) -> None:
             continue
         silent = now_in(path.parent) - beat
         if holder.dead or silent > STALE:
-            why = "is gone" if holder.dead else f"gave no sign of life for {silent:.0f} s"
+            why = "has ended" if holder.dead else f"gave no sign of life for {silent:.0f} s"
             logger.warning("%s was in use by %s, which %s: this process takes over", path.parent, holder, why)
-            with suppress(FileNotFoundError):  # another one was faster
-                os.utime(file)  # first, or under its new name it would look as old
+            with suppress(FileNotFoundError):  # another process was faster
+                os.utime(file)  # before the rename, or the new name would look just as old
                 os.rename(file, path / own)
             continue
         if holder.here or seen not in (None, (file.name, beat)):
@@ -187,7 +187,7 @@ def _live(file: Path, over: threading.Event) -> None:
             missing = 0
         except FileNotFoundError:
             missing += 1
-        except OSError:  # a network file system that is away for a while
+        except OSError:  # a network file system that is temporarily unavailable
             continue
         if missing == 2 and not over.is_set():
             print(

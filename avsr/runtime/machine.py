@@ -1,26 +1,26 @@
-"""What the machine lets this process use, and how the process shares it."""
+"""The CPUs that this process may use, and how it shares them."""
 
 from __future__ import annotations
 
 import os
 
-SPIN_COUNT = "1000"  # rounds: a step takes 1.17 times as long on a quiet machine, 0.38 times beside two programs
+SPIN_COUNT = "1000"  # rounds: a step takes 1.17 times as long on an idle machine, 0.38 times next to two programs
 
 
 def cpus() -> int:
-    """The CPUs this process may use, which in a container can be fewer than the machine has."""
+    """The number of CPUs that this process may use, which in a container can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def spin_briefly() -> None:
-    """Lets OpenMP's idle threads give their core away after some microseconds of spinning, unless the user has said how
-    they should wait.
+    """Makes OpenMP's idle threads yield their core after some microseconds of spinning, unless the user has configured
+    how they wait.
 
-    By default they spin for milliseconds, which on a machine that runs other programs takes the cores from the very
-    threads they wait for (``bench/LOG.md`` has the measurements). gcc's OpenMP, torch's, reads the variable when it is
-    loaded, so this comes before the first import of torch.
+    By default they spin for milliseconds. On a machine that runs other programs, this takes the cores from the very
+    threads they wait for (``bench/LOG.md`` has the measurements). gcc's OpenMP, which torch uses, reads the variable
+    when it is loaded, so call this before the first import of torch.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

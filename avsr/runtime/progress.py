@@ -1,4 +1,4 @@
-"""One progress bar with an ETA for everything that takes long; plain lines where stderr is no terminal."""
+"""A progress bar with an ETA for everything that takes long; plain lines when stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN_SECONDS = 15.0  # between plain lines
 class ProgressBar:
     """``with ProgressBar("features", total) as bar: bar.advance()``; ``shown=False`` prints nothing.
 
-    ``moved`` are called with every advance of any bar.
+    Every advance of any bar calls all functions in ``moved``.
     """
 
     moved: ClassVar[list[Callable[[], None]]] = []
@@ -62,7 +62,7 @@ class ProgressBar:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Moves on by ``count``; ``note`` stands behind the numbers."""
+        """Advances by ``count``; ``note`` is shown after the numbers."""
         for call in self.moved:
             call()
         self._done += count

@@ -197,7 +197,7 @@ def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str
 
 
 def _run_identity(subject: Subject, config: Config, dataset: SpeechDataset) -> dict[str, Any]:
-    snr = dataset.reading.view.snr
+    snr = dataset.reading.version.snr
     return _sizes(subject) | {
         "reads": dataset.reading.task,
         "noise": "none" if snr == CLEAN else f"at {snr:g} dB",

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import avsr.training.run
 from avsr.cli import main
-from avsr.config import Config, load_config, to_yaml
+from avsr.config import load_config, to_yaml
 from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
 from avsr.models.build import WEIGHTS, build_model, build_store
@@ -209,7 +209,7 @@ def make_corpus() -> Callable[..., Path]:
 def tiny_recipe(tiny_llm: Path, tiny_whisper: Path, make_corpus: Callable[..., Path]) -> Callable[..., Path]:
     """``tiny_recipe(tmp_path, **{"training.steps": 2})``: path of a complete recipe for the tiny parts.
 
-    Its corpora lie in ``tmp_path/corpus``, its run in ``tmp_path/run``.
+    Its corpora are in ``tmp_path/corpus``, its run in ``tmp_path/run``.
     """
 
     def make(tmp_path: Path, **overrides: Any) -> Path:
@@ -288,21 +288,24 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def write_checkpoint(config: Config, run: Path) -> None:
-    cpu = torch.device("cpu")
+@pytest.fixture(scope="session")
+def untrained(tiny_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint of ``tiny_recipe``."""
+    config, cpu = load_config(str(tiny_recipe(tmp_path_factory.mktemp("untrained")))), torch.device("cpu")
     model, _ = build_model(config, build_store(config, cpu), cpu)
-    for name in ("best", "last"):
-        folder = run / "checkpoints" / name
-        folder.mkdir(parents=True)
-        save_file({k: v.detach().clone() for k, v in model.own_state().items()}, str(folder / WEIGHTS))
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return {name: value.detach().clone() for name, value in model.own_state().items()}
 
 
 @pytest.fixture
-def run_folder(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+def run_folder(tiny_recipe: Callable[..., Path], untrained: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     """A run as training leaves it, untrained."""
-    write_checkpoint(load_config(str(tiny_recipe(tmp_path))), run := tmp_path / "run")
+    run = tmp_path / "run"
+    text = to_yaml(load_config(str(tiny_recipe(tmp_path))))
+    for folder in (run / "checkpoints" / "best", run / "checkpoints" / "last"):
+        folder.mkdir(parents=True)
+        save_file(untrained, str(folder / WEIGHTS))
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (run / "config.yaml").write_text(text, encoding="utf-8")
     return run
 
 
@@ -338,15 +341,23 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def refuse_training(
+    refuse: Callable[..., str], one_process: None, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> Callable[..., str]:
+    """``refuse_training("key=value", **changes)``: the message of ``avsr train`` of a tiny recipe that must fail."""
+    return lambda *overrides, **changes: refuse("train", tiny_recipe(tmp_path, **changes), *overrides)
+
+
 @pytest.fixture(scope="session")
 def draw_face() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """The function of drawn_face.py beside this file."""
+    """The function of drawn_face.py next to this file."""
     return runpy.run_path(str(Path(__file__).with_name("drawn_face.py")))["draw_face"]
 
 
 @pytest.fixture(scope="session")
 def parts() -> Any:
-    """The module official_checkpoint.py beside this file."""
+    """The module official_checkpoint.py next to this file."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("official_checkpoint.py"))))
 
 

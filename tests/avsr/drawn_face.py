@@ -8,7 +8,7 @@ import numpy as np
 
 
 def _points_of_a_face() -> np.ndarray:
-    """(68, 2): a face in units of half the distance between the outer corners of its eyes, which lie on y = 0."""
+    """(68, 2): a face in units of half the distance between the outer corners of its eyes, which are at y = 0."""
     jaw = np.linspace(np.pi, 0, 17)
     points = [(1.35 * np.cos(t), 0.2 + 2.1 * np.sin(t)) for t in jaw]
     points += [(x, -0.45) for x in np.linspace(-1.1, -0.3, 5)] + [(x, -0.45) for x in np.linspace(0.3, 1.1, 5)]

@@ -54,7 +54,7 @@ def fuzz(count: int, cases: st.SearchStrategy[Any], check: Callable[[Any], Any],
 
     @settings(
         max_examples=count,
-        derandomize=count == FEW,
+        derandomize=count <= FEW,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -65,6 +65,24 @@ def fuzz(count: int, cases: st.SearchStrategy[Any], check: Callable[[Any], Any],
             check(case)
 
     every()
+
+
+def fuzz_file(
+    count: int, path: Path, cases: st.SearchStrategy[bytes], read: Callable[[], Any], always: Iterable[bytes] = ()
+) -> None:
+    """``fuzz`` with a check that writes the case to ``path`` and calls ``read``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        read()
+
+    fuzz(count, cases, check, always)
+
+
+def fuzz_json(count: int, path: Path, value: Any, read: Callable[[], Any], *more: bytes) -> None:
+    """Fuzzes a file with ``value`` as JSON: changed, damaged, with everything hostile in each part, and ``more``."""
+    fuzz_file(count, path, json_file(value), read, [*each_changed(value), *more])
 
 
 @contextmanager

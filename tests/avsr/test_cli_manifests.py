@@ -37,96 +37,64 @@ def change_rows(manifest: Path, changes: dict[int, dict[str, Any] | str]) -> Non
     manifest.write_text("\n".join(lines) + "\n")
 
 
-# Manifests
+GONE = {number: {"audio": f"gone{number}.wav"} for number in range(1, 9)}
+BROKEN: dict[str, tuple[str, dict[int, Any], list[str], list[str]]] = {
+    # what it is of: manifest, changed rows, what the message has, and what it has not
+    "bad lines": (
+        "train",
+        {2: "{", 5: {"text": ""}, 6: {"audio": "gone.wav"}},
+        ["data.on_bad=skip", "3 of 8", ":2: ", ":5: ", ":6: "],
+        [],
+    ),
+    "bad sound": (
+        "train",
+        {n: {"audio": f"{name}.wav"} for n, name in enumerate(["short", "long", "text", "silent", "gone"], 1)},
+        ["5 of 8", "0.05 s", "200.00 s", *(f":{n}: " for n in range(1, 6)), "text.wav", "silent.wav", "gone.wav"],
+        [],
+    ),
+    "a long list, cut": ("train", GONE, ["8 of 8", "and 3 more", "gone5.wav"], ["gone6.wav"]),
+    "a long transcript": (
+        "train",
+        {3: {"text": "x" * 41}, 4: {"text": "y" * 40}},
+        [":3: ", "41 tokens", "data.max_text_tokens = 40"],
+        [":4: "],
+    ),
+    "a long training clip": ("train", {2: {"audio": "3s.wav"}}, [":2: ", "training.frames = 120"], []),
+    "a long validation clip": ("validation", {2: {"audio": "3s.wav"}}, [":2: ", "training.frames = 120"], []),
+}
 
 
-def test_bad_lines_are_refused_up_front_and_listed(
-    refuse: Refuse, one_process: None, tiny_recipe: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_manifests_are_refused_before_training(
+    tone: Tone, refuse_training: Refuse, tiny_recipe: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:
-    recipe = tiny_recipe(tmp_path)
-    manifest = tmp_path / "corpus" / "train" / "manifest.jsonl"
-    change_rows(manifest, {2: "{", 5: {"text": ""}, 6: {"audio": "gone.wav"}})
-    message = refuse("train", recipe)
-    for number in (2, 5, 6):
-        assert f"{manifest}:{number}: " in message
-    assert "data.on_bad=skip" in message and "3 of 8" in message
-
-
-def test_bad_utterances_of_every_kind_are_refused_up_front(
-    tone: Tone,
-    refuse: Refuse,
-    one_process: None,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    recipe = tiny_recipe(tmp_path)
-    manifest = tmp_path / "corpus" / "train" / "manifest.jsonl"
-    folder = manifest.parent
-    tone(folder / "short.wav", 0.05)
-    tone(folder / "long.wav", 200)
-    (folder / "text.wav").write_text("no sound")
-    soundfile.write(str(folder / "silent.wav"), np.zeros(16_000), 16_000)
-    names = ["short", "long", "text", "silent", "gone"]
-    change_rows(manifest, {number: {"audio": f"{name}.wav"} for number, name in enumerate(names, 1)})
-    message = refuse("train", recipe)
-    for number, name in enumerate(names, 1):
-        assert f"{manifest}:{number}: " in message and f"{name}.wav" in message
-    assert "5 of 8" in message and "0.05 s" in message and "200.00 s" in message
-
-
-def test_long_lists_of_bad_lines_are_cut(
-    refuse: Refuse, one_process: None, tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = tiny_recipe(tmp_path)
-    change_rows(tmp_path / "corpus/train/manifest.jsonl", {n: {"audio": f"gone{n}.wav"} for n in range(1, 9)})
-    message = refuse("train", recipe)
-    assert "8 of 8" in message and "and 3 more" in message and "gone5.wav" in message and "gone6.wav" not in message
-
-
-def test_a_transcript_that_is_too_long(
-    refuse: Refuse, one_process: None, tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    recipe = tiny_recipe(tmp_path, **{"data.max_text_tokens": 40})
-    manifest = tmp_path / "corpus/train/manifest.jsonl"
-    change_rows(manifest, {3: {"text": "x" * 41}, 4: {"text": "y" * 40}})
-    message = refuse("train", recipe)
-    assert f"{manifest}:3: " in message and "41 tokens" in message and "data.max_text_tokens = 40" in message
-    assert f"{manifest}:4" not in message
+    split, changes, parts, absent = BROKEN[case]
+    tiny_recipe(tmp_path)
+    manifest = tmp_path / "corpus" / split / "manifest.jsonl"
+    for name, seconds in (("short", 0.05), ("long", 200), ("3s", 3.0)):
+        tone(manifest.parent / f"{name}.wav", seconds)
+    (manifest.parent / "text.wav").write_text("no sound")
+    soundfile.write(str(manifest.parent / "silent.wav"), np.zeros(16_000), 16_000)
+    change_rows(manifest, changes)
+    message = refuse_training("data.max_text_tokens=40")
+    for part in parts:
+        assert (f"{manifest}{part}" if part[0] == ":" else part) in message
+    assert not any(part in message for part in absent)
 
 
 def test_a_transcript_longer_than_the_model_takes(
-    refuse: Refuse, one_process: None, tiny_recipe: Callable[..., Path], tmp_path: Path
+    refuse_training: Refuse, tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The tiny model has 256 positions: 34 are prompt and speech, which leaves fewer than the config allows."""
-    recipe = tiny_recipe(tmp_path, **{"data.max_text_tokens": 256})
+    tiny_recipe(tmp_path)
     manifest = tmp_path / "corpus/train/manifest.jsonl"
     change_rows(manifest, {3: {"text": "x" * 250}})
-    message = refuse("train", recipe)
+    message = refuse_training("data.max_text_tokens=256")
     assert f"{manifest}:3: " in message and "256" in message
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_an_utterance_above_the_frame_budget_is_named_before_training(
-    tone: Tone,
-    refuse: Refuse,
-    one_process: None,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    split: str,
-) -> None:
-    recipe = tiny_recipe(tmp_path)
-    manifest = tmp_path / "corpus" / split / "manifest.jsonl"
-    tone(manifest.parent / "u001.wav", 3.0)  # 150 frames
-    change_rows(manifest, {2: {"duration": 3.0}})
-    message = refuse("train", recipe)
-    assert f"{manifest}:2: " in message and "training.frames = 120" in message
-
-
 def test_skipped_utterances_are_counted(
-    tone: Tone,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    tone: Tone, tiny_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = load_config(str(tiny_recipe(tmp_path)), ["data.on_bad=skip", "data.max_text_tokens=30"])
     manifest = tmp_path / "corpus/train/manifest.jsonl"

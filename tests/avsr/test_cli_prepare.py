@@ -19,7 +19,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def videos(tmp_path: Path, draw_face: Callable[..., Any]) -> Path:
-    """A folder with two transcribed videos of one second; beside it are the landmarks."""
+    """A folder with two transcribed videos of one second; the landmarks are next to it."""
     frames, points = draw_face(np.zeros(25), 28, 75, 50)
     tone = 0.3 * np.sin(np.arange(25 * 640) / 9)
     for folder in ("in", "landmarks"):

@@ -137,7 +137,7 @@ def _atoms(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 def test_a_sound_track_that_starts_hours_late_takes_no_memory(tmp_path: Path) -> None:
-    """The silence in front of it would be as long as the file says."""
+    """The silence before it would be as long as the file says."""
     write_video(tmp_path / "a.mp4", np.zeros((12, 96, 96), np.uint8), sound=TONE[: 12 * 640])
     with av.open(str(tmp_path / "a.mp4")) as given, av.open(str(tmp_path / "a.mkv"), "w") as made:
         streams = {stream.index: made.add_stream_from_template(stream) for stream in given.streams}

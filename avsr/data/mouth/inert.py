@@ -1,8 +1,8 @@
 """Reads pickles of numpy arrays without running anything that they name.
 
-Landmarks of LRS2, LRS3 and VoxCeleb2 are handed out as pickles of lists of arrays. A pickle can call any function
-it names, so the few names that arrays need are mapped to stand-ins here which only keep what they are given, and
-every other name is refused. numpy's own unpickling code never sees the file.
+Landmarks of LRS2, LRS3 and VoxCeleb2 are distributed as pickles of lists of arrays. A pickle can call any function it
+names. Here the few names that arrays need are mapped to stand-ins that only store their arguments, and every other name
+is refused. numpy's own unpickling code never sees the file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from avsr.errors import UserError
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a pickle of numbers, texts, None, lists, tuples, dicts and numpy arrays of numbers.
+    """The content of a pickle of numbers, strings, None, lists, tuples, dicts and numpy arrays of numbers.
 
     Raises:
-        UserError: the file cannot be read, is no pickle, or names anything else, which the message tells.
+        UserError: the file cannot be read, is not a pickle, or names anything else; the message names it.
     """
     try:
         data = path.read_bytes()
@@ -38,8 +38,8 @@ def read_pickle(path: Path) -> Any:
 
 
 def _refuse_large_memo(data: bytes) -> None:
-    """The unpickler makes room for the highest number under which a value is kept, which may be 2^32; and it takes the
-    memory of a text before it looks how much of it there is, which ``genops`` checks."""
+    """The unpickler allocates memory for the largest memo index, which may be 2^32, and for a string before it checks
+    that the string is that long, which ``genops`` does check."""
     for code, argument, _ in pickletools.genops(data):
         if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
             raise ValueError(f"it keeps a value under the number {argument}")
@@ -123,11 +123,11 @@ class _Inert(pickle.Unpickler):
                 f"{self._path} is refused: it names {module}.{name}; only numpy arrays, lists, tuples, dicts, numbers,"
                 " texts and None are read from a pickle"
             ) from None
-        return lambda *given: stand_in(*given)  # a new one: a pickle can set attributes of what it names
+        return lambda *given: stand_in(*given)  # a new function each time: a pickle can set attributes of what it names
 
 
 def _finish(value: Any, depth: int) -> Any:
-    """Stand-ins to arrays, all through lists, tuples and dicts."""
+    """Replaces stand-ins by arrays, within lists, tuples and dicts."""
     if depth > 8:
         raise ValueError("it is nested deeper than landmarks are")
     if isinstance(value, _Array):

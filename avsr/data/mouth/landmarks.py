@@ -1,12 +1,12 @@
 """Landmark files: 68 points of a face for each frame of a video at 25 fps.
 
 The points are those of the usual 68-point scheme (iBUG 300-W), x and y in pixels of the video, pixel centres at whole
-numbers. Three formats, looked for in this order:
+numbers. Three formats, searched in this order:
 
 * ``NAME.npz`` with the array ``landmarks``, (T, 68, 2) of floats; a frame without a face is NaN.
 * ``NAME.npy``, the same array alone.
 * ``NAME.pkl``, a pickled list with an array (68, 2) or None for each frame, as the landmarks of LRS2, LRS3 and
-  VoxCeleb2 are handed out. It is read by ``avsr.data.mouth.inert``, which runs nothing.
+  VoxCeleb2 are distributed. ``avsr.data.mouth.inert`` reads it without running anything.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_landmarks(path: Path) -> np.ndarray:
     """(T, 68, 2) float32, NaN where a frame has none.
 
     Raises:
-        UserError: the file cannot be read, holds something else, or a pickle names a class.
+        UserError: the file cannot be read, contains something else, or is a pickle that names a class.
     """
     if path.suffix == ".pkl":
         value = read_pickle(path)
@@ -51,7 +51,7 @@ def read_landmarks(path: Path) -> np.ndarray:
 
 
 def _bytes(path: Path) -> bytes:
-    """What a .npy file holds, the one named landmarks.npy in a .npz."""
+    """The bytes of a .npy file, or of landmarks.npy in a .npz file."""
     if not zipfile.is_zipfile(path):
         _refuse_large(path.stat().st_size, path)
         return path.read_bytes()
@@ -59,7 +59,7 @@ def _bytes(path: Path) -> bytes:
         names = [name.removesuffix(".npy") for name in file.namelist()]
         if "landmarks" not in names:
             raise UserError(f"{path} has no array 'landmarks' (it has {', '.join(names) or 'none'})")
-        _refuse_large(file.getinfo("landmarks.npy").file_size, path)  # and no more is unpacked than it says
+        _refuse_large(file.getinfo("landmarks.npy").file_size, path)  # no more than this is unpacked
         return file.read("landmarks.npy")
 
 
@@ -69,8 +69,7 @@ def _refuse_large(size: int, path: Path) -> None:
 
 
 def _array(data: bytes) -> np.ndarray:
-    """The array of a .npy file. numpy's own reader takes the memory that the header asks for before it looks how much
-    there is."""
+    """The array of a .npy file. numpy's own reader allocates what the header claims before it checks the size."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

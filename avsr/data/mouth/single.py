@@ -1,4 +1,4 @@
-"""The mouth of one video file, for transcribing what was never prepared."""
+"""The mouth of one video file, for transcribing videos that were not prepared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mouth_video(path: Path) -> Path:
     """``path`` if its pictures are mouth crops already; else a video of the mouth, made once and kept in the cache.
 
     Raises:
-        UserError: no readable video, no face in it or in too few of its frames (as in ``avsr prepare``), the mouth
+        UserError: the video is unreadable, too few of its frames have a face (as in ``avsr prepare``), the mouth is
             outside the picture, or the landmark detector is missing.
     """
     height, width = next(iter(video_frames(path))).shape

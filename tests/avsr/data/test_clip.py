@@ -73,7 +73,7 @@ def test_streams_that_disagree_are_named_with_both_lengths(tmp_path: Path) -> No
     for part in ("m.jsonl:3", "'u'", "0.80 s", "1.04 s", "data.max_mismatch = 0.2 s"):
         assert part in str(caught.value)
     assert load_clip(row, BOTH, max_mismatch=0.25).video_frames == 20
-    # alone neither is cut
+    # a single stream is never cut
     assert load_clip(row, {"audio"}, max_mismatch=0.0).samples == 640 * 20
     assert load_clip(row, {"video"}, max_mismatch=0.0).video_frames == 26
 

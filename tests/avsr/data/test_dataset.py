@@ -115,10 +115,3 @@ def test_all_reasons_are_in_one_message(tiny_recipe: Callable[..., Path], tmp_pa
     message = str(caught.value)
     for part in ("of 9 utterances cannot be used", ":3: not a JSON object", "allowed are data.max_text_tokens = 11"):
         assert part in message
-
-
-def test_nothing_left_is_an_error_even_when_skipping(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    config = load_config(str(tiny_recipe(tmp_path)), ["data.max_text_tokens=1", "data.on_bad=skip"])
-    store = build_store(config, torch.device("cpu"))
-    with pytest.raises(UserError, match="no utterance can be used"):
-        load_dataset(config.data.train, config.data, store, list, title="x", reading=Reading("audio"))

@@ -128,15 +128,6 @@ def test_a_cache_hit_does_not_encode(
     assert all(torch.equal(a, second.sound(u)) for a, u in zip(kept, corpus, strict=True))
 
 
-def test_load_without_prepare_fills_the_cache(
-    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
-) -> None:
-    made = store()
-    features = made.sound(corpus[0])
-    assert len(files(tmp_path / "cache")) == 1
-    assert torch.equal(features, made.sound(corpus[0]))
-
-
 @pytest.mark.parametrize("seconds", [0.6, 0.8])
 def test_a_changed_file_is_encoded_anew(
     store: Callable[..., FeatureStore], corpus: list[Utterance], seconds: float

@@ -38,7 +38,7 @@ def test_the_mouth_is_centred_upright_and_of_one_size(draw_face: Draw, half: flo
     crop = crops_of(frames, landmarks)[6]
     assert crop.shape == (96, 96) and crop.dtype == np.uint8
     x, y, angle, width = mouth_of(crop)
-    # the spot blackens the right end, so that the white part's centre lies a little to the left
+    # the spot blackens the right end, so the center of the white part is slightly to the left
     assert abs(y - 47.5) < 1 and -3 < x - 47.5 < 0.5
     assert abs(angle) < 2
     assert crop[44:52, 64:74].min() < 60 < crop[44:52, 22:32].min()  # the spot is on the right

@@ -77,7 +77,7 @@ def test_one_face_is_followed(fake: FakeDetector) -> None:
     found = track_landmarks(frames(11))
     assert found[0, 0, 0] == 200  # the larger one at first
     assert found[5, 0, 0] == 200  # then the one that overlaps it, though another is larger now
-    assert found[10, 0, 0] == 0  # it is gone
+    assert found[10, 0, 0] == 0  # the face has disappeared
 
 
 def test_a_face_that_comes_and_goes(fake: FakeDetector) -> None:

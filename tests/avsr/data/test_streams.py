@@ -170,7 +170,7 @@ def test_mixed_tasks_have_the_logits_of_each_alone(tiny_llm: Path, attached: boo
 
 
 def test_a_model_of_two_streams_hears_as_one_of_one(tiny_llm: Path) -> None:
-    """The audio task alone is that of an audio model with the same weights."""
+    """Its audio task gives the same numbers as an audio model with the same weights."""
     both, one = make_model(tiny_llm, "audiovisual"), make_model(tiny_llm, "audio")
     state = both.own_state()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Reading and writing video: levels, frame rates, sound in step, and files that are none."""
+"""Reading and writing video: levels, frame rates, sound in sync, and files that are not video."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def remux(source: Path, path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty folder beside one with the clip secret.mp4 and secret.ts."""
+    """An empty folder next to one with the clip secret.mp4 and secret.ts."""
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     write_video(secrets / "secret.mp4", PICTURES, sound=TONE)
@@ -73,7 +73,7 @@ def test_no_other_file_is_read(folder: Path, kind: str, files: dict[str, str]) -
 
 
 def test_a_name_is_a_path_whatever_it_looks_like(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg's protocol of this name joins the files behind it."""
+    """FFmpeg's protocol of this name joins the files named after it."""
     monkeypatch.chdir(folder)
     (folder / "b.ts").symlink_to(folder.parent / "secrets" / "secret.ts")
     path = Path("concat:b.ts")

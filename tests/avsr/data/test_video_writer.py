@@ -1,4 +1,4 @@
-"""Writing video: the same bytes for the same frames, and frames that are none."""
+"""Writing video: the same bytes for the same frames, and invalid frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One writer in a folder: whoever comes second is refused, and takes over from one that is gone."""
+"""One writer per folder: a second one is refused, and takes over from one that has ended."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_dead_process_of_this_host_is_followed_at_once(
     plant(tmp_path, replace(Holder.own(), pid=pid, born=born - (kind == "number used again")))
     with caplog.at_level(logging.WARNING), hold(tmp_path):
         assert Holder.parse(next((tmp_path / LOCK).iterdir())).pid == os.getpid()
-    assert re.search(rf"was in use by process {pid} on .* which is gone", caplog.text)
+    assert re.search(rf"was in use by process {pid} on .* which has ended", caplog.text)
     process.wait()
 
 

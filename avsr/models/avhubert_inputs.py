@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from avsr.data.clip import center_crop
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 
-SAMPLE_RATE = 16_000
 WINDOW, HOP = 400, 160  # samples: 25 and 10 ms
 FFT = 512
 MELS = 26

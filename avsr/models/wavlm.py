@@ -15,11 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.sources import locate
-
-SAMPLE_RATE = 16_000
 
 
 class WavLMEncoder(SpeechEncoder):

@@ -13,12 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.formats.ctranslate2 import load_whisper_encoder
 from avsr.models.sources import locate
 
-SAMPLE_RATE = 16_000
 HOP = 160  # samples between mel frames
 WINDOW = 400  # samples
 SAMPLES_PER_FRAME = 2 * HOP  # the second convolution halves the mel frames: 50 a second

@@ -1,6 +1,6 @@
 """``avsr plan CONFIG``: the memory that a training will take on every ZeRO stage, and the batches that fit, before it
-runs. No weight of a model of the hub is loaded, and where that cannot be asked the models of our configs are planned by
-a table of their sizes."""
+runs. No weights of the hub's models are loaded; without access to the hub, the models of our configs are planned from a
+table of their sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from avsr.models.compression import compressed_length, compressed_width
 from avsr.models.llm import add_lora
 from avsr.models.projector import make_projector
 from avsr.models.sources import inside_run
+from avsr.tools.estimate.memory import Load, Sizes, Way, largest, memory, read_sizes
 from avsr.tools.estimate.outlines import LETTERS, EncoderOutline, outline_encoder, outline_llm
-from avsr.tools.estimate.plan import Load, Sizes, Way, largest, memory, read_sizes
 
-FREE = 0.1  # of the device's memory, for its context, fragments and the libraries' buffers
-_SECONDS, _TOKENS = 4.0, 15  # of the utterances that are assumed where there is no manifest yet: LRS3's are about so
+FREE = 0.1  # share of the device's memory, for its context, fragmentation and the libraries' buffers
+_SECONDS, _TOKENS = 4.0, 15  # of the utterances assumed without a manifest: about LRS3's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,13 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
     """
     Args:
         config: of the training.
-        ranks: processes, one a device.
+        ranks: processes, one per device.
         device_memory: bytes of a device.
 
     Returns:
         ``stages``: by ZeRO stage the bytes by part, their ``total`` and the largest ``training.frames`` that fits;
-        ``sizes``, ``load``, ``assumed`` (no manifest was there), ``published`` (the models planned by the table) and
-        ``counted`` (texts were, by the model's tokenizer).
+        ``sizes``, ``load``, ``assumed`` (there was no manifest), ``published`` (the models planned from the table) and
+        ``counted`` (the model's tokenizer counted the tokens).
 
     Raises:
         UserError: bad input.
@@ -94,25 +94,18 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
 
 
 def way_of(config: Config, ranks: int) -> Way:
-    """How ``config`` trains; its precision must be settled."""
+    """How ``config`` trains; ``settle_precision`` must have been called on it."""
     training, deepspeed = config.training, config.deepspeed
     element = 2 if training.precision == "bf16" else 4
     ours_on_cpu = config.model.llm.attention == "flashsink" and not torch.cuda.is_available()
-    return Way(
-        ranks,
-        deepspeed.stage,
-        element,
-        4 if ours_on_cpu else element,
-        training.gradient_checkpointing,
-        config.loss.cross_entropy,
-        training.kernels,
-        deepspeed.offload_optimizer,
-        deepspeed.offload_parameters,
-    )
+    attention = 4 if ours_on_cpu else element
+    kinds = training.gradient_checkpointing, config.loss.cross_entropy, training.kernels
+    offloads = deepspeed.offload_optimizer, deepspeed.offload_parameters
+    return Way(ranks, deepspeed.stage, element, attention, *kinds, *offloads)
 
 
 def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
-    """A table for people, MB."""
+    """The plan as a table to print, in MB."""
     sizes, load, way = planned["sizes"], planned["load"], planned["way"]
     lines = [
         f"{sizes.frozen / 1e6:,.0f} M frozen and {sizes.trained / 1e6:,.1f} M trained parameters, {way.ranks} ranks, "
@@ -172,7 +165,7 @@ def _rows(
 
 
 def _heaviest(config: Config, rows: Sequence[Row], frames: int, sizes: Sizes, way: Way) -> Load:
-    """The micro-batch under a budget of ``frames`` that takes the most memory."""
+    """The micro-batch within a budget of ``frames`` that takes the most memory."""
     most = config.training.utterances if frames == config.training.frames else len(rows)
     sizes_of = [row.frames for row in rows]
     if max(sizes_of) > frames:

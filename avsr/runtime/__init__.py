@@ -1,1 +1,1 @@
-"""Progress bars, folders that are whole or absent, locks, and the machine's cores."""
+"""Progress bars, folders that are whole or absent, locks, a process pool, and the machine's cores."""

@@ -106,7 +106,7 @@ def fresh(run: Path, file: str) -> None:
     """Removes an earlier run of the demo, recognized by its ``file``."""
     if run.exists():
         if not (run / file).is_file():
-            raise UserError(f"{run} exists and is no run of the demo; move it away")
+            raise UserError(f"{run} exists and is not a run of the demo; move it away")
         shutil.rmtree(run)
 
 

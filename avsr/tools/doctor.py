@@ -37,9 +37,9 @@ def report() -> tuple[list[str], bool]:
         ("optional", _OPTIONAL, ""),
     ):
         lines.append(f"{title}:")
-        found = {name: _version(name) for name in names}
-        missing = [name for name, version in found.items() if not version]
-        lines += [f"  {name:23s} {versions.outside(name) or found[name] or 'missing'}" for name in names]
+        installed = {name: _version(name) for name in names}
+        missing = [name for name, version in installed.items() if not version]
+        lines += [f"  {name:23s} {versions.outside(name) or installed[name] or 'missing'}" for name in names]
         if packages := [_WEIGHTS[name] for name in missing if name in _WEIGHTS]:
             hint = install(*packages)
         if missing and hint:

@@ -128,9 +128,8 @@ def compare_frozen(
         parts = {f"{prefix}.{name}": parameter for name, parameter in _unwrapped(encoder).items()}
         matrices = [key for key in parts.keys() & state.keys() if state[key].dim() > 1]
         if official.encoder_state(state, prefix) and not matrices:
-            raise UserError(
-                f"{where}: {prefix} is of another kind than {type(encoder).__name__}: model.{stream}.encoder"
-            )
+            kind = type(encoder).__name__
+            raise UserError(f"{where}: {prefix} is of another kind than {kind}: model.{stream}.encoder")
         pairs |= {key: (parameter, f"model.{stream}.encoder.name") for key, parameter in parts.items()}
     # not vectors: biases of zero and norms of one are the same in many models
     common = sorted(key for key in pairs.keys() & state.keys() if state[key].dim() > 1)
@@ -143,9 +142,8 @@ def compare_frozen(
             shapes = f"{list(theirs.shape)} in the checkpoint and {list(ours.shape)} in {named}"
             raise UserError(f"{where}: the frozen {key} is {shapes}: another model")
         if not _close(theirs, ours):
-            raise UserError(
-                f"{where}: the frozen {key} is not that of {named}: the checkpoint was trained on another model"
-            )
+            reason = "the checkpoint was trained on another model"
+            raise UserError(f"{where}: the frozen {key} is not that of {named}: {reason}")
         compared.append(key)
     return compared
 

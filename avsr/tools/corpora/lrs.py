@@ -41,7 +41,7 @@ def read_lrs3(root: Path, seg: float, validation: int = LRS3_VALIDATION, validat
     """
     videos = {name: sorted((root / name).glob("*/*.mp4")) for name in ("trainval", "pretrain", "test")}
     if not any(videos.values()):
-        raise UserError(f"{root} is no LRS3: expected trainval, pretrain or test with SPEAKER/00001.mp4 in it")
+        raise UserError(f"{root} is not LRS3: expected trainval, pretrain or test with SPEAKER/00001.mp4 in it")
     held_ids: set[str] = set()
     held_speakers: set[str] = set()
     if validation_ids is not None:
@@ -74,7 +74,7 @@ def read_lrs2(root: Path, seg: float) -> Found:
     """
     data = root / "mvlrs_v1" if (root / "mvlrs_v1").is_dir() else root
     if not any((data / name).is_dir() for name in ("main", "pretrain")):
-        raise UserError(f"{root} is no LRS2: expected mvlrs_v1 with main and pretrain in it")
+        raise UserError(f"{root} is not LRS2: expected mvlrs_v1 with main and pretrain in it")
     lists = {
         "train": ("main", ("train", "main")),
         "val": ("main", ("validation",)),

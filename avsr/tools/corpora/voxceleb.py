@@ -43,7 +43,7 @@ def read_vox2(root: Path, seg: float, english: Path | None) -> Found:
             sound = (root / part / "wav" / f"{inner}.wav", root / part / "aac" / f"{inner}.m4a")
             yield Source(f"{part}/mp4/{inner}", path, inner.split("/")[0], (manifest,), window=seg, audio=sound)
     if not seen:
-        raise UserError(f"{root} is no VoxCeleb2: expected dev/mp4/idXXXXX/VIDEO/00001.mp4 or the same in test")
+        raise UserError(f"{root} is not VoxCeleb2: expected dev/mp4/idXXXXX/VIDEO/00001.mp4 or the same in test")
     if not taken:
         raise UserError(f"the list {english} names none of the {seen} videos in {root}")
 
@@ -75,7 +75,7 @@ def read_labels(path: Path) -> dict[str, str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{where}: expected a JSON object with 'id' and 'text'") from None
             if not isinstance(name, str) or not isinstance(text, str):
-                raise UserError(f"{where}: 'id' and 'text' must be texts")
+                raise UserError(f"{where}: 'id' and 'text' must be strings")
         elif path.suffix == ".csv":
             label = parse_label(line, where)
             if label.text is None:

@@ -111,11 +111,11 @@ def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
         f"{sizes.frozen / 1e6:,.0f} M frozen and {sizes.trained / 1e6:,.1f} M trained parameters, {way.ranks} ranks, "
         f"{device_memory / 2**20:,.0f} MB each",
         f"largest micro-batch of training.frames = {config.training.frames}: {load.tokens} tokens, {load.labels} labels"
-        + (" (assumed: utterances of 4 s; the manifest is not there)" if planned["assumed"] else ""),
+        + (" (assumed: utterances of 4 s; there is no manifest)" if planned["assumed"] else ""),
     ]
     if planned["published"]:
-        guessed = "" if planned["counted"] else f" (texts: a token for {LETTERS} letters)"
-        lines.append(f"not here, so planned by the sizes that are known{guessed}: {', '.join(planned['published'])}")
+        guessed = "" if planned["counted"] else f" (texts: one token per {LETTERS} letters)"
+        lines.append(f"not available here, planned from known sizes{guessed}: {', '.join(planned['published'])}")
     lines.append("")
     stages = planned["stages"]
     lines.append(f"{'MB at ZeRO stage':22s}" + "".join(f"{f'{s} <' if s == way.stage else s:>12}" for s in stages))

@@ -61,7 +61,7 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
         raise UserError(f"--steps: expected at least 1, got {steps}")
     out = Path(f"{config.run}-profile")
     if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is no profile; name another folder with run=")
+        raise UserError(f"{out} exists and is not a profile; name another folder with run=")
     if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
         shutil.rmtree(out, ignore_errors=True)
     config.run, config.resume, config.log.tensorboard = str(out), False, False

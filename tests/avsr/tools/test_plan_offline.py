@@ -58,7 +58,7 @@ def test_every_recipe_is_planned_with_nothing_here(nothing: None, name: str) -> 
     assert planned["published"] == parts and not planned["counted"]
     assert planned["sizes"].frozen == PARAMETERS[config.model.llm.name]
     assert planned["stages"][2]["frames"] >= config.training.frames
-    shown = [line for line in page(config, planned, 80e9).splitlines() if "sizes that are known" in line]
+    shown = [line for line in page(config, planned, 80e9).splitlines() if "from known sizes" in line]
     assert len(shown) == 1 and all(str(part) in shown[0] for part in parts) and "4 letters" in shown[0]
     assert not any(Path().iterdir())
 

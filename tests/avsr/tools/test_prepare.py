@@ -354,7 +354,7 @@ def test_nothing_to_prepare(corpus: Callable[..., Path], go: Callable[..., run.P
     with pytest.raises(UserError, match="no folder"):
         go("videos")
     (tmp_path / "landmarks").mkdir()
-    with pytest.raises(UserError, match=r"not one clip could be made.*refused\.jsonl.*no landmark file"):
+    with pytest.raises(UserError, match=r"no clip could be made.*refused\.jsonl.*no landmark file"):
         go("videos")
     with pytest.raises(UserError, match="no folder"):
         go("videos", "elsewhere")

@@ -113,7 +113,7 @@ def test_a_profile_does_not_replace_what_is_none(
     (tmp_path / "run-profile").mkdir()
     (tmp_path / "run-profile" / "precious").touch()
     message = refuse("profile", tiny_recipe(tmp_path))
-    assert "run-profile exists and is no profile" in message
+    assert "run-profile exists and is not a profile" in message
 
 
 def test_a_profile_of_no_step_is_refused(tiny_recipe: Recipe, tmp_path: Path, refuse: Callable[..., str]) -> None:

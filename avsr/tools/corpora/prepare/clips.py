@@ -188,7 +188,7 @@ def _span(piece: Piece, frames: int) -> tuple[int, int]:
     start = max(0, math.floor(piece.start * FRAMES_PER_SECOND + 1e-6))
     end = frames if piece.end is None else min(frames, math.ceil(piece.end * FRAMES_PER_SECOND - 1e-6))
     if end - start < MIN_FRAMES:
-        raise Refused("short", f"{max(0, end - start)} frames, {MIN_FRAMES} are needed")
+        raise Refused("short", f"{max(0, end - start)} frames, at least {MIN_FRAMES} are needed")
     length = (end - start) / FRAMES_PER_SECOND
     if piece.limit is not None and length > piece.limit + 1e-6:
         raise Refused("long", f"{length:.2f} s, more than seg={piece.limit:g}, and no word times to cut at")

@@ -88,7 +88,7 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     if not report.manifests:
         first = refused[0].reason if refused else "nothing was found"
-        raise UserError(f"not one clip could be made; {out / REFUSED} has the reasons; the first: {first}")
+        raise UserError(f"no clip could be made; {out / REFUSED} has the reasons; the first: {first}")
     return report
 
 

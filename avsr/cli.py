@@ -131,15 +131,15 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _synth(arguments: argparse.Namespace) -> None:
-    from avsr.tools.synth.corpus import parse_options, synthesise
+    from avsr.tools.corpora.synth.corpus import parse_options, synthesise
 
     for name, count in synthesise(Path(arguments.out), parse_options(arguments.overrides)).items():
         print(f"{count:7d}  {name}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from avsr.tools.prepare.options import parse_options
-    from avsr.tools.prepare.run import REFUSED, prepare
+    from avsr.tools.corpora.prepare.options import parse_options
+    from avsr.tools.corpora.prepare.run import REFUSED, prepare
 
     options = parse_options(arguments.corpus, arguments.overrides)
     report = prepare(arguments.corpus, arguments.root, arguments.out, options)

@@ -14,13 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from avsr.data.video_writer import FRAMES_PER_SECOND, write_video
-from avsr.tools.synth.espeak import Espeak, Speech
-from avsr.tools.synth.mouth import draw_mouth
-from avsr.tools.synth.sentences import GRID_SAID_AS
-from avsr.tools.synth.shards import normalise
-from avsr.tools.synth.visemes import TARGETS, VISEMES, frames_of, viseme_track
-from avsr.tools.synth.voices import VOICES
+from avsr.data.rates import FRAMES_PER_SECOND
+from avsr.data.video_writer import write_video
+from avsr.tools.corpora.synth.espeak import Espeak, Speech
+from avsr.tools.corpora.synth.mouth import draw_mouth
+from avsr.tools.corpora.synth.sentences import GRID_SAID_AS
+from avsr.tools.corpora.synth.shards import normalise
+from avsr.tools.corpora.synth.visemes import TARGETS, VISEMES, frames_of, viseme_track
+from avsr.tools.corpora.synth.voices import VOICES
 
 SPEAKERS = ("us_f2", "gb_m7", "sc_m4", "us_annie", "us_m2", "gb_quincy")
 SHOWN = {

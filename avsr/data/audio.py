@@ -13,9 +13,9 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError, at
 
-SAMPLE_RATE = 16_000
 SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
 MAX_SAMPLES = 3600 * 48_000  # of one file: an hour at 48 kHz
 RATES = (1000, 400_000)  # Hz

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE, load_audio, refuse_unusable
+from avsr.data.audio import load_audio, refuse_unusable
 from avsr.data.manifest import Utterance
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.video import read_video, read_video_sound
 from avsr.errors import UserError, at
 
-FRAMES_PER_SECOND = 25
-SAMPLES_PER_VIDEO_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
@@ -96,7 +95,7 @@ def _aligned(wave: Tensor, mouth: Tensor, max_mismatch: float, name: str) -> Cli
             f"{name}: the sound lasts {sound:.2f} s and the video {video:.2f} s, allowed is a difference of "
             f"data.max_mismatch = {max_mismatch:g} s"
         )
-    frames = min(len(mouth), -(-len(wave) // SAMPLES_PER_VIDEO_FRAME))
-    samples = frames * SAMPLES_PER_VIDEO_FRAME
+    frames = min(len(mouth), -(-len(wave) // SAMPLES_PER_FRAME))
+    samples = frames * SAMPLES_PER_FRAME
     padded = torch.nn.functional.pad(wave[:samples], (0, max(samples - len(wave), 0)))
     return Clip(padded, mouth[:frames])

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from avsr.config import DataConfig
-from avsr.data.audio import SAMPLE_RATE
-from avsr.data.clip import FRAMES_PER_SECOND, Clip, load_clip
+from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
 from avsr.runtime.folders import part_of

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE
-from avsr.data.video_writer import FRAMES_PER_SECOND, encode_video, write_video
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
+from avsr.data.video_writer import encode_video, write_video
 from avsr.errors import UserError, at
 
-__all__ = ["FRAMES_PER_SECOND", "encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
+__all__ = ["encode_video", "read_video", "read_video_sound", "video_frames", "write_video"]
 
 MAX_SIDE = 4096  # pixels
 MAX_SECONDS = 3600

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.errors import UserError
-
-FRAMES_PER_SECOND = 25
-SOUND_RATE = 16_000  # Hz
 
 _SOUND_BITS = 64_000  # per second
 # With B-frames or macroblock trees, x264 (core 165) reads uninitialized memory, and one clip in hundreds comes out
@@ -62,7 +60,7 @@ def encode_video(
         video.options = {**_X264, "crf": str(crf)}
         track = None
         if sound is not None:
-            track = container.add_stream("aac", rate=SOUND_RATE, layout="mono")
+            track = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
             track.codec_context.bit_rate = _SOUND_BITS
         picture = np.full((height * 3 // 2, width), 128, np.uint8)  # luma, then two color planes of neutral gray
         luma = np.rint(16 + np.arange(256) * (219 / 255)).astype(np.uint8)  # players expect 16 to 235
@@ -76,7 +74,7 @@ def encode_video(
             wave = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(sound, np.float32)[None], format="fltp", layout="mono"
             )
-            wave.sample_rate, wave.pts, wave.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
+            wave.sample_rate, wave.pts, wave.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
             container.mux(track.encode(wave))
             container.mux(track.encode())
     return buffer.getvalue()

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import center_crop
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 
 WINDOW, HOP = 400, 160  # samples: 25 and 10 ms

@@ -22,13 +22,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip, center_crop
+from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import loading, resolve
 from avsr.runtime.folders import part_of
 
 CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
-FRAMES_PER_SECOND = 25
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "avsr-visual-1"
 

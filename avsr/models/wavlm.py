@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, WavLMModel
 
 from avsr.config import EncoderConfig
-from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import Clip
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.sources import loading, locate

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 
 from avsr.config import EncoderConfig
-from avsr.data.audio import SAMPLE_RATE
 from avsr.data.clip import Clip
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.formats.ctranslate2 import load_whisper_encoder

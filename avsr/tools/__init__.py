@@ -1,1 +1,1 @@
-"""What stands beside training and scoring: corpora, pretraining, estimates, analysis, demos."""
+"""Everything besides training and scoring: corpora, pretraining, estimates, analysis, demos."""

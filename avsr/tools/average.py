@@ -24,10 +24,10 @@ def average(run: str | Path, last: int = 0) -> Path:
 
     Args:
         run: a run folder.
-        last: how many; 0 takes all that there are.
+        last: how many; 0 takes all.
 
     Returns:
-        The folder that was written.
+        The folder written.
 
     Raises:
         UserError: fewer than two checkpoints, a damaged one, or two that do not belong together.
@@ -57,7 +57,7 @@ def average(run: str | Path, last: int = 0) -> Path:
 
 
 def _check(folders: list[Path]) -> None:
-    """Refuses checkpoints that differ from the newest in a tensor's name or shape or in their model's config."""
+    """Refuses checkpoints that differ from the newest in the name or shape of a tensor or in the model's config."""
     newest = folders[-1]
     expected, config = checkpoint_shapes(newest), read_run_config(newest).model
     for folder in folders[:-1]:

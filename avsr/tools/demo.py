@@ -1,7 +1,7 @@
-"""``make demo``: the whole way of the data on real parts, with the decorrelation loss off and on.
+"""``make demo``: the whole pipeline with real models, with the decorrelation loss off and on.
 
-Synthesise a corpus, teach the projector its words once, train twice from there, evaluate on unseen sentences and unseen
-voices, and write one report.
+Synthesizes a corpus, teaches the projector its words once, trains twice from there, evaluates on unseen sentences and
+unseen voices, and writes one report.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,14 @@ from avsr.models.build import build_model, build_store, load_run, pick_device
 from avsr.tools.analyze import analyze_model, write_results
 from avsr.training.warm_start import warm_projector
 
-logger = logging.getLogger("avsr")
-
 RECIPES = {"off": "demo", "on": "demo_decorrelation"}
 CORPUS = "data/demo"
 FOLDER = "runs/demo"
 SYNTH_OPTIONS = ["grid=1000", "open=0", "voices=8", "video=0"]
 PROJECTOR_STEPS = 400
-# With a projector that knows the words, half the batch and three fifths of the recipe's steps do. With 200 steps the
-# loss has not removed the sink yet, with a larger lambda or learning rate BOS and <audio> swap roles (bench/LOG.md).
+# With a projector that knows the words, half the batch and three fifths of the recipe's steps are enough. After 200
+# steps the loss has not removed the sink yet; with a larger lambda or learning rate, BOS and <audio> swap roles
+# (bench/LOG.md).
 OVERRIDES = ["training.steps=300", "training.validate_every=100", "training.utterances=4", "training.frames=450"]
 
 
@@ -45,7 +45,7 @@ def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     run_command("synth", CORPUS, *SYNTH_OPTIONS)
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [*OVERRIDES, f"training.initial_weights={folder / 'projector.safetensors'}", *overrides]
-    say("2/6  the projector learns to point to the embeddings of the words said")
+    say("2/6  the projector learns to map speech to the embeddings of its words")
     _teach_projector(overrides)
     say("3/6  word error rate before training")
     before = _untrained(overrides)
@@ -68,18 +68,14 @@ def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 def summarise(wer_before: float, analyses: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The numbers of ``summary.json``: WER as fractions, means over layers 1..L-1, intermediate = ``<audio>``; a sink
-    rate is None where no row is long enough for one."""
+    rate is None if no row is long enough for one."""
     off, on = analyses["off"], analyses["on"]
     summary: dict[str, Any] = {"wer_before": wer_before}
     for name, analysis in analyses.items():
         summary[f"wer_{name}"] = analysis["scores"]["sentences"]["wer"]
         summary[f"wer_{name}_unseen_voices"] = analysis["scores"]["unseen_voices"]["wer"]
-    for key, source in (
-        ("cos2", "cos2"),
-        ("intermediate_activation", "intermediate_activation"),
-        ("intermediate_sink_rate", "intermediate_sink_rate"),
-    ):
-        summary[f"{key}_off"], summary[f"{key}_on"] = off[source], on[source]
+    for key in ("cos2", "intermediate_activation", "intermediate_sink_rate"):
+        summary[f"{key}_off"], summary[f"{key}_on"] = off[key], on[key]
     summary["lambda"], summary["margin"] = on["lambda"], on["margin"]
     summary["utterances"] = off["utterances"]
     summary["seconds"] = seconds
@@ -106,16 +102,16 @@ def _untrained(overrides: list[str]) -> float:
     return decode_set(model, dataset, config, name)[0].wer
 
 
-def fresh(run: Path, mark: str) -> None:
-    """Removes an earlier run of the demo, known by its file ``mark``."""
+def fresh(run: Path, file: str) -> None:
+    """Removes an earlier run of the demo, recognized by its ``file``."""
     if run.exists():
-        if not (run / mark).is_file():
-            raise UserError(f"{run} exists and is no run of the demo; move it away")
+        if not (run / file).is_file():
+            raise UserError(f"{run} exists and is not a run of the demo; move it away")
         shutil.rmtree(run)
 
 
 def run_command(*arguments: str) -> None:
-    """Runs ``avsr ...`` in a process of its own: measured apart, and light to start for the workers of synth."""
+    """Runs ``avsr ...`` in its own process: its memory is measured alone, and synth's workers start fast."""
     command = [sys.executable, "-m", "avsr.cli", *arguments]
     status = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
     if status:
@@ -123,16 +119,15 @@ def run_command(*arguments: str) -> None:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Decorrelation loss on Whisper-tiny.en + SmolLM2-135M, synthetic GRID speech")
-    for column in ("", "off", "on"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = "Decorrelation loss on Whisper-tiny.en + SmolLM2-135M, synthetic GRID speech"
+    table = make_table(title, ("", "off", "on"))
     rows = (
         ("WER, unseen sentences", "wer_{}", "{:.3f}"),
         ("WER, unseen voices", "wer_{}_unseen_voices", "{:.3f}"),
         ("mean cos² to BOS", "cos2_{}", "{:.4f}"),
         ("<audio>: max |h|", "intermediate_activation_{}", "{:,.0f}"),
         ("<audio>: sink rate", "intermediate_sink_rate_{}", "{:.3f}"),
-        ("seconds a step", "seconds_per_step_{}", "{:.2f}"),
+        ("seconds per step", "seconds_per_step_{}", "{:.2f}"),
     )
     for label, key, form in rows:
         values = [summary[key.format(name)] for name in RECIPES]
@@ -140,7 +135,7 @@ def _table(summary: dict[str, Any]) -> Table:
     table.caption = (
         f"before training: WER {summary['wer_before']:.2f}; "
         f"lambda {summary['lambda']:g}, margin {summary['margin']:g}; "
-        f"{summary['utterances']} utterances a set; {summary['seconds']:.0f} s, {summary['peak_memory_mb']:.0f} MB"
+        f"{summary['utterances']} utterances per set; {summary['seconds']:.0f} s, {summary['peak_memory_mb']:.0f} MB"
     )
     return table
 
@@ -149,16 +144,32 @@ def say(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="avsr.tools.demo", description="Trains off and on, and writes one report.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both trainings")
-    parser.add_argument("--folder", default=FOLDER)
+def make_table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table; the nameless column is of labels, the others of numbers."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
+
+
+def command(
+    program: str, description: str, folder: str, run: Callable[[Path, list[str]], Any], table: Callable[[Any], Table]
+) -> Path:
+    """Reads the command line, runs a demo, prints its table and returns its folder."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all trainings")
+    parser.add_argument("--folder", default=folder)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded():
-        summary = run_demo(Path(arguments.folder), arguments.overrides)
-    Console().print(_table(summary))
-    print(f"report: {Path(arguments.folder) / 'report.html'}")
+        summary = run(Path(arguments.folder), arguments.overrides)
+    Console().print(table(summary))
+    return Path(arguments.folder)
+
+
+def main() -> None:
+    folder = command("avsr.tools.demo", "Trains off and on, and writes one report.", FOLDER, run_demo, _table)
+    print(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,22 @@
-"""``make demo-av``: sound, mouth and both on a synthetic corpus, in babble from clean to -5 dB.
+"""``make demo-av``: sound, mouth and both on a synthetic corpus, from clean to babble at -5 dB.
 
-Draws a corpus, teaches the small visual encoder to read its mouths, trains one model a task and scores all of them.
-The mouths are drawn from the phonemes that the recogniser has to find: what the video adds is there by construction.
+Draws a corpus, teaches the small visual encoder to read its mouths, trains one model per task and scores all of them.
+The mouths are drawn from the phonemes that the recognizer has to find: the video helps by construction.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from avsr.data.noise import CLEAN
-from avsr.errors import guarded
 from avsr.evaluation.run import evaluate_model, test_sets
 from avsr.models.build import load_run, pick_device
-from avsr.tools.demo import fresh, run_command, say
+from avsr.tools.demo import command, fresh, make_table, run_command, say
 
 CORPUS = "data/demo_av"
 FOLDER = "runs/demo_av"
@@ -43,7 +38,7 @@ def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     say("1/5  a corpus of synthetic speech with drawn mouths")
     timed("corpus", "synth", CORPUS, *SYNTH_OPTIONS)
     folder.mkdir(parents=True, exist_ok=True)
-    say("2/5  the visual encoder learns the corpus' visemes and words")
+    say("2/5  the visual encoder learns the visemes and words of the corpus")
     fresh(folder / "visual", "pretrain.yaml")
     timed("visual", "pretrain", "demo_visual", f"run={folder / 'visual'}")
     wer: dict[str, dict[str, float]] = {}
@@ -63,7 +58,7 @@ def _encoder(task: str, folder: Path) -> list[str]:
 
 
 def _scores(run: Path, task: str) -> dict[str, float]:
-    """WER by condition; noise does not reach a task without sound."""
+    """WER by condition; a task without sound has no noise."""
     levels = SNR if task != "video" else (CLEAN,)
     listed = ",".join(".inf" if level == CLEAN else f"{level:g}" for level in levels)
     config, model, store = load_run(run, [f"noise.snr=[{listed}]"], pick_device())
@@ -72,9 +67,9 @@ def _scores(run: Path, task: str) -> dict[str, float]:
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(title="WER by task and babble, synthetic GRID speech with drawn mouths")
-    for column in ("", *(f"{level:g} dB" if level != CLEAN else "clean" for level in SNR), "unseen voices, clean"):
-        table.add_column(column, justify="left" if not column else "right")
+    levels = [f"{level:g} dB" if level != CLEAN else "clean" for level in SNR]
+    title = "WER by task and babble, synthetic GRID speech with drawn mouths"
+    table = make_table(title, ("", *levels, "unseen voices, clean"))
     for task, scores in summary["wer"].items():
         cells = []
         for level in SNR:
@@ -87,14 +82,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="avsr.tools.demo_av", description="Audio, video and both, by noise level.")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the three trainings")
-    parser.add_argument("--folder", default=FOLDER)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with guarded():
-        summary = run_demo(Path(arguments.folder), arguments.overrides)
-    Console().print(_table(summary))
+    command("avsr.tools.demo_av", "Audio, video and both, by noise level.", FOLDER, run_demo, _table)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _OPTIONAL = ("liger-kernel", "flash-attn", "wandb", "kernels")
 
 
 def report() -> tuple[list[str], bool]:
-    """The lines to print, and whether everything that training needs is there."""
+    """The lines to print, and whether everything that training needs is installed."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"]
     complete = True
     for title, names, hint in (
@@ -37,11 +37,9 @@ def report() -> tuple[list[str], bool]:
         ("optional", _OPTIONAL, ""),
     ):
         lines.append(f"{title}:")
-        missing = []
-        for name in names:
-            version = _version(name)
-            missing += [] if version else [name]
-            lines.append(f"  {name:23s} {versions.outside(name) or version or 'missing'}")
+        installed = {name: _version(name) for name in names}
+        missing = [name for name, version in installed.items() if not version]
+        lines += [f"  {name:23s} {versions.outside(name) or installed[name] or 'missing'}" for name in names]
         if packages := [_WEIGHTS[name] for name in missing if name in _WEIGHTS]:
             hint = install(*packages)
         if missing and hint:
@@ -52,8 +50,7 @@ def report() -> tuple[list[str], bool]:
     lines.append("flashsink backends:")
     lines += [f"  {name:10s} {state}" for name, state in flashsink.backends().items()]
     lines.append("tools:")
-    beside = os.path.dirname(sys.executable)
-    path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
     for tool, why in (
         ("ninja", "for optimizers of DeepSpeed's own (deepspeed.config), which it compiles"),
         ("c++", "a C++ compiler, for the same and for csrc, without which the CPU kernels are plain PyTorch"),

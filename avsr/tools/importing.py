@@ -40,25 +40,25 @@ def import_checkpoint(
 ) -> Path:
     """Writes a run folder with the checkpoint's trained tensors under our names.
 
-    The AV-HuBERT that the checkpoint holds goes with them (``encoders/*.safetensors``; the config names it by ``run:``,
-    so that the run can be moved): its batch statistics moved in training. The language model and a Whisper or WavLM
-    encoder are frozen and stay where the config names them; a few of their values are compared. Whisper is set to 30 s
-    windows and normalised waveforms, as it was trained, unless ``overrides`` say otherwise. The rate of average pooling
-    leaves no trace in the weights: the recipe's has to be the right one.
+    The AV-HuBERT in the checkpoint is copied too, since its batch statistics changed in training
+    (``encoders/*.safetensors``; the config names it by ``run:``, which allows moving the run). The language model and a
+    Whisper or WavLM encoder are frozen and not copied; a few of their values are compared with the models that the
+    config names. Whisper is set to 30 s windows and normalized waveforms, as it was trained, unless ``overrides`` say
+    otherwise. The rate of average pooling leaves no trace in the weights: the recipe's must be the right one.
 
     Args:
         checkpoint: ``model_avg_N.pth``.
         recipe: a config as for training: task, encoders, compression, language model, manifests.
         out: the run folder to make.
         overrides: ``key=value`` of the config.
-        reduction: Llama-AVSR's ``--reduction_lora R``; with ``alpha`` takes the place of the config's model.lora.
+        reduction: Llama-AVSR's ``--reduction_lora R``; with ``alpha`` it replaces the config's model.lora.
         alpha: Llama-AVSR's ``--alpha``.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: unreadable checkpoint, one that does not fit the config (naming key, shapes and the likely cause),
+        UserError: an unreadable checkpoint, one that does not fit the config (naming key, shapes and the likely cause),
             or a folder that exists.
     """
     path, out = Path(checkpoint), Path(out)
@@ -90,8 +90,8 @@ def import_checkpoint(
 
 
 def _write(part: Path, out: Path, state: official.State, config: Config, path: Path) -> Path:
-    """Everything below ``part``, whose config already says ``out``."""
-    saved = copy.deepcopy(config)  # building settles the precision for this machine
+    """Writes everything into ``part``; its config already names ``out``."""
+    saved = copy.deepcopy(config)  # build_model settles the precision for this machine
     for stream in config.model.streams:
         file = _export_encoder(part, stream, state, config, path)
         if file is not None:
@@ -106,7 +106,7 @@ def _write(part: Path, out: Path, state: official.State, config: Config, path: P
     publish(part / "checkpoints" / "best", translated, saved, {"step": 0, "imported": path.name})
     (part / "config.yaml").write_text(to_yaml(saved), encoding="utf-8")
     counts = len(translated), len(state) - len(translated), len(compared)
-    logger.info("%s: %d tensors imported, %d frozen ones left to their own files (%d compared)", out, *counts)
+    logger.info("%s: %d tensors imported, %d frozen ones not copied (%d of them compared)", out, *counts)
     return out
 
 
@@ -116,7 +116,7 @@ def compare_frozen(
     """Compares a few values of a few frozen tensors with the models that the config names.
 
     Returns:
-        The names that were compared, as the checkpoint has them.
+        The names of the tensors compared, in the checkpoint.
 
     Raises:
         UserError: one differs by more than rounding to bf16.
@@ -128,11 +128,10 @@ def compare_frozen(
         parts = {f"{prefix}.{name}": parameter for name, parameter in _unwrapped(encoder).items()}
         matrices = [key for key in parts.keys() & state.keys() if state[key].dim() > 1]
         if official.encoder_state(state, prefix) and not matrices:
-            raise UserError(
-                f"{where}: {prefix} is of another kind than {type(encoder).__name__}: model.{stream}.encoder"
-            )
+            kind = type(encoder).__name__
+            raise UserError(f"{where}: {prefix} is of another kind than {kind}: model.{stream}.encoder")
         pairs |= {key: (parameter, f"model.{stream}.encoder.name") for key, parameter in parts.items()}
-    # vectors say little: biases of zero and norms of one are alike in many models
+    # not vectors: biases of zero and norms of one are the same in many models
     common = sorted(key for key in pairs.keys() & state.keys() if state[key].dim() > 1)
     compared = []
     for key in _some(common):
@@ -143,9 +142,8 @@ def compare_frozen(
             shapes = f"{list(theirs.shape)} in the checkpoint and {list(ours.shape)} in {named}"
             raise UserError(f"{where}: the frozen {key} is {shapes}: another model")
         if not _close(theirs, ours):
-            raise UserError(
-                f"{where}: the frozen {key} is not that of {named}: the checkpoint was trained on another model"
-            )
+            reason = "the checkpoint was trained on another model"
+            raise UserError(f"{where}: the frozen {key} is not that of {named}: {reason}")
         compared.append(key)
     return compared
 
@@ -167,16 +165,13 @@ def _close(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _unwrapped(encoder: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names inside the pretrained model, which is one attribute of the encoder."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in encoder.named_parameters():
-        if "lora_" not in name:
-            found[name.partition(".")[2].replace(".base_layer.", ".")] = parameter
-    return found
+    """Parameters by their names in the pretrained model, which is one attribute of the encoder."""
+    own = {name.partition(".")[2]: parameter for name, parameter in encoder.named_parameters() if "lora_" not in name}
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in own.items()}
 
 
 def _export_encoder(part: Path, stream: str, state: official.State, config: Config, where: Path) -> Path | None:
-    """Writes the AV-HuBERT of ``stream`` and returns its place below the run; None where there is none to write."""
+    """Writes the AV-HuBERT of ``stream`` and returns its path below the run; None if there is none to write."""
     settings = config.model.streams[stream].encoder
     prefix = official.encoder_prefix(state, stream)
     tensors = official.encoder_state(state, prefix)

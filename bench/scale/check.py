@@ -26,7 +26,7 @@ import torch.distributed as dist
 from avsr.config import load_config
 from avsr.data.batches import Schedule, collate
 from avsr.tools.estimate.flops import Rows, step_flops
-from avsr.tools.estimate.plan import Sizes, Way
+from avsr.tools.estimate.memory import Sizes, Way
 from avsr.tools.estimate.profiling import WARM_UP, model_sizes
 from avsr.training.run import make_trainer, process_group
 from avsr.training.trainer import Trainer

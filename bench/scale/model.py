@@ -1,7 +1,7 @@
 """Step time and memory of LoRA training by arithmetic: ranks, nodes, lengths, model size, ZeRO stage.
 
 A step takes as long as its slowest rank computes, and what of its communication nothing hides. Memory is what
-``avsr plan`` says (:mod:`avsr.tools.estimate.plan`), model FLOPs what ``avsr profile`` counts
+``avsr plan`` says (:mod:`avsr.tools.estimate.memory`), model FLOPs what ``avsr profile`` counts
 (:mod:`avsr.tools.estimate.flops`).
 """
 
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from avsr.data.batches import make_batches
 from avsr.tools.estimate.flops import Rows, step_flops
-from avsr.tools.estimate.plan import Load, Sizes, Way, memory
+from avsr.tools.estimate.memory import Load, Sizes, Way, memory
 from bench.shapes import MODELS, utterances
 
 RANKS = {"llama-3.2-1b": 64, "llama-3.2-3b": 96, "llama-3.1-8b": 128}  # LoRA's: hidden / 32

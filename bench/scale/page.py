@@ -6,7 +6,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from avsr.tools.estimate.plan import Way, largest
+from avsr.tools.estimate.memory import Way, largest
 from bench import ledger
 from bench.scale.check import TABLE
 from bench.scale.model import Cluster, Link, Step, llama, needed, step

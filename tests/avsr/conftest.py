@@ -369,6 +369,12 @@ def plain_llm(parts: Any, tiny_llm: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
+def official(parts: Any, plain_llm: Path, tiny_whisper: Path) -> Any:
+    """An official checkpoint of the task audio."""
+    return parts.audio_checkpoint(plain_llm, tiny_whisper)
+
+
+@pytest.fixture
 def audio_recipe(tiny_recipe: Callable[..., Path], tmp_path: Path, plain_llm: Path) -> Callable[..., Path]:
     def make(**overrides: Any) -> Path:
         lora = {"rank": 8, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}

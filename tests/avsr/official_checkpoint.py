@@ -51,6 +51,8 @@ def write_plain_llm(tiny_llm: Path, folder: Path) -> Path:
 class Official:
     """A checkpoint as Llama-AVSR writes it, and its parts."""
 
+    prompts = PROMPTS
+
     def __init__(self, llm: Path, streams: dict[str, tuple[int, int]], layernorm: bool = True) -> None:
         """``streams``: projector's prefix -> (width into it, hidden)."""
         generator = torch.Generator().manual_seed(5)
@@ -136,6 +138,18 @@ class Official:
         rows += [embed[ids[0]], embed[ids[1]]]
         with torch.no_grad():
             return llm(inputs_embeds=torch.cat(rows)[None]).logits[0, -len(ids[1]) - 1 :]
+
+
+def audio_checkpoint(llm: Path, whisper: Path) -> Official:
+    official = Official(llm, {"audio_proj": (32, 32)})
+    official.add_whisper(whisper)
+    return official
+
+
+def mouth_checkpoint(llm: Path) -> Official:
+    official = Official(llm, {"video_proj": (128, 32)})
+    official.add_avhubert("video_encoder")
+    return official
 
 
 def pooled(features: Tensor, rate: int) -> Tensor:

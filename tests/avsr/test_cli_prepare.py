@@ -58,7 +58,7 @@ def test_nothing_usable_is_a_failure(videos: Path, refuse: Refuse) -> None:
     for name in ("a", "b"):
         (videos / f"{name}.mp4").write_bytes(b"no video")
     message = refuse(*start(videos))
-    assert "not one clip could be made" in message and str(videos.parent / "out/refused.jsonl") in message
+    assert "no clip could be made" in message and str(videos.parent / "out/refused.jsonl") in message
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
 from avsr.evaluation.run import evaluate
+from avsr.tools.corpora.prepare.journal import Journal
+from avsr.tools.corpora.prepare.options import PrepareOptions
+from avsr.tools.corpora.prepare.run import prepare
 from avsr.tools.corpora.source import is_safe_id
-from avsr.tools.prepare.journal import Journal
-from avsr.tools.prepare.options import PrepareOptions
-from avsr.tools.prepare.run import prepare
 
 HOSTILE = [
     "../x",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from avsr.data import audio, video
 from avsr.data.audio import load_audio
+from avsr.data.rates import SAMPLE_RATE
 from avsr.data.video import read_video, read_video_sound
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
@@ -104,7 +105,7 @@ def test_video_files(count: int, kind: str, tmp_path: Path, monkeypatch: pytest.
             read_video(path)
         finally:
             sound = read_video_sound(path)
-            assert sound is None or len(sound) <= 2 * video.MAX_SECONDS * audio.SAMPLE_RATE
+            assert sound is None or len(sound) <= 2 * video.MAX_SECONDS * SAMPLE_RATE
 
     fields = _atoms(whole) if kind == "mp4" else st.nothing()
     tools.fuzz(count, st.one_of(tools.damaged(whole, 400), fields, tools.damaged(whole)), check)

@@ -25,12 +25,12 @@ from avsr.tools.analyze import _scores
 from avsr.tools.corpora import voxceleb
 from avsr.tools.corpora.lrs import read_list
 from avsr.tools.corpora.muavic import read_muavic
+from avsr.tools.corpora.prepare.journal import FORMAT, Journal
+from avsr.tools.corpora.synth import corpus
+from avsr.tools.corpora.synth.options import SynthOptions
 from avsr.tools.corpora.transcripts import read_transcript
 from avsr.tools.corpora.voxceleb import read_labels
 from avsr.tools.lipreader.timed import _read_times
-from avsr.tools.prepare.journal import FORMAT, Journal
-from avsr.tools.synth import corpus
-from avsr.tools.synth.options import SynthOptions
 from avsr.training.engine import deepspeed_config
 from avsr.training.metrics import DRAWN, read_metrics
 from avsr.training.resume import FRAMES, read_frames

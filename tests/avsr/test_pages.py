@@ -38,7 +38,9 @@ def _fences(page: str) -> list[tuple[str, str]]:
 
 
 def test_every_block_has_a_language_that_is_tested() -> None:
-    assert {(page, kind) for page in PAGES for kind, _ in _fences(page) if kind not in ("sh", "python", "json", "yaml")} == set()
+    assert {
+        (page, kind) for page in PAGES for kind, _ in _fences(page) if kind not in ("sh", "python", "json", "yaml")
+    } == set()
     assert blocks("sh") and blocks("python")
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avsr.config import LoraConfig
 from avsr.models.projector import make_projector
 from avsr.tools.estimate.flops import step_flops
-from avsr.tools.estimate.plan import Way, read_sizes
+from avsr.tools.estimate.memory import Way, read_sizes
 from bench.scale import check, page
 from bench.scale.model import (
     FEATURES,

@@ -17,7 +17,7 @@ from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
 from avsr.models.sources import locate
 from avsr.tools.analysis.observe import forward_watched
 from avsr.tools.analysis.subject import Subject, text_subject
-from avsr.tools.synth.sentences import open_sentences
+from avsr.tools.corpora.synth.sentences import open_sentences
 
 SENTENCES, SEED = 100, 0  # of the text that is read by default
 

@@ -1,1 +1,1 @@
-"""Readers of the directory and label formats of talking-face corpora: what clips there are and what is said."""
+"""Corpora: readers of folders and labels, ``prepare``, which cuts clips, and ``synth``, which makes a corpus."""

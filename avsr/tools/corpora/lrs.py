@@ -1,14 +1,15 @@
-"""LRS2 and LRS3 as they were handed out: ``SET/SPEAKER/00001.mp4`` with ``00001.txt`` beside it.
+"""LRS2 and LRS3 as distributed: ``SET/SPEAKER/00001.mp4`` with ``00001.txt`` next to it.
 
 LRS3 has the sets pretrain, trainval and test. LRS2 has ``mvlrs_v1/main`` and ``mvlrs_v1/pretrain``, and the lists
 ``train.txt``, ``val.txt``, ``test.txt`` and ``pretrain.txt`` (``SPEAKER/00001`` and perhaps a second column), which
-lie in that folder or beside it. Utterances of pretrain are cut at word boundaries, those of the other sets are kept
+are in that folder or next to it. Utterances of pretrain are cut at word boundaries, those of the other sets are kept
 whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read_lrs3(root: Path, seg: float, validation: int = LRS3_VALIDATION, validat
 
     The manifests: ``trainval``, ``pretrain``, ``train`` (both), ``validation`` and ``test``. LRS3 has no validation
     set, so one is held out of trainval: the utterances in the file ``validation_ids`` (one ``trainval/SPEAKER/00001``
-    a line), or else those of whole speakers, picked by a hash of their names, until there are ``validation`` (at
+    per line), or else those of whole speakers, picked by a hash of their names, until there are ``validation`` (at
     most 5% of trainval). What such speakers say in pretrain is in ``pretrain`` but not in ``train``.
 
     Args:
@@ -36,11 +37,11 @@ def read_lrs3(root: Path, seg: float, validation: int = LRS3_VALIDATION, validat
         validation_ids: a list to hold out instead.
 
     Raises:
-        UserError: none of the sets is there, or the list cannot be read.
+        UserError: none of the sets exists, or the list cannot be read.
     """
     videos = {name: sorted((root / name).glob("*/*.mp4")) for name in ("trainval", "pretrain", "test")}
     if not any(videos.values()):
-        raise UserError(f"{root} is no LRS3: expected trainval, pretrain or test with SPEAKER/00001.mp4 in it")
+        raise UserError(f"{root} is not LRS3: expected trainval, pretrain or test with SPEAKER/00001.mp4 in it")
     held_ids: set[str] = set()
     held_speakers: set[str] = set()
     if validation_ids is not None:
@@ -51,13 +52,12 @@ def read_lrs3(root: Path, seg: float, validation: int = LRS3_VALIDATION, validat
         for path in paths:
             speaker = path.parent.name
             source = f"{name}/{speaker}/{path.stem}"
-            if name == "test":
-                manifests: tuple[str, ...] = ("test",)
-            elif name == "trainval":
-                held = source in held_ids or speaker in held_speakers
-                manifests = ("validation",) if held else ("train", "trainval")
-            else:
-                manifests = ("pretrain",) if speaker in held_speakers else ("train", "pretrain")
+            held = speaker in held_speakers or name == "trainval" and source in held_ids
+            manifests = {
+                "trainval": ("validation",) if held else ("train", "trainval"),
+                "pretrain": ("pretrain",) if held else ("train", "pretrain"),
+                "test": ("test",),
+            }[name]
             yield from utterance(source, path, manifests, seg if name == "pretrain" else None)
 
 
@@ -74,19 +74,15 @@ def read_lrs2(root: Path, seg: float) -> Found:
     """
     data = root / "mvlrs_v1" if (root / "mvlrs_v1").is_dir() else root
     if not any((data / name).is_dir() for name in ("main", "pretrain")):
-        raise UserError(f"{root} is no LRS2: expected mvlrs_v1 with main and pretrain in it")
+        raise UserError(f"{root} is not LRS2: expected mvlrs_v1 with main and pretrain in it")
     lists = {
         "train": ("main", ("train", "main")),
         "val": ("main", ("validation",)),
         "test": ("main", ("test",)),
         "pretrain": ("pretrain", ("train", "pretrain")),
     }
-    found = {
-        name: next(
-            (folder / f"{name}.txt" for folder in (data, data.parent) if (folder / f"{name}.txt").is_file()), None
-        )
-        for name in lists
-    }
+    places = {name: [folder / f"{name}.txt" for folder in (data, data.parent)] for name in lists}
+    found = {name: next((path for path in paths if path.is_file()), None) for name, paths in places.items()}
     if not any(found.values()):
         raise UserError(f"{root} has none of LRS2's lists train.txt, val.txt, test.txt and pretrain.txt")
     for name, (folder, manifests) in lists.items():
@@ -104,39 +100,43 @@ def read_lrs2(root: Path, seg: float) -> Found:
 
 
 def utterance(source: str, video: Path, manifests: tuple[str, ...], seg: float | None) -> Found:
-    """One video with its transcript beside it; cut into clips of at most ``seg`` seconds unless that is None."""
+    """One video with the transcript next to it; cut into clips of at most ``seg`` seconds unless that is None."""
+    script = video.with_suffix(".txt")
     try:
-        transcript = read_transcript(video.with_suffix(".txt"))
+        transcript = read_transcript(script)
         if seg is not None and not transcript.words:
-            raise UserError(f"the transcript {video.with_suffix('.txt')} has no table of word times")
+            raise UserError(f"the transcript {script} has no table of word times")
     except UserError as error:
-        yield Refusal(source, str(video.with_suffix(".txt")), "text", str(error))
+        yield Refusal(source, str(script), "text", str(error))
         return
-    pieces, refused = pieces_of(source, transcript, seg)
-    for piece in refused:
-        reason = f"the word {piece.text!r} lasts longer than {seg} s"
-        yield Refusal(piece.id, str(video.with_suffix(".txt")), "text", reason)
+    pieces, refused = pieces_of(source, script, transcript, seg)
+    yield from refused
     if pieces:
         yield Source(source, video, video.parent.name, manifests, pieces)
 
 
-def pieces_of(source: str, transcript: Transcript, seg: float | None) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """The clips of an utterance, and those that cannot be cut short enough.
+def pieces_of(
+    source: str, script: Path, transcript: Transcript, seg: float | None
+) -> tuple[tuple[Piece, ...], list[Refusal]]:
+    """The clips of an utterance, and refusals of those that cannot be cut short enough.
 
     An utterance whose last word ends within ``seg`` is one clip from the start of the video.
     """
     words = transcript.words
     if seg is None or not words:
-        return (Piece(source, transcript.text),), ()
+        return (Piece(source, transcript.text),), []
     last = max(word.end for word in words)
     if last <= seg:
-        return (Piece(f"{source}_00", transcript.text, 0.0, seg, last),), ()
-    pieces = []
+        return (Piece(f"{source}_00", transcript.text, 0.0, seg, last),), []
+    pieces, refused = [], []
     for index, run in enumerate(cut_words(words, seg)):
         text, end = " ".join(word.text for word in run), max(word.end for word in run)
-        pieces.append(Piece(f"{source}_{index:02d}", text, run[0].start, end, end))
-    fits = [piece for piece in pieces if piece.last_word - piece.start <= seg + 1e-6]
-    return tuple(fits), tuple(piece for piece in pieces if piece not in fits)
+        name = f"{source}_{index:02d}"
+        if end - run[0].start <= seg + 1e-6:
+            pieces.append(Piece(name, text, run[0].start, end, end))
+        else:
+            refused.append(Refusal(name, str(script), "text", f"the word {text!r} lasts longer than {seg} s"))
+    return tuple(pieces), refused
 
 
 def read_list(path: Path) -> list[str]:
@@ -153,9 +153,7 @@ def read_list(path: Path) -> list[str]:
 
 def _speakers_to_hold_out(speakers: Sequence[str], wanted: int) -> set[str]:
     """Whole speakers until ``wanted`` of the utterances are theirs; never all speakers."""
-    counts: dict[str, int] = {}
-    for speaker in speakers:
-        counts[speaker] = counts.get(speaker, 0) + 1
+    counts = Counter(speakers)
     order = sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest())
     wanted = min(wanted, max(1, round(_MOST_VALIDATION * len(speakers))))
     held: set[str] = set()

@@ -1,9 +1,8 @@
 """MuAViC as its own scripts leave it, which is also AV-HuBERT's format.
 
 ``LANGUAGE/{train,valid,test}.tsv``: the first line is a root folder, then come ``id  video  audio  frames  samples``
-separated by tabs, with -1 for what is missing. ``{train,valid,test}.LANGUAGE`` (or ``.wrd``) has the text of line n
-in line n. Paths may be absolute or relative to the root; where the root is gone, they are looked for in the folder of
-the tsv.
+separated by tabs, with -1 for what is missing. Line n of ``{train,valid,test}.LANGUAGE`` (or ``.wrd``) is the text of
+row n. Paths may be absolute or relative to the root; if the root does not exist, to the folder of the tsv.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ def read_muavic(root: Path, language: str = "en", cropped: bool = True) -> Found
     Args:
         root: the folder with the languages, or the one of the language.
         language: its code.
-        cropped: the videos show the mouth alone, as MuAViC's scripts make them.
+        cropped: the videos show only the mouth, as MuAViC's scripts make them.
 
     Raises:
-        UserError: no tsv there, or one that is not of the format, or without as many texts as rows.
+        UserError: there is no tsv, one is not of this format, or it has not as many texts as rows.
     """
     folder = root / language if (root / language).is_dir() else root
     present = [name for name in _MANIFESTS if (folder / f"{name}.tsv").is_file()]
@@ -45,7 +44,7 @@ def _read_tsv(folder: Path, name: str, language: str, cropped: bool) -> Found:
     base = Path(rows[0].strip())
     texts_path = next((p for p in (folder / f"{name}.{language}", folder / f"{name}.wrd") if p.is_file()), None)
     if texts_path is None:
-        raise UserError(f"{tsv} has no texts: neither {name}.{language} nor {name}.wrd is beside it")
+        raise UserError(f"{tsv} has no texts: there is neither {name}.{language} nor {name}.wrd next to it")
     texts = _read(texts_path)
     if len(texts) != len(rows) - 1:
         raise UserError(f"{texts_path} has {len(texts)} lines, but {tsv} has {len(rows) - 1} rows")
@@ -64,9 +63,8 @@ def _read_tsv(folder: Path, name: str, language: str, cropped: bool) -> Found:
             continue
         video, audio = (_locate(base, folder, field.strip()) for field in fields[1:3])
         speaker = PurePosixPath(clip).parent.name or clip
-        yield Source(
-            source, video, speaker, (_MANIFESTS[name],), (Piece(source, cleaned),), audio=(audio,), cropped=cropped
-        )
+        pieces = (Piece(source, cleaned),)
+        yield Source(source, video, speaker, (_MANIFESTS[name],), pieces, audio=(audio,), cropped=cropped)
 
 
 def _locate(base: Path, folder: Path, name: str) -> Path:

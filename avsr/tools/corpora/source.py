@@ -1,4 +1,4 @@
-"""What every corpus reader hands out: video files with the clips to cut from them, and what it had to leave out."""
+"""What every corpus reader yields: video files with the clips to cut from them, and what it had to leave out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Piece:
 
     Attributes:
         id: unique in the corpus.
-        text: what is said, or None where the corpus does not tell.
-        start: its first second in the file.
-        end: its last one; None, or past the end of the file, for all there is.
-        last_word: when its last word ends; a file that is shorter is refused.
-        limit: the longest it may be in seconds, or None; a longer one is refused.
+        text: what is said, or None if the corpus has no transcripts.
+        start: where it starts in the file, in seconds.
+        end: where it ends; None, or beyond the end of the file, for the whole rest.
+        last_word: where its last word ends; a shorter file is refused.
+        limit: its maximal length in seconds, or None; a longer one is refused.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Source:
         pieces: the clips to cut; empty where ``window`` cuts them.
         window: cut into clips ``ID_00``, ``ID_01``, ... of so many seconds.
         audio: sound files to take if the video has no sound, the first that exists.
-        cropped: the video already shows the mouth alone, 96x96, and is taken as it is.
+        cropped: the video already shows only the mouth, 96x96, and is not changed.
     """
 
     id: str
@@ -70,7 +70,7 @@ Found = Iterator[Source | Refusal]
 
 def is_safe_id(name: str) -> bool:
     """Whether an id from a file can be a path below a folder: relative, without ``..`` and control characters, each
-    name short enough for a file system with what is put behind it."""
+    name short enough for a file system with the suffixes added to it."""
     path = PurePosixPath(name)
     return (
         bool(path.parts)

@@ -8,7 +8,7 @@ The format, from the corpora's files::
     WORD START END ASDSCORE
     SO 0.11 0.30 2.1
 
-``Ref:`` lines may stand in between; the table is there in the pretrain sets only.
+There may be ``Ref:`` lines in between; only the pretrain sets have the table.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said, in lower case without tags, and when, if the file tells."""
+    """What is said, in lower case without tags, and the words' times, if the file has them."""
 
     text: str
     words: tuple[Word, ...] = ()
 
 
 def clean_text(text: str) -> str:
-    """Lower case, ``{...}`` removed with what is in it, one space between words."""
+    """Lower case, without ``{...}``, one space between words."""
     return " ".join(_TAG.sub(" ", text).replace("{", " ").replace("}", " ").lower().split())
 
 
@@ -72,7 +72,7 @@ def read_transcript(path: Path) -> Transcript:
             continue
         word = _word(line, f"{path}:{number}")
         if words and word.start < words[-1].start:
-            raise UserError(f"{path}:{number}: the word {word.text!r} starts before the word in front of it")
+            raise UserError(f"{path}:{number}: the word {word.text!r} starts before the one before it")
         words.append(word)
     return Transcript(text, tuple(word for word in words if word.text))
 
@@ -97,8 +97,8 @@ def _word(line: str, where: str) -> Word:
 def cut_words(words: Sequence[Word], limit: float) -> list[tuple[Word, ...]]:
     """Splits words into runs that last at most ``limit`` seconds from the first word's start to the last one's end.
 
-    Each run takes as many words as fit; the last two share theirs evenly, so that no short rest is left over. A
-    single word that lasts longer is a run of its own.
+    Each run takes as many words as fit; the last two share theirs evenly, which leaves no short remainder. A single
+    longer word is a run of its own.
     """
     runs: list[list[Word]] = []
     for word in words:

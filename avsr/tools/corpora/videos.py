@@ -1,4 +1,4 @@
-"""A plain folder of a user's own videos; ``NAME.txt`` beside ``NAME.mp4`` says what is said in it."""
+"""A plain folder of a user's own videos; ``NAME.txt`` next to ``NAME.mp4`` is its transcript."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 def read_videos(root: Path, seg: float, exclude: Path | None = None) -> Found:
     """Every video below ``root``, in the manifest ``all``; its speaker is the folder that it is in.
 
-    A transcript is plain text, or in the format of LRS; with word times long videos are cut at words, without them a
+    A transcript is plain text, or in the format of LRS. With word times, long videos are cut at words; without them, a
     video may last ``seg`` seconds. Videos without a transcript are cut into windows of ``seg``.
 
     Args:
         root: the folder.
         seg: the longest clip in seconds.
-        exclude: a folder below it to pass over.
+        exclude: a folder below it to skip.
 
     Raises:
         UserError: there is no video.
@@ -47,12 +47,10 @@ def read_videos(root: Path, seg: float, exclude: Path | None = None) -> Found:
         except UserError as error:
             yield Refusal(name, str(script), "text", str(error))
             continue
+        pieces: tuple[Piece, ...] = (Piece(name, transcript.text, limit=seg),)
         if transcript.words:
-            pieces, refused = pieces_of(name, transcript, seg)
-            for piece in refused:
-                yield Refusal(piece.id, str(script), "text", f"the word {piece.text!r} lasts longer than {seg} s")
-        else:
-            pieces = (Piece(name, transcript.text, limit=seg),)
+            pieces, refused = pieces_of(name, script, transcript, seg)
+            yield from refused
         if pieces:
             yield Source(name, path, speaker, ("all",), pieces, audio=(path.with_suffix(".wav"),))
     if not seen:

@@ -1,8 +1,8 @@
 """VoxCeleb2: ``{dev,test}/mp4/idXXXXX/VIDEO/00001.mp4``, the list of its English videos, and labels from a file.
 
 VoxCeleb2 has no transcripts. The clips are windows of a fixed length, as auto_avsr cuts them; their texts are the
-output of some recogniser, read from a file by ``read_labels``. Sound that is not in the video is looked for in
-``{dev,test}/wav/...wav`` and ``{dev,test}/aac/...m4a``.
+output of some recognizer, read from a file by ``read_labels``. A video without sound has it in
+``{dev,test}/wav/...wav`` or ``{dev,test}/aac/...m4a``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def read_vox2(root: Path, seg: float, english: Path | None) -> Found:
     Args:
         root: the folder with ``dev`` and ``test``.
         seg: the length of the windows in seconds.
-        english: the list ``vox-en.id`` (plain or ``.gz``), one ``.../idXXXXX/VIDEO/00001`` a line; None takes all.
+        english: the list ``vox-en.id`` (plain or ``.gz``), one ``.../idXXXXX/VIDEO/00001`` per line; None takes all.
 
     Raises:
-        UserError: no videos there, the list cannot be read, or names none of them.
+        UserError: there are no videos, the list cannot be read, or it names none of them.
     """
     wanted = None if english is None else {vox_key(line) for line in _lines(english)}
     seen = taken = 0
@@ -43,13 +43,13 @@ def read_vox2(root: Path, seg: float, english: Path | None) -> Found:
             sound = (root / part / "wav" / f"{inner}.wav", root / part / "aac" / f"{inner}.m4a")
             yield Source(f"{part}/mp4/{inner}", path, inner.split("/")[0], (manifest,), window=seg, audio=sound)
     if not seen:
-        raise UserError(f"{root} is no VoxCeleb2: expected dev/mp4/idXXXXX/VIDEO/00001.mp4 or the same in test")
+        raise UserError(f"{root} is not VoxCeleb2: expected dev/mp4/idXXXXX/VIDEO/00001.mp4 or the same in test")
     if not taken:
         raise UserError(f"the list {english} names none of the {seen} videos in {root}")
 
 
 def vox_key(name: str) -> str:
-    """``idXXXXX/VIDEO/00001``, whatever stands in front or behind: the last three parts without the suffix."""
+    """``idXXXXX/VIDEO/00001``, the last three parts of a path without the suffix."""
     path = PurePosixPath(name.strip())
     parts = path.with_suffix("").parts if path.suffix in (".mp4", ".wav", ".m4a", ".txt") else path.parts
     return "/".join(parts[-3:])
@@ -58,9 +58,9 @@ def vox_key(name: str) -> str:
 def read_labels(path: Path) -> dict[str, str]:
     """Texts by ``vox_key``.
 
-    The file is a label CSV of auto_avsr's kind with the text in the fifth field, or ``.jsonl`` with ``id`` and
-    ``text``, or has the id, a tab and the text in every line. An id names a window (``.../00001_00``) or, for a video
-    of one window, the video.
+    The file is a label CSV as auto_avsr's, with the text in the fifth field, or ``.jsonl`` with ``id`` and ``text``, or
+    has the id, a tab and the text in every line. An id names a window (``.../00001_00``) or, for a video of one window,
+    the video.
 
     Raises:
         UserError: the file cannot be read or a line is not of its format.
@@ -75,7 +75,7 @@ def read_labels(path: Path) -> dict[str, str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{where}: expected a JSON object with 'id' and 'text'") from None
             if not isinstance(name, str) or not isinstance(text, str):
-                raise UserError(f"{where}: 'id' and 'text' must be texts")
+                raise UserError(f"{where}: 'id' and 'text' must be strings")
         elif path.suffix == ".csv":
             label = parse_label(line, where)
             if label.text is None:

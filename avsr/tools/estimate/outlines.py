@@ -1,6 +1,6 @@
-"""The sizes of models without their weights, for plans: of what lies here, of the hub's configs, or of a table.
+"""The sizes of models without their weights, for plans: from local files, from the hub's configs, or from a table.
 
-The table holds the models that our configs name, so that a plan of a recipe needs neither a network nor a licence.
+The table has the models that our configs name, so that planning a recipe needs neither a network nor a license.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, WavLMM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from avsr.config import EncoderConfig, LLMConfig
-from avsr.data.audio import SAMPLE_RATE
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.avhubert_network import LARGE, AVHubert
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import convert_gguf, specials
 from avsr.models.sources import locate, resolve
-from avsr.models.visual import FRAMES_PER_SECOND, VisualConfig, VisualModel
+from avsr.models.visual import VisualConfig, VisualModel
 
-LETTERS = 4  # a token, where there is no tokenizer to count them: SmolLM2's has 3.7 in our prompts, 5.3 in sentences
+LETTERS = 4  # per token, without a tokenizer: SmolLM2's has 3.7 in our prompts, 5.3 in sentences
 
-# Fields of the config.json that each model has on huggingface.co, as far as sizes follow from them; the numbers of
-# parameters are held to the published ones by the tests. AV-HuBERT's are those of Shi et al. (2022), table 1, and of
-# the authors' configs; the visual encoder's those that 'avsr pretrain' takes by itself.
+# Fields of each model's config.json on huggingface.co that determine sizes; tests compare the resulting numbers of
+# parameters with the published ones. AV-HuBERT's are from Shi et al. (2022), table 1, and the authors' configs; the
+# visual encoder's are the defaults of 'avsr pretrain'.
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8}
 _LLAMA_2 = {"model_type": "llama", "vocab_size": 32_000, "tie_word_embeddings": False}
 _SMOLLM2 = {"model_type": "llama", "vocab_size": 49_152, "tie_word_embeddings": True}
@@ -85,12 +85,12 @@ class Outline:
 
     model: Any
     count: Callable[[str], int]
-    published: bool  # by the table
+    published: bool  # it comes from the table
 
 
 @dataclass(frozen=True)
 class EncoderOutline:
-    """What a plan needs of an encoder; ``entries`` are its weights', adapters included."""
+    """What a plan needs of an encoder; ``entries`` is its number of weights, adapters included."""
 
     width: int
     frames_per_second: int
@@ -99,10 +99,10 @@ class EncoderOutline:
 
 
 def outline_llm(config: LLMConfig) -> Outline:
-    """The language model of a config, with weights that have shapes alone: none is read.
+    """The language model of a config, on device "meta"; no weights are read.
 
     Raises:
-        UserError: missing model that the table does not have, or a tokenizer without BOS or EOS.
+        UserError: a missing model that is not in the table, or a tokenizer without BOS or EOS.
     """
     source = _source(config.name, "model.llm.name", hub=True)
     if source is None:
@@ -120,10 +120,10 @@ def outline_llm(config: LLMConfig) -> Outline:
 
 
 def outline_encoder(settings: EncoderConfig, stream: str) -> EncoderOutline:
-    """The encoder of a stream. Of a hub's model the config alone is read; what lies here is loaded.
+    """The encoder of a stream. Only the config of a hub's model is read; a local encoder is loaded.
 
     Raises:
-        UserError: missing model that the table does not have, or one that does not fit.
+        UserError: a missing model that is not in the table, or one that does not fit.
     """
     name, key = str(settings.name), f"model.{stream}.encoder.name"
     hub = settings.kind in ("whisper", "wavlm")
@@ -150,7 +150,7 @@ def outline_encoder(settings: EncoderConfig, stream: str) -> EncoderOutline:
 
 
 def _from_a_file(settings: EncoderConfig, stream: str) -> EncoderOutline:
-    """Of the encoders that no hub has, as the table's names have them."""
+    """The encoders that are not on the hub, with the sizes that the table's names have."""
     with torch.device("meta"):
         model = AVHubert(LARGE) if settings.kind == "avhubert" else VisualModel(VisualConfig(), "-", "-")
         add_encoder_lora(model, settings.lora, key=f"model.{stream}.encoder.lora")
@@ -159,7 +159,7 @@ def _from_a_file(settings: EncoderConfig, stream: str) -> EncoderOutline:
 
 
 def _source(name: str, key: str, *, hub: bool) -> Path | str | None:
-    """As ``locate``, or without a hub as ``resolve``; None for a model of the table that cannot be had."""
+    """As ``locate``, or without a hub as ``resolve``; None for a model of the table that is not available."""
     try:
         source = locate(name, key) if hub else resolve(name)
     except UserError:

@@ -1,6 +1,6 @@
 """``avsr plan CONFIG``: the memory that a training will take on every ZeRO stage, and the batches that fit, before it
-runs. No weight of a model of the hub is loaded, and where that cannot be asked the models of our configs are planned by
-a table of their sizes."""
+runs. No weights of the hub's models are loaded; without access to the hub, the models of our configs are planned from a
+table of their sizes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from avsr.models.projector import make_projector
 from avsr.models.prompt import PromptLayout
 from avsr.models.sources import inside_run
 from avsr.runtime.machine import settled_precision
+from avsr.tools.estimate.memory import Load, Sizes, Way, largest, memory, read_sizes
 from avsr.tools.estimate.outlines import LETTERS, EncoderOutline, outline_encoder, outline_llm
-from avsr.tools.estimate.plan import Load, Sizes, Way, largest, memory, read_sizes
 
-FREE = 0.1  # of the device's memory, for its context, fragments and the libraries' buffers
-_SECONDS, _TOKENS = 4.0, 15  # of the utterances that are assumed where there is no manifest yet: LRS3's are about so
+FREE = 0.1  # share of the device's memory, for its context, fragmentation and the libraries' buffers
+_SECONDS, _TOKENS = 4.0, 15  # of the utterances assumed without a manifest: about LRS3's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
     """
     Args:
         config: of the training.
-        ranks: processes, one a device.
+        ranks: processes, one per device.
         device_memory: bytes of a device.
 
     Returns:
         ``stages``: by ZeRO stage the bytes by part, their ``total`` and the largest ``training.frames`` that fits;
-        ``sizes``, ``load``, ``assumed`` (no manifest was there), ``published`` (the models planned by the table) and
-        ``counted`` (texts were, by the model's tokenizer).
+        ``sizes``, ``load``, ``assumed`` (there was no manifest), ``published`` (the models planned from the table) and
+        ``counted`` (the model's tokenizer counted the tokens).
 
     Raises:
         UserError: bad input.
@@ -98,31 +98,24 @@ def way_of(config: Config, ranks: int) -> Way:
     training, deepspeed = config.training, config.deepspeed
     element = 2 if settled_precision(training.precision) == "bf16" else 4
     ours_on_cpu = config.model.llm.attention == "flashsink" and not torch.cuda.is_available()
-    return Way(
-        ranks,
-        deepspeed.stage,
-        element,
-        4 if ours_on_cpu else element,
-        training.gradient_checkpointing,
-        config.loss.cross_entropy,
-        training.kernels,
-        deepspeed.offload_optimizer,
-        deepspeed.offload_parameters,
-    )
+    attention = 4 if ours_on_cpu else element
+    kinds = training.gradient_checkpointing, config.loss.cross_entropy, training.kernels
+    offloads = deepspeed.offload_optimizer, deepspeed.offload_parameters
+    return Way(ranks, deepspeed.stage, element, attention, *kinds, *offloads)
 
 
 def page(config: Config, planned: dict[str, Any], device_memory: float) -> str:
-    """A table for people, MB."""
+    """The plan as a table to print, in MB."""
     sizes, load, way = planned["sizes"], planned["load"], planned["way"]
     lines = [
         f"{sizes.frozen / 1e6:,.0f} M frozen and {sizes.trained / 1e6:,.1f} M trained parameters, {way.ranks} ranks, "
         f"{device_memory / 2**20:,.0f} MB each",
         f"largest micro-batch of training.frames = {config.training.frames}: {load.tokens} tokens, {load.labels} labels"
-        + (" (assumed: utterances of 4 s; the manifest is not there)" if planned["assumed"] else ""),
+        + (" (assumed: utterances of 4 s; there is no manifest)" if planned["assumed"] else ""),
     ]
     if planned["published"]:
-        guessed = "" if planned["counted"] else f" (texts: a token for {LETTERS} letters)"
-        lines.append(f"not here, so planned by the sizes that are known{guessed}: {', '.join(planned['published'])}")
+        guessed = "" if planned["counted"] else f" (texts: one token per {LETTERS} letters)"
+        lines.append(f"not available here, planned from known sizes{guessed}: {', '.join(planned['published'])}")
     lines.append("")
     stages = planned["stages"]
     lines.append(f"{'MB at ZeRO stage':22s}" + "".join(f"{f'{s} <' if s == way.stage else s:>12}" for s in stages))
@@ -167,7 +160,7 @@ def _rows(
 
 
 def _heaviest(config: Config, rows: Sequence[Row], frames: int, sizes: Sizes, way: Way) -> Load:
-    """The micro-batch under a budget of ``frames`` that takes the most memory."""
+    """The micro-batch within a budget of ``frames`` that takes the most memory."""
     most = config.training.utterances if frames == config.training.frames else len(rows)
     sizes_of = [row.frames for row in rows]
     if max(sizes_of) > frames:

@@ -1,6 +1,6 @@
-"""``avsr profile CONFIG``: how fast a training goes, where its time and memory go, and which batches would fit.
+"""``avsr profile CONFIG``: how fast a training is, where its time and memory go, and which batches would fit.
 
-One process, or under ``deepspeed --module avsr.tools.estimate.profiling CONFIG [key=value]`` many. The folder
+One process, or many under ``deepspeed --module avsr.tools.estimate.profiling CONFIG [key=value]``. The folder
 RUN-profile then holds profile.json, trace.json (chrome://tracing, Perfetto) and, on CUDA, memory.pickle
 (pytorch.org/memory_viz).
 """
@@ -26,7 +26,7 @@ from avsr.config import Config, load_config
 from avsr.data.batches import Batch
 from avsr.errors import UserError, guarded
 from avsr.tools.estimate.flops import FORMULA, Rows, step_flops
-from avsr.tools.estimate.plan import Load, Sizes, memory, read_sizes
+from avsr.tools.estimate.memory import Load, Sizes, memory, read_sizes
 from avsr.tools.estimate.planning import way_of
 from avsr.tools.estimate.trace import Trace, memory_parts
 from avsr.training.losses import all_sum
@@ -36,7 +36,7 @@ from avsr.training.trainer import Trainer
 
 logger = logging.getLogger("avsr")
 WARM_UP = 3
-# dense bf16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
+# dense bf16 FLOP/s by a substring of the device's name (NVIDIA's data sheets)
 _PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
@@ -55,13 +55,13 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     """Runs a few steps of ``config`` and returns what profile.json holds; all ranks call it.
 
     Raises:
-        UserError: bad input; the folder exists and is no profile.
+        UserError: bad input, or the folder exists and is not a profile.
     """
     if steps < 1:
         raise UserError(f"--steps: expected at least 1, got {steps}")
     out = Path(f"{config.run}-profile")
     if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is no profile; name another folder with run=")
+        raise UserError(f"{out} exists and is not a profile; name another folder with run=")
     if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
         shutil.rmtree(out, ignore_errors=True)
     config.run, config.resume, config.log.tensorboard = str(out), False, False
@@ -112,7 +112,7 @@ def _rows(trainer: Trainer, batches: Sequence[Batch]) -> Rows:
 
 
 def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[Batch, Trace]:
-    """A step under torch's profiler, and its first micro-batch."""
+    """The first micro-batch of a step, and the step's trace by torch's profiler."""
     cuda = torch.cuda.is_available()
     batches = next(source)
     if cuda:
@@ -130,14 +130,15 @@ def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[Batch, Trace]:
 
 
 def _frames(batch: Batch) -> int:
-    """Padded encoder frames, as training.frames bounds them."""
+    """Padded encoder frames, which training.frames limits."""
     return sum(features.shape[0] * features.shape[1] for features in batch.features.values())
 
 
 def _room(parts: dict[str, float], frames: int, trainer: Trainer) -> dict[str, Any]:
-    """What a frame costs, and the largest frame budget for the device's memory, a tenth of it left free.
+    """What a frame costs, and the largest frame budget for the device's memory, a tenth of which stays free.
 
-    What is kept for the backward grows with the number of tokens, attention's part too, which keeps one number a row.
+    What is kept for the backward is proportional to the number of tokens, also in attention, which keeps one number per
+    row.
     """
     moving = ("activations", "head or layer")
     each = sum(parts[name] for name in moving) / frames
@@ -162,7 +163,7 @@ def model_sizes(trainer: Trainer) -> Sizes:
 
 
 def _planned(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """What ``avsr plan`` says of this very micro-batch."""
+    """What ``avsr plan`` says of the same micro-batch."""
     lengths = _rows(trainer, [batch]).lengths
     tokens = sum(lengths) if trainer.config.training.packed else len(lengths) * max(lengths)
     way = way_of(trainer.config, dist.get_world_size())
@@ -198,7 +199,7 @@ def _summary(trainer: Trainer, rows: Sequence[Measured], trace: Trace) -> dict[s
 
 
 def _peak_flops(trainer: Trainer) -> float:
-    """FLOP/s of the device: by its name, else what a matrix product reaches here."""
+    """FLOP/s of the device: by its name, or else as measured with a matrix product."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         for part, peak in _PEAKS.items():

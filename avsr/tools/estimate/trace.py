@@ -1,9 +1,10 @@
-"""What a chrome trace of torch's profiler says of memory and communication."""
+"""Memory and communication in a Chrome trace of torch's profiler."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,8 @@ class Trace:
         memory = [event for event in events if event.get("name") == "[memory]"]
         memory = [event for event in memory if event["args"].get("Device Type") == device]
         memory.sort(key=lambda event: event["ts"])
-        self._curve: list[tuple[float, int]] = []
-        held = 0
-        for event in memory:
-            held += int(event["args"]["Bytes"])
-            self._curve.append((float(event["ts"]), held))
+        held = accumulate(int(event["args"]["Bytes"]) for event in memory)
+        self._curve = [(float(event["ts"]), bytes_) for event, bytes_ in zip(memory, held, strict=True)]
 
     def ranges(self, name: str) -> list[Interval]:
         """(start, end) in microseconds of every range of this name on the host."""
@@ -37,65 +35,53 @@ class Trace:
         return sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in found)
 
     def held(self, time: float) -> int:
-        """Bytes allocated since the trace's beginning and not freed by ``time``."""
+        """Bytes allocated since the start of the trace and not freed by ``time``."""
         before = [value for at, value in self._curve if at <= time]
         return before[-1] if before else 0
 
     def peak(self, interval: Interval) -> int:
-        """The most bytes held inside the interval, beyond those at its start."""
+        """The maximum of the bytes held in the interval, less those at its start."""
         start, end = interval
         inside = [value for at, value in self._curve if start < at <= end]
         return max([0, *(value - self.held(start) for value in inside)])
 
     def exposed_communication(self, whole: Interval) -> float:
-        """Share of the interval in which something is communicated and nothing else is computed."""
-        talks, works = [], []
-        work = "kernel" if any(event.get("cat") == "kernel" for event in self._spans) else "cpu_op"
+        """Share of the interval with communication and no computation."""
+        communication, computation = [], []
+        category = "kernel" if any(event.get("cat") == "kernel" for event in self._spans) else "cpu_op"
         for event in self._spans:
             interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
             if event["name"].startswith(_COMMUNICATION):
-                talks.append(interval)
-            elif event.get("cat") == work:
-                works.append(interval)
-        alone = length(subtract(merge(talks), merge(works)))
-        return alone / max(whole[1] - whole[0], 1e-9)
+                communication.append(interval)
+            elif event.get("cat") == category:
+                computation.append(interval)
+        return length_alone(communication, computation) / max(whole[1] - whole[0], 1e-9)
 
 
-def merge(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same times without overlap, in order."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def subtract(whole: Sequence[Interval], gone: Sequence[Interval]) -> list[Interval]:
-    """``whole`` without ``gone``, both merged."""
-    left: list[Interval] = []
-    for start, end in whole:
-        for cut, back in gone:
-            if back <= start or cut >= end:
-                continue
-            if cut > start:
-                left.append((start, cut))
-            start = max(start, back)
-            if start >= end:
-                break
-        if start < end:
-            left.append((start, end))
-    return left
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
+def length_alone(intervals: Iterable[Interval], others: Iterable[Interval]) -> float:
+    """Total time that some of ``intervals`` cover and none of ``others`` does."""
+    edges = [
+        (time, -step, kind)
+        for kind, part in enumerate((intervals, others))
+        for span in part
+        for time, step in zip(span, (1, -1), strict=True)
+    ]
+    total = begin = 0.0
+    covers = [0, 0]
+    for time, step, kind in sorted(edges):
+        before = covers[0] > 0 and not covers[1]
+        covers[kind] -= step
+        after = covers[0] > 0 and not covers[1]
+        if before and not after:
+            total += time - begin
+        elif after and not before:
+            begin = time
+    return total
 
 
 def memory_parts(trace: Trace, base: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part at their largest: ``base`` (weights, optimizer), and of the step's first micro-batch what the
-    layers keep for their backward, what is beyond that at the worst moment, logits and loss (both inside the last)."""
+    """Bytes by part at their peak: ``base`` (weights, optimizer) and, of the step's first micro-batch, what the layers
+    keep for their backward, the peak beyond that, and logits and loss (both part of the latter)."""
     parts: dict[str, Any] = dict(base)
     forward, backward = trace.ranges("avsr/forward")[0], trace.ranges("avsr/backward")[0]
     logits, loss = trace.ranges("avsr/logits")[0], trace.ranges("avsr/loss")[0]

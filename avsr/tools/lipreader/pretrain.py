@@ -2,7 +2,7 @@
 
 The targets of every frame are its viseme and its word; without them nothing is learned in reasonable time. The run
 folder then holds ``model.safetensors`` and ``config.json``, which an encoder of the kind ``visual`` loads,
-``pretrain.yaml`` (the settings), ``metrics.jsonl`` (a line a step) and ``metrics.json`` (the end).
+``pretrain.yaml`` (the settings), ``metrics.jsonl`` (a line per step) and ``metrics.json`` (the final scores).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from avsr.evaluation.wer import score
 from avsr.models.build import pick_device
 from avsr.models.visual import WEIGHTS, VisualConfig, VisualModel, check_visual, save_visual
 from avsr.runtime.progress import ProgressBar
+from avsr.tools.corpora.synth.visemes import VISEMES
 from avsr.tools.lipreader.augment import FaceAugmentConfig, augment, check_augment
 from avsr.tools.lipreader.timed import TARGETS, UNKNOWN, TimedClip, load_timed, vocabulary
-from avsr.tools.synth.visemes import VISEMES
 from avsr.training.engine import learning_rate_factor
 from avsr.training.metrics import MetricsLogger
 
 logger = logging.getLogger("avsr")
 
-_SWITCH = 4.0  # log-probability that a change of the word costs when frames are read off
+_SWITCH = 4.0  # cost of a change of the unit in ``best_path``, as a log-probability
 _EVALUATION_BATCH = 32
 _STATISTICS_CLIPS = 256  # for the mean and deviation of the features
 
@@ -49,12 +49,12 @@ class PretrainConfig:
         run: the new run folder.
         train: manifest with videos and times.
         validation: another one, with the same units.
-        test: name -> manifest, read at the end.
+        test: name -> manifest, scored at the end.
         targets: words | phonemes | visemes; words for a small vocabulary.
         steps: of the optimizer, each over ``batch`` clips.
-        ctc: weight of the CTC loss beside the losses of single frames.
+        ctc: weight of the CTC loss; the losses of single frames have 1.
         limit: first n clips of the training manifest, 0 = all.
-        threads: CPU threads; in so small a model more of them mostly wait for each other.
+        threads: CPU threads; in so small a model, more of them mostly wait for each other.
     """
 
     run: str = MISSING
@@ -112,16 +112,17 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def check_pretrain(config: PretrainConfig) -> None:
-    """Raises a ``UserError`` naming the key of a value that makes no sense."""
+    """Raises a ``UserError`` that names the key of an invalid value."""
     check_visual(config.model, "model.")
     if config.targets not in TARGETS:
         raise UserError(f"targets: expected one of {', '.join(TARGETS)}, got {config.targets!r}")
-    for key in ("steps", "batch", "validate_every", "threads"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}: expected at least 1, got {getattr(config, key)}")
-    for key in ("warmup", "weight_decay", "ctc", "limit"):
-        if getattr(config, key) < 0:
-            raise UserError(f"{key}: expected at least 0, got {getattr(config, key)}")
+    for least, keys in (
+        (1, ("steps", "batch", "validate_every", "threads")),
+        (0, ("warmup", "weight_decay", "ctc", "limit")),
+    ):
+        for key in keys:
+            if getattr(config, key) < least:
+                raise UserError(f"{key}: expected at least {least}, got {getattr(config, key)}")
     for key in ("learning_rate", "clip"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key}: expected more than 0, got {getattr(config, key)}")
@@ -169,7 +170,7 @@ def _fit(model: VisualModel, config: PretrainConfig, train: list[TimedClip], val
 
 
 def _batches(clips: Sequence[TimedClip], size: int, draw: torch.Generator) -> Iterator[list[TimedClip]]:
-    """Batches without end; every clip once before any comes again."""
+    """Endless batches; every clip once before any is repeated."""
     waiting: list[int] = []
     while True:
         while len(waiting) < size:
@@ -182,10 +183,10 @@ def _losses(
     model: VisualModel, clips: Sequence[TimedClip], config: PretrainConfig, draw: torch.Generator
 ) -> dict[str, Tensor]:
     device = model.feature_mean.device
-    views = augment([clip.mouth for clip in clips], model.side, model.config.pool, config.augment, draw)
-    inputs, lengths = pad_sequence(views, batch_first=True).to(device), torch.tensor([len(view) for view in views])
+    mouths = augment([clip.mouth for clip in clips], model.side, model.config.pool, config.augment, draw)
+    inputs, lengths = pad_sequence(mouths, batch_first=True).to(device), torch.tensor([len(mouth) for mouth in mouths])
     logits = model.logits(inputs, lengths.to(device))
-    classes = {name: index for index, name in enumerate(model.units, 1)}
+    classes = _classes(model)
     labels = pad_sequence([clip.labels(classes) for clip in clips], batch_first=True, padding_value=UNKNOWN)
     visemes = torch.cat([clip.visemes for clip in clips]).to(device)
     losses = {
@@ -203,6 +204,11 @@ def _losses(
     return losses
 
 
+def _classes(model: VisualModel) -> dict[str, int]:
+    """The class of each unit; 0 is none of them."""
+    return {name: index for index, name in enumerate(model.units, 1)}
+
+
 @torch.no_grad()
 def _set_statistics(model: VisualModel, clips: Sequence[TimedClip]) -> None:
     """Sets the model's feature mean and scale over the first clips."""
@@ -210,7 +216,7 @@ def _set_statistics(model: VisualModel, clips: Sequence[TimedClip]) -> None:
     model.feature_mean.zero_()
     model.feature_scale.fill_(1.0)
     rows = []
-    for inputs, lengths in _views(model, clips[:_STATISTICS_CLIPS]):
+    for inputs, lengths in _eval_batches(model, clips[:_STATISTICS_CLIPS]):
         features = model(inputs, lengths)
         rows += [row[:length].double() for row, length in zip(features, lengths.tolist(), strict=True)]
     features = torch.cat(rows)
@@ -218,25 +224,25 @@ def _set_statistics(model: VisualModel, clips: Sequence[TimedClip]) -> None:
     model.feature_scale.copy_(1.0 / features.std(0).clamp(min=1e-3))
 
 
-def _views(model: VisualModel, clips: Sequence[TimedClip]) -> Iterator[tuple[Tensor, Tensor]]:
+def _eval_batches(model: VisualModel, clips: Sequence[TimedClip]) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs, lengths) of all clips as the encoder sees them."""
     device, side = model.feature_mean.device, model.side
     for first in range(0, len(clips), _EVALUATION_BATCH):
         part = clips[first : first + _EVALUATION_BATCH]
-        views = [center_crop(clip.mouth.float(), side, side).flatten(1) for clip in part]
-        yield pad_sequence(views, batch_first=True).to(device), torch.tensor([len(v) for v in views], device=device)
+        mouths = [center_crop(clip.mouth.float(), side, side).flatten(1) for clip in part]
+        yield pad_sequence(mouths, batch_first=True).to(device), torch.tensor([len(m) for m in mouths], device=device)
 
 
 @torch.no_grad()
 def evaluate_visual(model: VisualModel, clips: Sequence[TimedClip]) -> dict[str, Any]:
-    """Fractions: ``viseme_accuracy`` and ``unit_accuracy`` over frames, ``unit_error`` (edit distance of the frames
-    read off) and ``ctc_error`` (of greedy CTC), both without grammar, over the number of units."""
+    """Fractions: ``viseme_accuracy`` and ``unit_accuracy`` over frames; ``unit_error`` (edit distance of ``best_path``)
+    and ``ctc_error`` (of greedy CTC) over the number of units, both without a grammar."""
     model.eval()
-    classes = {name: index for index, name in enumerate(model.units, 1)}
+    classes = _classes(model)
     right = {"visemes": 0, "units": 0}
     said, read, spelled = [], [], []
     total, rest = 0, list(clips)
-    for inputs, lengths in _views(model, clips):
+    for inputs, lengths in _eval_batches(model, clips):
         logits = model.logits(inputs, lengths)
         batch, rest = rest[: len(lengths)], rest[len(lengths) :]
         visemes = torch.cat([clip.visemes for clip in batch]).to(inputs.device)
@@ -246,7 +252,7 @@ def evaluate_visual(model: VisualModel, clips: Sequence[TimedClip]) -> dict[str,
             frames = len(clip.mouth)
             right["units"] += int((units[:frames].argmax(-1) == clip.labels(classes)).sum())
             said.append(_spell([classes.get(span.text, UNKNOWN) for span in clip.spans]))
-            read.append(_spell(_runs(read_off(units[:frames]).tolist())))
+            read.append(_spell(_runs(best_path(units[:frames]).tolist())))
             spelled.append(_spell(_runs(ctc[:frames].argmax(-1).tolist())))
     return {
         "viseme_accuracy": right["visemes"] / total,
@@ -257,8 +263,8 @@ def evaluate_visual(model: VisualModel, clips: Sequence[TimedClip]) -> dict[str,
     }
 
 
-def read_off(log_probabilities: Tensor, switch: float = _SWITCH) -> Tensor:
-    """(T, U) -> (T,): the classes with the largest sum, each change of the class costing ``switch``."""
+def best_path(log_probabilities: Tensor, switch: float = _SWITCH) -> Tensor:
+    """(T, U) -> (T,): the classes with the largest sum, less ``switch`` for each change of class (Viterbi)."""
     best = log_probabilities[0]
     back = []
     for row in log_probabilities[1:]:
@@ -273,7 +279,7 @@ def read_off(log_probabilities: Tensor, switch: float = _SWITCH) -> Tensor:
 
 
 def _runs(classes: list[int]) -> list[int]:
-    """Without repetitions and the class 0."""
+    """Without repetitions and class 0."""
     changed = [here for before, here in zip([0, *classes], classes, strict=False) if here != before]
     return [value for value in changed if value != 0]
 

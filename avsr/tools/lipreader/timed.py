@@ -1,4 +1,4 @@
-"""Clips with the times of their words and sounds, decoded once into memory, as targets for every video frame."""
+"""Clips with the times of their words and phonemes, decoded once into memory, as targets for every video frame."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.data.video import read_video
 from avsr.errors import UserError
-from avsr.models.visual import FRAMES_PER_SECOND, shrink
+from avsr.models.visual import shrink
 from avsr.runtime.machine import cpus
 from avsr.runtime.progress import ProgressBar
-from avsr.tools.synth.espeak import Span
-from avsr.tools.synth.visemes import REST, VISEMES, viseme_labels
+from avsr.tools.corpora.synth.espeak import Span
+from avsr.tools.corpora.synth.visemes import REST, VISEMES, viseme_labels
 
 UNKNOWN = -100  # a unit outside the vocabulary: no target
 TARGETS = ("words", "phonemes", "visemes")
 
-_MOST_UNITS = 1000  # a larger vocabulary has too few clips a word to learn it from
+_MOST_UNITS = 1000  # a larger vocabulary has too few clips per word to learn from
 _SLACK = 2  # frames by which the video may differ from the manifest's duration
 
 
@@ -34,8 +35,8 @@ class TimedClip:
     """One clip and its spans.
 
     Attributes:
-        mouth: (T, h, w) uint8, already averaged down to the model's pixels with their border.
-        visemes: (T,) int64, classes of :data:`avsr.tools.synth.visemes.VISEMES`.
+        mouth: (T, h, w) uint8, already averaged to the model's pixels, with a border.
+        visemes: (T,) int64, classes of :data:`avsr.tools.corpora.synth.visemes.VISEMES`.
         spans: the units in order, with their times in seconds.
         text: what was said.
     """
@@ -46,7 +47,7 @@ class TimedClip:
     text: str
 
     def labels(self, classes: dict[str, int]) -> Tensor:
-        """(T,) int64: the class of the unit in the middle of each frame, 0 between them."""
+        """(T,) int64: the class of the unit in the middle of each frame, 0 between units."""
         labels = torch.zeros(len(self.mouth), dtype=torch.int64)
         for span in self.spans:
             first, last = (round(time * FRAMES_PER_SECOND) for time in (span.start, span.end))
@@ -55,12 +56,12 @@ class TimedClip:
 
 
 def load_timed(manifest: str, *, targets: str, pool: int, limit: int = 0, key: str = "") -> list[TimedClip]:
-    """Reads every clip of a manifest that has videos and times (``avsr synth ... video=1`` writes such ones).
+    """Reads every clip of a manifest with videos and times (as ``avsr synth ... video=1`` writes).
 
     Args:
         manifest: the path.
         targets: what the units are, one of :data:`TARGETS`.
-        pool: pixels averaged each way.
+        pool: pixels averaged in each direction.
         limit: only the first clips; 0 means all.
         key: of the config, for messages.
 
@@ -68,14 +69,10 @@ def load_timed(manifest: str, *, targets: str, pool: int, limit: int = 0, key: s
         UserError: a row without video or times, unreadable ones, or streams that do not fit together.
     """
     rows = read_manifest(manifest)
-    rows = rows[:limit] if limit else rows
-
-    def load(row: Utterance) -> TimedClip:
-        return _load(row, targets, pool)
-
-    with ProgressBar(f"read {key or manifest}", len(rows)) as bar, ThreadPoolExecutor(cpus()) as pool_of_threads:
+    rows = rows[: limit or None]
+    with ProgressBar(f"read {key or manifest}", len(rows)) as bar, ThreadPoolExecutor(cpus()) as threads:
         clips = []
-        for clip in pool_of_threads.map(load, rows):
+        for clip in threads.map(lambda row: _load(row, targets, pool), rows):
             clips.append(clip)
             bar.advance()
     return clips
@@ -106,7 +103,7 @@ def _load(row: Utterance, targets: str, pool: int) -> TimedClip:
     if abs(len(frames) - expected) > _SLACK:
         raise UserError(
             f"{row.where}: {row.video} has {len(frames)} frames, and the duration of {row.duration:g} s makes "
-            f"{expected:.0f} of them"
+            f"{expected:.0f}"
         )
     spans = _read_times(row.times, row)
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from avsr.tools.prepare.options import PrepareOptions
+from avsr.tools.synth.options import SynthOptions
 from omegaconf import MISSING
 
 from avsr.cli import main
@@ -20,8 +22,6 @@ from avsr.config.keys import Rule, check, group, key, keys
 from avsr.config.reference import help_text, markdown
 from avsr.errors import UserError
 from avsr.tools.lipreader.pretrain import PretrainConfig
-from avsr.tools.prepare.options import PrepareOptions
-from avsr.tools.synth.options import SynthOptions
 
 
 @dataclass

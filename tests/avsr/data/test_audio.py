@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 
-from avsr.data.audio import SAMPLE_RATE, load_audio
+from avsr.data.audio import load_audio
+from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 
 

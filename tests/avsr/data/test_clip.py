@@ -11,8 +11,9 @@ import soundfile
 import torch
 
 from avsr.data.audio import load_audio
-from avsr.data.clip import SAMPLES_PER_VIDEO_FRAME, Clip, load_clip
+from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
+from avsr.data.rates import SAMPLES_PER_FRAME
 from avsr.data.video import read_video, read_video_sound
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
@@ -57,7 +58,7 @@ def test_both_are_cut_to_the_shorter(tmp_path: Path, samples: int, frames: int, 
     row = utterance(audio=sound(tmp_path / "a.wav", samples), video=video(tmp_path / "a.mp4", frames))
     clip = load_clip(row, BOTH, max_mismatch=0.2)
     assert clip.wave is not None and clip.mouth is not None
-    assert clip.video_frames == expected and clip.samples == expected * SAMPLES_PER_VIDEO_FRAME
+    assert clip.video_frames == expected and clip.samples == expected * SAMPLES_PER_FRAME
     assert clip.seconds == pytest.approx(expected / 25)
     kept = min(samples, clip.samples)
     assert torch.equal(clip.wave[:kept], load_audio(tmp_path / "a.wav")[:kept])

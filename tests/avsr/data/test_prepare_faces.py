@@ -17,8 +17,8 @@ from avsr.data.mouth import faces
 from avsr.data.mouth.faces import track_landmarks
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.tools.prepare.options import PrepareOptions
-from avsr.tools.prepare.run import prepare
+from avsr.tools.corpora.prepare.options import PrepareOptions
+from avsr.tools.corpora.prepare.run import prepare
 
 Boxes = list[tuple[int, int, int, int]]
 

@@ -12,9 +12,9 @@ import pytest
 
 from avsr.data.video import encode_video, write_video
 from avsr.errors import UserError
-from avsr.tools.synth.espeak import Span
-from avsr.tools.synth.mouth import draw_mouth
-from avsr.tools.synth.visemes import viseme_track
+from avsr.tools.corpora.synth.espeak import Span
+from avsr.tools.corpora.synth.mouth import draw_mouth
+from avsr.tools.corpora.synth.visemes import viseme_track
 
 # Encodes the same clips again and again, with clips of other sizes in between, so that the encoder gets its memory
 # back with ever other rubbish in it.

@@ -189,7 +189,7 @@ def test_bad_lrs3(lrs3: Path, tmp_path: Path) -> None:
     (cut,) = [source for source in sources if source.id == "pretrain/S2/00001"]
     assert [piece.id[-3:] for piece in cut.pieces] == ["_00", "_02"]
     (tmp_path / "empty").mkdir()
-    assert "no LRS3" in failure(read_lrs3, tmp_path / "empty", 16.0)
+    assert "not LRS3" in failure(read_lrs3, tmp_path / "empty", 16.0)
 
 
 # LRS2
@@ -222,7 +222,7 @@ def test_lrs2(tmp_path: Path, inside: bool) -> None:
 
 
 def test_no_lrs2(tmp_path: Path) -> None:
-    assert "no LRS2" in failure(read_lrs2, tmp_path, 16.0)
+    assert "not LRS2" in failure(read_lrs2, tmp_path, 16.0)
     (tmp_path / "main").mkdir()
     assert "lists" in failure(read_lrs2, tmp_path, 16.0)
 
@@ -247,7 +247,7 @@ def test_vox2(tmp_path: Path, line: str) -> None:
 
 
 def test_bad_vox2(tmp_path: Path) -> None:
-    assert "no VoxCeleb2" in failure(read_vox2, tmp_path, 16.0, None)
+    assert "not VoxCeleb2" in failure(read_vox2, tmp_path, 16.0, None)
     put(tmp_path, "dev/mp4/id1/v/1.mp4")
     put(tmp_path, "en", text="id2/v/1\n")
     assert "none of the 1" in failure(read_vox2, tmp_path, 16.0, tmp_path / "en")

@@ -23,13 +23,6 @@ from avsr.tools.importing import import_checkpoint
 Recipe = Callable[..., Path]
 
 
-@pytest.fixture
-def audio(parts: Any, plain_llm: Path, tiny_whisper: Path) -> Any:
-    official = parts.Official(plain_llm, {"audio_proj": (32, 32)})
-    official.add_whisper(tiny_whisper)
-    return official
-
-
 TEXT = "bin blue"  # as the oracle's
 
 
@@ -45,6 +38,12 @@ def imported_logits(run: Path, task: str, features: dict[str, Tensor], *override
         return model, model.label_logits(batch, model.assemble(batch, with_text=True))[0]
 
 
+def check(official: Any, prompt: str, speech: list[tuple[str, Tensor]], logits: Tensor, error: float = 1e-4) -> None:
+    """``logits`` are those of the merged Llama after the delimited ``speech`` and the prompt."""
+    expected = official.logits(official.prompts[prompt], speech, official.merged_llm())[:, : logits.shape[1]]
+    torch.testing.assert_close(logits, expected, rtol=error, atol=error)
+
+
 def grey_mouth(frames: int) -> tuple[Tensor, Tensor]:
     """(T, 88 * 88) bytes as a batch holds them, and as AV-HuBERT reads them."""
     grey = torch.randint(0, 256, (frames, 88 * 88), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -53,9 +52,9 @@ def grey_mouth(frames: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("prefix", "by_factor"), [("", True), ("model.", False)])
 def test_an_audio_model_gives_the_logits_of_the_merged_llama(
-    parts: Any, audio_recipe: Callable[..., Path], audio: Any, tmp_path: Path, prefix: str, by_factor: bool
+    parts: Any, audio_recipe: Callable[..., Path], official: Any, tmp_path: Path, prefix: str, by_factor: bool
 ) -> None:
-    path = audio.write(tmp_path / "model_avg_1.pth", prefix)
+    path = official.write(tmp_path / "model_avg_1.pth", prefix)
     factor = {"reduction": parts.R, "alpha": parts.ALPHA} if by_factor else {}
     lora = {"model.lora": {"rank": 3, "alpha": 1.0}} if by_factor else {}
     run = import_checkpoint(path, str(audio_recipe(**lora)), tmp_path / "official", **factor)
@@ -66,15 +65,14 @@ def test_an_audio_model_gives_the_logits_of_the_merged_llama(
     x = torch.randn(5, 48, dtype=torch.float64)
     for part, name in (("Q", "q_proj"), ("V", "v_proj")):
         start = "llm.model.layers.1.self_attn."
-        down, up = (audio.state[f"{start}lora_{side}_{part}.weight"].double() for side in ("down", "up"))
-        expected = x @ audio.state[f"{start}{name}.weight"].double().T + parts.ALPHA / parts.R * (x @ down.T @ up.T)
+        down, up = (official.state[f"{start}lora_{side}_{part}.weight"].double() for side in ("down", "up"))
+        expected = x @ official.state[f"{start}{name}.weight"].double().T + parts.ALPHA / parts.R * (x @ down.T @ up.T)
         layer = model.decoder.model.layers[1].self_attn.get_submodule(name)
         with torch.no_grad():
             torch.testing.assert_close(layer(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
 
-    speech = [("audio", audio.project("audio_proj", parts.pooled(features, 4)))]
-    expected = audio.logits(parts.PROMPTS["audio"], speech, audio.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    speech = [("audio", official.project("audio_proj", parts.pooled(features, 4)))]
+    check(official, "audio", speech, logits)
     assert logits.std() > 0.1
 
     config = read_run_config(run)
@@ -87,35 +85,22 @@ def test_an_audio_model_gives_the_logits_of_the_merged_llama(
 def test_the_command_and_what_it_leads_to(
     parts: Any,
     audio_recipe: Callable[..., Path],
-    audio: Any,
+    official: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     tone: Any,
 ) -> None:
     """Stored in bf16 as the official ones, stacking, without LayerNorm; then evaluated and used."""
-    for key in [key for key in audio.state if ".3." in key]:
-        del audio.state[key]
-    audio.state["audio_proj.0.weight"] = torch.randn(32, 96)
-    path = audio.write(tmp_path / "model_avg_4.pth", dtype=torch.bfloat16)
+    for key in [key for key in official.state if ".3." in key]:
+        del official.state[key]
+    official.state["audio_proj.0.weight"] = torch.randn(32, 96)
+    path = official.write(tmp_path / "model_avg_4.pth", dtype=torch.bfloat16)
     recipe = audio_recipe(**{"data.cache": None})
     overrides = ["model.audio.compression.kind=stack", "model.audio.compression.rate=3"]
     overrides += ["model.projector.layernorm=false", "model.audio.encoder.pad_to_30s=false"]
     out = tmp_path / "official"
-    main(
-        [
-            "import",
-            str(path),
-            "--config",
-            str(recipe),
-            "--out",
-            str(out),
-            *overrides,
-            "--reduction",
-            "6",
-            "--alpha",
-            "3",
-        ]
-    )
+    command = ["import", str(path), "--config", str(recipe), "--out", str(out)]
+    main([*command, *overrides, "--reduction", "6", "--alpha", "3"])
     assert capsys.readouterr().out.strip() == str(out)
     assert not read_run_config(out).model.audio.encoder.pad_to_30s
     assert read_run_config(out).training.precision == "fp32"
@@ -135,23 +120,20 @@ def test_rows_of_a_tokenizer_that_has_some_of_the_tokens(
     features = torch.randn(9, 32)
     _, logits = imported_logits(run, "audio", {"audio": features})
     speech = [("audio", official.project("audio_proj", parts.pooled(features, 4)))]
-    expected = official.logits(parts.PROMPTS["audio"], speech, official.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    check(official, "audio", speech, logits)
 
 
 def test_a_video_model_carries_its_own_encoder(
     parts: Any, audio_recipe: Callable[..., Path], plain_llm: Path, tmp_path: Path
 ) -> None:
-    official = parts.Official(plain_llm, {"video_proj": (128, 32)})
-    official.add_avhubert("video_encoder")
+    official = parts.mouth_checkpoint(plain_llm)
     path = official.write(tmp_path / "vsr.pth")
     run = import_checkpoint(path, str(parts.mouth_recipe(audio_recipe, "video")), tmp_path / "out")
     grey, mouth = grey_mouth(13)
     model, logits = imported_logits(run, "video", {"video": grey})
     features = parts.run_network(parts.avhubert(official, "video_encoder"), None, mouth)
     speech = [("video", official.project("video_proj", parts.pooled(features, 3)))]
-    expected = official.logits(parts.PROMPTS["video"], speech, official.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    check(official, "video", speech, logits, 1e-3)
     frozen = parts.run_network(parts.avhubert(official, "video_encoder", lora=False), None, mouth)
     assert (frozen - features).abs().max() > 0.1  # else the adapters would prove nothing
     assert read_run_config(run).model.video.encoder.name == "run:encoders/video_encoder.safetensors"
@@ -162,8 +144,7 @@ def test_a_video_model_carries_its_own_encoder(
 def test_an_imported_run_can_be_moved(
     parts: Any, audio_recipe: Callable[..., Path], plain_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    official = parts.Official(plain_llm, {"video_proj": (128, 32)})
-    official.add_avhubert("video_encoder")
+    official = parts.mouth_checkpoint(plain_llm)
     recipe = parts.mouth_recipe(audio_recipe, "video")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -196,8 +177,7 @@ def test_a_fused_model_has_no_delimiters(
     assert model.delimiters is None
     features = parts.run_network(parts.avhubert(official, "audiovisual_encoder"), sound, mouth)
     speech = [("", official.project("audiovisual_proj", parts.pooled(features, 2)))]
-    expected = official.logits(parts.PROMPTS["audiovisual"], speech, official.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    check(official, "audiovisual", speech, logits, 1e-3)
 
 
 def test_whisper_and_a_frozen_avhubert(
@@ -224,8 +204,7 @@ def test_whisper_and_a_frozen_avhubert(
         ("audio", official.project("audio_proj", parts.pooled(sound, 4))),
         ("video", official.project("video_proj", parts.stacked(seen, 2))),
     ]
-    expected = official.logits(parts.PROMPTS["audiovisual"], speech, official.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    check(official, "audiovisual", speech, logits)
 
 
 def test_one_avhubert_for_two_projectors(
@@ -248,6 +227,5 @@ def test_one_avhubert_for_two_projectors(
         ("audio", official.project("audio_proj", parts.pooled(parts.run_network(network, sound, None), 2))),
         ("video", official.project("video_proj", parts.pooled(parts.run_network(network, None, mouth), 2))),
     ]
-    expected = official.logits(parts.PROMPTS["audiovisual"], speech, official.merged_llm())[:, : logits.shape[1]]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    check(official, "audiovisual", speech, logits, 1e-3)
     assert [p.name for p in (run / "encoders").iterdir()] == ["audiovisual_encoder.safetensors"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from avsr.tools.synth.mouth import SIZE, draw_mouth
-from avsr.tools.synth.visemes import PARAMETERS, TARGETS, VISEMES
-from avsr.tools.synth.voices import VOICES
+from avsr.tools.corpora.synth.mouth import SIZE, draw_mouth
+from avsr.tools.corpora.synth.visemes import PARAMETERS, TARGETS, VISEMES
+from avsr.tools.corpora.synth.voices import VOICES
 
 
 def still(frames: int = 3, **values: float) -> np.ndarray:
@@ -44,7 +44,8 @@ def test_the_same_input_gives_the_same_bytes_in_any_process() -> None:
     draw_mouth(track, "somebody", "else")
     assert hashlib.sha256(draw_mouth(track, "us_f2", "x").tobytes()).hexdigest() == here
     code = (
-        "import hashlib; from avsr.tools.synth.mouth import draw_mouth; from avsr.tools.synth.visemes import TARGETS;"
+        "import hashlib; from avsr.tools.corpora.synth.mouth import draw_mouth;"
+        "from avsr.tools.corpora.synth.visemes import TARGETS;"
         "track = TARGETS[[0, 1, 5, 11, 22] * 3];"
         "print(hashlib.sha256(draw_mouth(track, 'us_f2', 'x').tobytes()).hexdigest())"
     )

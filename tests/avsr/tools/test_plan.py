@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avsr.cli import main
 from avsr.config import load_config
 from avsr.models.build import build_model, build_store
-from avsr.tools.estimate.plan import largest, read_sizes
+from avsr.tools.estimate.memory import largest, read_sizes
 from avsr.tools.estimate.planning import plan
 from avsr.tools.estimate.profiling import profile
 

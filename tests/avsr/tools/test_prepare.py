@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,11 @@ import soundfile
 from avsr.data.manifest import read_manifest
 from avsr.data.video import encode_video, read_video
 from avsr.errors import UserError
-from avsr.tools.prepare import clips, pool, run
-from avsr.tools.prepare.options import PrepareOptions
-from avsr.tools.prepare.run import prepare
+from avsr.runtime import pool
+from avsr.tools.corpora.prepare import clips, run
+from avsr.tools.corpora.prepare.options import PrepareOptions
+from avsr.tools.corpora.prepare.run import prepare
+from avsr.tools.corpora.source import Piece, Source
 
 Face = Callable[..., tuple[np.ndarray, np.ndarray]]
 
@@ -35,14 +36,14 @@ def sound(seconds: float) -> np.ndarray:
 def corpus(tmp_path: Path, draw_face: Face) -> Callable[..., Path]:
     """``corpus("a/b", 2.0, text="HI", root="lrs3")``: writes a video of a talking face, its transcript and landmarks.
 
-    ``wave`` replaces the sound (None: there is none), ``lost`` frames have no landmarks, ``keep`` is how many frames
-    the landmark file has, and ``None`` for ``landmarks`` leaves it out.
+    ``wave`` replaces the sound (None: there is none), ``lost`` frames have no landmarks, and ``keep`` is how many
+    frames the landmark file has (0: there is none).
     """
     drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def make(
         name: str, seconds: float = 1.0, text: str | None = None, *, root: str = "in", wave: Any = "tone",
-        landmarks: str | None = "npz", lost: Any = (), keep: int | None = None, shift: float = 0.0,
+        lost: Any = (), keep: int | None = None, shift: float = 0.0,
     ) -> Path:  # fmt: skip
         count = round(seconds * 25)
         if count not in drawn:
@@ -55,17 +56,12 @@ def corpus(tmp_path: Path, draw_face: Face) -> Callable[..., Path]:
         video.write_bytes(encode_video(frames, sound=heard))
         if text is not None:
             video.with_suffix(".txt").write_text(text)
-        if landmarks is not None:
+        if keep != 0:
             points = points[:keep] + shift
             points[list(lost)] = np.nan
-            path = tmp_path / "landmarks" / f"{name}.{landmarks}"
+            path = tmp_path / "landmarks" / f"{name}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if landmarks == "npz":
-                np.savez(path, landmarks=points)
-            elif landmarks == "npy":
-                np.save(path, points)
-            else:
-                path.write_bytes(pickle.dumps([None if np.isnan(p).any() else p for p in points]))
+            np.savez(path, landmarks=points)
         return video
 
     return make
@@ -109,8 +105,8 @@ SCRIPT = "Text:  ONE TWO THREE\nConf: 5\n\nWORD START END ASDSCORE\nONE 0.2 0.8 
 
 
 def test_lrs3(corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path) -> None:
-    corpus("trainval/A/00001", 1.0, "Text:  HELLO {LG} WORLD\n", landmarks="pkl")
-    corpus("trainval/B/00001", 1.0, "Text:  HELLO AGAIN\n", landmarks="npy")
+    corpus("trainval/A/00001", 1.0, "Text:  HELLO {LG} WORLD\n")
+    corpus("trainval/B/00001", 1.0, "Text:  HELLO AGAIN\n")
     corpus("pretrain/C/00009", 3.0, SCRIPT)
     corpus("test/D/00001", 1.0, "Text:  THE TEST\n", lost=(0, 5, 6, 7, 24))
     report = go("lrs3", seg=2.0, validation=1)
@@ -210,13 +206,13 @@ def test_everything_bad_is_named_and_counted(
     corpus("mute", 1.0, "x", wave=None)
     corpus("silent", 1.0, "x", wave=np.zeros(16_000))
     corpus("skewed", 1.0, "x", wave=sound(1.5))
-    corpus("unmarked", 1.0, "x", landmarks=None)
+    corpus("unmarked", 1.0, "x", keep=0)
     corpus("short-marks", 1.0, "x", keep=20)
     corpus("aside", 1.0, "x", shift=120.0)
     corpus("wordless", 1.0, " {NS} ")
     corpus("long", 3.0, "x")
     corpus("late", 1.0, SCRIPT)
-    bad = corpus("foreign", 1.0, "x", landmarks="pkl")
+    bad = corpus("foreign", 1.0, "x", keep=0)
     (tmp_path / "landmarks/foreign.pkl").write_bytes(b"cos\nsystem\n(S'touch OWNED'\ntR.")
     twin = corpus("twin", 1.0, "x")
     shutil.copy(twin, twin.with_suffix(".mkv"))
@@ -257,33 +253,48 @@ def test_two_videos_never_write_the_same_clip(
     assert "talk_00" in (tmp_path / "out/untranscribed.jsonl").read_text()
 
 
+def test_the_names_of_clips_are_compared_both_ways(tmp_path: Path) -> None:
+    def source(name: str, *clips: str) -> Source:
+        pieces = tuple(Piece(clip, "text") for clip in clips)
+        return Source(name, tmp_path / f"{name}.mp4", "", ("all",), pieces, window=None if clips else 2.0)
+
+    windows, whole = source("a"), source("a_00", "a_00")
+    for pair, twice in (
+        ((windows, whole), True),
+        ((whole, windows), True),
+        ((source("b", "a_123"), windows), True),
+        ((source("a_00"), windows), False),  # windows of windows: a_00_00
+        ((source("b", "a_0"), windows), False),
+        ((source("b", "a_00", "a_01"), source("c", "a_02")), False),
+        ((source("b", "a_00", "a_01"), source("c", "a_01")), True),
+    ):
+        kept, refused = run._sources(pair)
+        assert len(kept) == 2 - twice and kept[0] == pair[0]
+        assert [(r.id, r.kind) for r in refused] == [(pair[1].id, "twice")] * twice
+
+
 def test_a_restart_makes_only_what_is_missing(
     corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b", "c", "d"):
-        corpus(name, 1.0, f"text {name}", landmarks=None if name == "d" else "npz")
+        corpus(name, 1.0, f"text {name}", keep=0 if name == "d" else None)
     calls: list[str] = []
-    make = clips.make_clips
+    make, most = clips.make_clips, 2
 
-    def stopped(job: clips.Job) -> clips.Outcome:
-        if len(calls) == 2:
+    def counted(job: clips.Job) -> clips.Outcome:
+        if len(calls) == most:
             raise KeyboardInterrupt
         calls.append(job.source.id)
         return make(job)
 
-    monkeypatch.setattr(run, "make_clips", stopped)
+    monkeypatch.setattr(run, "make_clips", counted)
     with pytest.raises(KeyboardInterrupt):
         go("videos")
     assert calls == ["a", "b"] and not (tmp_path / "out/all.jsonl").exists()
     with (tmp_path / "out/progress.jsonl").open("a") as file:
         file.write('{"source": "c", "ma')  # the machine went down while this was written
     before = {name: os.stat(tmp_path / f"out/clips/{name}.mp4").st_mtime_ns for name in ("a", "b")}
-
-    def counted(job: clips.Job) -> clips.Outcome:
-        calls.append(job.source.id)
-        return make(job)
-
-    monkeypatch.setattr(run, "make_clips", counted)
+    most = 10
     calls.clear()
     report = go("videos")
     assert calls == ["c", "d"] and report.made == 1 and report.manifests == {"all": 3}
@@ -339,11 +350,11 @@ def test_the_out_folder(corpus: Callable[..., Path], go: Callable[..., run.Prepa
 
 
 def test_nothing_to_prepare(corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path) -> None:
-    corpus("a", 1.0, "text", landmarks=None)
+    corpus("a", 1.0, "text", keep=0)
     with pytest.raises(UserError, match="no folder"):
         go("videos")
     (tmp_path / "landmarks").mkdir()
-    with pytest.raises(UserError, match=r"not one clip could be made.*refused\.jsonl.*no landmark file"):
+    with pytest.raises(UserError, match=r"no clip could be made.*refused\.jsonl.*no landmark file"):
         go("videos")
     with pytest.raises(UserError, match="no folder"):
         go("videos", "elsewhere")
@@ -351,22 +362,16 @@ def test_nothing_to_prepare(corpus: Callable[..., Path], go: Callable[..., run.P
         go("lrs4")
 
 
-def test_processes(corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
-        corpus(name, 1.0, f"text {name}")
-    report = go("videos", workers=2)
-    assert report.made == 3 and [row.id for row in rows(tmp_path, "all")] == ["a", "b", "c"]
-    check_clip(rows(tmp_path, "all")[2], 1.0)
-
-
 CRASHING = """
 import multiprocessing, os, resource
-from avsr.tools.prepare import clips
+from avsr.tools.corpora.prepare import clips
 
 def make_clips(job):
     if job.source.id != "b":
         return clips.make_clips(job)
     assert multiprocessing.parent_process() is not None, "it would end the whole run"
+    with open(job.out + "/../tries", "a") as file:
+        file.write(job.source.id)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.abort()
 """
@@ -380,17 +385,11 @@ def test_a_video_that_crashes_its_process_is_named_and_tried_again(
     (tmp_path / "crashing_decoder.py").write_text(CRASHING)
     monkeypatch.syspath_prepend(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            run,
-            "run_jobs",
-            lambda work, jobs, workers: ((job, work(job) if job.source.id == "a" else None) for job in jobs),
-        )
-        assert go("videos").refused == {"crash": 1}
-    with monkeypatch.context() as patch:  # now it is the only one left to do, and there may be one CPU
         patch.setattr(run, "make_clips", importlib.import_module("crashing_decoder").make_clips)
-        patch.setattr(pool, "cpus", lambda: 1)
+        patch.setattr(pool, "cpus", lambda: 1)  # which does not make it this process
         report = go("videos", workers=0)
-    assert report.manifests == {"all": 1} and report.refused == {"crash": 1} and report.made == 0
+    assert report.manifests == {"all": 1} and report.refused == {"crash": 1} and report.made == 1
     assert "b.mp4 died" in refusals(tmp_path)["b"]["reason"]
+    assert (tmp_path / "tries").read_text() == "bb"  # once more, alone
     report = go("videos")
     assert report.manifests == {"all": 2} and report.refused == {} and report.made == 1

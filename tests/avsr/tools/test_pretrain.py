@@ -16,10 +16,10 @@ from avsr.data.manifest import write_manifest
 from avsr.data.video import read_video, write_video
 from avsr.errors import UserError
 from avsr.models.visual import VisualConfig, VisualEncoder, load_visual
+from avsr.tools.corpora.synth.espeak import Span
 from avsr.tools.lipreader.augment import FaceAugmentConfig, augment
-from avsr.tools.lipreader.pretrain import PretrainConfig, evaluate_visual, pretrain, read_off
+from avsr.tools.lipreader.pretrain import PretrainConfig, best_path, evaluate_visual, pretrain
 from avsr.tools.lipreader.timed import TimedClip, load_timed, vocabulary
-from avsr.tools.synth.espeak import Span
 from avsr.training.metrics import read_metrics
 
 # A word is a bar at its own place for as long as it is said; an eSpeak phoneme goes with it.
@@ -170,7 +170,7 @@ def test_vocabulary_is_sorted_and_bounded() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_read_off_is_the_best_path(seed: int) -> None:
+def test_best_path(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     scores = torch.randn(5, 3, generator=draw, dtype=torch.float64)
 
@@ -179,8 +179,8 @@ def test_read_off_is_the_best_path(seed: int) -> None:
         return float(scores[torch.arange(5), torch.tensor(path)].sum()) - 0.7 * changes
 
     best = max(np.ndindex(3, 3, 3, 3, 3), key=value)
-    assert tuple(read_off(scores, switch=0.7).tolist()) == best
-    assert len(set(read_off(scores, switch=1e3).tolist())) == 1
+    assert tuple(best_path(scores, switch=0.7).tolist()) == best
+    assert len(set(best_path(scores, switch=1e3).tolist())) == 1
 
 
 def blob(x: float, y: float, size: int = 24) -> torch.Tensor:
@@ -241,35 +241,25 @@ def test_gamma_and_hiding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "times", "message"),
     [
-        ({"video": None}, r"bad\.jsonl:1: bad_0 has no video"),
-        ({"times": None}, r"bad\.jsonl:1: bad_0 has no times"),
-        ({"times": "times/none.json"}, r"none\.json: expected the times"),
-        ({"duration": 3.0}, "frames, and the duration of 3 s makes 75"),
-        ({"text": "bin blue"}, "the text is 'bin blue'"),
-        ({"video": "times/bad_0.json"}, r"bad_0\.json"),
+        ({"video": None}, None, r"bad\.jsonl:1: bad_0 has no video"),
+        ({"times": None}, None, r"bad\.jsonl:1: bad_0 has no times"),
+        ({"times": "times/none.json"}, None, r"none\.json: expected the times"),
+        ({"duration": 3.0}, None, "frames, and the duration of 3 s makes 75"),
+        ({"text": "bin blue"}, None, "the text is 'bin blue'"),
+        ({"video": "times/bad_0.json"}, None, r"bad_0\.json"),
+        ({}, {"words": [], "phonemes": [["b", 0.0, 0.1]]}, "there are no words"),
+        ({}, {"words": [["bin", 0.3, 0.1]], "phonemes": [["b", 0.0, 0.1]]}, "words in order"),
+        ({}, {"words": [["bin", 0.0, 9.0]], "phonemes": [["b", 0.0, 0.1]]}, "words in order"),
+        ({}, {"words": [["bin", 0.0]]}, "expected the times"),
+        ({}, [1], "expected the times"),
     ],
 )
-def test_bad_rows_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_rows_and_times_are_refused(changes: dict[str, Any], times: Any, message: str, tmp_path: Path) -> None:
     manifest = write_corpus(tmp_path, "bad", 1, 0, **changes)
-    with pytest.raises(UserError, match=message):
-        load_timed(str(manifest), targets="words", pool=8)
-
-
-@pytest.mark.parametrize(
-    ("times", "message"),
-    [
-        ({"words": [], "phonemes": [["b", 0.0, 0.1]]}, "there are no words"),
-        ({"words": [["bin", 0.3, 0.1]], "phonemes": [["b", 0.0, 0.1]]}, "words in order"),
-        ({"words": [["bin", 0.0, 9.0]], "phonemes": [["b", 0.0, 0.1]]}, "words in order"),
-        ({"words": [["bin", 0.0]]}, "expected the times"),
-        ([1], "expected the times"),
-    ],
-)
-def test_bad_times_are_refused(times: Any, message: str, tmp_path: Path) -> None:
-    manifest = write_corpus(tmp_path, "bad", 1, 0)
-    (tmp_path / "times" / "bad_0.json").write_text(json.dumps(times))
+    if times is not None:
+        (tmp_path / "times" / "bad_0.json").write_text(json.dumps(times))
     with pytest.raises(UserError, match=message):
         load_timed(str(manifest), targets="words", pool=8)
 

@@ -17,9 +17,9 @@ from avsr.data.batches import collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.models.build import build_model, build_store
 from avsr.tools.estimate.flops import Rows, step_flops
-from avsr.tools.estimate.plan import read_sizes
+from avsr.tools.estimate.memory import read_sizes
 from avsr.tools.estimate.profiling import profile
-from avsr.tools.estimate.trace import Trace, length, merge, subtract
+from avsr.tools.estimate.trace import Trace, length_alone
 
 Recipe = Callable[..., Path]
 
@@ -54,9 +54,7 @@ def test_intervals_are_those_of_a_grid(one: list[tuple[int, int]], other: list[t
     def cells(intervals: list[tuple[int, int]]) -> set[int]:
         return {cell for start, end in intervals for cell in range(start, end)}
 
-    left = subtract(merge(one), merge(other))
-    assert length(left) == len(cells(one) - cells(other))
-    assert length(merge(one)) == len(cells(one))
+    assert length_alone(one, other) == len(cells(one) - cells(other))
 
 
 def made_up(path: Path, device: int) -> Trace:
@@ -115,7 +113,7 @@ def test_a_profile_does_not_replace_what_is_none(
     (tmp_path / "run-profile").mkdir()
     (tmp_path / "run-profile" / "precious").touch()
     message = refuse("profile", tiny_recipe(tmp_path))
-    assert "run-profile exists and is no profile" in message
+    assert "run-profile exists and is not a profile" in message
 
 
 def test_a_profile_of_no_step_is_refused(tiny_recipe: Recipe, tmp_path: Path, refuse: Callable[..., str]) -> None:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avsr.tools.synth import pool, visemes
-from avsr.tools.synth.espeak import Span
-from avsr.tools.synth.visemes import (
+from avsr.runtime.pool import run_jobs
+from avsr.tools.corpora.synth import visemes
+from avsr.tools.corpora.synth.espeak import Span
+from avsr.tools.corpora.synth.visemes import (
     LEAD,
     PARAMETERS,
     TARGETS,
@@ -24,15 +25,16 @@ from avsr.tools.synth.visemes import (
     viseme_track,
     visemes_of,
 )
-from avsr.tools.synth.voices import VOICES
+from avsr.tools.corpora.synth.voices import VOICES
 
 needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo")
 
 HELPER = """
-from avsr.tools.synth.espeak import Espeak
-from avsr.tools.synth.sentences import open_sentences
+from avsr.runtime.pool import run_jobs
+from avsr.tools.corpora.synth.espeak import Espeak
+from avsr.tools.corpora.synth.sentences import open_sentences
 
-def heard(voices, tick):
+def heard(voices):
     sentences = open_sentences(40, 3)
     found = {}
     for voice in voices:
@@ -40,7 +42,6 @@ def heard(voices, tick):
         for sentence in sentences:
             for phoneme in espeak.speak(sentence).phonemes:
                 found.setdefault(phoneme.text, sentence)
-        tick()
     return found
 """
 
@@ -72,7 +73,7 @@ def test_every_phoneme_of_every_accent_is_known(tmp_path: Path, monkeypatch: pyt
     import viseme_test_helper  # type: ignore[import-not-found]
 
     bases = sorted({voice.voice.split("+")[0] for voice in VOICES})
-    [found] = pool.run_jobs(viseme_test_helper.heard, [bases], 1, lambda: None, 60.0)
+    [(_, found)] = run_jobs(viseme_test_helper.heard, [bases], 1, fresh=True)
     assert len(found) > 60
     bare = {re.sub("^[',%=]+", "", text): sentence for text, sentence in found.items()}
     unknown = {text: sentence for text, sentence in bare.items() if text not in visemes._PHONEMES}
@@ -172,7 +173,7 @@ def test_a_later_start_in_whole_frames_only_shifts_the_track(phonemes: list[tupl
 def test_the_track_is_the_weighted_mean_of_its_definition() -> None:
     """Against sums over a grid of 0.1 ms, with the table's dominance and a Gaussian of 25 ms."""
     spans = said(("_", 100), ("b", 60), ("A:", 130), ("s", 90), ("l", 50), ("u:", 140), ("m", 75))
-    frames = frames_of(round(spans[-1].end * 16_000)) + 2  # two at rest behind the last phoneme
+    frames = frames_of(round(spans[-1].end * 16_000)) + 2  # two at rest after the last phoneme
     grid = np.arange(-0.3, frames / 25 + 0.3, 1e-4)
     names = np.full(len(grid), "rest", dtype=object)
     for span in spans:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
-from typing import Any
 
 from avsr.data.mouth.cut import COVERAGE
 from avsr.errors import UserError
 from avsr.tools.corpora.lrs import LRS3_VALIDATION
+from avsr.tools.corpora.options import check_ranges, read_options
 
 CORPORA = ("lrs2", "lrs3", "vox2", "muavic", "videos")
 
@@ -20,7 +19,7 @@ class PrepareOptions:
     """How to prepare a corpus.
 
     Attributes:
-        landmarks: a folder with landmark files under the names of the videos, or ``detect``.
+        landmarks: a folder with landmark files named like the videos, or ``detect``.
         seg: seconds of the longest clip where long videos are cut.
         skew: seconds by which sound and video of a file may differ in length.
         coverage: the least share of a clip's frames that must have landmarks.
@@ -29,8 +28,8 @@ class PrepareOptions:
         english: vox2: the list of English videos, or ``all``.
         labels: vox2: a file with the texts of the clips.
         language: muavic: the code of the language.
-        cropped: muavic: the videos show the mouth alone already.
-        workers: processes; 0 means one for each CPU. 1 is the one at hand, which a video that crashes its decoder ends.
+        cropped: muavic: the videos already show only the mouth.
+        workers: processes; 0 means one per CPU. 1 is the main process, which a video that crashes its decoder ends.
     """
 
     landmarks: str = DETECT
@@ -57,9 +56,9 @@ _ONLY = {
 }
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "seg": (1.0, 600.0),
-    "skew": (0.0, 10.0),
-    "coverage": (0.0, 1.0),
+    "seg": (1, 600),
+    "skew": (0, 10),
+    "coverage": (0, 1),
     "validation": (0, 1_000_000),
     "workers": (0, 1024),
 }
@@ -72,49 +71,26 @@ def parse_options(corpus: str, overrides: list[str]) -> PrepareOptions:
         UserError: unknown corpus, unknown key, a key of another corpus, a value of the wrong kind or out of range.
     """
     check_corpus(corpus)
+    for key in (override.partition("=")[0] for override in overrides):
+        if corpus not in _ONLY.get(key, CORPORA):
+            raise UserError(f"option {key} is not one of {corpus}: it belongs to {', '.join(_ONLY[key])}")
     options = PrepareOptions()
     names = [field.name for field in fields(PrepareOptions) if corpus in _ONLY.get(field.name, CORPORA)]
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"expected key=value, got {override!r}; the keys are {', '.join(names)}")
-        if key in _ONLY and corpus not in _ONLY[key]:
-            raise UserError(f"option {key} is not one of {corpus}: it belongs to {', '.join(_ONLY[key])}")
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"unknown option {key!r}: did you mean {near!r}? The options of prepare {corpus} are {', '.join(names)}"
-            )
-        setattr(options, key, _value(key, value, type(getattr(options, key))))
+    read_options(options, overrides, names, f"prepare {corpus}")
     check_options(options)
     return options
 
 
 def check_corpus(corpus: str) -> None:
-    """Raises a ``UserError`` if there is no such corpus."""
+    """Raises a ``UserError`` if the corpus is unknown."""
     if corpus not in CORPORA:
         raise UserError(f"unknown corpus {corpus!r}: expected one of {', '.join(CORPORA)}")
 
 
 def check_options(options: PrepareOptions) -> None:
     """Raises a ``UserError`` that names the option, its value and its range if one is out of range."""
-    for name, (low, high) in _RANGES.items():
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise UserError(f"option {name}: expected {low:g} to {high:g}, got {value:g}")
+    check_ranges(options, _RANGES)
     if not options.landmarks:
         raise UserError(f"option landmarks: expected a folder or {DETECT!r}, got nothing")
     if options.validation_ids and options.validation != LRS3_VALIDATION:
         raise UserError("options validation and validation_ids exclude each other: give one")
-
-
-def _value(key: str, value: str, kind: type) -> Any:
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise UserError(f"option {key}: expected true or false, got {value!r}")
-        return value.lower() == "true"
-    try:
-        return kind(value)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise UserError(f"option {key}: expected {wanted}, got {value!r}") from None

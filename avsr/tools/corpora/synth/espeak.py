@@ -2,8 +2,8 @@
 
 The library's noise generators keep hidden state, so a waveform depends on everything spoken before it in the
 same process. Reproducible audio needs a fresh process, a seed and a fixed order. A process that has started the
-library should not fork: in the output mode that most programs use it has a thread then, and the child hangs.
-The mode used here gives the same audio and starts no thread.
+library should not fork: in the output mode that most programs use, it has a thread, and the child hangs. The mode used
+here gives the same audio and starts no thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 
 from avsr.errors import UserError
 
-SAMPLE_RATE = 16000  # Hz, of the returned waveforms
 NATIVE_RATE = 22050  # Hz, of eSpeak NG; 22050 * 320 / 441 = 16000
 INSTALL_HINT = "pip install 'flashsink[demo]'"
 
@@ -51,6 +50,19 @@ class _Event(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
+_ARGUMENTS: dict[str, list[Any]] = {
+    "espeak_Initialize": [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int],
+    "espeak_SetSynthCallback": [_Callback],
+    "espeak_SetVoiceByName": [ctypes.c_char_p],
+    "espeak_SetParameter": [ctypes.c_int, ctypes.c_int, ctypes.c_int],
+    "espeak_ng_SetRandSeed": [ctypes.c_long],
+    "espeak_Synth": [
+        *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+        *(ctypes.c_void_p, ctypes.c_void_p),
+    ],
+}
+
+
 @dataclass(frozen=True)
 class Span:
     """A word or phoneme with its start and end in seconds."""
@@ -66,10 +78,10 @@ class Speech:
 
     Attributes:
         waveform: float32 in [-1, 1], mono, at ``SAMPLE_RATE``.
-        words: the sentence's words in order. eSpeak NG runs some short words together ("of the"); such a group
-            is one span whose text has a space.
-        phonemes: eSpeak NG's ASCII mnemonics; ``'`` and ``,`` in front mark stress, ``_`` and ``_:`` are
-            pauses. Each word begins and ends where a phoneme does.
+        words: the sentence's words in order. eSpeak NG runs some short words together ("of the"); such a group is one
+            span whose text has a space.
+        phonemes: eSpeak NG's ASCII mnemonics; a leading ``'`` or ``,`` marks stress, ``_`` and ``_:`` are pauses. Each
+            word begins and ends where a phoneme does.
     """
 
     waveform: np.ndarray
@@ -78,7 +90,7 @@ class Speech:
 
 
 def require_espeak() -> None:
-    """Checks that the packages of the extra ``demo`` are there, without loading or starting eSpeak NG.
+    """Checks that the packages of the extra ``demo`` are installed, without loading or starting eSpeak NG.
 
     Raises:
         UserError: one is missing; the message has the command that installs it.
@@ -110,7 +122,9 @@ class Espeak:
             data = str(loader.get_data_path())
         except (OSError, RuntimeError) as error:
             raise UserError(f"eSpeak NG cannot be loaded ({error}): run {INSTALL_HINT} again") from error
-        self._declare()
+        for name, arguments in _ARGUMENTS.items():
+            getattr(self._library, name).argtypes = arguments
+        self._library.espeak_SetSynthCallback.restype = None
         native_rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _OPTIONS)
         if native_rate != NATIVE_RATE:
             long = len(data.encode()) > _LONGEST_DATA_PATH
@@ -128,27 +142,8 @@ class Espeak:
         self._library.espeak_ng_SetRandSeed(seed)
         self._voice = voice
 
-    def _declare(self) -> None:
-        library = self._library
-        library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-        library.espeak_SetSynthCallback.argtypes = [_Callback]
-        library.espeak_SetSynthCallback.restype = None
-        library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
-        library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
-        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        library.espeak_Synth.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_uint,
-            ctypes.c_int,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-        ]
-
     def _receive(self, samples: Any, count: int, events: Any) -> int:
-        """Called by the library with a piece of audio and a list of events; 0 means go on."""
+        """Called by the library with a piece of audio and a list of events; returning 0 continues."""
         if samples and count > 0:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         index = 0
@@ -169,7 +164,7 @@ class Espeak:
             said_as: words that are spoken as something else; the returned spans have the written word.
 
         Raises:
-            UserError: the library gave no audio or no words.
+            UserError: the library returned no audio or no words.
         """
         written = sentence.split(" ")
         spoken = [(said_as or {}).get(word, word) for word in written]
@@ -229,8 +224,8 @@ def _phoneme_spans(events: list[tuple[int, int, int, str]], total: int) -> list[
 def _word_spans(written: list[str], starts: list[tuple[int, int]], phonemes: list[Span]) -> list[Span]:
     """Spans of the words from the (index of the word, index of its first phoneme) of each group of words.
 
-    A word lasts until the next one starts or, if that is earlier, until the pause behind it starts. The first
-    span also has the words in front of it (if any), so the spans always make up the whole sentence.
+    A word lasts until the next one starts or, if that is earlier, until the pause after it starts. The first span
+    also has the words before it (if any), so the spans always make up the whole sentence.
     """
     spans = []
     for i, (index, first) in enumerate(starts):
@@ -245,6 +240,5 @@ def _word_spans(written: list[str], starts: list[tuple[int, int]], phonemes: lis
 def _resample(samples: np.ndarray) -> np.ndarray:
     """int16 at ``NATIVE_RATE`` to float32 at ``SAMPLE_RATE``."""
     signal = importlib.import_module("scipy.signal")  # slow to import, and only workers need it
-    wave: np.ndarray = signal.resample_poly(samples.astype(np.float64) / 32768.0, 320, 441)
-    limited: np.ndarray = np.clip(wave, -1.0, 1.0).astype(np.float32)
-    return limited
+    wave = signal.resample_poly(samples.astype(np.float64) / 32768.0, 320, 441)
+    return np.clip(wave, -1.0, 1.0).astype(np.float32)

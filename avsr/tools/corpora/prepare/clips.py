@@ -1,33 +1,34 @@
-"""Makes the clips of one video file. Runs in a process of its own and never raises for what the file holds."""
+"""Makes the clips of one video file. Runs in its own process and never raises because of the file's content."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SAMPLE_RATE, SILENCE
+from avsr.data.audio import SILENCE
 from avsr.data.mouth.crop import CROP, MIN_FRAMES
 from avsr.data.mouth.cut import Refused, check_landmarks, cut_mouths
 from avsr.data.mouth.faces import track_landmarks
 from avsr.data.mouth.landmarks import find_landmarks, read_landmarks
-from avsr.data.video import FRAMES_PER_SECOND, encode_video, read_video_sound, video_frames
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
+from avsr.data.video import encode_video, read_video_sound, video_frames
 from avsr.errors import UserError
+from avsr.tools.corpora.prepare.options import DETECT
 from avsr.tools.corpora.source import Piece, Refusal, Source
-from avsr.tools.prepare.options import DETECT
+from avsr.tools.corpora.wav import encode_wav
 
-SAMPLES_PER_FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
 CLIPS = "clips"  # the folder of the clips
 
-_LATE_WORD = 0.5  # seconds that the last word may end after the video
+_LATE_WORD = 0.5  # seconds by which the last word may end after the video
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Job:
-    """One video file to prepare; the clips in ``keep`` are there already."""
+    """One video file to prepare; the clips in ``keep`` exist already."""
 
     source: Source
     out: str
@@ -103,23 +104,28 @@ def _refusal(source: Source, name: str, refused: Refused) -> Refusal:
 
 def _sound(source: Source) -> Tensor:
     """(samples,) float32 at 16 kHz, in step with the video."""
-    try:
+    with _refused_as("video"):
         sound = read_video_sound(source.video)
-    except UserError as error:
-        raise Refused("video", str(error)) from error
     if sound is None:
-        beside = next((path for path in source.audio if os.path.isfile(path)), None)
-        if beside is None:
+        file = next((path for path in source.audio if os.path.isfile(path)), None)
+        if file is None:
             raise Refused("no audio", f"{source.video} has no sound, and there is no sound file for it")
-        try:
-            sound = read_video_sound(beside)
-        except UserError as error:
-            raise Refused("audio", str(error)) from error
+        with _refused_as("audio"):
+            sound = read_video_sound(file)
     if sound is None or not len(sound):
         raise Refused("no audio", f"the sound of {source.video} holds no samples")
     if not bool(torch.isfinite(sound).all()):
         raise Refused("audio", f"the sound of {source.video} holds NaN or infinite samples")
     return sound
+
+
+@contextmanager
+def _refused_as(kind: str) -> Iterator[None]:
+    """What cannot be read is refused, not an end of the run."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused(kind, str(error)) from error
 
 
 def mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,33 +139,27 @@ def mouths(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _ready_mouths(source: Source) -> np.ndarray:
     frames = []
-    try:
+    with _refused_as("video"):
         for frame in video_frames(source.video):
             if frame.shape != (CROP, CROP):
                 reason = f"{source.video} has pictures of {frame.shape[1]}x{frame.shape[0]} pixels"
                 advice = "set cropped=false if they show whole faces"
                 raise Refused("size", f"{reason}, expected mouths of {CROP}x{CROP}: {advice}")
             frames.append(frame)
-    except UserError as error:
-        raise Refused("video", str(error)) from error
     return np.stack(frames)
 
 
 def _landmarks(job: Job) -> np.ndarray:
     source = job.source
     if job.landmarks == DETECT:
-        try:
+        with _refused_as("video"):
             return track_landmarks(video_frames(source.video))
-        except UserError as error:
-            raise Refused("video", str(error)) from error
     path = find_landmarks(Path(job.landmarks), source.id)
     if path is None:
         reason = f"there is no landmark file {Path(job.landmarks, source.id)}.npz, .npy or .pkl"
         raise Refused("no landmarks", reason)
-    try:
+    with _refused_as("landmarks"):
         return read_landmarks(path)
-    except UserError as error:
-        raise Refused("landmarks", str(error)) from error
 
 
 def _check_streams(sound: Tensor, frames: int, skew: float) -> None:
@@ -183,52 +183,49 @@ def _span(piece: Piece, frames: int) -> tuple[int, int]:
     """The first frame of a clip and the one after its last."""
     seconds = frames / FRAMES_PER_SECOND
     if piece.last_word > seconds + _LATE_WORD:
-        raise Refused("text", f"the transcript goes on to {piece.last_word:.2f} s, the video ends at {seconds:.2f} s")
-    # a hair of a frame is rounding of the times, which are given to two places
+        raise Refused("text", f"the transcript ends at {piece.last_word:.2f} s, the video at {seconds:.2f} s")
+    # the tolerance is for the rounding of the times, which have two decimal places
     start = max(0, math.floor(piece.start * FRAMES_PER_SECOND + 1e-6))
     end = frames if piece.end is None else min(frames, math.ceil(piece.end * FRAMES_PER_SECOND - 1e-6))
     if end - start < MIN_FRAMES:
-        raise Refused("short", f"{max(0, end - start)} frames, {MIN_FRAMES} are needed")
-    if piece.limit is not None and (end - start) / FRAMES_PER_SECOND > piece.limit + 1e-6:
-        raise Refused(
-            "long",
-            f"{(end - start) / FRAMES_PER_SECOND:.2f} s, more than seg={piece.limit:g}, and no word times to cut at",
-        )
+        raise Refused("short", f"{max(0, end - start)} frames, at least {MIN_FRAMES} are needed")
+    length = (end - start) / FRAMES_PER_SECOND
+    if piece.limit is not None and length > piece.limit + 1e-6:
+        raise Refused("long", f"{length:.2f} s, more than seg={piece.limit:g}, and no word times to cut at")
     return start, end
 
 
 def _write(job: Job, name: str, sound: Tensor, frames: np.ndarray, start: int, end: int) -> Made:
-    """Writes the sound, then the video: a clip whose video is there is complete."""
+    """Writes the sound, then the video: a clip with a video is complete."""
     wave = np.zeros((end - start) * SAMPLES_PER_FRAME, np.float32)
     part = sound[start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME].numpy()
     wave[: len(part)] = part
     if float(np.abs(wave).max()) < SILENCE:
         raise Refused("silent", f"the sound of {job.source.video} is silent (peak below {SILENCE})")
-    buffer = io.BytesIO()
-    pcm = np.clip(np.rint(wave.astype(np.float64) * 32767.0), -32768, 32767).astype(np.int16)
-    soundfile.write(buffer, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    made = Made(name, start, end, hashlib.sha256(buffer.getvalue()).hexdigest())
+    wav = encode_wav(wave)
+    made = Made(name, start, end, hashlib.sha256(wav).hexdigest())
     target = Path(job.out, made.video)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(Path(job.out, made.audio), buffer.getvalue())
+        write_whole(Path(job.out, made.audio), wav)
         if job.source.cropped and end - start == len(frames):
             _link(target, job.source.video)
         else:
-            _replace(target, encode_video(frames[start:end]))
+            write_whole(target, encode_video(frames[start:end]))
     except OSError as error:
         raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
     return made
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all. What a killed run left of it has the same name every time."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
 
 
 def _link(path: Path, target: Path) -> None:
-    """A link, since the video is as it should be and a corpus of mouths has tens of gigabytes."""
+    """A link, since the video needs no change and a corpus of mouths has tens of gigabytes."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     part.symlink_to(target.resolve())

@@ -1,33 +1,33 @@
 """Shards: the utterances of one speaker in one set, and the process that renders them.
 
-A shard is always rendered in a fresh process and in the order of its lines, because a waveform of eSpeak NG
-depends on what the process has spoken before. The test sets come first in both the sentences and the shards, so
-they do not change when the training set grows.
+A shard is always rendered in a fresh process and in the order of its lines, because a waveform of eSpeak NG depends on
+what the process has spoken before. The test sets come first in both the sentences and the shards, so they do not change
+when the training set grows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import io
 import json
 import os
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from avsr.data.rates import SAMPLE_RATE
 from avsr.data.video_writer import encode_video
 from avsr.errors import UserError
-from avsr.tools.synth.espeak import SAMPLE_RATE, Espeak, Span
-from avsr.tools.synth.mouth import draw_mouth
-from avsr.tools.synth.options import SynthOptions
-from avsr.tools.synth.sentences import GRID_SAID_AS, grid_sentences, open_sentences
-from avsr.tools.synth.visemes import frames_of, loosened, viseme_track
-from avsr.tools.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, Voice
+from avsr.runtime.pool import tick
+from avsr.tools.corpora.synth.espeak import Espeak, Span
+from avsr.tools.corpora.synth.mouth import draw_mouth
+from avsr.tools.corpora.synth.options import SynthOptions
+from avsr.tools.corpora.synth.sentences import GRID_SAID_AS, grid_sentences, open_sentences
+from avsr.tools.corpora.synth.visemes import frames_of, loosened, viseme_track
+from avsr.tools.corpora.synth.voices import TRAINING_VOICES, UNSEEN_VOICES, Voice
+from avsr.tools.corpora.wav import encode_wav
 
 SPLITS = ("train", "validation", "test_sentences", "test_voices")
 
@@ -56,7 +56,7 @@ class Shard:
 
 
 def plan_shards(out: Path, options: SynthOptions) -> list[Shard]:
-    """The shards of the whole corpus in a fixed order; the sentences go round the voices of their split."""
+    """The shards of the whole corpus in a fixed order; the voices of a split take turns at its sentences."""
     shards = []
     training = TRAINING_VOICES[: options.voices]
     unseen = UNSEEN_VOICES[: options.unseen_voices]
@@ -82,12 +82,8 @@ def plan_shards(out: Path, options: SynthOptions) -> list[Shard]:
     return shards
 
 
-def render_shard(shard: Shard, tick: Callable[[], None]) -> list[tuple[str, dict[str, Any]]]:
-    """Speaks, draws and writes every line of a shard. Runs in a process of its own.
-
-    Args:
-        shard: the lines.
-        tick: called after each utterance.
+def render_shard(shard: Shard) -> list[tuple[str, dict[str, Any]]]:
+    """Speaks, draws and writes every line of a shard. Runs in a process of its own, with a ``tick`` for each line.
 
     Returns:
         The (split, manifest row) of each line.
@@ -124,7 +120,7 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
     video = f"video/{speaker}/{line.id}.mp4" if shard.video else None
     if video:
         # the file has the times of the sound; the lips move at loosened ones, so a boundary in a label made from the
-        # file may be up to 40 ms (2 * LOOSE), one frame, away from what is shown
+        # file may be off by up to 40 ms (2 * LOOSE), one frame
         phonemes = [Span(*row) for row in spans["phonemes"]]
         track = viseme_track(loosened(phonemes, line.id), frames_of(len(speech.waveform)))
         _write(folder / video, encode_video(draw_mouth(track, speaker, line.id)))
@@ -147,7 +143,7 @@ def _write(path: Path, data: bytes) -> None:
     try:
         path.write_bytes(data)
     except OSError as error:
-        # writing to a full disk gives an error without a path
+        # an error from a full disk has no path
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
@@ -156,18 +152,9 @@ def _timed(span: Span, duration: float) -> list[Any]:
 
 
 def normalise(waveform: np.ndarray) -> np.ndarray:
-    """Scales the peak to between 0.5 and 0.9, as a hash of the waveform says: it varies, but repeatably."""
+    """Scales the peak to between 0.5 and 0.9 by a hash of the waveform, so that it varies reproducibly."""
     peak = float(np.abs(waveform).max())
     if peak == 0.0:
         return waveform
     share = zlib.crc32(waveform.astype("<f4").tobytes()) / 0xFFFFFFFF
     return (waveform * ((_LOWEST_PEAK + _PEAK_RANGE * share) / peak)).astype(np.float32)
-
-
-def encode_wav(waveform: np.ndarray) -> bytes:
-    """A 16-bit mono WAV file of a float waveform at ``SAMPLE_RATE``."""
-    soundfile = importlib.import_module("soundfile")
-    pcm = np.clip(np.rint(waveform.astype(np.float64) * 32767.0), -32768, 32767).astype(np.int16)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()

@@ -1,17 +1,16 @@
-"""What a run has done so far, so that the next one goes on: ``OUT/prepare.json`` and ``OUT/progress.jsonl``."""
+"""What a run has done so far, for the next one to continue: ``OUT/prepare.json`` and ``OUT/progress.jsonl``."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from avsr.data.mouth.cut import FORMAT
-from avsr.errors import UserError
+from avsr.tools.corpora.prepare.clips import CLIPS, Made, write_whole
 from avsr.tools.corpora.source import Refusal, is_safe_id
-from avsr.tools.prepare.clips import CLIPS, Made
+from avsr.tools.corpora.state import read_state, refuse_differences, refuse_foreign
 
 STATE, PROGRESS = "prepare.json", "progress.jsonl"
 
@@ -20,8 +19,8 @@ STATE, PROGRESS = "prepare.json", "progress.jsonl"
 class Entry:
     """What became of one video file.
 
-    ``asked`` says which clips were wanted of which file, ``tried`` with what options and landmarks: when that is
-    the same, trying again gives the same refusals.
+    ``asked`` says which clips were wanted of which file, ``tried`` with what options and landmarks. While both are the
+    same, another try gives the same refusals.
     """
 
     asked: str
@@ -31,7 +30,7 @@ class Entry:
 
 
 class Journal:
-    """The entries by the videos' ids, kept in ``progress.jsonl``, one line a video.
+    """The entries by the videos' ids, kept in ``progress.jsonl``, one line per video.
 
     Args:
         out: the folder of the corpus.
@@ -49,7 +48,7 @@ class Journal:
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 self._remember(line)
         self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n")  # a run that was cut off may have left half a line
+        self._file.write("\n")  # an interrupted run may have left half a line
 
     def __enter__(self) -> Journal:
         return self
@@ -69,11 +68,11 @@ class Journal:
             return  # half a line: its clips are made again
 
     def entry(self, source: str) -> Entry:
-        """What is noted of a video file; an empty entry if nothing is."""
+        """The entry of a video file; an empty one if there is none."""
         return self._entries.get(source, Entry("", "", (), ()))
 
     def add(self, source: str, entry: Entry) -> None:
-        """Notes what became of a video file."""
+        """Records what became of a video file."""
         self._entries[source] = entry
         self._file.write(json.dumps({"source": source, **asdict(entry)}, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -87,27 +86,11 @@ def _is_like(item: Any, cls: type) -> bool:
 
 
 def _open_folder(out: Path, described: dict[str, Any]) -> None:
-    advice = "choose another folder or delete this one"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another one")
-    state = out / STATE
-    if state.is_file():
-        try:
-            found = json.loads(state.read_text(encoding="utf-8"))
-            held = {name: found[name] for name in ("format", *described)}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{state} is not of a corpus made by prepare: {advice}") from None
-        wanted = {"format": FORMAT, **described}
-        different = [
-            f"{name} is {held[name]!r} there, not {value!r}" for name, value in wanted.items() if held[name] != value
-        ]
-        if different:
-            raise UserError(f"{out} holds a corpus prepared otherwise ({'; '.join(different)}): {advice}")
+    wanted = {"format": FORMAT, **described}
+    held = read_state(out / STATE, "prepare", lambda found: {name: found[name] for name in wanted})
+    if held is not None:
+        refuse_differences(out, held, wanted)
         return
-    if out.is_dir() and any(out.iterdir()):
-        names = sorted(path.name for path in out.iterdir())
-        raise UserError(f"{out} holds something else ({', '.join(names[:3])}): {advice}")
+    refuse_foreign(out)
     (out / CLIPS).mkdir(parents=True)
-    part = out / (STATE + ".part")
-    part.write_text(json.dumps({"format": FORMAT, **described}, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, state)
+    write_whole(out / STATE, (json.dumps(wanted, indent=2) + "\n").encode())

@@ -1,7 +1,6 @@
 """How much memory a training takes, before it runs: closed forms over the sizes of its parts.
 
-Counted is what grows with model, batch and ranks; of a step's working memory the largest pieces. Dimensions: C hidden,
-I intermediate, V vocabulary, H query and Hk key heads of D, e bytes of an element.
+They count what grows with model, batch and ranks, and the largest parts of a step's working memory.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ _LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most (stage3_max_live_
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Llama-style decoder and what is trained around it; ``lora`` and what follows count entries."""
+    """Of a Llama-style decoder and what is trained around it; ``frozen``, ``lora``, ``projectors`` and ``encoders`` are
+    numbers of weights."""
 
     layers: int
     hidden: int
@@ -30,7 +30,7 @@ class Sizes:
     head_dim: int
     intermediate: int
     vocabulary: int
-    frozen: int  # of the language model, a tied head counted once
+    frozen: int  # in the language model; a tied head counts once
     lora: int
     tied: bool = True  # the head is the embedding table
     adapted: tuple[str, ...] = ("q_proj", "v_proj")
@@ -44,14 +44,14 @@ class Sizes:
 
     @property
     def layer(self) -> int:
-        """Frozen entries of one layer."""
+        """Frozen weights of one layer."""
         ends = self.hidden * self.vocabulary * (1 if self.tied else 2) + self.hidden
         return (self.frozen - ends) // self.layers
 
 
 @dataclass(frozen=True)
 class Load:
-    """A micro-batch of one rank as the decoder sees it, padding included."""
+    """A micro-batch of one rank in the decoder, including padding."""
 
     tokens: int
     labels: int
@@ -75,8 +75,9 @@ class Way:
 def memory(sizes: Sizes, load: Load, way: Way) -> dict[str, float]:
     """Bytes of one rank's device by part, at the step's peak.
 
-    Frozen weights, their share under stage 3 and what is gathered there; trained weights, gradients, masters and Adam;
-    activations kept for the backward; the larger of the head's part and the working set of a layer's backward.
+    Frozen weights (under stage 3 a share, and what is gathered); trained weights, gradients, master weights and Adam's
+    moments; activations kept for the backward; the head's memory or the working set of a layer's backward, whichever is
+    larger.
     """
     share = 1 / way.ranks
     gathered = way.stage == 3
@@ -91,25 +92,25 @@ def memory(sizes: Sizes, load: Load, way: Way) -> dict[str, float]:
     parts["optimizer"] = 0.0 if way.offload_optimizer else adam
     kept = layer_bytes(sizes, way)
     parts["activations"] = load.tokens * (sizes.layers * kept + 2 * sizes.hidden * _FLOAT)
-    # of a layer's backward: gradients of product, SiLU, up and gate at once, and what was computed again
+    # a layer's backward: gradients of product, SiLU, up and gate at once, and what was recomputed
     working = way.element * 4.0 * sizes.intermediate + layer_bytes(sizes, replace(way, checkpointing="false")) - kept
     parts["head or layer"] = max(head_bytes(sizes, load, way), load.tokens * working)
     return parts
 
 
 def layer_bytes(sizes: Sizes, way: Way) -> float:
-    """Bytes that a layer keeps for its backward, a token.
+    """Bytes per token that a layer keeps for its backward.
 
-    Frozen matrices need no input for a gradient of their own, so kept are: what a norm reads (as it is for ours and
-    Liger's, in float32 for transformers'), the normed states that LoRA reads, q, k, v, attention's output with its
-    log-sum-exp, gate, SiLU (not by Liger) and up. With full checkpointing that is the layer's input alone; with
-    selective its products, thin ones of the adapters, and attention's output.
+    Frozen matrices need no input for a weight gradient, so these are kept: the input of a norm (in its own precision
+    by ours and Liger's, in float32 by transformers'), the normed states that LoRA reads, q, k, v, attention's output
+    with its log-sum-exp, gate, SiLU (not by Liger) and up. Full checkpointing keeps only the layer's input; selective
+    keeps the matrix products, the adapters' low-rank ones, and attention's output.
     """
     wide, group = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     targets = set(sizes.adapted)
     if way.checkpointing == "true":
         return float(way.element * sizes.hidden)
-    # DeepSpeed's linear layer keeps the inputs of frozen matrices, too
+    # DeepSpeed's linear layer also keeps the inputs of frozen matrices
     inputs = 2 * sizes.hidden + wide + sizes.intermediate if way.stage == 3 else 0
     if way.checkpointing == "selective":
         thin = sizes.rank * len(targets - {"down_proj"})
@@ -125,20 +126,20 @@ def layer_bytes(sizes: Sizes, way: Way) -> float:
 
 
 def head_bytes(sizes: Sizes, load: Load, way: Way) -> float:
-    """At its worst, in the backward: log-softmax and the gradients of both steps of the loss, in float32 (the logits
-    and their copy are gone by then); an eighth of them at a time when chunked; Liger's kernel holds about as many
-    numbers as there are states."""
+    """Peak bytes of the head, in the backward: log-softmax and the gradients of both steps of the loss, in float32 (the
+    logits and their copy are freed by then); one of ``PARTS`` at a time if chunked; Liger's kernel holds about as many
+    numbers as the hidden states have."""
     width = sizes.hidden if way.cross_entropy == "liger" else sizes.vocabulary
     return load.labels * width * 3.0 * _FLOAT / (CHUNKS if way.cross_entropy == "chunked" else 1)
 
 
 def _fetched(sizes: Sizes) -> int:
-    """Entries that are whole at once under ZeRO-3: a layer and the next, or the vocabulary's matrix."""
+    """Weights gathered at once under ZeRO-3: a layer and the next, or the embedding table."""
     return max(2 * sizes.layer, sizes.hidden * sizes.vocabulary)
 
 
 def largest(fits: Callable[[int], bool], start: int = 1) -> int:
-    """The largest number that ``fits`` allows, which holds for all smaller ones; 0 when ``start`` does not."""
+    """The largest number that ``fits``, given that all smaller ones do; 0 if ``start`` does not."""
     if not fits(start):
         return 0
     low, high = start, start * 2
@@ -153,11 +154,11 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
 def read_sizes(config: Any, model: nn.Module, adapters: LoraConfig, projectors: int, encoders: int) -> Sizes:
     """
     Args:
-        config: Hugging Face's, of Llama's kind.
+        config: of Hugging Face, like Llama's.
         model: the language model with its adapters.
         adapters: LoRA's settings.
-        projectors: entries.
-        encoders: entries of those inside the step.
+        projectors: number of weights.
+        encoders: number of weights of those inside the step.
     """
     counts = [0, 0]
     for parameter in model.parameters():

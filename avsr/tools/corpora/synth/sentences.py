@@ -1,7 +1,7 @@
 """Sentences to speak: a grammar of six-word commands and an open vocabulary of ordinary English.
 
-Both kinds are drawn without repetition from a seeded generator, and a shorter draw is the beginning of a longer
-one. So the splits taken from one draw share no sentence.
+Both kinds are drawn without repetition from a seeded generator, and a shorter draw is the beginning of a longer one.
+Splits taken from one draw therefore share no sentence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 
-from avsr.tools.synth.words import SLOTS, TEMPLATES
+from avsr.tools.corpora.synth.words import SLOTS, TEMPLATES
 
 # The grammar of the GRID corpus: command, colour, preposition, letter (no w), digit, adverb; 51 words.
 GRID_GRAMMAR: tuple[tuple[str, ...], ...] = (
@@ -58,7 +58,5 @@ def _fill(template: str, draw: random.Random) -> str | None:
     long_words = [word for word in words if len(word) > 4]
     if not _SHORTEST <= len(words) <= _LONGEST or len(set(long_words)) < len(long_words):
         return None
-    for here, following in zip(range(len(words)), words[1:], strict=False):
-        if words[here] == "a" and following[0] in _VOWELS:
-            words[here] = "an"
-    return " ".join(words)
+    pairs = zip(words, [*words[1:], " "], strict=True)
+    return " ".join("an" if word == "a" and following[0] in _VOWELS else word for word, following in pairs)

@@ -1,8 +1,8 @@
 """The hand-picked voices: male and female, eight accents, no robots, whispers or fast variants.
 
-The order matters: a corpus takes its training voices from the front of ``TRAINING_VOICES`` and its unseen
-voices from the front of ``UNSEEN_VOICES``, so both start with a mix of sexes and accents. The unseen voices are
-the last quarter of the table, and no variant (the part behind ``+``, which sets the vocal tract) is in both.
+The order matters: a corpus takes the first of ``TRAINING_VOICES`` and the first of ``UNSEEN_VOICES``, so both start
+with a mix of sexes and accents. The unseen voices are the last quarter of the table, and no variant (the part after
+``+``, which sets the vocal tract) is in both.
 """
 
 from __future__ import annotations

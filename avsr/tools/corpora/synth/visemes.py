@@ -2,8 +2,8 @@
 
 A viseme is a class of phonemes that look alike: p, b and m close the lips, k and g hide behind them. The shape is
 the mean of the visemes' targets around a moment, weighted by nearness and by how firmly each viseme holds that part
-of the mouth (dominance, after Cohen and Massaro 1993): a p closes the lips whatever stands beside it, and takes
-their width from its neighbours. The numbers are drawn by hand, after the usual descriptions of English visemes.
+of the mouth (dominance, after Cohen and Massaro 1993): a p closes the lips whatever is next to it, and takes their
+width from its neighbors. The numbers were set by hand, after the usual descriptions of English visemes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from avsr.tools.synth.espeak import Span
-
-FRAMES_PER_SECOND = 25
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLES_PER_FRAME
+from avsr.tools.corpora.synth.espeak import Span
 
 # The columns of a track. "opening" is the gap between the lips (1 is a wide "ah", below 0 they press), "width" goes
 # from -1 (narrow) to 1 (spread), the others from 0 to 1: "rounding" pushes the lips forward, "teeth" and "tongue"
@@ -27,7 +26,7 @@ _JAW, _LIPS, _INNER = slice(0, 1), slice(1, 3), slice(3, 7)
 
 
 class _Viseme(NamedTuple):
-    """Targets in the order of ``PARAMETERS``, and the dominance over opening, lips and what is inside."""
+    """Targets in the order of ``PARAMETERS``, and the dominance over opening, lips and the inside of the mouth."""
 
     targets: tuple[float, float, float, float, float, float, float]
     jaw: float = 1.0
@@ -109,24 +108,13 @@ LEAD = 0.02  # seconds by which the mouth is ahead of the sound
 _SIGMA = 0.025  # seconds, of the Gaussian in time
 
 
-class Timed(Protocol):
-    """A phoneme: ``text`` is eSpeak NG's mnemonic, ``start`` and ``end`` are in seconds."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
-
-
 def frames_of(samples: int) -> int:
     """The number of 40 ms frames that cover so many samples at 16 kHz, to the nearest one; at least 1."""
-    return max(1, round(samples / 640))
+    return max(1, round(samples / SAMPLES_PER_FRAME))
 
 
 def visemes_of(mnemonic: str) -> list[str]:
-    """The visemes of a phoneme in order; none for a mark without a sound (";", palatal).
+    """The visemes of a phoneme in order; none for a sign without a sound (";", palatal).
 
     An unknown phoneme is read as the longest known one that it starts with, else as one that is not seen.
     """
@@ -139,7 +127,7 @@ def visemes_of(mnemonic: str) -> list[str]:
     return ["KGH"]
 
 
-def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
+def viseme_track(phonemes: Sequence[Span], frames: int) -> np.ndarray:
     """(frames, len(PARAMETERS)) float64: the mouth in the middle of each frame of 40 ms."""
     dominance = np.empty_like(TARGETS)
     for row, held in zip(dominance, _TABLE.values(), strict=True):
@@ -149,15 +137,14 @@ def viseme_track(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     # (frames, segments): the share of a Gaussian around the frame's middle that falls into each segment
     near = _normal_below(ends[None] - middles[:, None]) - _normal_below(starts[None] - middles[:, None])
     weights = dominance[which]
-    track: np.ndarray = (near @ (weights * TARGETS[which])) / (near @ weights)
-    return track
+    return np.asarray((near @ (weights * TARGETS[which])) / (near @ weights))
 
 
-def loosened(phonemes: Sequence[Timed], clip: str) -> list[Span]:
+def loosened(phonemes: Sequence[Span], clip: str) -> list[Span]:
     """The phonemes with every boundary moved a little, the same for the same ``clip``.
 
-    eSpeak NG gives each phoneme a duration of its own, and a person's lips keep time less exactly: without this the
-    length of a closure would tell p from b and m, which look alike.
+    eSpeak NG gives each phoneme a fixed duration, and a person's lips keep time less exactly: without this, the length
+    of a closure would tell p from b and m, which look alike.
     """
     draw = np.random.default_rng(list(hashlib.sha256(clip.encode()).digest()))
     edges = np.array([*(phoneme.start for phoneme in phonemes), phonemes[-1].end])
@@ -167,11 +154,10 @@ def loosened(phonemes: Sequence[Timed], clip: str) -> list[Span]:
     return [Span(p.text, start, end) for p, start, end in zip(phonemes, moved, moved[1:], strict=False)]
 
 
-def viseme_labels(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
+def viseme_labels(phonemes: Sequence[Span], frames: int) -> np.ndarray:
     """(frames,) int64: the index in ``VISEMES`` of what each frame shows most.
 
-    That is the time it takes of the frame times its dominance over the opening, so that a short "b" is not lost
-    between two vowels.
+    That is its share of the frame times its dominance over the opening, which keeps a short "b" between two vowels.
     """
     shown = np.zeros((frames, len(VISEMES)))
     shown[:, REST] = 1e-9
@@ -179,11 +165,10 @@ def viseme_labels(phonemes: Sequence[Timed], frames: int) -> np.ndarray:
     for index, start, end in _segments(phonemes):
         overlap = np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)
         shown[:, index] += np.maximum(overlap, 0.0) * max(1.0, _TABLE[VISEMES[index]].jaw)
-    labels: np.ndarray = shown.argmax(axis=1).astype(np.int64)
-    return labels
+    return shown.argmax(axis=1).astype(np.int64)
 
 
-def _segments(phonemes: Sequence[Timed]) -> list[tuple[int, float, float]]:
+def _segments(phonemes: Sequence[Span]) -> list[tuple[int, float, float]]:
     """(viseme, start, end) of every target; those of a diphthong share its time evenly."""
     segments = []
     for phoneme in phonemes:
@@ -196,7 +181,7 @@ def _segments(phonemes: Sequence[Timed]) -> list[tuple[int, float, float]]:
 
 
 def _covered(segments: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """The segments with rest before, between and behind them."""
+    """The segments with rest before, between and after them."""
     covered, time = [], -math.inf
     for viseme, start, end in [*segments, (REST, math.inf, math.inf)]:
         if start > time:
@@ -207,6 +192,5 @@ def _covered(segments: list[tuple[int, float, float]]) -> list[tuple[int, float,
 
 
 def _normal_below(seconds: np.ndarray) -> np.ndarray:
-    """The share of a Gaussian of ``_SIGMA`` around zero that lies below each of these times."""
-    share: np.ndarray = 0.5 + 0.5 * np.vectorize(math.erf, otypes=[float])(seconds / (_SIGMA * math.sqrt(2)))
-    return share
+    """The share of a Gaussian of ``_SIGMA`` around zero below each of these times."""
+    return np.asarray(0.5 + 0.5 * np.vectorize(math.erf, otypes=[float])(seconds / (_SIGMA * math.sqrt(2))))

@@ -1,10 +1,10 @@
 """``avsr prepare``: makes the clips of a corpus and its manifests.
 
-``OUT/clips/ID.mp4`` are 96x96 grey mouths at 25 fps and ``OUT/clips/ID.wav`` their sound, 16 kHz mono, 640 samples a
+``OUT/clips/ID.mp4`` are 96x96 grey mouths at 25 fps and ``OUT/clips/ID.wav`` their sound, 16 kHz mono, 640 samples per
 frame. ``OUT/NAME.jsonl`` are the manifests; clips without a text are in ``untranscribed.jsonl``, to be filled in.
-``OUT/refused.jsonl`` has a line with the reason for everything that was left out. A run that was stopped goes on where
-it was; a finished one tries what was refused again if its landmarks, sound or options have changed, and writes the
-manifests anew.
+``OUT/refused.jsonl`` has a line with the reason for everything that was left out. The same command continues a run that
+was stopped; after a finished run it retries what was refused if its landmarks, sound or options have changed, and
+rewrites the manifests.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from avsr.data.manifest import write_manifest
 from avsr.data.mouth.faces import require_detector
 from avsr.data.mouth.landmarks import find_landmarks
-from avsr.data.video import FRAMES_PER_SECOND
+from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
+from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
 from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
 from avsr.tools.corpora.muavic import read_muavic
+from avsr.tools.corpora.prepare.clips import Job, Made, Outcome, make_clips
+from avsr.tools.corpora.prepare.journal import Entry, Journal
+from avsr.tools.corpora.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
 from avsr.tools.corpora.source import Refusal, Source
 from avsr.tools.corpora.videos import read_videos
 from avsr.tools.corpora.voxceleb import read_labels, read_vox2, vox_key
-from avsr.tools.prepare.clips import Job, Made, Outcome, make_clips
-from avsr.tools.prepare.journal import Entry, Journal
-from avsr.tools.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
-from avsr.tools.prepare.pool import run_jobs
 
 logger = logging.getLogger("avsr")
 
@@ -40,29 +40,29 @@ UNTRANSCRIBED = "untranscribed"
 MANIFESTS = ("train", "trainval", "main", "pretrain", "validation", "test", "all", UNTRANSCRIBED)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """What a run has brought: rows of each manifest by name, refusals by kind, and the clips made in this run."""
+    """The result of a run: rows of each manifest by name, refusals by kind, and the clips made in this run."""
 
-    manifests: dict[str, int] = field(default_factory=dict)
-    refused: dict[str, int] = field(default_factory=dict)
-    made: int = 0
+    manifests: dict[str, int]
+    refused: dict[str, int]
+    made: int
 
 
 def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOptions) -> Prepared:
-    """Prepares a corpus, or goes on with it.
+    """Prepares a corpus, or continues with it.
 
     A script that calls this needs the usual ``if __name__ == "__main__"``, because it starts processes.
 
     Args:
         corpus: lrs2, lrs3, vox2, muavic or videos.
-        root: the corpus as it was handed out.
+        root: the corpus as distributed.
         out: the folder to make.
         options: how.
 
     Raises:
         UserError: bad options, ``root`` is not such a corpus, the landmark detector is missing, ``out`` holds
-            something else or cannot be written, or not one clip could be made.
+            something else or cannot be written, or no clip could be made.
     """
     check_corpus(corpus)
     check_options(options)
@@ -83,13 +83,12 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
             made = _make(jobs, journal, options.workers)
         for source in sources:
             refused += journal.entry(source.id).refused
-        report = _write(out, _rows(sources, journal, labels), refused)
+        report = _write(out, _rows(sources, journal, labels), refused, made)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
-    report.made = made
     if not report.manifests:
         first = refused[0].reason if refused else "nothing was found"
-        raise UserError(f"not one clip could be made; {out / REFUSED} has the reasons; the first: {first}")
+        raise UserError(f"no clip could be made; {out / REFUSED} has the reasons; the first: {first}")
     return report
 
 
@@ -114,7 +113,7 @@ def _read(corpus: str, root: Path, out: Path, options: PrepareOptions) -> Iterat
 def _sources(found: Iterable[Source | Refusal]) -> tuple[list[Source], list[Refusal]]:
     sources: list[Source] = []
     refused: list[Refusal] = []
-    owners: dict[tuple[str, str], Path] = {}  # a name, as _names gives it, and the first video that has it
+    owners: dict[tuple[str, str], Path] = {}  # of names as ``_names`` gives them: the first video that has it
     for item in found:
         if isinstance(item, Refusal):
             refused.append(item)
@@ -131,12 +130,11 @@ def _sources(found: Iterable[Source | Refusal]) -> tuple[list[Source], list[Refu
 
 
 def _names(source: Source) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What a video takes for itself and its clips, and what no other video may have taken.
+    """The names that a video and its clips take, and those that no other video may have taken.
 
-    How many windows a video has is not known yet: they can have any name with a number behind the video's.
+    How many windows a video has is not known yet: any name that is the video's with a number after it can be one.
     """
-    names = [("video", source.id)]
-    foreign = [("video", source.id)]
+    names, foreign = [("video", source.id)], [("video", source.id)]
     if source.window is not None:
         names.append(("windows of", source.id))
         foreign.append(("clip of", source.id))
@@ -151,18 +149,18 @@ def _names(source: Source) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
 
 
 def _make(jobs: list[Job], journal: Journal, workers: int) -> int:
-    """Makes what is missing, notes it in the journal, and returns the number of clips made."""
+    """Makes what is missing, records it in the journal, and returns the number of clips made."""
     todo = [job for known in jobs if (job := _left_to_do(known, journal.entry(known.source.id))) is not None]
     logger.info("%d of %d videos are done", len(jobs) - len(todo), len(jobs))
     made = refused = 0
     with ProgressBar("prepare", len(jobs), done=len(jobs) - len(todo)) as bar:
-        for job, outcome in run_jobs(make_clips, todo, workers):
+        for job, outcome in _outcomes(todo, workers):
             source = job.source
             asked, tried = _asked(source), _tried(job)
-            if outcome is None:
-                reason = f"the process that read {source.video} died"
+            if isinstance(outcome, Lost):
+                reason = f"the process that read {source.video} {outcome.reason}"
                 outcome = Outcome(job.keep, (Refusal(source.id, str(source.video), "crash", reason),))
-                tried = ""  # it may have been short of memory: try again next time
+                tried = ""  # it may have been short of memory: another run tries again
             journal.add(source.id, Entry(asked, tried, outcome.made, outcome.refused))
             refused += len(outcome.refused)
             made += len(set(outcome.made) - set(job.keep))
@@ -170,8 +168,20 @@ def _make(jobs: list[Job], journal: Journal, workers: int) -> int:
     return made
 
 
+def _outcomes(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Outcome | Lost]]:
+    """As they come. A video can crash the decoder that reads it, but a process may also die of a lack of memory: its
+    video is tried once more when the others are done, alone."""
+    lost = []
+    for job, outcome in run_jobs(make_clips, jobs, workers):
+        if isinstance(outcome, Lost):
+            lost.append(job)
+        else:
+            yield job, outcome
+    yield from run_jobs(make_clips, lost, 1, fresh=True)
+
+
 def _left_to_do(job: Job, entry: Entry) -> Job | None:
-    """The job with the clips that are there already; None if nothing is left to do."""
+    """The job with the clips that exist already; None if nothing is left to do."""
     if entry.asked != _asked(job.source):
         return job
     there = tuple(c for c in entry.made if all(Path(job.out, name).is_file() for name in (c.video, c.audio)))
@@ -188,7 +198,7 @@ def _asked(source: Source) -> str:
 def _tried(job: Job) -> str:
     """What else a refusal can depend on."""
     path = None if job.landmarks == DETECT else find_landmarks(Path(job.landmarks), job.source.id)
-    audio = [_stamp(beside) for beside in job.source.audio]
+    audio = [_stamp(file) for file in job.source.audio]
     return json.dumps([job.landmarks, job.skew, job.coverage, _stamp(path), audio])
 
 
@@ -227,12 +237,12 @@ def _row(clip: Made, text: str, speaker: str) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, rows: dict[str, list[dict[str, Any]]], refused: list[Refusal]) -> Prepared:
+def _write(out: Path, rows: dict[str, list[dict[str, Any]]], refused: list[Refusal], made: int) -> Prepared:
     for name in MANIFESTS:
         if name not in rows:
-            (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run; it has no clip any more
+            (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run; it has no clips now
     for name, content in rows.items():
         write_manifest(out / f"{name}.jsonl", content)
     write_manifest(out / REFUSED, [asdict(refusal) for refusal in refused])
     kinds = Counter(refusal.kind for refusal in refused)
-    return Prepared({name: len(content) for name, content in rows.items()}, dict(kinds.most_common()))
+    return Prepared({name: len(content) for name, content in rows.items()}, dict(kinds.most_common()), made)

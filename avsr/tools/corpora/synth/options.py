@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 
 from avsr.errors import UserError
-from avsr.tools.synth.sentences import GRID_SIZE
-from avsr.tools.synth.voices import TRAINING_VOICES, UNSEEN_VOICES
+from avsr.tools.corpora.options import check_ranges, read_options
+from avsr.tools.corpora.synth.sentences import GRID_SIZE
+from avsr.tools.corpora.synth.voices import TRAINING_VOICES, UNSEEN_VOICES
 
 
 @dataclass
@@ -21,9 +21,9 @@ class SynthOptions:
         test: utterances in each test set.
         voices: training voices; they also speak the validation set and the test of unseen sentences.
         unseen_voices: voices of the test of unseen voices.
-        video: 1 draws a mouth for every utterance, 0 makes sound alone.
+        video: 1 draws a mouth for every utterance, 0 makes sound only.
         seed: of the sentences and of the voices' noise.
-        workers: processes; 0 means one for each CPU. They do not change the corpus.
+        workers: processes; 0 means one per CPU. They do not change the corpus.
     """
 
     grid: int = 1000
@@ -57,37 +57,19 @@ def parse_options(overrides: list[str]) -> SynthOptions:
         UserError: unknown key, a value that is no whole number, or one out of range.
     """
     options = SynthOptions()
-    names = [field.name for field in fields(SynthOptions)]
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"expected key=value, got {override!r}; the keys are {', '.join(names)}")
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"unknown option {key!r}: did you mean {near!r}? The options of synth are {', '.join(names)}"
-            )
-        try:
-            number = int(value)
-        except ValueError:
-            raise UserError(f"option {key}: expected int (a whole number), got {value!r}") from None
-        setattr(options, key, number)
+    read_options(options, overrides, [field.name for field in fields(SynthOptions)], "synth")
     check_options(options)
     return options
 
 
 def check_options(options: SynthOptions) -> None:
     """Raises a ``UserError`` that names the option, its value and its range if one is out of range."""
-    for name, (low, high) in _RANGES.items():
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise UserError(f"option {name}: expected int from {low} to {high}, got {value}")
+    check_ranges(options, _RANGES)
     if options.grid == 0 and options.open == 0:
         raise UserError("options grid and open are both 0: there is nothing to make")
     needed = options.grid + options.validation + 2 * options.test
     if options.grid and needed > GRID_SIZE:
-        raise UserError(
-            f"option grid: {options.grid} training, {options.validation} validation and 2 x {options.test} test"
-            f" utterances need {needed} different sentences, but the grammar has {GRID_SIZE}:"
-            f" at most grid={GRID_SIZE - options.validation - 2 * options.test}"
-        )
+        counts = f"{options.grid} training, {options.validation} validation and 2 x {options.test} test utterances"
+        most = GRID_SIZE - options.validation - 2 * options.test
+        room = f"{needed} different sentences, but the grammar has {GRID_SIZE}: at most grid={most}"
+        raise UserError(f"option grid: {counts} need {room}")

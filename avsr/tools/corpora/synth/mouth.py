@@ -1,7 +1,7 @@
 """Draws a talking mouth from a track of its shape: 96x96 grey at 25 fps, the lips around the middle.
 
-Everything is a formula of the pixel's place with soft edges. The name of the speaker sets the geometry and the skin;
-the name of the clip sets the light, the sharpness, the noise and how the head moves. It is a drawing, made so that
+Everything is a formula of the pixel's position with soft edges. The name of the speaker sets the geometry and the
+skin; the name of the clip sets the light, the sharpness, the noise and how the head moves. It is a drawing in which
 visemes can be told apart; results on it say nothing about real lips.
 """
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avsr.tools.synth.visemes import FRAMES_PER_SECOND, PARAMETERS
+from avsr.data.rates import FRAMES_PER_SECOND
+from avsr.tools.corpora.synth.visemes import PARAMETERS
 
-SIZE = 96  # pixels; what is given in pixels here is in those
+SIZE = 96  # pixels; all lengths in pixels below are of this picture
 _MARGIN = 8  # pixels of skin around the picture, for the head to move
 _CHUNK = 8  # frames drawn at a time: their arrays fit in a CPU's cache
 
@@ -102,7 +103,7 @@ def _draw_speaker(generator: np.random.Generator) -> _Speaker:
 
 
 def _draw_face(generator: np.random.Generator) -> np.ndarray:
-    """Skin with uneven tone, the shadow of the nose, the furrows beside the mouth and perhaps a beard."""
+    """Skin of uneven tone, the shadow of the nose, the furrows next to the mouth and perhaps a beard."""
     size = SIZE + 2 * _MARGIN
     y, x = np.mgrid[:size, :size].astype(np.float32) - np.float32(size / 2 - 0.5)
     face = 1 + 0.035 * _patches(generator, size, 9) + 0.02 * _patches(generator, size, 28)
@@ -111,7 +112,7 @@ def _draw_face(generator: np.random.Generator) -> np.ndarray:
     depth, spread = generator.uniform(0.05, 0.16), generator.uniform(30, 35)
     for side in (-1, 1):
         face -= 0.5 * np.exp(-(((x - side * wing) / 3.6) ** 2) - ((y + nose) / 2.6) ** 2)
-        furrow = side * x - spread + 0.004 * (y - 8) ** 2  # from beside the nose to beside the corners
+        furrow = side * x - spread + 0.004 * (y - 8) ** 2  # from next to the nose to next to the corners
         face -= depth * np.exp(-((furrow / 3.5) ** 2) - ((y + 14) / 16) ** 2)
     face -= 0.07 * np.exp(-((x / 3.5) ** 2) - ((y + 0.5 * nose + 6) / 8) ** 2)  # the groove under the nose
     if generator.uniform() < 0.3:
@@ -125,8 +126,7 @@ def _patches(generator: np.random.Generator, size: int, cells: int) -> np.ndarra
     """(size, size) of smooth noise: one random number a cell, interpolated between them."""
     place = np.linspace(0, cells - 1, size)[:, None]
     blend = np.maximum(1 - np.abs(place - np.arange(cells)[None]), 0)
-    smooth: np.ndarray = (blend @ generator.standard_normal((cells, cells)) @ blend.T).astype(np.float32)
-    return smooth
+    return np.asarray(blend @ generator.standard_normal((cells, cells)) @ blend.T, np.float32)
 
 
 def _draw_clip(generator: np.random.Generator, frames: int) -> _Clip:
@@ -154,8 +154,7 @@ class _Edge:
         self._slope = np.float32(-1.6 / soft)
 
     def __call__(self, distance: np.ndarray) -> np.ndarray:
-        soft: np.ndarray = 1 / (1 + np.exp(np.clip(distance * self._slope, -30, 30)))
-        return soft
+        return np.asarray(1 / (1 + np.exp(np.clip(distance * self._slope, -30, 30))))
 
 
 def _picture(track: np.ndarray, head: np.ndarray, who: _Speaker, scene: _Clip) -> np.ndarray:
@@ -178,8 +177,7 @@ def _picture(track: np.ndarray, head: np.ndarray, who: _Speaker, scene: _Clip) -
     _paint_lips(picture, y, shape, curves, who, edge)
     _paint_inside(picture, x, y, shape, curves, who, edge)
     picture *= scene.gain * (1 + scene.slope[0] * across / SIZE + scene.slope[1] * along / SIZE)
-    result: np.ndarray = picture.astype(np.float32, copy=False)
-    return result
+    return np.asarray(picture, np.float32)
 
 
 class _Curves(NamedTuple):
@@ -187,7 +185,7 @@ class _Curves(NamedTuple):
 
     gap: np.ndarray  # in the middle
     inner: np.ndarray  # half width of the gap
-    corner: np.ndarray  # 0 at the corners, 1 and more towards the middle, below 0 outside
+    corner: np.ndarray  # 0 at the corners, 1 and more toward the middle, below 0 outside
     across_lips: np.ndarray  # 1 in the middle, 0 at the corners
     across_gap: np.ndarray
     top: np.ndarray
@@ -239,7 +237,7 @@ def _paint_inside(
     who: _Speaker,
     edge: _Edge,
 ) -> None:
-    """The dark, in it the tongue, in front of it the upper teeth; then a tongue between the teeth, over the lip."""
+    """The dark inside with the tongue, the upper teeth before it; then a tongue between the teeth, over the lip."""
     teeth, tongue = shape["teeth"], shape["tongue"]
     hole = edge(y - at.inner_top) * edge(at.inner_end - y) * edge(at.corner)
     above = y - at.inner_end + tongue * at.gap * (0.25 + 0.6 * at.across_gap)

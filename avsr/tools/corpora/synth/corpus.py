@@ -13,18 +13,19 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from avsr.data.manifest import write_manifest
 from avsr.errors import UserError
-from avsr.runtime.machine import cpus
+from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
-from avsr.tools.synth.espeak import require_espeak
-from avsr.tools.synth.options import SynthOptions, check_options, parse_options
-from avsr.tools.synth.pool import run_jobs
-from avsr.tools.synth.shards import SPLITS, plan_shards, render_shard
+from avsr.tools.corpora.state import read_state, refuse_differences, refuse_foreign
+from avsr.tools.corpora.synth.espeak import require_espeak
+from avsr.tools.corpora.synth.options import SynthOptions, check_options, parse_options
+from avsr.tools.corpora.synth.shards import SPLITS, Shard, plan_shards, render_shard
 
 __all__ = ["FORMAT", "SynthOptions", "parse_options", "synthesise"]
 
@@ -32,6 +33,8 @@ logger = logging.getLogger("avsr")
 
 FORMAT = "avsr-synth-2"  # change it with anything that changes the audio, the video or the files
 
+# An utterance takes well under a second; the rest is for a cold start of the interpreter on a busy disk.
+STALL_SECONDS = 120.0
 _FINISHED, _UNFINISHED = "corpus.json", "corpus.json.part"
 
 
@@ -63,17 +66,13 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
         require_espeak()
         _start(out, described)
         shards = plan_shards(out, options)
-        workers = min(options.workers or cpus(), len(shards))
-        with ProgressBar("speak", sum(len(shard.lines) for shard in shards)) as progress:
-            rendered = run_jobs(render_shard, shards, workers, progress.advance)
         rows: dict[str, list[dict[str, Any]]] = {
             f"{name}/{split}.jsonl": []
             for name in dict.fromkeys(shard.set_name for shard in shards)
             for split in SPLITS
         }
-        for shard, result in zip(shards, rendered, strict=True):
-            for split, row in result:
-                rows[f"{shard.set_name}/{split}.jsonl"].append(row)
+        for manifest, row in _render(shards, options.workers):
+            rows[manifest].append(row)
         for manifest, content in rows.items():
             write_manifest(out / manifest, sorted(content, key=lambda row: row["id"]))
         counts = {manifest: len(content) for manifest, content in rows.items()}
@@ -84,45 +83,41 @@ def synthesise(out: str | Path, options: SynthOptions) -> dict[str, int]:
     return counts
 
 
+def _render(shards: list[Shard], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(manifest, row) of every utterance, in no fixed order."""
+    with ProgressBar("speak", sum(len(shard.lines) for shard in shards)) as progress:
+        for shard, result in run_jobs(
+            render_shard, shards, workers, fresh=True, stall_seconds=STALL_SECONDS, on_tick=progress.advance
+        ):
+            if isinstance(result, Lost):
+                advice = "run the same command again, with workers=1 if the machine is short of memory"
+                raise UserError(f"a speech process {result.reason}: {advice}")
+            for split, row in result:
+                yield f"{shard.set_name}/{split}.jsonl", row
+
+
 def _finished_corpus(out: Path, described: dict[str, Any]) -> dict[str, int] | None:
     """The utterance counts of the corpus in ``out``; None if there is to be one.
 
     Raises:
         UserError: the folder holds something else.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    advice = "choose another folder or delete this one"
-    if not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another one")
-    if not (out / _FINISHED).exists():
-        if (out / _UNFINISHED).exists():
-            return None
-        raise UserError(f"{out} holds something else ({_some_names(out)}): {advice}")
-    try:
-        state = json.loads((out / _FINISHED).read_text(encoding="utf-8"))
-        format_version, options = state["format"], dict(state["options"])
+
+    def parse(state: Any) -> tuple[dict[str, Any], dict[str, int]]:
         counts = {str(name): int(count) for name, count in state["utterances"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise UserError(f"{out / _FINISHED} is not of a corpus made by synth: {advice}") from None
-    if format_version != FORMAT:
-        raise UserError(f"{out} holds a corpus of the format {format_version!r}, not {FORMAT!r}: {advice}")
-    different = [
-        f"{name} is {options.get(name)} there, not {value}"
-        for name, value in described.items()
-        if options.get(name) != value
-    ]
-    if different:
-        raise UserError(f"{out} holds a corpus with other options ({'; '.join(different)}): {advice}")
+        return {"format": state["format"], **state["options"]}, counts
+
+    state = read_state(out / _FINISHED, "synth", parse)
+    if state is None:
+        if not (out / _UNFINISHED).exists():
+            refuse_foreign(out)
+        return None
+    held, counts = state
+    refuse_differences(out, held, {"format": FORMAT, **described})
     missing = [name for name in counts if not os.path.isfile(out / name)]
     if missing:
         raise UserError(f"the corpus in {out} is damaged, {missing[0]} is missing: delete the folder and run again")
     return counts
-
-
-def _some_names(out: Path) -> str:
-    names = sorted(path.name for path in out.iterdir())
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _start(out: Path, described: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""``avsr prepare``: from raw talking-face video to mouth crops, sound and manifests."""

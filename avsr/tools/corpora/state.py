@@ -1,0 +1,49 @@
+"""The file in a made corpus that says what it is, so that no other one is made in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from avsr.errors import UserError
+
+_ADVICE = "choose another folder or delete this one"
+
+State = TypeVar("State")
+
+
+def read_state(path: Path, command: str, parse: Callable[[Any], State]) -> State | None:
+    """What ``parse`` makes of the JSON file ``path``; None where there is none.
+
+    Raises:
+        UserError: its folder is a file, or ``command`` did not write the file.
+    """
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder: choose another one")
+    if not path.is_file():
+        return None
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{path} is not of a corpus made by {command}: {_ADVICE}") from None
+
+
+def refuse_differences(out: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a ``UserError`` if the corpus in ``out`` differs from the wanted one, which names everything that does."""
+    different = [
+        f"{name} is {held.get(name)!r} there, not {value!r}"
+        for name, value in wanted.items()
+        if held.get(name) != value
+    ]
+    if different:
+        raise UserError(f"{out} holds another corpus ({'; '.join(different)}): {_ADVICE}")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises a ``UserError`` if there is anything in ``out``."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names:
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"{out} holds something else ({listed}): {_ADVICE}")

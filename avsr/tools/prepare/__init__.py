@@ -1,1 +1,0 @@
-"""``avsr prepare``: raw talking-face video to mouth crops, sound and manifests."""

@@ -1,1 +1,1 @@
-"""Benchmarks: one module a claim in ``bench.claims``; ``bench/README.md`` says how to run and read them."""
+"""Benchmarks: ``bench/README.md`` has the claims, the numbers, and how to run and read them."""

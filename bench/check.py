@@ -1,9 +1,9 @@
-"""Whether what is going to be timed is right: bf16 on the GPU itself, at sizes like those of the claims, each step
-once eagerly and once as the replay of its CUDA graph.
+"""Checks that what is timed is correct: bf16 on the GPU, at sizes like those of the claims, each step once eagerly and
+once as the replay of its CUDA graph.
 
-No token may be further from float64 (by its Euclidean norm) than twice what plain PyTorch in the same dtype is, plus a
-little for rounding: late tokens are small, and a fault in them would hide behind the largest value.
-``python -m bench.check [NAME ...]``; ``make gpu`` begins with it.
+The error of every token (Euclidean norm, against float64) may be at most twice that of plain PyTorch in the same dtype,
+plus rounding. The limit is per token because late tokens are small: a fault in them would disappear next to the largest
+values. ``python -m bench.check [NAME ...]``; ``make gpu`` begins with it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-if not __package__:  # run as a script: the repository root is not on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import flashsink
-from bench import steps
-from bench.attention import Problem, ours
-from bench.harness import Runner, one_line
-from bench.shapes import Model, utterances
+from bench.runner.measure import Runner, one_line
+from bench.workloads import llm_steps
+from bench.workloads.attention import Problem, ours
+from bench.workloads.shapes import Model, utterances
 from flashsink import reference
 from flashsink.checks import resolve_layout
 from flashsink.dispatch import _PREFERRED, implementation
@@ -38,7 +34,7 @@ NAMES = ("out", "dq", "dk", "dv", "received")
 
 @dataclass(frozen=True)
 class Finding:
-    """One result that was compared."""
+    """The error of one result."""
 
     name: str
     error: float
@@ -63,7 +59,7 @@ def attention_problem(dim: int, group: int, packed: bool, device: torch.device) 
 
 
 def attention(problem: Problem, names: Sequence[str] = BACKENDS) -> Iterator[Finding]:
-    """Output, gradients and statistics of the very steps that the claims time."""
+    """Output, gradients and statistics of the steps that the claims time."""
     exact = outcome(problem, torch.float64, reference_attention)
     plain = outcome(problem, problem.dtype, plain_attention)
     for name in names:
@@ -77,14 +73,14 @@ def attention(problem: Problem, names: Sequence[str] = BACKENDS) -> Iterator[Fin
                 continue
             try:
                 runner.capture()
-            except Exception as error:  # a row of the benchmark will say so; no number is wrong
+            except Exception as error:  # not a wrong number; a row of the benchmark will say so
                 print(f"     {label}: no CUDA graph: {one_line(error)}")
                 continue
             yield from compared(f"{label}, replayed", replayed(runner), plain, exact)
 
 
 def replayed(runner: Runner) -> Any:
-    """The results of one more replay, which finds them full of NaN."""
+    """The results of one more replay, after filling them with NaN."""
     for tensor in runner.result:
         tensor.detach().fill_(float("nan"))
     runner.step()
@@ -99,8 +95,8 @@ def compared(label: str, got: Sequence[Tensor], plain: Sequence[Tensor], exact: 
 
 
 def excess(got: Tensor, low: Tensor, want: Tensor) -> float:
-    """How far the worst token of ``got`` is from ``want``, as a share of what is allowed: twice the error of ``low``,
-    and one rounding of the token and of a twentieth of the largest one. Tensors (B, S, ...), others as a whole."""
+    """The largest error of a token of ``got`` as a share of the limit: twice the error of ``low``, plus one rounding of
+    the token and of a twentieth of the largest one. Tensors (B, S, ...); others count as a single token."""
     rounding = max(torch.finfo(got.dtype).eps, 1e-4)
     size = sizes(want)
     allowed = 2 * sizes(low.double() - want) + rounding * (size + size.max() / 20)
@@ -127,7 +123,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tu
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """As eager models have it: scores and probabilities in the dtype of q, the softmax in float32."""
+    """As in eager models: scores and probabilities in the dtype of q, the softmax in float32."""
     layout = resolve_layout(q.shape[0], q.shape[2], q.device, **problem.layout())
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -141,28 +137,28 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[
 
 
 def model(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[Finding]:
-    """Loss and gradients of a small random Llama with the default backend, against those with the reference's."""
+    """Loss and gradients of a small random Llama with the default backend, against the reference backend."""
     sizes = Model("check", 4, 2, 64, 256, 3, 512, 1000)
     for packed in (False, True):
-        setting = steps.Setting(sizes, 3, (200, 131, 64), packed, device, dtype)
+        setting = llm_steps.Setting(sizes, 3, (200, 131, 64), packed, device, dtype)
         shared: dict[str, Tensor] = {}
         with mock.patch.dict(_PREFERRED, {device.type: ("reference",)}):
             wanted = loss_and_gradients(setting, shared)
         for name, got in loss_and_gradients(setting, shared).items():
             size = float(wanted[name].norm())
-            if size > 0:  # a fresh adapter sends nothing to its lower half
+            if size > 0:  # zero for the lower half of a new adapter
                 error = float((got - wanted[name]).norm()) / size
                 yield Finding(f"{setting.shape}: {name}", error, STEP_LIMIT)
             else:
                 yield Finding(f"{setting.shape}: {name}", float(got.norm()), 0.0)
 
 
-def loss_and_gradients(setting: steps.Setting, shared: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float64, by name."""
-    llama = steps.build(setting, steps.OURS, shared)
-    batch, probe = steps.Batch(setting), flashsink.attach(llama)
+def loss_and_gradients(setting: llm_steps.Setting, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss, gradients and statistics in float64, by name."""
+    llama = llm_steps.build(setting, llm_steps.OURS, shared)
+    batch, probe = llm_steps.Batch(setting), flashsink.attach(llama)
     with probe.spans(batch.spans):
-        loss = steps.cross_entropy(llama, batch) + probe.decorrelation_loss
+        loss = llm_steps.cross_entropy(llama, batch) + probe.decorrelation_loss
     loss.backward()
     found = {name: p.grad for name, p in llama.named_parameters() if p.requires_grad}
     found |= {"loss": loss.detach(), "inputs": batch.embeddings.grad}
@@ -174,11 +170,11 @@ def loss_and_gradients(setting: steps.Setting, shared: dict[str, Tensor]) -> dic
 
 
 def hidden(device: torch.device, dtype: torch.dtype = torch.bfloat16, features: int = 3072) -> Iterator[Finding]:
-    """The decorrelation loss alone and in the norm, which also gives the largest activations."""
+    """The decorrelation loss alone and in the norm, which also returns the largest activations."""
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
     layers = [torch.randn(4, 256, features, **options) for _ in range(3)]
-    for h in layers:  # half of the tokens lean to their BOS
+    for h in layers:  # half of the tokens have a positive cosine to their BOS
         h[:, 1::2] += h[:, :1]
     spans = torch.tensor([256, 200, 17, 1], device=device)
     yield from held("decorrelation loss", lambda *given, run: loss_alone(given, spans, run), layers)
@@ -230,7 +226,7 @@ CASES |= {"model": model, "hidden": hidden}
 
 
 def run(case: Case, device: torch.device) -> bool:
-    """Prints every finding; whether all are fine."""
+    """Prints every finding; returns whether all are fine."""
     good = True
     try:
         for finding in case(device):

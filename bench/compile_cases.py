@@ -1,20 +1,18 @@
-"""Every configuration that flashsink's launchers choose, as calls for the compile report.
+"""Every configuration that flashsink's launchers choose, as cases of the compile report.
 
-Shapes are small, since nothing runs, but of the same kind as real ones: sizes divisible by 16, unit last strides,
-tokens before heads in memory. A module that is not there yet is left out.
+Shapes are small, since nothing runs, but with the properties of real ones: sizes divisible by 16, unit last strides,
+tokens before heads in memory.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.compile_report import Case
+from flashsink.triton import activations, attention, decorrelation, norm
 from flashsink.types import Layout
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -25,18 +23,12 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def cases() -> Iterator[Case]:
-    if _there("flashsink.triton.attention"):
-        yield from attention_cases()
-    if _there("flashsink.triton.decorrelation"):
-        yield from hidden_cases("decorrelation", decorrelation)
-    if _there("flashsink.triton.norm"):
-        yield from hidden_cases("norm", norm)
-    if _there("flashsink.triton.activations"):
-        yield from hidden_cases("activations", activations)
-
-
-def _there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    yield from attention_cases()
+    for name, call in (("decorrelation", loss), ("norm", rms_norm), ("activations", statistics)):
+        for features in FEATURES:
+            yield hidden_case(name, call, features, torch.bfloat16, False)
+        yield hidden_case(name, call, 3072, torch.bfloat16, True)
+        yield hidden_case(name, call, 3072, torch.float32, False)
 
 
 def layout(packed: bool) -> Layout:
@@ -69,7 +61,6 @@ def attention_case(dim: int, dtype: torch.dtype, packed: bool = False, options: 
     name = f"attention D{dim} {SHORT[dtype]} {'packed' if packed else 'dense'}{' options' if options else ''}"
 
     def call() -> None:
-        attention: Any = importlib.import_module("flashsink.triton.attention")
         where = layout(packed)
         q, k, v = projections(dim, dtype, where.rows)
         extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if options else {}
@@ -86,7 +77,6 @@ def attention_case(dim: int, dtype: torch.dtype, packed: bool = False, options: 
 
 def calibrated_case(dim: int, dtype: torch.dtype) -> Case:
     def call() -> None:
-        attention: Any = importlib.import_module("flashsink.triton.attention")
         where = layout(False)
         q, k, v = (x.detach() for x in projections(dim, dtype, where.rows))
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
@@ -95,27 +85,20 @@ def calibrated_case(dim: int, dtype: torch.dtype) -> Case:
     return Case(f"calibrated attention D{dim} {SHORT[dtype]}", call)
 
 
-def projections(dim: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, heads, S, D) as the projections of a decoder leave them."""
+def projections(dim: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
+    """q, k, v (B, heads, S, D), laid out as a decoder's projections leave them."""
     made = [torch.zeros(rows, TOKENS, heads, dim, dtype=dtype).transpose(1, 2) for heads in (2 * GROUP, 2, 2)]
-    return tuple(x.requires_grad_() for x in made)  # type: ignore[return-value]
+    return tuple(x.requires_grad_() for x in made)
 
 
 # ---- hidden states
 
 
-def hidden_cases(name: str, call: Callable[[int, torch.dtype, bool], None]) -> Iterator[Case]:
-    for features in FEATURES:
-        yield hidden_case(name, call, features, torch.bfloat16, False)
-    yield hidden_case(name, call, 3072, torch.bfloat16, True)
-    yield hidden_case(name, call, 3072, torch.float32, False)
-
-
 def hidden_case(
-    name: str, call: Callable[[int, torch.dtype, bool], None], features: int, dtype: torch.dtype, packed: bool
+    name: str, call: Callable[[int, torch.dtype, Layout], None], features: int, dtype: torch.dtype, packed: bool
 ) -> Case:
     label = f"{name} C{features} {SHORT[dtype]} {'packed' if packed else 'dense'}"
-    return Case(label, lambda: call(features, dtype, packed))
+    return Case(label, lambda: call(features, dtype, layout(packed)))
 
 
 def states(features: int, dtype: torch.dtype, where: Layout, layers: int) -> list[Tensor]:
@@ -123,25 +106,19 @@ def states(features: int, dtype: torch.dtype, where: Layout, layers: int) -> lis
     return [torch.zeros(size, dtype=dtype).requires_grad_() for _ in range(layers)]
 
 
-def decorrelation(features: int, dtype: torch.dtype, packed: bool) -> None:
-    module: Any = importlib.import_module("flashsink.triton.decorrelation")
-    where = layout(packed)
-    module.decorrelation_sums(states(features, dtype, where, 3), where.lengths, where, 0.0).sum().backward()
+def loss(features: int, dtype: torch.dtype, where: Layout) -> None:
+    decorrelation.decorrelation_sums(states(features, dtype, where, 3), where.lengths, where, 0.0).sum().backward()
 
 
-def norm(features: int, dtype: torch.dtype, packed: bool) -> None:
+def rms_norm(features: int, dtype: torch.dtype, where: Layout) -> None:
     """With the loss and without it; weight frozen and not."""
-    module: Any = importlib.import_module("flashsink.triton.norm")
-    where = layout(packed)
     h = states(features, dtype, where, 1)[0]
     for trained, spans in ((False, where.lengths), (True, None)):
         weight = torch.ones(features, dtype=dtype, requires_grad=trained)
-        normed = module.rms_norm(h, weight, 1e-5, where, spans, 0.0)
+        normed = norm.rms_norm(h, weight, 1e-5, where, spans, 0.0)
         total = normed.out.sum() if normed.total is None else normed.out.sum() + normed.total
         total.backward()
 
 
-def activations(features: int, dtype: torch.dtype, packed: bool) -> None:
-    module: Any = importlib.import_module("flashsink.triton.activations")
-    where = layout(packed)
-    module.activation_stats(states(features, dtype, where, 3), where, False)
+def statistics(features: int, dtype: torch.dtype, where: Layout) -> None:
+    activations.activation_stats(states(features, dtype, where, 3), where, False)

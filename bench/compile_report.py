@@ -1,12 +1,11 @@
-"""What the compiler makes of every kernel that the launchers would start, on a machine without a GPU.
+"""Compiles every kernel that the launchers would start, on a machine without a GPU.
 
-``python -m bench.compile_report`` prints the table and writes ``bench/compile_table.csv``; ``--check`` fails where the
-table differs from the committed one, or a kernel spills registers, takes more shared memory than the device has, or
-has lost the matrix instructions of Hopper.
+``python -m bench.compile_report`` prints the table and writes ``bench/results/compile_table.csv``; ``--check`` fails if
+the table differs from the committed one, or if a kernel spills registers, exceeds the device's shared memory, or does
+not use the matrix instructions of Hopper.
 
-The launchers run on small CPU tensors under an observer that keeps every launch from happening, once for every
-architecture, since each has its own tiles; Triton's own binder
-turns its arguments into the signature that the same launch would have on a GPU.
+The launchers run on small CPU tensors under an observer that suppresses every launch, once per architecture, since each
+has its own tiles; Triton's binder turns the arguments into the signature that the launch would have on a GPU.
 """
 
 from __future__ import annotations
@@ -30,13 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: the repository root is not on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-TABLE = Path(__file__).with_name("compile_table.csv")
+TABLE = Path(__file__).with_name("results") / "compile_table.csv"
 CAPABILITIES = (80, 90, 100)
 FIELDS = ["case", "kernel", "variant", "tile", "sm", "registers", "spills", "shared", "wgmma", "mma", "tcgen05"]
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may take
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may use
 
 Row = dict[str, str]
 
@@ -48,8 +44,8 @@ class Case:
     Attributes:
         name: what is computed, with head dim and dtype.
         call: calls launchers on small CPU tensors.
-        wgmma: names of the kernels that must use Hopper's matrix instructions in this case.
-        capabilities: those that it is compiled for.
+        wgmma: kernels that must use Hopper's matrix instructions.
+        capabilities: what it is compiled for.
     """
 
     name: str
@@ -60,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile, in a form that another process can take."""
+    """One kernel to compile, picklable."""
 
     module: str
     kernel: str
@@ -73,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a job's numbers go in the table."""
+    """A job and the columns that identify it in the table."""
 
     case: str
     variant: str
@@ -83,7 +79,7 @@ class Entry:
 
 
 def collect(cases: Iterable[Case]) -> list[Entry]:
-    """Runs every case without running its kernels. What a case launches several times alike is one entry.
+    """Runs every case without running its kernels; equal launches of a case are one entry.
 
     Raises:
         RuntimeError: a case launches nothing.
@@ -125,21 +121,17 @@ def job_of(launch: Any, capability: int) -> Job:
 
 def _entry(case: Case, launch: Any, capability: int) -> Entry:
     tile, job = launch.tile, job_of(launch, capability)
-    # what tells two launches of one kernel in one case apart: flags and head dims
-    own = [(n, v) for n, v in launch.arguments.items() if _is_flag(launch.kernel, n)]
-    variant = " ".join(f"{name}={value}" for name, value in own)
+    # flags and head dims distinguish launches of one kernel in one case
+    flags = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    variant = " ".join(f"{name}={value}" for name, value in launch.arguments.items() if name in flags)
     blocks = " ".join(f"{name}={size}" for name, size in tile.blocks.items())
     label = f"{blocks} warps={tile.warps} stages={tile.stages}".strip()
     return Entry(case.name, variant, label, job.kernel in case.wgmma, job)
 
 
-def _is_flag(kernel: Any, name: str) -> bool:
-    return any(parameter.name == name and parameter.is_constexpr for parameter in kernel.params)
-
-
 def specialise(launch: Any, capability: int) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """(signature, constants, attributes) as ``kernel[grid](...)`` would find them: integers equal to 1 become
-    constants, pointers and integers divisible by 16 say so."""
+    """(signature, constants, attributes) as ``kernel[grid](...)`` would derive them: integers equal to 1 become
+    constants; pointers and integers divisible by 16 get an attribute."""
     from triton.runtime.jit import create_function_from_signature
 
     backend, kernel, tile = _backend(capability), launch.kernel, launch.tile
@@ -159,7 +151,7 @@ def _backend(capability: int) -> Any:
 
 
 def compile_job(job: Job) -> Row:
-    """Compiles one kernel and reads its numbers; the row lacks case, variant and tile."""
+    """Compiles one kernel and reads its numbers: a row without case, variant and tile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -185,8 +177,8 @@ def compile_job(job: Job) -> Row:
 
 
 def ptxas_log(ptx: str, capability: int, printed: str) -> str:
-    """What ``ptxas -v`` says of a kernel. Triton printed it if it has just compiled it; kept beside Triton's cache,
-    since it prints nothing for what it finds there."""
+    """The output of ``ptxas -v``. Triton prints it only when it compiles, not on a cache hit, so a copy is kept next to
+    its cache."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
@@ -204,17 +196,17 @@ def ptxas_log(ptx: str, capability: int, printed: str) -> str:
             done = subprocess.run([*command, "-o", f"{source}.o"], capture_output=True, text=True, check=True)
         log = done.stderr
     kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}")  # another process may be writing the same
+    part = kept.with_suffix(f".{os.getpid()}")  # another process may be writing the same file
     part.write_text(log, encoding="utf-8")
     part.replace(kept)
     return log
 
 
 def read_log(log: str) -> tuple[int, int]:
-    """The numbers in what ``ptxas -v`` prints.
+    """(registers, bytes of spills) from the output of ``ptxas -v``.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they are missing.
     """
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
@@ -224,7 +216,7 @@ def read_log(log: str) -> tuple[int, int]:
 
 
 def measure(entries: Sequence[Entry], processes: int) -> tuple[list[Row], list[str]]:
-    """(the table, its faults). Every different job is compiled once; what does not compile is a fault."""
+    """(the table, its faults). Equal jobs are compiled once; one that does not compile is a fault."""
     jobs = list(dict.fromkeys(entry.job for entry in entries))
     if processes > 1 and len(jobs) > 1:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -258,7 +250,7 @@ def compiled(job: Job) -> Row | str:
 
 
 def faults_of(row: Row, wgmma: bool) -> list[str]:
-    """What may not be shipped about one row."""
+    """Why a row's kernel must not be shipped."""
     faults, capability = [], int(row["sm"])
     if int(row["spills"]):
         faults.append(f"spills {row['spills']} bytes")
@@ -270,7 +262,7 @@ def faults_of(row: Row, wgmma: bool) -> list[str]:
 
 
 def differences(rows: Sequence[Row], path: Path) -> list[str]:
-    """Lines that the table at ``path`` has and ``rows`` have not, and the other way round."""
+    """Lines that only the table at ``path`` or only ``rows`` have."""
     before = set(path.read_text(encoding="utf-8").splitlines()[1:]) if path.exists() else set()
     now = set(as_csv(rows).splitlines()[1:])
     return [f"no longer true: {x}" for x in sorted(before - now)] + [f"new: {x}" for x in sorted(now - before)]
@@ -284,25 +276,21 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def load(name: str) -> list[Case]:
-    """The cases of a module: what its ``cases()`` returns."""
-    return list(importlib.import_module(name).cases())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is wrong or new")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a fault or a difference")
     parser.add_argument("--cases", default="bench.compile_cases", help="module with a function cases()")
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--only", default="", help="cases whose name has this in it; the table is then left alone")
+    parser.add_argument("--only", default="", help="cases whose name contains this; writes no table")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     began = time.monotonic()
-    entries = collect(case for case in load(arguments.cases) if arguments.only in case.name)
+    cases = importlib.import_module(arguments.cases).cases()
+    entries = collect(case for case in cases if arguments.only in case.name)
     rows, faults = measure(entries, arguments.processes)
-    print(as_table(rows))
+    print(as_csv(rows))
     if arguments.check and not arguments.only:
         faults += differences(rows, arguments.table)
     elif not arguments.only:
@@ -311,13 +299,6 @@ def main() -> int:
         print(f"FAULT {fault}")
     print(f"{len(rows)} rows, {len(faults)} faults, {time.monotonic() - began:.0f} s")
     return 1 if faults else 0
-
-
-def as_table(rows: Sequence[Row]) -> str:
-    """For people: columns as wide as what is in them."""
-    lines = [FIELDS, *([row[field] for field in FIELDS] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(FIELDS))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``make bench``: measures the claims on this machine and appends every row to ``bench/ledger.csv``.
+"""``make bench``: measures the claims on this machine and appends every row to ``bench/results/ledger.csv``.
 
 ``python -m bench.run [NAME ...]``: all modules of :mod:`bench.claims`, or the named ones.
 """
@@ -15,28 +15,23 @@ from pathlib import Path
 
 import torch
 
-if not __package__:  # run as a script: the repository root is not on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from bench import ledger
 from bench.claims import MODULES
-from bench.harness import Bench, Comparison, DeviceLost, one_line
-from bench.ledger import Row
+from bench.runner import ledger
+from bench.runner.ledger import Row
+from bench.runner.measure import Bench, Comparison, DeviceLost, one_line
 
-# how a time budget is shared out; all others have 1
+# shares of a time budget; all other modules have 1
 WEIGHTS = {"training_step": 4.0, "options": 4.0, "attention_statistics": 3.0, "packed_headline": 2.0, "long_rows": 1.5}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
-    parser.add_argument("--seconds", type=float, default=0.0, help="for the rounds of a comparison")
+    parser.add_argument("--seconds", type=float, default=0.0, help="for the rounds of one comparison")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--layers", type=int, default=0, help="of the models whose steps are measured; 0 = all")
     parser.add_argument("--dry", action="store_true", help="print, but leave the ledger alone")
-    parser.add_argument(
-        "--rows", type=Path, help="also append to this file what starts and every row, a JSON object a line"
-    )
+    parser.add_argument("--rows", type=Path, help="also append started modules and rows to this file, as JSON lines")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(MODULES)
     if unknown:
@@ -44,55 +39,49 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
 
-    def keep(row: Row) -> None:
+    def keep(entry: dict[str, str]) -> None:
         if arguments.rows is not None:
             with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
     def emit(row: Row) -> None:
         rows.append(row)
         print(line(row), flush=True)
         keep(row)
 
-    bench = Bench(device, arguments.seconds or (0.25 if device.type == "cuda" else 1.5), emit)
-    names = arguments.names or list(MODULES)
-    lost = measure(bench, names, arguments.budget, arguments.layers, lambda name: keep({"started": name}))
+    seconds = arguments.seconds or (0.25 if device.type == "cuda" else 1.5)
+    bench = Bench(device, seconds, emit, layers=arguments.layers)
+    lost = measure(bench, arguments.names or list(MODULES), arguments.budget, lambda name: keep({"started": name}))
     if not arguments.dry:
         ledger.append(rows)
     return 3 if lost else 0
 
 
-def measure(
-    bench: Bench, names: list[str], budget: float, layers: int, started: Callable[[str], None] = lambda name: None
-) -> bool:
-    """Runs the modules one after another, each with its share of the time that is left, and tells ``started`` of each.
-    Returns whether the device was lost on the way; a module that began is then over, and prints a line that says so.
-    """
+def measure(bench: Bench, names: list[str], budget: float, started: Callable[[str], None]) -> bool:
+    """Measures the modules one after another, each with its share of the remaining time; calls ``started`` before
+    each. Returns whether the device was lost, which ends the run. A module that fails becomes a row that says so."""
     end = time.monotonic() + budget
     for index, name in enumerate(names):
         weights = [WEIGHTS.get(other, 1.0) for other in names[index:]]
         now = time.monotonic()
         bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
         module = importlib.import_module(f"bench.claims.{name}")
-        options = {"layers": layers} if layers and name in ("training_step", "loss_memory", "options") else {}
+        whole = Comparison(module.CLAIMS[0].name, "all", bench.dtype)
         started(name)
         print(f"--- {name}: {(module.__doc__ or name).splitlines()[0]}", flush=True)
         if bench.deadline <= now:
-            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict="no time left")
+            bench.row(whole, "all", verdict="no time left")
             continue
         try:
-            module.run(bench, **options)
+            for comparison in module.comparisons(bench):
+                bench.compare(comparison)
         except DeviceLost as error:
-            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict=f"error: device lost: {one_line(error)}")
+            bench.row(whole, "all", verdict=f"error: device lost: {one_line(error)}")
             return True
         except Exception as error:
-            bench.row(nothing(module.CLAIMS[0].name, bench), "all", verdict=f"error: {one_line(error)}")
+            bench.row(whole, "all", verdict=f"error: {one_line(error)}")
         bench.clean()
     return False
-
-
-def nothing(claim: str, bench: Bench) -> Comparison:
-    return Comparison(claim, "all", torch.bfloat16 if bench.cuda else torch.float32, ())
 
 
 def line(row: Row) -> str:

@@ -1,9 +1,8 @@
 """``make gpu-tune``: times the candidate tiles of every attention kernel and proposes entries for the table.
 
-All candidates of a problem are first compiled, in parallel and into Triton's cache; those that spill registers, do not
-fit into the device or do not compile are named and left out. A step that runs the kernel is then timed with each of the
-others in turn, as replays of CUDA graphs, all side by side in one process; the rest of the step is the same for all of
-them, so the difference is the kernel's.
+All candidates of a problem are first compiled, in parallel and into Triton's cache; those that spill registers, exceed
+the device's shared memory or do not compile are named and left out. A step that runs the kernel is then timed with each
+of the others in turns, as replays of CUDA graphs; the rest of the step is the same, so the difference is the kernel's.
 """
 
 from __future__ import annotations
@@ -15,24 +14,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.pool import AsyncResult, Pool
-from pathlib import Path
 
 import torch
 
-if not __package__:  # run as a script: the repository root is not on the path
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from bench.attention import Problem, ours
 from bench.compile_report import CAPABILITIES, Job, Row, compiled, faults_of, job_of
-from bench.harness import Provider, Runner, Sample, Step, one_line, rounds_cpu, rounds_cuda
-from bench.shapes import HEADLINE_TOKENS, MODELS, utterances
+from bench.runner.measure import Bench, Runner, Sample, Step, one_line, rounds_cpu, rounds_cuda
+from bench.workloads.attention import Problem, dense, ours, packed
 from flashsink.triton import tiles
 from flashsink.triton.launch import Launch, Tile, observe
 
-# the step in which a kernel runs: statistics, and whether there is a backward
+# the step in which a kernel runs: statistics, and whether it has a backward
 STEPS = {"forward": ("", False), "received": ("pass", False)}
 BACKWARD = ("captured", True)
-SPARE = 40.0  # seconds before the end at which no further candidate is begun
+SPARE = 40.0  # seconds before the end; no further candidate starts after that
 
 Compile = Callable[[Iterable[Job]], dict[Job, Row | str]]
 
@@ -54,7 +48,7 @@ def main() -> int:
 
 
 def sweep(kernels: list[str], given: list[Problem], seconds: float, end: float, compile_all: Compile) -> None:
-    """Prints proposals: all kernels for one problem after another, the most important problem first."""
+    """Prints proposals for all kernels, problem by problem in the given order."""
     for problem in given:
         if time.monotonic() > end - SPARE:
             print(f"{problem.shape}: no time left")
@@ -65,7 +59,7 @@ def sweep(kernels: list[str], given: list[Problem], seconds: float, end: float, 
 
 
 def compile_in(pool: Pool, end: float) -> Compile:
-    """Compiles jobs in the processes of ``pool``; what is not done ``SPARE`` seconds before the end says so."""
+    """Compiles jobs in the processes of ``pool``, until ``SPARE`` seconds before the end."""
 
     def run(jobs: Iterable[Job]) -> dict[Job, Row | str]:
         waiting: dict[Job, AsyncResult[Row | str]] = {job: pool.apply_async(compiled, (job,)) for job in jobs}
@@ -81,7 +75,7 @@ def compile_in(pool: Pool, end: float) -> Compile:
 
 
 def compiling(kernels: list[str], problem: Problem, compile_all: Compile) -> dict[str, list[Tile]]:
-    """For every kernel the candidates that can be used, the tile in use now first; the others are named."""
+    """For every kernel the usable candidates, the tile in use first; prints the others."""
     jobs = [
         (kernel, tile, jobs_of(kernel, problem, tile)) for kernel in kernels for tile in candidates(kernel, problem)
     ]
@@ -102,7 +96,7 @@ def candidates(kernel: str, problem: Problem) -> list[Tile]:
 
 
 def jobs_of(kernel: str, problem: Problem, tile: Tile) -> list[Job]:
-    """What the step of ``kernel`` would compile for it with ``tile``; nothing is run."""
+    """What the step of ``kernel`` would compile for it with ``tile``; runs nothing."""
     seen: list[Launch] = []
 
     def note(launch: Launch) -> bool:
@@ -116,7 +110,7 @@ def jobs_of(kernel: str, problem: Problem, tile: Tile) -> list[Job]:
 
 
 def capability(device: torch.device) -> int:
-    """That of the device, so that a launch finds in Triton's cache what was compiled for it."""
+    """The device's capability, so that a launch finds the compiled kernel in Triton's cache."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if 10 * major + minor in CAPABILITIES:
@@ -125,28 +119,21 @@ def capability(device: torch.device) -> int:
 
 
 def problems() -> list[Problem]:
-    """For head dims 128 and 64 first the headline, then rows of 1k and of 4k tokens."""
-    device, models = torch.device("cuda"), [MODELS[name] for name in ("llama-3.2-3b", "llama-3.2-1b")]
-    packed = tuple(utterances(HEADLINE_TOKENS))
-    found = [Problem(model, 1, HEADLINE_TOKENS, device, torch.bfloat16, packed) for model in models]
-    for tokens in (1024, 4096):
-        found += [Problem(model, HEADLINE_TOKENS // tokens, tokens, device, torch.bfloat16) for model in models]
-    return found
-
-
-def provider(kernel: str, problem: Problem) -> Provider:
-    statistics, backward = STEPS.get(kernel, BACKWARD)
-    return ours(problem, "triton", statistics, backward)
+    """Head dims 128 and 64: first the headline, then rows of 1k and of 4k tokens."""
+    bench, models = Bench(torch.device("cuda"), 0.0, lambda row: None), ("llama-3.2-3b", "llama-3.2-1b")
+    rows = [dense(bench, model, tokens) for tokens in (1024, 4096) for model in models]
+    return [*(packed(bench, model) for model in models), *rows]
 
 
 def _step(kernel: str, problem: Problem) -> Step:
-    made = provider(kernel, problem).make()
+    statistics, backward = STEPS.get(kernel, BACKWARD)
+    made = ours(problem, "triton", statistics, backward).make()
     assert not isinstance(made, tuple)
     return made
 
 
 def times(kernel: str, problem: Problem, given: list[Tile], seconds: float, end: float) -> dict[str, Sample]:
-    """Samples of those of the ``given`` tiles that run, by :func:`label`."""
+    """Samples of the ``given`` tiles that run, by :func:`label`."""
     step = _step(kernel, problem)
     steps: dict[str, Runner] = {}
     for tile in given:
@@ -183,7 +170,7 @@ def tiled(step: Step, kernel: str, tile: Tile) -> Step:
 
 
 def proposal(kernel: str, problem: Problem, samples: dict[str, Sample]) -> str:
-    """One line: the fastest tile as an entry of the table, beside the one in use."""
+    """One line: the fastest tile as an entry of the table, and the one in use."""
     if not samples:
         return f"{kernel} {problem.shape}: no candidate runs"
     now = label(in_use(kernel, problem))
@@ -195,7 +182,7 @@ def proposal(kernel: str, problem: Problem, samples: dict[str, Sample]) -> str:
 
 
 def label(tile: Tile) -> str:
-    """As the table of tiles writes it."""
+    """A tile as the table of tiles writes it."""
     return f"_tile({', '.join(str(size) for size in tile.blocks.values())}, {tile.warps}, {tile.stages})"
 
 

@@ -1,7 +1,7 @@
-"""One module a claim of the table in ``bench/README.md``. Each has
+"""One module per claim of the table in ``bench/README.md``. A module defines
 
-``CLAIMS``: the rows of the table that it fills, and ``run(bench)``, which measures and reports them.
-``python -m bench.run NAME`` runs the module NAME of this package alone.
+``CLAIMS``: the table rows that it fills, and ``comparisons(bench)``: what is measured for them, in order.
+``python -m bench.run NAME`` measures one module.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the claim table: id in the ledger, what the ratio is, and the targets on the CPU and on an H200;
-    "-" where there is none."""
+    """A row of the claim table: id in the ledger, what the ratio is, and the targets on the CPU and on an H200
+    ("-" = not measured there, "report" = no target)."""
 
     name: str
     text: str
@@ -20,7 +20,7 @@ class Claim:
     gpu: str
 
 
-# in the order of the table; a module may hold several rows
+# in the order of the table; a module may fill several rows
 MODULES = (
     "attention_statistics",
     "packed_headline",

@@ -1,57 +1,43 @@
-"""FlagAttention's method, a pass of its own for the column sums, against ours."""
+"""FlagAttention's method, a separate pass for the column sums, against ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 import flashsink
-from bench.attention import Problem, ours, provider, usable
 from bench.claims import Claim
-from bench.harness import Absent, Bench, Comparison, Provider, Step
-from bench.peers import AS_SHIPPED, TUNED, total_attention, total_attention_cpu
-from bench.shapes import HEADLINE_TOKENS, MODELS
+from bench.runner.measure import Absent, Bench, Comparison, Provider, Step
+from bench.workloads.attention import Problem, comparison, dense, ours, provider, usable
+from bench.workloads.peers import AS_SHIPPED, TUNED, total_attention, total_attention_cpu
 from flashsink.triton.launch import Launch, Tile, observe
 
-CLAIMS = (
-    Claim(
-        "flag_attention",
-        "FlagAttention's method / ours",
-        "report",
-        ">= 3 as shipped, >= 1.2 tuned",
-    ),
-)
+CLAIM = Claim("flag_attention", "FlagAttention's method / ours", "report", ">= 3 as shipped, >= 1.2 tuned")
+CLAIMS = (CLAIM,)
 
 
-def run(bench: Bench) -> None:
+def comparisons(bench: Bench) -> Iterator[Comparison]:
     if not bench.cuda:
-        problem = Problem(MODELS["smollm2-135m"], 4, 512, bench.device, torch.float32)
-        theirs = provider("cpu forward, then the sums by blocks of keys", problem, cpu_method, backward=False)
-        providers = (theirs, ours(problem, "cpu", "pass", backward=False))
+        problem = dense(bench, "smollm2-135m", 512, rows=4)
+        name = "cpu forward, then the sums by blocks of keys"
+        theirs = provider(name, problem, lambda: cpu_method, backward=False)
+        own = ours(problem, "cpu", "pass", backward=False)
         note = "forward only; the method in PyTorch"
-        bench.compare(Comparison("flag_attention", problem.shape, problem.dtype, providers, upper="peer", note=note))
+        yield comparison(CLAIM.name, problem, theirs, own, upper="peer", note=note)
         return
-    for name, tokens in (("llama-3.2-3b", 1024), ("llama-3.2-1b", 1024), ("llama-3.2-3b", 4096)):
-        problem = Problem(MODELS[name], HEADLINE_TOKENS // tokens, tokens, bench.device, torch.bfloat16)
+    for model, tokens in (("llama-3.2-3b", 1024), ("llama-3.2-1b", 1024), ("llama-3.2-3b", 4096)):
+        problem = dense(bench, model, tokens)
         own = [own_pass(problem, backend) for backend in usable("triton", "sdpa")]
         shipped = [their_pass(problem, AS_SHIPPED, "as shipped")]
         tuned = [their_pass(problem, tile, "tuned") for tile in TUNED]
+        note = "the pass alone, without the attention before it"
         for peers, target in ((shipped, ">= 3"), (tuned, ">= 1.2")):
-            bench.compare(
-                Comparison(
-                    "flag_attention",
-                    problem.shape,
-                    problem.dtype,
-                    (*peers, *own),
-                    upper="peer",
-                    target=target,
-                    note="the pass alone, without the attention before it",
-                )
-            )
+            yield comparison(CLAIM.name, problem, *peers, *own, upper="peer", target=target, note=note)
 
 
-def cpu_method(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+def cpu_method(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)), 0.0, True
@@ -72,35 +58,25 @@ def their_pass(problem: Problem, tile: Tile, how: str) -> Provider:
 
 
 def own_pass(problem: Problem, backend: str) -> Provider:
-    """Only the reading of the statistics is timed; the forward before it is not."""
+    """Only reading the statistics is timed, not the forward before it."""
 
     def make() -> tuple[Step, Step]:
-        # with a gradient on its way: only then is the pass put off until the statistics are read
+        # with gradients enabled: only then is the pass deferred until the statistics are read
         q, k, v, _ = (x.transpose(1, 2) for x in problem.tensors(True))
         held: list[flashsink.SinkStats] = []
 
         def forward() -> None:
             held[:] = [flashsink.attention(q, k, v, return_stats=True, backend=backend)[1]]
 
-        def read() -> torch.Tensor:
+        def read() -> Tensor:
             return held[0].received
 
         forward()
-        if not launches(read):
+        seen: list[Launch] = []
+        with observe(lambda launch: seen.append(launch) or True):
+            read()
+        if not seen:
             raise Absent("its statistics are computed in the forward, so that the pass cannot be timed alone")
         return forward, read
 
     return Provider(f"flashsink {backend}, the pass alone", make, ours=True)
-
-
-def launches(step: Step) -> int:
-    """How many of our kernels ``step`` starts."""
-    seen: list[Launch] = []
-
-    def note(launch: Launch) -> bool:
-        seen.append(launch)
-        return True
-
-    with observe(note):
-        step()
-    return len(seen)

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
-from bench.attention import Problem, ours, sdpa, usable
 from bench.claims import Claim
-from bench.harness import Bench, Comparison
-from bench.shapes import HEADLINE_TOKENS, MODELS
+from bench.runner.measure import Bench, Comparison
+from bench.workloads.attention import comparison, dense, ours, sdpa, usable
 
-CLAIMS = (
-    Claim(
-        "long_rows",
-        "long rows, Triton with capture / SDPA-flash without",
-        "-",
-        "<= 1.0 (D 64), <= 1.15 (D 128, deterministic)",
-    ),
+CLAIM = Claim(
+    "long_rows",
+    "long rows, Triton with capture / SDPA-flash without",
+    "-",
+    "<= 1.0 (D 64), <= 1.15 (D 128, deterministic)",
 )
+CLAIMS = (CLAIM,)
 
 
-def run(bench: Bench) -> None:
+def comparisons(bench: Bench) -> Iterator[Comparison]:
     if not bench.cuda:
         return
-    for name, target in (("llama-3.2-1b", "<= 1.0"), ("llama-3.2-3b", "<= 1.15")):
+    for model, target in (("llama-3.2-1b", "<= 1.0"), ("llama-3.2-3b", "<= 1.15")):
         for tokens in (1024, 2048, 4096, 8192):
-            rows = HEADLINE_TOKENS // tokens
-            problem = Problem(MODELS[name], rows, tokens, bench.device, torch.bfloat16)
+            problem = dense(bench, model, tokens)
             own = [ours(problem, backend, "captured") for backend in usable("triton")]
-            providers = (sdpa(problem, "FLASH_ATTENTION"), *own)
-            bench.compare(Comparison("long_rows", problem.shape, problem.dtype, providers, target=target))
-    # the other backends of sdpa, as numbers beside it
-    for name, tokens in (("llama-3.2-3b", 1024), ("llama-3.2-3b", 4096), ("llama-3.2-1b", 1024)):
-        problem = Problem(MODELS[name], HEADLINE_TOKENS // tokens, tokens, bench.device, torch.bfloat16)
+            yield comparison(CLAIM.name, problem, sdpa(problem, "FLASH_ATTENTION"), *own, target=target)
+    # the other backends of sdpa, without a target
+    for model, tokens in (("llama-3.2-3b", 1024), ("llama-3.2-3b", 4096), ("llama-3.2-1b", 1024)):
+        problem = dense(bench, model, tokens)
         own = [ours(problem, backend, "captured") for backend in usable("triton", "sdpa")]
         peers = [sdpa(problem, backend) for backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)]
-        note = "all backends of sdpa, for comparison"
-        bench.compare(Comparison("long_rows", problem.shape, problem.dtype, (*peers, *own), note=note))
-    small = Problem(MODELS["llama-3.2-3b"], 2, 1024, bench.device, torch.bfloat16)
+        yield comparison(CLAIM.name, problem, *peers, *own, note="all backends of sdpa, for comparison")
+    small = dense(bench, "llama-3.2-3b", 1024, rows=2)
     own = [ours(small, backend, "captured") for backend in usable("triton")]
-    bench.compare(Comparison("long_rows", small.shape, small.dtype, (sdpa(small, "MATH"), *own), note="MATH, small"))
+    yield comparison(CLAIM.name, small, sdpa(small, "MATH"), *own, note="MATH, small")

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from bench.claims import Claim
-from bench.harness import Bench, Comparison, Provider, Step
-from bench.peers import plain_rms_norm
-from bench.shapes import MODELS
+from bench.runner.measure import Bench, Comparison, Provider, Step
+from bench.workloads.peers import plain_rms_norm
+from bench.workloads.shapes import MODELS
 from flashsink.dispatch import implementation
 from flashsink.types import Layout
 
-CLAIMS = (Claim("norm", "norm with loss and statistics / Liger's plain norm (CPU: torch's)", "<= 1.15", "<= 1.05"),)
+CLAIM = Claim("norm", "norm with loss and statistics / Liger's plain norm (CPU: torch's)", "<= 1.15", "<= 1.05")
+CLAIMS = (CLAIM,)
 EPS = 1e-5
+CPU = (
+    ("smollm2-135m", 8, 128, torch.float32),
+    ("llama-3.2-1b", 4, 512, torch.float32),
+    ("llama-3.2-1b", 4, 512, torch.bfloat16),
+)
 
 
-def run(bench: Bench) -> None:
+def comparisons(bench: Bench) -> Iterator[Comparison]:
     if not bench.cuda:
-        for name, rows, tokens, dtype in (
-            ("smollm2-135m", 8, 128, torch.float32),
-            ("llama-3.2-1b", 4, 512, torch.float32),
-            ("llama-3.2-1b", 4, 512, torch.bfloat16),
-        ):
-            compare(bench, MODELS[name].hidden, rows, tokens, dtype, "<= 1.15")
+        for model, *size, dtype in CPU:
+            yield against_plain(bench.device, (*size, MODELS[model].hidden), dtype, "<= 1.15")
         return
-    for name, rows, tokens in (("llama-3.2-3b", 32, 512), ("llama-3.1-8b", 32, 512), ("llama-3.2-1b", 32, 512)):
+    for model in ("llama-3.2-3b", "llama-3.1-8b", "llama-3.2-1b"):
         for graph in (False, True):
-            compare(bench, MODELS[name].hidden, rows, tokens, torch.bfloat16, "<= 1.05", graph)
+            yield against_plain(bench.device, (32, 512, MODELS[model].hidden), torch.bfloat16, "<= 1.05", graph)
 
 
-def compare(
-    bench: Bench, hidden: int, rows: int, tokens: int, dtype: torch.dtype, target: str, graph: bool = False
-) -> None:
+def against_plain(
+    device: torch.device, size: tuple[int, int, int], dtype: torch.dtype, target: str, graph: bool = False
+) -> Comparison:
+    """``size``: rows, tokens, features."""
+    rows, tokens, hidden = size
+    name, norm = plain_rms_norm(hidden, EPS, dtype, device)
+
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator(bench.device).manual_seed(0)
-        size, options = (rows, tokens, hidden), {"device": bench.device, "dtype": dtype}
-        h, gradient = (torch.randn(size, generator=generator, **options) for _ in range(2))
+        generator = torch.Generator(device).manual_seed(0)
+        h, gradient = (torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(2))
         return h.requires_grad_(), gradient
-
-    name, norm = plain_rms_norm(hidden, EPS, dtype, bench.device)
 
     def plain() -> Step:
         h, gradient = inputs()
@@ -46,11 +51,11 @@ def compare(
 
     def fused() -> Step:
         h, gradient = inputs()
-        weight = torch.ones(hidden, dtype=dtype, device=bench.device)
-        starts = torch.zeros(rows, dtype=torch.long, device=bench.device)
+        weight = torch.ones(hidden, dtype=dtype, device=device)
+        starts = torch.zeros(rows, dtype=torch.long, device=device)
         layout = Layout(starts, starts + tokens, rows, tokens, False)
-        share = torch.tensor(1e-3, device=bench.device)
-        run_norm = implementation(None, bench.device.type).rms_norm
+        share = torch.tensor(1e-3, device=device)
+        run_norm = implementation(None, device.type).rms_norm
 
         def step() -> object:
             normed = run_norm(h, weight, EPS, layout, layout.lengths, 0.0)
@@ -60,5 +65,4 @@ def compare(
         return step
 
     providers = (Provider(name, plain), Provider("flashsink, loss and statistics in the norm", fused, ours=True))
-    shape = f"B{rows} S{tokens} C{hidden}"
-    bench.compare(Comparison("norm", shape, dtype, providers, target=target, graph=graph))
+    return Comparison(CLAIM.name, f"B{rows} S{tokens} C{hidden}", dtype, providers, target=target, graph=graph)

@@ -1,5 +1,5 @@
-"""``python -m bench.scale``: the page "Scale on paper" of ``bench/README.md`` and its figure, from the model and from
-``check.csv``. ``python -m bench.scale check`` first measures this machine's rows of that file."""
+"""``python -m bench.scale``: the section "Scale on paper" of ``bench/README.md`` and its figure, from the model and
+``bench/results/check.csv``. ``python -m bench.scale check`` first measures this machine's rows of that file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def main() -> int:
         return 2
     if sys.argv[1:]:
         check.check()
-    page.write()
+    page.update()
     return 0
 
 
-if __name__ == "__main__":  # the check starts processes that import this module anew
+if __name__ == "__main__":  # the check's processes import this module again
     sys.exit(main())

@@ -1,13 +1,12 @@
-"""The model against runs: the demo's training on 1, 2 and 4 CPU ranks at ZeRO stages 0, 2 and 3.
+"""The model against measurements: the demo's training on 1, 2 and 4 CPU ranks at ZeRO stages 0, 2 and 3.
 
-What the model is fed is measured without any training of many ranks: a step of one process at each stage, the same
-step in k processes that run side by side and know nothing of each other (they share the machine's cores), and gloo's
-collectives between k processes. What it then says of k ranks is compared with ``avsr profile`` under the launcher.
+The model's inputs are measured without distributed training: a step of one process at each stage, the same step in k
+independent processes at once (they share the machine's cores), and gloo's collectives between k processes. Its
+prediction for k ranks is compared with ``avsr profile`` under the launcher.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import multiprocessing
@@ -30,11 +29,11 @@ from avsr.tools.estimate.memory import Sizes, Way
 from avsr.tools.estimate.profiling import WARM_UP, model_sizes
 from avsr.training.run import make_trainer, process_group
 from avsr.training.trainer import Trainer
-from bench import ledger
+from bench.runner import ledger
 from bench.scale.model import Cluster, Link, communication
 
 FOLDER = ledger.ROOT / "runs" / "scale"
-TABLE = Path(__file__).with_name("check.csv")
+TABLE = ledger.RESULTS / "check.csv"
 FIELDS = ["date", "commit", "device", "ranks", "stage", "predicted_s", "measured_s", "alone_s", "contention"]
 FIELDS += ["imbalance", "communication_s", "planned_mb", "held_mb"]
 CORPUS = ["grid=1000", "open=0", "voices=8", "video=0"]  # the demo's
@@ -85,8 +84,8 @@ def launched(ranks: int, stage: int) -> dict[str, Any]:
 
 
 def side_by_side(count: int, stage: int) -> dict[str, Any]:
-    """Of ``count`` processes at once: the mean seconds of a step; of the first the model's sizes and what the slowest
-    of k ranks has to compute over what the mean rank has."""
+    """``count`` processes at once: mean seconds of a step; from the first one, the model's sizes and the imbalance
+    (work of the slowest of k ranks / work of the mean rank)."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(count), context.Queue()
     processes = [context.Process(target=_worker, args=(n, stage, barrier, results)) for n in range(count)]
@@ -126,7 +125,7 @@ def _imbalance(trainer: Trainer, ranks: int) -> float:
     def work(indices: list[int]) -> float:
         batch = collate([data[i] for i in indices])
         spans = trainer.model.prompt_lengths(batch)
-        longest = max(span + len(ids) for span, ids in zip(spans, batch.text, strict=True))  # padding is computed too
+        longest = max(span + len(ids) for span, ids in zip(spans, batch.text, strict=True))  # padding included
         return step_flops(sizes, Rows([longest] * len(indices), sum(spans), batch.label_tokens))
 
     steps = [[work(steps[n][0]) for steps in by_rank] for n in range(len(by_rank[0]))]
@@ -134,7 +133,7 @@ def _imbalance(trainer: Trainer, ranks: int) -> float:
 
 
 def link(ranks: int) -> Link:
-    """gloo between so many processes of this machine: of a ring's all-reduce, bytes a second and seconds a message."""
+    """gloo between ``ranks`` processes of this machine: rate and latency of a ring all-reduce."""
     context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), _free_port()
     processes = [context.Process(target=_reduce, args=(rank, ranks, port, results)) for rank in range(ranks)]
@@ -168,12 +167,7 @@ def _reduce(rank: int, ranks: int, port: int, results: Any) -> None:
 
 
 def _append(row: dict[str, Any]) -> None:
-    new = not TABLE.exists()
-    with TABLE.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    ledger.append([row], TABLE, FIELDS)
     print(", ".join(f"{key} {row[key]}" for key in FIELDS[3:]), flush=True)
 
 

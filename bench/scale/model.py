@@ -1,7 +1,7 @@
 """Step time and memory of LoRA training by arithmetic: ranks, nodes, lengths, model size, ZeRO stage.
 
-A step takes as long as its slowest rank computes, and what of its communication nothing hides. Memory is what
-``avsr plan`` says (:mod:`avsr.tools.estimate.memory`), model FLOPs what ``avsr profile`` counts
+A step takes as long as its slowest rank computes, plus the communication that does not overlap with computation.
+Memory is that of ``avsr plan`` (:mod:`avsr.tools.estimate.memory`), model FLOPs those of ``avsr profile``
 (:mod:`avsr.tools.estimate.flops`).
 """
 
@@ -15,17 +15,17 @@ from functools import lru_cache
 from avsr.data.batches import make_batches
 from avsr.tools.estimate.flops import Rows, step_flops
 from avsr.tools.estimate.memory import Load, Sizes, Way, memory
-from bench.shapes import MODELS, utterances
+from bench.workloads.shapes import MODELS, utterances
 
 RANKS = {"llama-3.2-1b": 64, "llama-3.2-3b": 96, "llama-3.1-8b": 128}  # LoRA's: hidden / 32
 FEATURES, PROJECTOR = 1024, 2048  # width of Whisper-medium's features, hidden size of the projector
-MODULES = 9  # of a layer that ZeRO-3 fetches one by one: seven matrices and the adapters of two
-SAMPLES = 48  # steps that the imbalance is averaged over
+MODULES = 9  # per layer, fetched one by one by ZeRO-3: seven matrices and the adapters of two
+SAMPLES = 48  # steps over which the imbalance is averaged
 
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes a second into one device, and seconds that a message takes besides."""
+    """Bytes per second into one device, and the latency of a message in seconds."""
 
     rate: float
     delay: float
@@ -33,7 +33,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """``flops`` are those a second that a step of one device alone reaches, not the data sheet's."""
+    """``flops``: FLOP/s that a step of one device reaches by itself, not those of the data sheet."""
 
     name: str
     flops: float
@@ -41,8 +41,8 @@ class Cluster:
     per_node: int
     inside: Link
     between: Link
-    fixed: float = 0.0  # seconds of a step whatever its batch
-    hidden: float = 0.8  # share of the computing time behind which ZeRO-3's gathering can hide
+    fixed: float = 0.0  # seconds of a step, independent of its batch
+    hidden: float = 0.8  # share of the computing time with which ZeRO-3's gathering can overlap
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Step:
     """Seconds of one step, by part."""
 
     compute: float  # of the mean rank
-    waiting: float  # of the mean rank for the slowest
-    communication: float  # that nothing hides
+    waiting: float  # of the mean rank, for the slowest
+    communication: float  # without overlap
     fixed: float
 
     @property
@@ -60,7 +60,7 @@ class Step:
 
 
 def llama(name: str) -> Sizes:
-    """A model of :mod:`bench.shapes` with adapters on q and v and an audio projector."""
+    """A model of :mod:`bench.workloads.shapes` with adapters on q and v and an audio projector."""
     m, rank = MODELS[name], RANKS[name]
     wide, group = m.heads * m.dim, m.kv_heads * m.dim
     layer = m.hidden * (2 * wide + 2 * group + 3 * m.intermediate + 2)
@@ -68,26 +68,14 @@ def llama(name: str) -> Sizes:
     ends = m.hidden * m.vocabulary * (1 if tied else 2) + m.hidden
     adapters = m.layers * rank * (2 * m.hidden + wide + group)
     projector = FEATURES * PROJECTOR + PROJECTOR + PROJECTOR * m.hidden + 3 * m.hidden
-    return Sizes(
-        m.layers,
-        m.hidden,
-        m.heads,
-        m.kv_heads,
-        m.dim,
-        m.intermediate,
-        m.vocabulary,
-        m.layers * layer + ends,
-        adapters,
-        tied,
-        rank=rank,
-        projectors=projector,
-    )
+    shape = (m.layers, m.hidden, m.heads, m.kv_heads, m.dim, m.intermediate, m.vocabulary)
+    return Sizes(*shape, m.layers * layer + ends, adapters, tied, rank=rank, projectors=projector)
 
 
 @lru_cache(maxsize=64)
 def batches(tokens: int, ranks: int, longest: int = 400) -> list[list[list[int]]]:
-    """Steps of batches of ``tokens`` at most (padding counted, as training.frames does), for every rank: lengths of
-    utterances between 48 and ``longest`` tokens."""
+    """Lengths of utterances by step and rank, for batches of at most ``tokens`` (padding counted, as in training); an
+    utterance has 48 to ``longest`` tokens."""
     lengths = utterances(SAMPLES * tokens * ranks, low=min(48, longest), high=longest)
     made = make_batches(lengths, tokens, len(lengths), random.Random(0))
     steps = min(len(made) // ranks, SAMPLES)
@@ -106,8 +94,8 @@ def load(lengths: Sequence[int], packed: bool = True) -> Load:
 
 
 def all_gather(size: float, ranks: int, cluster: Cluster, messages: int = 1) -> float:
-    """Seconds until every rank has ``size`` bytes of which each held a share: rings inside a node and between nodes,
-    which work at the same time; a node's devices share what comes from other nodes."""
+    """Seconds until every rank has all of ``size`` bytes, of which each held an equal share: simultaneous rings within
+    a node and between nodes; a node's devices share what comes from other nodes."""
     if ranks == 1:
         return 0.0
     here = min(ranks, cluster.per_node)
@@ -119,7 +107,7 @@ def all_gather(size: float, ranks: int, cluster: Cluster, messages: int = 1) -> 
 
 
 def communication(sizes: Sizes, way: Way, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of a step: (at its end, where nothing hides them; spread over it)."""
+    """Seconds of a step: (at its end, without overlap; spread over it)."""
     trained = float(sizes.trained * way.element)
     if way.stage < 3:  # reduce-scatter and all-gather, or an all-reduce, which is both
         return 2 * all_gather(trained, way.ranks, cluster), 0.0
@@ -130,14 +118,14 @@ def communication(sizes: Sizes, way: Way, cluster: Cluster) -> tuple[float, floa
 
 
 def step(sizes: Sizes, way: Way, cluster: Cluster, tokens: int, longest: int = 400) -> Step:
-    """Of packed batches of at most ``tokens`` a rank."""
+    """A step of packed batches of at most ``tokens`` per rank."""
     slowest = mean = 0.0
     drawn = batches(tokens, way.ranks, longest)
     for ranks in drawn:
         work = [step_flops(sizes, rows(lengths)) for lengths in ranks]
         slowest += max(work) / len(drawn)
         mean += sum(work) / len(work) / len(drawn)
-    again = 1.5 if way.checkpointing == "true" else 1.0  # of frozen weights the forward is half of all
+    again = 1.5 if way.checkpointing == "true" else 1.0  # with frozen weights the forward is half of the work
     compute, waiting = again * mean / cluster.flops, again * (slowest - mean) / cluster.flops
     end, spread = communication(sizes, way, cluster)
     exposed = end + max(0.0, spread - cluster.hidden * compute)

@@ -1,1 +1,1 @@
-"""Does the decorrelation loss do in a miniature what the paper says? PLAN.md asks, README.md answers."""
+"""Does the decorrelation loss work in a miniature as the paper says? PLAN.md has the plan, README.md the answer."""

@@ -1,6 +1,6 @@
 """``make study``: trains and measures what has no row yet, then writes the tables.
 
-Rows are kept in rows.jsonl beside this file; a restart goes on where the last one stopped.
+Rows are kept in ``rows.jsonl`` next to this file, so that a restart continues where the last run stopped.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from avsr.errors import guarded
 from avsr.runtime.machine import cpus
 from bench.study import corpus
-from bench.study.arms import INFERENCE, SEEDS, arm_key
-from bench.study.grid import ARMS, INFERENCES, STARTS
+from bench.study.grid import ARMS, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
+from bench.study.measure import row_of
 from bench.study.rows import ROWS, read_rows
-from bench.study.tables import keep_utterances, write_results
+from bench.study.tables import write_results
 from bench.study.train import FOLDER, projector_file
 
 logger = logging.getLogger("avsr")
@@ -27,13 +27,14 @@ logger = logging.getLogger("avsr")
 
 def run_all(full: bool, only: str, workers: int) -> list[str]:
     """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
-    corpus.make_corpus()
     done = read_rows()
     trained = [key for key, arm in ARMS.items() if full or not arm.full]
     wanted = [key for key in [*trained, *STARTS, *INFERENCES] if arm_key(key).startswith(only) and key not in done]
+    if wanted:
+        corpus.make_corpus()
     for rate in sorted({ARMS[arm_key(key)].rate for key in wanted}):
         projector_file(rate)
-    # what is done at inference needs the trainings, and the others the heads that the first of them finds
+    # changes at inference need the trainings; of these, the first seed of a rate finds the heads for the others
     late = [key for key in wanted if key.startswith(INFERENCE)]
     first = [key for key in late if ARMS[arm_key(key)].seed == SEEDS[0]]
     failed: list[str] = []
@@ -66,7 +67,7 @@ def _run(wanted: list[str], workers: int) -> list[str]:
 
 
 def _start(key: str, logs: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "bench.study.one", key, str(logs / f"{key}.json")]
+    command = [sys.executable, "-m", "bench.study", "--row", key, str(logs / f"{key}.json")]
     with (logs / f"{key}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -80,13 +81,17 @@ def _keep(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.study", description="The study of PLAN.md.")
     parser.add_argument("grid", nargs="?", default="base", choices=["base", "full"])
-    parser.add_argument("--only", default="", help="arms whose name begins so")
-    parser.add_argument("--workers", type=int, default=cpus(), help="trainings side by side (default: one a core)")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="arms whose key starts with it")
+    parser.add_argument("--workers", type=int, default=cpus(), help="parallel trainings (default: one per core)")
+    parser.add_argument("--row", nargs=2, metavar=("KEY", "FILE"), help="in this process: writes one row to FILE")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded():
+        if arguments.row is not None:
+            key, file = arguments.row
+            Path(file).write_text(json.dumps(row_of(key)) + "\n", encoding="utf-8")
+            return
         failed = run_all(arguments.grid == "full", arguments.only, arguments.workers)
-        keep_utterances()
         write_results()
     raise SystemExit(bool(failed))
 

@@ -1,7 +1,7 @@
-"""The reference's fragile habits, each by itself harmless: what Llama-AVSR's training does and this product does not.
+"""Habits of Llama-AVSR's training that this product does not have, each harmless by itself.
 
-Everything in bf16 (weights, LoRA, both Adam moments), LoRA that starts non-zero on both factors, and padding of shorter
-utterances counted as speech (facts and sources: arXiv 2510.22603's code, huggingface/transformers#17370).
+Everything in bf16 (weights, LoRA, both Adam moments), non-zero initialization of both LoRA factors, and padding of
+shorter utterances counted as speech (sources: the code of arXiv 2510.22603, huggingface/transformers#17370).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def make_faithful(model: SpeechLLM) -> None:
 
 
 def _padded(model: SpeechLLM, batch: Batch) -> Batch:
-    """In training every utterance is as long as the longest of its batch; its end is silence (zeros)."""
+    """In training, every utterance counts as long as the longest of its batch; it ends in silence (zeros)."""
     if not model.training:
         return batch
     return replace(batch, lengths={name: torch.full_like(n, int(n.max())) for name, n in batch.lengths.items()})
 
 
 def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Rounds weights and moments to bf16, in which the reference keeps them."""
+    """Rounds weights and moments to bf16, the dtype in which the reference keeps them."""
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -1,13 +1,62 @@
-"""Every training of the study. PLAN.md says what each is for; tables pick them by name."""
+"""The grid: every training of the study, by name. PLAN.md says what each is for; the tables pick them by name."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, STEPS, Arm
 from bench.study.penalty import Penalty
 
-# PLAN.md: chosen on the validation split of seed 1, by its rule
+HIGH, LOW = 32, 8  # encoder frames per token: 1.6 and 6.3 tokens per second
+SEEDS = (1, 2, 3, 4, 5)
+START, INFERENCE = "start ", "inference "  # prefixes of the keys of untrained arms, and of arms changed at inference
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes:
+        name: what is changed; with rate and seed, the key.
+        rate: frames per token.
+        seed: of the delimiters, LoRA and the order of the data.
+        weight: lambda.
+        margin: of the product's loss.
+        penalty: a loss in place of the product's, weighted by lambda.
+        overrides: of the config.
+        faithful: with the reference's habits (bench.study.faithful).
+        sink_logits: one learnable sink logit per head.
+        cold: the projector starts at random, as in the demo.
+        steps: optimizer steps; 0 = those of the rate.
+        full: only in ``python -m bench.study full``.
+    """
+
+    name: str
+    rate: int = HIGH
+    seed: int = 1
+    weight: float = 0.0
+    margin: float = 0.0
+    penalty: Penalty | None = None
+    overrides: tuple[str, ...] = ()
+    faithful: bool = False
+    sink_logits: bool = False
+    cold: bool = False
+    steps: int = 0
+    full: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-r{self.rate}-s{self.seed}"
+
+
+STEPS = {HIGH: 200, LOW: 120}
+
+
+def arm_key(key: str) -> str:
+    """The key of a row's arm."""
+    return key.removeprefix(START).removeprefix(INFERENCE)
+
+
+# chosen by the rule of PLAN.md on the validation split
 SWEEP_SEED = 2  # the first whose "off" ends with a massive mark
 PAPER, MARGIN_WEIGHT = 100.0, 200.0
 MARGIN = 0.5
@@ -27,7 +76,7 @@ def margin(weight: float) -> Arm:
 
 
 def origin(init: str, trained: bool, later: bool) -> Arm:
-    """Delimiters that start and stay otherwise; the first of all is the main table's "off"."""
+    """An arm with other delimiter tokens; the default one is the main table's "off"."""
     if init == INITS[0] and not trained and not later:
         return Arm("off")
     name = f"marks-{init.partition(':')[0]}-{'trained' if trained else 'frozen'}-{'later' if later else 'first'}"
@@ -44,13 +93,9 @@ def penalised(name: str, penalty: Penalty, weight: float = PAPER) -> Arm:
 
 
 ORIGINS = [origin(init, trained, later) for init in INITS for trained in (False, True) for later in (False, True)]
-# by name, the arm that begins in the same way
-FROZEN = {
-    origin(init, trained, later).name: origin(init, False, later).name
-    for init in INITS
-    for trained in (False, True)
-    for later in (False, True)
-}
+_STARTS = [origin(init, False, later) for init in INITS for _ in (False, True) for later in (False, True)]
+# by name, the arm with the same start
+FROZEN = {arm.name: start.name for arm, start in zip(ORIGINS, _STARTS, strict=True)}
 MAIN = [Arm("off"), paper(PAPER), margin(MARGIN_WEIGHT)]
 RIVALS = [
     penalised("content", Penalty(anchor="content")),
@@ -84,7 +129,7 @@ def _seeds(arms: list[Arm], seeds: tuple[int, ...], *, full: bool = False) -> li
 
 
 def _grid() -> dict[str, Arm]:
-    """Base first, in the order in which it is run; an arm that stands twice counts where it stands first."""
+    """The base grid first, in running order; a repeated arm counts where it comes first."""
     low = [replace(arm, rate=LOW) for arm in MAIN]
     emerging = [arm for arm in ORIGINS if "marks-table" in arm.name]
     arms = [
@@ -95,7 +140,7 @@ def _grid() -> dict[str, Arm]:
         *ORIGINS,
         *_seeds(low, SEEDS),
         *CONTROLS,
-        # PLAN.md: what removes a sink is asked where "off" ends with one
+        # PLAN.md: whether something removes a sink can only be seen where "off" ends with one
         *_seeds([*RIVALS, *PEERS, *BEYOND], (SWEEP_SEED,)),
         *_seeds(emerging, SEEDS, full=True),
         *_seeds([*ORIGINS, *CONTROLS, *PEERS, *BEYOND], SEEDS, full=True),
@@ -107,12 +152,12 @@ def _grid() -> dict[str, Arm]:
 
 
 ARMS = _grid()
-# before training: five draws of every start; trained or frozen does not matter there, and "mean" is no draw
+# before training: five draws of every start (only one of "mean", which is not random); trained or frozen is the same
 STARTS = [
     START + replace(arm, seed=seed).key
     for arm in ORIGINS
     if "trained" not in arm.name
     for seed in (SEEDS if "mean" not in arm.name else SEEDS[:1])
 ]
-# on the models of off; the first seed of a rate is where ACT's heads are searched
+# on the models of off; ACT's heads are searched on the first seed of a rate
 INFERENCES = [INFERENCE + Arm("off", rate, seed).key for rate in (HIGH, LOW) for seed in SEEDS]

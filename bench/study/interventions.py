@@ -17,7 +17,7 @@ KINDS = ("zero", "zero others", "mean", "mean others")  # all tokens, or all but
 
 
 class MassiveMeans:
-    """Mean value of the massive activations of every (layer, feature), BOS and others apart."""
+    """Mean value of the massive activations of every (layer, feature), separately for BOS and other tokens."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[int, int, bool], tuple[float, int]] = {}
@@ -28,20 +28,20 @@ class MassiveMeans:
             self._sums[layer, feature, first] = total + value, count + 1
 
     def get(self, layer: int, feature: int, bos: bool) -> float | None:
-        """None where no activation of the untouched model was massive."""
+        """None where no activation of the unchanged model was massive."""
         total, count = self._sums.get((layer, feature, bos), (0.0, 0))
         return total / count if count else None
 
 
 @contextmanager
 def intervene(model: SpeechLLM, kind: str, means: MassiveMeans | None = None) -> Iterator[None]:
-    """Inside, every full forward of ``model`` has its massive activations changed behind each layer but the last.
+    """Inside, every full forward of ``model`` has its massive activations changed after each layer but the last.
 
     Args:
-        model: an untouched one.
+        model: an unchanged one.
         kind: "watch" only adds them to ``means``; "zero" and "mean" change those of all tokens, "zero others" and
-            "mean others" spare BOS.
-        means: of "watch".
+            "mean others" those of all but BOS.
+        means: filled by "watch", read by "mean" and "mean others".
     """
     masks: list[Tensor] = []
     plain = model.assemble
@@ -70,7 +70,7 @@ def _change(
 ) -> Any:
     hidden = out[0] if isinstance(out, tuple) else out
     valid = masks[0]
-    if hidden.shape[1] == 1 and valid.shape[1] > 1:  # a step of decoding
+    if hidden.shape[1] == 1 and valid.shape[1] > 1:  # a decoding step
         return None
     if hidden.shape[:2] != valid.shape:
         raise ValueError(f"beams: expected 1, got {len(hidden)} rows for {len(valid)} utterances")

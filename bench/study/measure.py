@@ -1,8 +1,10 @@
-"""What a trained arm is worth: word errors, sinks, side effects. A row of ``rows.jsonl``."""
+"""Measures an arm: word errors, sinks, side effects. The result is a row of ``rows.jsonl``."""
 
 from __future__ import annotations
 
+import json
 import platform
+import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,32 +14,54 @@ import torch
 
 from avsr.config import Config
 from avsr.data.batches import collate, make_batches
-from avsr.data.dataset import SpeechDataset
+from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
-from avsr.evaluation.act import calibrated
+from avsr.evaluation.act import Heads, calibrated
+from avsr.evaluation.act_search import PAPER_BETA, search
 from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.collect import collect
 from avsr.tools.analysis.subject import speech_subject
+from avsr.training.checkpoint import STATE
 from avsr.training.metrics import read_metrics
-from bench.study.act import act_heads, calibrating
-from bench.study.arms import INFERENCE, SEEDS, START, Arm
+from bench.study.grid import ARMS, INFERENCE, SEEDS, START, Arm, arm_key
 from bench.study.interventions import KINDS, MassiveMeans, intervene
-from bench.study.plain_text import perplexity, plain_text
-from bench.study.quantise import int8_inputs
-from bench.study.train import FOLDER, load_arm
+from bench.study.side_effects import int8_inputs, perplexity, plain_text
+from bench.study.train import FOLDER, config_of, load_arm, train_arm
 
-ANALYSED = 100  # utterances whose attention is looked at
+ANALYSED = 100  # utterances whose attention is analyzed
+SEARCHED = 40  # utterances of the validation split on which ACT's heads are searched
 CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
 
 
+def row_of(key: str) -> dict[str, Any]:
+    """The row of ``key``; trains its arm first unless it is trained."""
+    arm = ARMS[arm_key(key)]
+    if key.startswith(START):
+        return measure_start(arm)
+    if key.startswith(INFERENCE):
+        return measure_inference(arm)
+    config = config_of(arm)
+    run = Path(config.run)
+    if run.exists() and not _finished(run, config.training.steps):
+        shutil.rmtree(run)
+    if not run.exists():
+        train_arm(arm)
+    return measure(arm)
+
+
+def _finished(run: Path, steps: int) -> bool:
+    state = run / "checkpoints" / "last" / STATE
+    return state.is_file() and json.loads(state.read_text(encoding="utf-8"))["step"] == steps
+
+
 def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
-    """The row of a trained arm. WER are fractions; errors are edits of every utterance, in the manifest's order."""
+    """The row of a trained arm. WER is a fraction; errors are the edits of every utterance, in the manifest's order."""
     config, model, store = load_arm(arm, folder)
     sets = test_sets(config, model, store)
     row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
-    if not arm.sink_logits:  # whose attention the analysis does not know
+    if not arm.sink_logits:  # the analysis does not support its attention
         row["sinks"] = sinks(model, _few(config, model, store), config)
     row["scores"] = {"sentences": _score(model, sets["sentences"], config, "sentences")}
     if arm.name.partition("-")[0] in ("off", "paper", "margin"):
@@ -59,7 +83,7 @@ def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
-    """What is done to a trained arm at inference alone: ACT, and for the first seed massive activations changed."""
+    """A trained arm changed at inference only: ACT, and for the first seed changed massive activations."""
     config, model, store = load_arm(arm, folder)
     sets = test_sets(config, model, store)
     heads = act_heads(arm.rate, folder)
@@ -70,14 +94,39 @@ def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     return {"arm": _plain(arm), "key": INFERENCE + arm.key, "act_heads": heads, "scores": scores}
 
 
+def act_heads(rate: int, folder: Path) -> Heads:
+    """ACT's heads for a rate, on the first seed's model of "off"; searched in float32 unless they are in ``folder``."""
+    path = folder / f"act-{rate}.json"
+    if not path.is_file():
+        config, model, store = load_arm(Arm("off", rate, SEEDS[0]), folder, "training.precision=fp32")
+        data = replace(config.data, limit=SEARCHED)
+        dataset = load_dataset(
+            data.validation,
+            data,
+            store,
+            model.tokenize,
+            title="read validation",
+            reading=Reading("audio"),
+            refuse=model.layout.unusable,
+        )
+        found = search(model, dataset, calibrating(config))
+        path.write_text(json.dumps({"heads": found.heads, "ce": found.plain, "ce_act": found.best}), encoding="utf-8")
+    return [(layer, head) for layer, head in json.loads(path.read_text(encoding="utf-8"))["heads"]]
+
+
+def calibrating(config: Config) -> Config:
+    """``config`` with ACT at the paper's beta and threshold."""
+    return replace(config, act=replace(config.act, beta=PAPER_BETA))
+
+
 def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset:
-    """The utterances of the first test set whose attention is looked at."""
+    """The analyzed utterances, of the first test set."""
     data = replace(config.data, limit=ANALYSED, test=dict(list(config.data.test.items())[:1]))
     return next(iter(test_sets(replace(config, data=data), model, store).values()))
 
 
 def sinks(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
-    """The analysis in few numbers: every token group's means over layers 1..L-1, its share of the text's attention, its
+    """A summary of the analysis: for every token group the means over layers 1..L-1, its share of the text's attention,
     ``peak`` (the largest mean over tokens of any of these layers) and ``massive`` (the largest share of its tokens that
     are massive in any of them)."""
     analysis, _ = collect(speech_subject(model, dataset, config))
@@ -137,6 +186,6 @@ def _curves(run: Path) -> dict[str, Any]:
 
 
 def _plain(arm: Arm) -> dict[str, Any]:
-    """The arm without what is left at its default."""
+    """The arm's fields that differ from their defaults."""
     defaults = asdict(Arm(arm.name))
     return {name: value for name, value in asdict(arm).items() if name == "name" or value != defaults[name]}

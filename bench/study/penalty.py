@@ -1,7 +1,7 @@
-"""Losses that are compared with the product's: its controls and its variants, in plain PyTorch.
+"""Losses that are compared with the product's, controls and variants, in plain PyTorch.
 
 B rows, S tokens, C hidden size, L decoder layers. As in the product, the states are the outputs of layers 1..L-1 and
-the tokens those of the prompt behind BOS.
+the tokens are those of the prompt after BOS.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from avsr.config import Config
 from avsr.models.speech_llm import SpeechLLM
 
-OUTLIER = 4.0  # times the median norm, from which the norm penalty counts
-CLOSING = 1  # tokens that frame the speech on either side
+OUTLIER = 4.0  # multiple of the median norm above which the norm penalty applies
+CLOSING = 1  # delimiter tokens on either side of the speech
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """What is pushed, and from where.
+    """What is penalized.
 
     Attributes:
-        kind: "cosine", or "norm": squared log of how far a state's norm exceeds OUTLIER x the median of its row's.
-        anchor: "bos", or "content": a speech token, drawn anew for every row and forward.
+        kind: "cosine", or "norm": squared log of a state's norm over OUTLIER x the median norm of its row, if larger.
+        anchor: "bos", or "content": a speech token, redrawn for every row and forward.
         detach: no gradient flows into the anchor.
         layers: first and last layer, from 1; None = 1..L-1.
-        tokens: "all", or "marks": delimiters and prompt, no speech.
+        tokens: "all", or "marks": delimiter and prompt tokens, no speech.
         margin: as in the product.
         warmup: training forwards over which the loss grows linearly to its full size.
     """
@@ -45,7 +45,7 @@ class Penalty:
 
 
 class PenaltyProbe:
-    """Takes the place of the model's flashsink probe in training: same attention, another loss."""
+    """Replaces the model's flashsink probe in training: same attention, another loss."""
 
     computes_decorrelation = True
 
@@ -94,9 +94,9 @@ def penalty_loss(states: Tensor, spans: Tensor, penalty: Penalty, closing: int, 
 
     Args:
         states: (layers, B, S, C) float.
-        spans: (B,) leading tokens that are BOS, ``CLOSING`` opening delimiter, speech and ``closing`` others.
+        spans: (B,) leading tokens: BOS, ``CLOSING`` opening delimiter, speech and ``closing`` others.
         penalty: what is computed.
-        closing: tokens of a span behind its speech.
+        closing: tokens of a span after its speech.
         random: draws the content anchors.
     """
     position = torch.arange(states.shape[2])
@@ -126,6 +126,6 @@ def _outlying(states: Tensor, counts: Tensor) -> Tensor:
 
 
 def attach_penalty(model: SpeechLLM, config: Config, penalty: Penalty) -> None:
-    """Gives ``model`` the penalty in the place of its probe."""
+    """Gives ``model`` the penalty in place of its probe."""
     probe: Any = PenaltyProbe(model, penalty, config.training.seed)
     model.probe = probe

@@ -1,4 +1,4 @@
-"""The committed rows, one a finished arm."""
+"""The committed rows, one per finished arm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROWS = Path(__file__).parent / "rows.jsonl"
 
 
 def read_rows(path: Path = ROWS) -> dict[str, dict[str, Any]]:
-    """By key; the last row of a key counts."""
+    """Rows by key; the last one of a key counts."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -18,7 +18,7 @@ def read_rows(path: Path = ROWS) -> dict[str, dict[str, Any]]:
 
 
 def marks(sinks: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The token groups of a row's ``sinks`` that are delimiters or prompt."""
+    """The token groups of a row's ``sinks`` that are delimiter or prompt tokens."""
     return {name: group for name, group in sinks["groups"].items() if name.startswith(("<", "prompt "))}
 
 
@@ -33,7 +33,7 @@ def massive_mark(sinks: dict[str, Any]) -> bool:
 
 
 def best_weight(rows: dict[str, dict[str, Any]], off: str, arms: dict[float, str]) -> float | None:
-    """PLAN.md's rule: the lambda of a form, chosen on the validation split.
+    """The best lambda of a form by PLAN.md's rule, on the validation split.
 
     Args:
         rows: by key.

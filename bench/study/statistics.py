@@ -1,8 +1,7 @@
-"""Paired hierarchical bootstrap of word error rates, the smallest effect it can see, and Holm's correction.
+"""Paired hierarchical bootstrap of word error rates, the smallest detectable effect, and Holm's correction.
 
 Both arms decode the same utterances with the same seeds, so one draw serves both (Bisani & Ney 2004): seeds are drawn
-with replacement, and, since every seed decodes the same test set, once for all of them speakers and utterances of each
-drawn speaker.
+with replacement, and, once for all seeds since they share the test set, speakers and utterances of each drawn speaker.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ class Difference:
         base: WER of the base arm, pooled over seeds.
         other: WER of the other.
         delta: other - base.
-        low: of the 95% percentile interval of ``delta``.
-        high: of it.
+        low, high: 95% percentile interval of ``delta``.
         p_bootstrap: two-sided, by the share of draws on the other side of 0.
         p_seeds: of a paired t test over the seeds' differences; 1 with one seed.
-        smallest: the true difference that the bootstrap would see (p < 0.05) with a power of 80%, by its deviation.
+        smallest: the true difference that the bootstrap would detect (p < 0.05) with a power of 80%.
     """
 
     base: float
@@ -47,7 +45,7 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """The larger of both: a bootstrap of five seeds alone finds too much when they differ (up to 10% at 5%)."""
+        """The larger of both: the bootstrap of five seeds is too liberal if they differ (10% at a level of 5%)."""
         return max(self.p_bootstrap, self.p_seeds)
 
 

@@ -1,4 +1,4 @@
-"""``python -m bench.study.tables``: RESULTS.md, curves.svg and sweep.svg from the rows."""
+"""``python -m bench.study.tables``: writes RESULTS.md, curves.svg and sweep.svg from the rows."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from typing import Any
 
 from avsr.evaluation.wer import plain
 from bench.study import corpus
-from bench.study.arms import HIGH, INFERENCE, LOW, SEEDS, START, Arm
 from bench.study.figures import curves, sweep
 from bench.study.grid import (
     ARMS,
     BEYOND,
     CONTROLS,
     FROZEN,
+    HIGH,
+    INFERENCE,
+    LOW,
     MAIN,
     MARGIN_SWEEP,
     ORIGINS,
     PAPER_SWEEP,
     PEERS,
     RIVALS,
+    SEEDS,
+    START,
     SWEEP_SEED,
+    Arm,
     margin,
     paper,
-)
+)  # fmt: skip
 from bench.study.interventions import KINDS
 from bench.study.rows import marks, massive_mark, read_rows, strongest
 from bench.study.statistics import Difference, compare, holm
@@ -42,7 +47,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def keep_utterances() -> None:
-    """Words and speakers of the test sets, which the statistics need and the corpus, not committed, holds."""
+    """Keeps words and speakers of the test sets for the statistics, since the corpus is not committed."""
     held = {}
     for name, path in corpus.SETS.items():
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -54,7 +59,7 @@ def keep_utterances() -> None:
 
 
 def side_effects(rows: Rows, arm: Arm, seeds: Sequence[int] = SEEDS) -> list[str]:
-    """The cells of ``_SIDE``, means over the seeds that are there."""
+    """The cells of ``_SIDE``, means over the available seeds."""
     found = [rows[k] for k in (Arm(arm.name, rate=arm.rate, seed=s).key for s in seeds) if k in rows]
     if not found:
         return ["0"] + [""] * (len(_SIDE) - 1)
@@ -103,24 +108,18 @@ def _mean(values: Iterable[float], form: str) -> str:
 
 
 def origin_table(rows: Rows) -> str:
-    """Before and after training, by start of the delimiters."""
+    """Sinks before and after training, by initialization of the delimiter tokens."""
     lines = []
     for arm in ORIGINS:
-        start = _start_of(arm)
-        before = [rows[k]["sinks"] for k in (START + Arm(start, seed=s).key for s in SEEDS) if k in rows]
+        before = [rows[k]["sinks"] for k in (START + Arm(FROZEN[arm.name], seed=s).key for s in SEEDS) if k in rows]
         after = [rows[k]["sinks"] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
         name = "marks-normal-frozen-first (off)" if arm.name == "off" else arm.name
         lines.append([name, _state(before), _state(after)])
     return _table(("delimiters", "before training", "after training"), lines)
 
 
-def _start_of(arm: Arm) -> str:
-    """The name of the arm that begins as this one does, with frozen delimiters."""
-    return FROZEN[arm.name]
-
-
 def _state(found: list[dict[str, Any]]) -> str:
-    """The strongest mark over draws: its name, peak and sink rate, lowest to highest."""
+    """The strongest mark of every draw: names, and ranges of peak and sink rate."""
     if not found:
         return ""
     names = [strongest(sinks) for sinks in found]
@@ -138,8 +137,8 @@ def _range(values: list[float], form: str) -> str:
 
 
 def comparisons(rows: Rows) -> list[tuple[str, Difference | None, int]]:
-    """The primary comparison first, then the secondary ones of PLAN.md: title, difference (None while there is no pair
-    of seeds), number of seeds."""
+    """The primary comparison, then the secondary ones of PLAN.md: title, difference (None without a pair of seeds),
+    number of seeds."""
     utterances = json.loads(UTTERANCES.read_text(encoding="utf-8"))
     _, paper_arm, margin_arm = MAIN
     wanted = []
@@ -181,19 +180,8 @@ def main_table(rows: Rows) -> str:
         p_values = [f"{p:.4f}" if seeds == len(SEEDS) else "" for p in (d.p_bootstrap, d.p_seeds)]
         values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, *p_values, corrected]
         lines.append([title, str(seeds), *values, f"{d.smallest:.4f}"])
-    head = (
-        "against off",
-        "seeds",
-        "off",
-        "with",
-        "difference",
-        "95% interval",
-        "p bootstrap",
-        "p seeds",
-        "Holm",
-        "smallest seen",
-    )
-    return _table(head, lines)
+    values = ("off", "with", "difference", "95% interval", "p bootstrap", "p seeds", "Holm", "smallest seen")
+    return _table(("against off", "seeds", *values), lines)
 
 
 def side_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int] = SEEDS) -> str:
@@ -206,8 +194,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def at_inference(rows: Rows) -> str:
-    """What was done to the models of off without training them again: ACT, mean over seeds, and with the first one's
-    massive activations."""
+    """The models of off changed without training: ACT, mean over seeds; changed massive activations, first seed."""
     lines = []
     for rate in (HIGH, LOW):
         keys = [Arm("off", rate, seed).key for seed in SEEDS]
@@ -227,6 +214,8 @@ def at_inference(rows: Rows) -> str:
 
 def write_results(path: Path = HERE / "RESULTS.md") -> None:
     """Writes the page and its figures."""
+    if corpus.OPEN.is_dir():
+        keep_utterances()
     rows = read_rows()
     low = [Arm(arm.name, rate=LOW) for arm in MAIN]
     base = [key for key, arm in ARMS.items() if not arm.full]
@@ -258,6 +247,4 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
 
 
 if __name__ == "__main__":
-    if corpus.OPEN.is_dir():
-        keep_utterances()
     write_results()

@@ -12,8 +12,8 @@ from avsr.models.speech_llm import SpeechLLM
 from avsr.training.run import attach, train_and_leave
 from avsr.training.warm_start import warm_projector
 from bench.study import corpus
-from bench.study.arms import STEPS, Arm
 from bench.study.faithful import make_faithful
+from bench.study.grid import STEPS, Arm
 from bench.study.penalty import attach_penalty
 from bench.study.sink_logits import add_sink_logits
 
@@ -47,7 +47,7 @@ def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
 
 
 def projector_file(rate: int, folder: Path = FOLDER) -> Path:
-    """The warm projector of a rate; made when it is missing."""
+    """The pretrained projector of a rate; trained if it is missing."""
     config = load_config(
         "demo", ["run=none", *corpus.OVERRIDES, *corpus.WARM, f"model.audio.compression.rate={rate}", "training.seed=0"]
     )
@@ -55,7 +55,7 @@ def projector_file(rate: int, folder: Path = FOLDER) -> Path:
 
 
 def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
-    """Makes the untrained ``model`` the one that ``arm`` starts with."""
+    """Turns the untrained ``model`` into the one that ``arm`` starts with."""
     if not arm.cold:
         load_some_weights(model, projector_file(arm.rate, folder))
     if arm.sink_logits:
@@ -71,7 +71,7 @@ def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
             make_faithful(model)
         if arm.penalty is not None:
             attach_penalty(model, config, arm.penalty)
-        elif not arm.sink_logits:  # which have an attention of their own
+        elif not arm.sink_logits:  # which brings its own attention
             attach(model, config)
 
     return train_and_leave(config_of(arm, folder), prepare)
@@ -80,7 +80,7 @@ def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
 def load_arm(
     arm: Arm, folder: Path = FOLDER, *overrides: str, trained: bool = True
 ) -> tuple[Config, SpeechLLM, FeatureStore]:
-    """The model of ``arm``: as trained, or as training begins."""
+    """The model of ``arm``, trained or as training starts."""
     arm = replace(arm, overrides=(*arm.overrides, *overrides))
     config = config_of(arm, folder)
     store = build_store(config, pick_device())

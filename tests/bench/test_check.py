@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import check
-from bench.attention import Problem
-from bench.shapes import Model
+from bench.workloads.attention import Problem
+from bench.workloads.shapes import Model
 
 CPU = torch.device("cpu")
 MODEL = Model("tiny", 6, 2, 32, 64, 2, 96, 50)

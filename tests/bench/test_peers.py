@@ -1,4 +1,4 @@
-"""The peers compute what ours do, or the ratios would mean nothing."""
+"""The peers compute the same as ours, without which the ratios would be meaningless."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import flashsink
-from bench import attention, peers
-from bench.harness import peak_memory
-from bench.shapes import MODELS, Model
-from bench.steps import Lora, Setting, flops
+from bench.runner.measure import peak_memory
+from bench.workloads import attention, peers
+from bench.workloads.llm_steps import Lora, Setting, flops
+from bench.workloads.shapes import Model
 
 TINY = Model("tiny", 4, 2, 16, 64, 2, 96, 50)
 CPU = torch.device("cpu")
@@ -68,6 +68,23 @@ def test_packed_attentions_agree():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        attention.Problem(TINY, 1, 30, CPU, torch.float32, (7, 18, 5)),
+        attention.Problem(TINY, 2, 30, CPU, torch.float32),
+    ],
+    ids=["packed", "dense"],
+)
+def test_flex_attention_agrees(problem, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    out, *_, received = result(attention.ours(problem, "reference", "pass", backward=False))
+    torch.testing.assert_close(result(attention.flex(problem, backward=False))[0], out, rtol=1e-4, atol=1e-5)
+    other, *_, sums = result(attention.flex(problem, statistics=True, backward=False))
+    torch.testing.assert_close(other, out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sums, received, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["", "reference"])
 def test_a_step_keeps_no_gradients_for_the_next_one(backend):
     problem = attention.Problem(TINY, 2, 40, CPU, torch.float32)
@@ -95,7 +112,3 @@ def test_flops_of_a_step_counted_by_hand():
     attended = 2 * (20 * 21 // 2 + 10 * 11 // 2) * 12 * 64
     labels = 4 + 4
     assert flops(setting) == 30 * (4 * frozen + 6 * adapters) + labels * 4 * 64 * 50 + attended
-
-
-def test_models_divide_their_heads():
-    assert all(model.heads % model.kv_heads == 0 for model in MODELS.values())

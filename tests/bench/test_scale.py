@@ -16,7 +16,7 @@ from avsr.config import LoraConfig
 from avsr.models.projector import make_projector
 from avsr.tools.estimate.flops import step_flops
 from avsr.tools.estimate.memory import Way, read_sizes
-from bench.scale import check, page
+from bench.scale import __main__, check, page
 from bench.scale.model import (
     FEATURES,
     PROJECTOR,
@@ -31,7 +31,7 @@ from bench.scale.model import (
     rows,
     step,
 )
-from bench.shapes import MODELS
+from bench.workloads.shapes import MODELS
 
 NODE = Cluster("node", 4e14, 80e9, 8, Link(3e11, 5e-6), Link(4e10, 1e-5), fixed=0.03)
 
@@ -118,7 +118,20 @@ def test_the_page_holds_what_the_check_measured(tmp_path, monkeypatch) -> None: 
     check._append(row)
     shown = page.check_table(table)
     assert "2.00 / 2.50 (-20%)" in shown and "9" not in shown
-    assert "llama-3.1-8b" in page.steps_table() and page.frames_table().count("\n") == 6
+    page.draw(tmp_path / "scale.svg")
+    assert len((tmp_path / "scale.svg").read_text().splitlines()) < 300
+
+
+def test_the_committed_page_is_the_models(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    copy = tmp_path / "README.md"
+    copy.write_text(page.report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(page.report, "README", copy)
+    monkeypatch.setattr(page, "draw", lambda: None)
+    monkeypatch.setattr("sys.argv", ["scale"])
+    assert __main__.main() == 0
+    assert copy.read_text() == (page.ledger.ROOT / "bench" / "README.md").read_text(), "python -m bench.scale"
+    monkeypatch.setattr("sys.argv", ["scale", "other"])
+    assert __main__.main() == 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whole steps of a tiny model: all ways to do one give the loss that they should, on the same weights."""
+"""Whole steps of tiny models: all variants compute the same loss from the same weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from bench import steps
 from bench.claims import loss_memory, training_step
-from bench.harness import Bench
-from bench.shapes import Model
+from bench.run import measure
+from bench.runner.measure import Bench
+from bench.workloads import llm_steps as steps
+from bench.workloads import speech_steps
+from bench.workloads.shapes import Model
 
 TINY = Model("tiny", 4, 2, 16, 64, 3, 96, 50)
 PACKED = steps.Setting(TINY, 3, (20, 9, 14), True, torch.device("cpu"), torch.float32)
@@ -26,7 +28,7 @@ def losses(setting, variant, shared, count=3):
     return [float(step()) for _ in range(count)]
 
 
-def test_all_ways_share_weights_and_agree():
+def test_all_variants_share_weights_and_agree():
     shared = {}
     unweighted = dataclasses.replace(steps.OURS, weight=None, optimizer=False)
     plain = losses(PACKED, unweighted, shared, 1)
@@ -66,17 +68,43 @@ def test_our_norm_without_the_loss_is_the_same_norm():
 
 
 def test_less_memory_with_the_loss_is_an_error(monkeypatch):
-    rows, peaks = [], iter([200.0, 100.0])
+    peaks = iter([200.0, 100.0])
     monkeypatch.setattr(loss_memory, "peak_memory", lambda step, device: next(peaks))
     setting = dataclasses.replace(PACKED, lengths=(12, 12), packed=False)
-    loss_memory.measure(Bench(torch.device("cpu"), 0.0, rows.append), setting)
-    assert rows[0]["verdict"].startswith("error: less memory")
+    row = loss_memory.measured(Bench(torch.device("cpu"), 0.0, print), setting)
+    assert row["verdict"].startswith("error: less memory")
 
 
 @pytest.mark.parametrize("module", [training_step, loss_memory])
 def test_the_claims_run_on_the_cpu(module, monkeypatch):
     rows = []
     monkeypatch.setitem(module.MODELS, "smollm2-135m", TINY)
-    module.run(Bench(torch.device("cpu"), 0.0, rows.append, least_rounds=1), layers=2)
+    bench = Bench(torch.device("cpu"), 0.0, rows.append, least_rounds=1, layers=2)
+    measure(bench, [module.__name__.rpartition(".")[2]], float("inf"), lambda name: None)
     assert rows and all(row["ratio"] and not row["verdict"].startswith("error") for row in rows), rows
     assert {row["claim"] for row in rows} == {claim.name for claim in module.CLAIMS}
+
+
+# ---- avsr's model
+
+UNEVEN = speech_steps.Setting(TINY, 3, ((40, 3), (80, 6), (16, 1)), torch.device("cpu"), torch.float32)
+
+
+def test_all_variants_of_speech_steps_agree():
+    shared = {}
+    want = float(speech_steps.make_step(UNEVEN, speech_steps.Variant(), shared)())
+    for variant in (
+        speech_steps.Variant(packed=False),
+        speech_steps.Variant(packed=False, all_logits=True),
+        speech_steps.Variant(checkpointing="selective"),
+        speech_steps.Variant(checkpointing="true"),
+        speech_steps.Variant(cross_entropy="chunked"),
+    ):
+        assert float(speech_steps.make_step(UNEVEN, variant, shared)()) == pytest.approx(want, rel=1e-5), variant
+
+
+def test_batches_are_neighbours_in_length():
+    rows = speech_steps.neighbours(8192)
+    setting = speech_steps.Setting(TINY, 3, rows, torch.device("cpu"), torch.float32)
+    assert 0.9 * 8192 < setting.tokens <= max(setting.lengths) * len(rows) <= 8192
+    assert UNEVEN.lengths[1] == speech_steps.FIXED + 80 // speech_steps.RATE + 6 and len(speech_steps.demo_rows()) == 8

@@ -1,4 +1,4 @@
-"""The sweep over tiles, with a compiler that is told what to say and an interpreter that runs the kernels."""
+"""The sweep over tiles, with a fake compiler and kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import tune
-from bench.attention import Problem
 from bench.compile_report import Job
-from bench.shapes import Model
+from bench.workloads.attention import Problem
+from bench.workloads.shapes import Model
 from flashsink.triton import tiles
 from flashsink.triton.launch import Tile
 
@@ -56,13 +56,15 @@ def test_only_the_kernel_itself_is_compiled():
         assert {job.kernel for job in tune.jobs_of(kernel, PROBLEMS[0], SOUND)} == {f"{kernel}_kernel"}
 
 
-def test_problems_come_one_after_another_with_all_kernels(capsys):
+def test_problems_come_one_after_another_with_all_kernels(capsys, monkeypatch):
+    rounds = tune.rounds_cpu
+    monkeypatch.setattr(tune, "rounds_cpu", lambda *given: rounds(*given[:3], 1, *given[4:]))
     tune.sweep(["forward", "received"], PROBLEMS, 0.0, FAR, compiled)
     proposals = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if " ms " in line]
     assert proposals == [f"{kernel} {p.shape}" for p in PROBLEMS for kernel in ("forward", "received")]
 
 
-def test_no_candidate_is_begun_in_the_last_seconds(capsys):
+def test_no_candidate_starts_in_the_last_seconds(capsys):
     samples = tune.times("forward", PROBLEMS[0], [SOUND], 0.0, time.monotonic() + tune.SPARE - 1)
     assert samples == {} and "no time for 1 tiles" in capsys.readouterr().out
     tune.sweep(["forward"], PROBLEMS, 0.0, time.monotonic() + tune.SPARE - 1, compiled)

@@ -1,8 +1,8 @@
 """The tile of every attention kernel as data, and the alternatives that a tuning run tries.
 
 An entry holds for head dims up to its number, for an element size and an architecture. No entry has been timed yet:
-each is the largest tile tried that compiles there without a spill (``bench/compile_table.csv``), with wgmma on sm_90
-for two-byte elements. ``make gpu-tune`` proposes better ones.
+each is the largest tile tried that compiles there without a spill, with wgmma on sm_90 for two-byte elements
+(``bench/results/compile_table.csv``). ``make gpu-tune`` proposes better ones.
 """
 
 from __future__ import annotations

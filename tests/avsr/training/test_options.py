@@ -214,7 +214,7 @@ def test_chunks_give_the_same_loss_gradient_and_count(count: int) -> None:
 
 
 def test_chunks_hold_a_part_of_the_logits() -> None:
-    from bench.harness import peak_memory
+    from bench.runner.measure import peak_memory
 
     head, x, targets = states(64, vocabulary=20_000)
     peaks = {}

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench.harness import Absent, Bench, Comparison, Provider, Runner, Sample, peak_memory, report, rounds_cpu
+from bench.runner.measure import Absent, Bench, Comparison, Provider, Runner, Sample, peak_memory, report, rounds_cpu
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_a_ratio_is_that_of_paired_samples(bench, rows):
     assert (memory["metric"], memory["ratio"], memory["verdict"]) == ("memory", "0.5", "met")
 
 
-def test_the_peer_can_stand_above_and_a_factor_applies(bench, rows):
+def test_the_peer_can_be_the_numerator_and_a_factor_applies(bench, rows):
     samples = {"peer": Sample([1.0]), "flashsink": Sample([2.0])}
     given = comparison(step("peer"), step("flashsink", True), upper="peer", factor=1.5, target=">= 0.75")
     report(bench, given, samples)
@@ -62,7 +62,7 @@ def test_small_steps_that_wait_for_the_host_say_so(bench, rows):
     assert [row["note"] for row in rows] == [""] * 3
 
 
-def test_the_best_of_ours_stands_against_the_best_peer(bench, rows):
+def test_our_best_is_compared_with_the_best_peer(bench, rows):
     times = {"slow peer": 4.0, "peer": 2.0, "slow": 6.0, "fast": 1.0}
     providers = [step(name, name in ("slow", "fast")) for name in times]
     report(bench, comparison(*providers, target="<= 1"), {name: Sample([t]) for name, t in times.items()})
@@ -72,16 +72,17 @@ def test_the_best_of_ours_stands_against_the_best_peer(bench, rows):
     assert found["slow peer"]["ratio"] == "0.25" and found["slow peer"]["against"] == "fast"
 
 
-def test_what_fails_or_is_absent_is_a_row_and_the_rest_goes_on(bench, rows):
+def test_what_fails_or_is_absent_is_a_row_and_the_rest_continues(bench, rows):
     def fails():
         raise RuntimeError("no such\nthing")
 
     def absent():
         raise Absent("not installed")
 
-    bench.compare(
-        comparison(Provider("a", fails), Provider("b", lambda: absent), step("peer"), step("flashsink", True))
-    )
+    measured = []
+    providers = Provider("a", fails), Provider("b", lambda: absent), step("peer"), step("flashsink", True)
+    bench.compare(comparison(*providers, after=measured.append))
+    assert list(measured[0]) == ["peer", "flashsink"]
     verdicts = {row["provider"]: row["verdict"] for row in rows}
     assert verdicts["a"] == "error: RuntimeError: no such thing"
     assert verdicts["b"] == "absent: not installed"
@@ -95,12 +96,9 @@ def test_without_a_peer_there_is_no_verdict(bench, rows):
 
 def test_after_the_deadline_nothing_is_made(bench, rows):
     bench.deadline = time.monotonic() - 1
-
-    def make():
-        raise AssertionError
-
-    assert bench.compare(comparison(Provider("a", make, True))) == {}
-    assert rows[0]["verdict"] == "no time left"
+    made = []
+    bench.compare(comparison(Provider("a", lambda: made.append(1), True)))
+    assert not made and rows[0]["verdict"] == "no time left"
 
 
 def test_rounds_take_turns_and_leave_the_preparation_out():

@@ -1,7 +1,8 @@
-"""Measures what stands side by side: every provider once a round, in turns, in one process.
+"""Times several ways to do the same work: every provider runs once per round, in turns, in one process.
 
-CUDA: events, a flushed L2, on request a replayed CUDA graph; peaks of the caching allocator. CPU: ``perf_counter``;
-peaks of torch's allocator as its profiler records them (memory that C++ code takes by itself is not seen).
+CUDA: events, a flushed L2, optionally a replayed CUDA graph; memory peaks of the caching allocator. CPU:
+``perf_counter``; memory peaks of torch's allocator as its profiler records them (memory that C++ code allocates by
+itself is not counted).
 """
 
 from __future__ import annotations
@@ -9,28 +10,32 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from bench.ledger import HOST_BOUND, Row, origin, quantiles, verdict
+from bench.runner.ledger import HOST_BOUND, Row, origin, quantiles, verdict
 
 Step = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
-HOST_SHARE = 0.9  # of the device's time: beyond it a step is bound by the host
-LONG_STEP = 2e-3  # seconds; the kernels of longer ones may fill the queue, in which the host then waits
-SHORTEST_SAMPLE = 2e-3  # seconds; on a CPU shorter steps are repeated within a sample
+HOST_SHARE = 0.9  # a step whose launch takes more than this share of the device's time is host-bound
+LONG_STEP = 2e-3  # seconds; the kernels of longer steps may fill the launch queue, which then blocks the host
+SHORTEST_SAMPLE = 2e-3  # seconds; on a CPU, shorter steps are repeated within a sample
 
 
 class Absent(Exception):
-    """A peer that cannot run here, with the reason."""
+    """A provider that cannot run here, with the reason."""
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context is broken: nothing more can be measured in this process."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the work. ``make`` gives the step to time, or (what runs untimed before every step, the step)."""
+    """One way to do the work. ``make`` returns the step to time, or (a step that runs untimed before it, the step)."""
 
     name: str
     make: Callable[[], Step | tuple[Step, Step]]
@@ -39,24 +44,26 @@ class Provider:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Providers on the same work; the ratio is between the best of ours and the best peer.
+    """Providers on the same work; the ratio is between our best provider and the best peer.
 
     Attributes:
         claim: id of the claim.
-        providers: ours and peers; an absent peer is a row that says so.
+        providers: ours and peers; an absent peer becomes a row that says so.
         upper: "ours" (ratio = ours / peer) or "peer".
         target: "<= 1.25", ">= 2", or "" for a number without a target.
-        memory: the same for the ratio of peaks of memory; None = no such row.
-        metric, factor: what the ratio is called, and what it is multiplied by.
+        memory: target of the ratio of memory peaks; None = no such row.
+        metric, factor: the ratio's name, and what it is multiplied by.
         graph: CUDA only: time replays of a captured graph.
         flush: CUDA only: overwrite the L2 before every step.
-        note: what bounds it, or how it was measured.
+        note: what limits it, or how it was measured.
+        measure: measures in place of the rounds and returns columns of one row, that of "flashsink, loss".
+        after: called with the samples once the rows are written.
     """
 
     claim: str
     shape: str
     dtype: torch.dtype
-    providers: Sequence[Provider]
+    providers: Sequence[Provider] = ()
     upper: str = "ours"
     target: str = ""
     memory: str | None = None
@@ -65,11 +72,13 @@ class Comparison:
     graph: bool = False
     flush: bool = True
     note: str = ""
+    measure: Callable[[], Row] | None = None
+    after: Callable[[dict[str, Sample]], None] | None = None
 
 
 @dataclass
 class Sample:
-    """What was measured of one provider: times in seconds by round, and the peak of additional memory in bytes."""
+    """Measurements of one provider: seconds by round, and the peak of additional memory in bytes."""
 
     times: list[float] = field(default_factory=list)
     peak: float = 0.0
@@ -79,21 +88,28 @@ class Sample:
         return quantiles(self.times)[1]
 
     def host_bound(self) -> bool:
-        """Whether the device had to wait for the host, so that the time is that of starting kernels."""
+        """Whether the device had to wait for the host, in which case the time is that of launching kernels."""
         time = self.median()
         return bool(self.host) and time < LONG_STEP and quantiles(self.host)[1] > HOST_SHARE * time
 
 
 @dataclass
 class Bench:
-    """Where claims report. ``seconds`` is spent on the rounds of a comparison; after ``deadline`` (as of
-    ``time.monotonic``) a comparison is skipped. ``emit`` gets every finished row at once."""
+    """Measures comparisons and reports their rows.
+
+    Attributes:
+        seconds: spent on the rounds of one comparison.
+        emit: gets every finished row at once.
+        deadline: of ``time.monotonic``; later comparisons are skipped.
+        layers: cuts the models whose whole steps are measured; 0 = the claim's default.
+    """
 
     device: torch.device
     seconds: float
     emit: Callable[[Row], None]
     deadline: float = float("inf")
     least_rounds: int = 5
+    layers: int = 0
 
     def __post_init__(self) -> None:
         self._origin = origin(self.device)
@@ -102,23 +118,46 @@ class Bench:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def compare(self, comparison: Comparison) -> dict[str, Sample]:
-        """Measures and reports one comparison, and gives the samples of the providers that ran; what fails is a
-        row with the error."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of kernels: bfloat16 on a GPU, float32 on a CPU."""
+        return torch.bfloat16 if self.cuda else torch.float32
+
+    def compare(self, comparison: Comparison) -> None:
+        """Measures and reports one comparison; whatever fails becomes a row with the error."""
         if time.monotonic() > self.deadline:
             self.row(comparison, "all", verdict="no time left")
-            return {}
-        with nvtx(f"{comparison.claim} {comparison.shape}", self.cuda):
-            steps = self._prepared(comparison)
-            samples = self._measured(comparison, steps)
+            return
+        if comparison.measure is not None:
+            try:
+                self.row(comparison, "flashsink, loss", **comparison.measure())
+            except Exception as error:
+                self.row(comparison, "flashsink, loss", verdict=f"error: {one_line(error)}")
+            return
+        name = f"{comparison.claim} {comparison.shape}"
+        with torch.cuda.nvtx.range(name) if self.cuda else contextlib.nullcontext():  # for profilers
+            runners = self._prepared(comparison)
+            samples = self._measured(comparison, runners)
         report(self, comparison, samples)
-        del steps
+        if comparison.after is not None:
+            comparison.after(samples)
+        del runners
         self.clean()
+
+    def _measured(self, comparison: Comparison, runners: dict[str, Runner]) -> dict[str, Sample]:
+        samples = {name: Sample(peak=runner.peak) for name, runner in runners.items()}
+        try:
+            rounds = rounds_cuda if self.cuda else rounds_cpu
+            rounds(runners, samples, self.seconds, self.least_rounds, comparison.flush, self.deadline)
+        except Exception as error:
+            self.row(comparison, "all", verdict=f"error: {one_line(error)}")
+            _stop_if_lost(error)
+            return {}
         return samples
 
     def _prepared(self, comparison: Comparison) -> dict[str, Runner]:
-        """Every provider's step after its warm-up, and how long it takes."""
-        steps: dict[str, Runner] = {}
+        """Every provider's step after its warm-up, with its memory peak and duration."""
+        runners: dict[str, Runner] = {}
         for provider in comparison.providers:
             try:
                 made = provider.make()
@@ -135,19 +174,8 @@ class Bench:
                 self.row(comparison, provider.name, verdict=f"error: {one_line(error)}")
                 _stop_if_lost(error)
             else:
-                steps[provider.name] = runner
-        return steps
-
-    def _measured(self, comparison: Comparison, steps: dict[str, Runner]) -> dict[str, Sample]:
-        samples = {name: Sample(peak=runner.peak) for name, runner in steps.items()}
-        try:
-            rounds = rounds_cuda if self.cuda else rounds_cpu
-            rounds(steps, samples, self.seconds, self.least_rounds, comparison.flush, self.deadline)
-        except Exception as error:
-            self.row(comparison, "all", verdict=f"error: {one_line(error)}")
-            _stop_if_lost(error)
-            return {}
-        return samples
+                runners[provider.name] = runner
+        return runners
 
     def clean(self) -> None:
         gc.collect()
@@ -169,6 +197,8 @@ class Bench:
 
 
 class Runner:
+    """A provider's step, with what is known of it before the rounds."""
+
     def __init__(self, before: Step | None, step: Step) -> None:
         self.before, self.step = before, step
         self.peak = 0.0
@@ -186,8 +216,7 @@ class Runner:
 
     def estimate(self, device: torch.device) -> None:
         began = time.perf_counter()
-        self()
-        synchronize(device)
+        self.warm(device, 1)
         self.seconds = time.perf_counter() - began
 
     def capture(self) -> None:
@@ -214,25 +243,25 @@ class Runner:
 
 
 def renew_generator() -> None:
-    """Gives the CUDA device's default generator a new state: the old one still takes itself for one that is being
-    captured after a capture that failed, and refuses to draw."""
+    """Gives the CUDA device's default generator a new state: after a failed capture the old one still counts as being
+    captured and refuses to draw."""
     default = torch.cuda.default_generators[torch.cuda.current_device()]
-    with contextlib.suppress(RuntimeError):  # a lost device is found elsewhere
+    with contextlib.suppress(RuntimeError):  # a lost device is detected elsewhere
         default.graphsafe_set_state(torch.Generator("cuda").manual_seed(0).graphsafe_get_state())
 
 
 def rounds_cpu(
-    steps: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
+    runners: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
 ) -> None:
-    """Adds one time a round to every sample, in alternating order."""
+    """Adds one time per round to every sample; the order of the runners alternates. ``flush`` has no meaning here."""
     repeats = {
         name: 1 if runner.before else max(1, min(200, int(SHORTEST_SAMPLE / max(runner.seconds, 1e-6))))
-        for name, runner in steps.items()
+        for name, runner in runners.items()
     }
     start, done = time.monotonic(), 0
-    while steps and _more(done, least, start, seconds, deadline):
-        for name in list(steps)[:: -1 if done % 2 else 1]:
-            runner = steps[name]
+    while runners and _more(done, least, start, seconds, deadline):
+        for name in list(runners)[:: -1 if done % 2 else 1]:
+            runner = runners[name]
             if runner.before is not None:
                 runner.before()
             began = time.perf_counter()
@@ -243,30 +272,31 @@ def rounds_cpu(
 
 
 def rounds_cuda(
-    steps: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
+    runners: dict[str, Runner], samples: dict[str, Sample], seconds: float, least: int, flush: bool, deadline: float
 ) -> None:
-    """As :func:`rounds_cpu`, by events. The queue is emptied only now and then, so that the host stays ahead."""
+    """As :func:`rounds_cpu`, by events. The device is synchronized only every five rounds, so the host stays ahead."""
     dirt = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None
     start, done = time.monotonic(), 0
-    while steps and _more(done, least, start, seconds, deadline):
-        marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    while runners and _more(done, least, start, seconds, deadline):
+        events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         for _ in range(5):
-            for name in list(steps)[:: -1 if done % 2 else 1]:
-                runner = steps[name]
+            for name in list(runners)[:: -1 if done % 2 else 1]:
+                runner = runners[name]
                 if runner.before is not None:
                     runner.before()
                 if dirt is not None:
                     dirt.zero_()
-                marks.append((name, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-                marks[-1][1].record()
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
                 began = time.perf_counter()
-                with nvtx(name, True):
+                with torch.cuda.nvtx.range(name):
                     runner.step()
                 samples[name].host.append(time.perf_counter() - began)
-                marks[-1][2].record()
+                last.record()
+                events.append((name, first, last))
             done += 1
         torch.cuda.synchronize()
-        for name, first, last in marks:
+        for name, first, last in events:
             samples[name].times.append(first.elapsed_time(last) / 1e3)
 
 
@@ -278,8 +308,8 @@ def _more(done: int, least: int, start: float, seconds: float, deadline: float) 
 
 
 def report(bench: Bench, comparison: Comparison, samples: dict[str, Sample]) -> None:
-    """A row for every provider. Ours stand against the best peer, peers against the best of ours; the verdict is
-    that of the best of ours."""
+    """Writes a row for every provider. Ours are compared with the best peer, peers with our best; the verdict is that
+    of our best."""
     ours = [p.name for p in comparison.providers if p.ours and p.name in samples]
     peers = [p.name for p in comparison.providers if not p.ours and p.name in samples]
     best = min(ours, key=lambda name: samples[name].median(), default=None)
@@ -295,9 +325,8 @@ def report(bench: Bench, comparison: Comparison, samples: dict[str, Sample]) -> 
             columns["verdict"] = "nothing to compare with"
         else:
             columns |= _ratio(comparison, sample, samples[other], name in ours)
-            columns["against"] = other
             target = comparison.target if name == best else ""
-            columns |= {"target": target, "verdict": verdict(target, float(columns["ratio"]))}
+            columns |= {"against": other, "target": target, "verdict": verdict(target, float(columns["ratio"]))}
         if not comparison.graph and sample.host_bound():
             columns["note"] = "; ".join(filter(None, [comparison.note, HOST_BOUND]))
         bench.row(comparison, name, **columns)
@@ -316,7 +345,7 @@ def _ratio(comparison: Comparison, own: Sample, other: Sample, is_ours: bool) ->
 
 
 def peak_memory(step: Step, device: torch.device) -> float:
-    """Bytes that one call takes at its peak beyond what was there before."""
+    """Peak of the bytes that one call allocates beyond what was there before."""
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -329,9 +358,8 @@ def peak_memory(step: Step, device: torch.device) -> float:
     ) as profile:
         step()
     recorded = profile.profiler.kineto_results.events()
-    memory = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
     now = peak = 0
-    for _, size in memory:
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"):
         now += size
         peak = max(peak, now)
     return float(peak)
@@ -342,26 +370,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-@contextlib.contextmanager
-def nvtx(name: str, cuda: bool) -> Iterator[None]:
-    """A range for profilers; nothing on a CPU."""
-    if not cuda:
-        yield
-        return
-    torch.cuda.nvtx.range_push(name)
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()
-
-
 def one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text[:200]
-
-
-class DeviceLost(RuntimeError):
-    """The CUDA context is broken: nothing more can be measured in this process."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _stop_if_lost(error: BaseException) -> None:

@@ -1,8 +1,9 @@
-"""What is measured: model shapes and batches like those of Llama-AVSR."""
+"""Model shapes and utterance lengths like those of Llama-AVSR."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Model:
     vocabulary: int
 
     def arguments(self, layers: int) -> dict[str, Any]:
-        """Of ``transformers.LlamaConfig``, for the model cut to ``layers``."""
+        """Arguments of ``transformers.LlamaConfig`` for the model cut to ``layers``."""
         return {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -50,12 +51,34 @@ SHORTEST, LONGEST = 48, 400  # tokens of an utterance in Llama-AVSR, speech and 
 
 
 def utterances(tokens: int, seed: int = 0, low: int = SHORTEST, high: int = LONGEST) -> list[int]:
-    """Lengths of low..high that add up to ``tokens`` exactly; the same for the same seed."""
+    """Random lengths in low..high whose sum is exactly ``tokens``."""
     if tokens < low:
         raise ValueError(f"tokens: expected at least {low}, got {tokens}")
     draw, lengths, left = random.Random(seed), [], tokens
     while left > high + low:
         lengths.append(draw.randint(low, high))
         left -= lengths[-1]
-    # what is left is low..high + low tokens: one utterance, or two where one would be too long
+    # low..high + low tokens are left: one utterance, or two where one would be too long
     return [*lengths, left] if left <= high else [*lengths, left // 2, left - left // 2]
+
+
+def random_llm(setting: Any, extend: Callable[[Any], None] = lambda model: None, **options: Any) -> Any:
+    """A frozen ``LlamaForCausalLM`` of random weights; ``extend`` adds parameters on the same device and in its dtype.
+
+    Args:
+        setting: with ``model``, ``layers``, ``device`` and ``dtype``.
+        options: more arguments of ``LlamaConfig``.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**setting.model.arguments(setting.layers), **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setting.dtype)
+    try:
+        with setting.device:
+            llm: Any = LlamaForCausalLM(config)
+            extend(llm.requires_grad_(False))
+    finally:
+        torch.set_default_dtype(before)
+    return llm

@@ -1,4 +1,4 @@
-"""Child processes whose output lands in files: several side by side, or one under a watch."""
+"""Child processes that log to files: several at once, or one that is watched."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import ledger
+from bench.runner import ledger
 
-PAUSE = 0.2  # seconds between two looks
+POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, or None and why it was killed; and all that it wrote."""
+    """A process's exit code, or None and the reason why it was killed; and its whole output."""
 
     code: int | None
     reason: str
     text: str
 
+    @property
+    def why(self) -> str:
+        return self.reason or f"exit code {self.code}"
+
+    def tail(self, lines: int) -> str:
+        return "\n".join(self.text.splitlines()[-lines:])
+
 
 def together(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float) -> dict[str, Ended]:
-    """Runs all commands at once, each with a log ``NAME.log`` in ``folder``; what is not done after ``seconds`` is
-    killed."""
+    """Runs all commands at once, each with a log ``NAME.log`` in ``folder``; kills what runs after ``seconds``."""
     end = time.monotonic() + seconds
     running = {name: start(command, folder / f"{name}.log") for name, command in commands.items()}
     reasons = dict.fromkeys(commands, "")
     try:
         while any(process.poll() is None for process in running.values()) and time.monotonic() < end:
-            time.sleep(PAUSE)
+            time.sleep(POLL)
     finally:
         for name, process in running.items():
             if process.poll() is None:
@@ -43,13 +49,13 @@ def together(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float
 
 
 def watched(command: Sequence[str], log: Path, seconds: float, quiet: float) -> Ended:
-    """Runs one command and shows what it writes; killed after ``seconds``, or ``quiet`` seconds without output."""
+    """Runs one command and prints its output; kills it after ``seconds``, or ``quiet`` seconds without output."""
     process, shown = start(command, log), log.stat().st_size
     began = heard = time.monotonic()
     reason = ""
     try:
         while not reason and process.poll() is None:
-            time.sleep(PAUSE)
+            time.sleep(POLL)
             shown, before = show(log, shown), shown
             now = time.monotonic()
             heard = now if shown > before else heard
@@ -65,8 +71,7 @@ def watched(command: Sequence[str], log: Path, seconds: float, quiet: float) -> 
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """In a group of its own, so that its children end with it."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    """Starts a process group, which can be killed with all its children."""
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
@@ -74,20 +79,20 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """``process`` and its children."""
+    """Kills ``process`` and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def show(log: Path, shown: int) -> int:
-    """Prints what stands in ``log`` behind ``shown`` bytes; returns where it ends."""
+    """Prints what ``log`` contains after its first ``shown`` bytes; returns its size."""
     with log.open("rb") as file:
         file.seek(shown)
         new = file.read()

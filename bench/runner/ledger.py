@@ -1,4 +1,4 @@
-"""The ledger: one row for everything measured, and what a ratio is worth against its target."""
+"""The ledger: one row per measurement, and the verdict of a ratio against its target."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import datetime
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,39 +14,43 @@ from pathlib import Path
 import torch
 import triton
 
-ROOT = Path(__file__).resolve().parents[1]
-LEDGER = ROOT / "bench" / "ledger.csv"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+LEDGER = RESULTS / "ledger.csv"
 FIELDS = ["date", "commit", "device", "torch", "triton", "claim", "provider", "shape", "dtype"]
 FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
-# of the ratio named by metric: time, memory or bandwidth; the same percentiles over paired samples
+# of the ratio named by metric (time, memory, bandwidth, MFU): percentiles over paired samples
 FIELDS += ["metric", "against", "ratio_p20", "ratio", "ratio_p80", "target", "verdict", "note"]
+
+CHANGE = ("results/ledger.csv", "LOG.md", "README.md")
 
 Row = dict[str, str]
 HOST_BOUND = "host-bound"  # ends the note of a step in which the device waited for the host
 
 
 def read(path: Path = LEDGER) -> list[Row]:
-    """All rows, oldest first; a field that a row lacks is empty."""
+    """All rows, oldest first; missing fields are empty."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [{field: row.get(field) or "" for field in FIELDS} for row in csv.DictReader(file)]
 
 
-def append(rows: Iterable[Row], path: Path = LEDGER) -> None:
-    """Adds rows.
+def append(rows: Iterable[Row], path: Path | None = None, fields: Sequence[str] = FIELDS) -> None:
+    """Appends rows to ``path``, by default the ledger.
 
     Raises:
         ValueError: the file has other columns.
     """
+    path = path or LEDGER
     new = not path.exists()
     if not new:
         with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file), [])
-        if header != FIELDS:
-            raise ValueError(f"{path}: expected the columns {','.join(FIELDS)}, got {','.join(header)}")
+        if header != list(fields):
+            raise ValueError(f"{path}: expected the columns {','.join(fields)}, got {','.join(header)}")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -63,19 +68,15 @@ def verdict(target: str, ratio: float) -> str:
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, between neighbours by straight lines."""
-    ordered = sorted(values)
-    found = []
-    for share in (0.2, 0.5, 0.8):
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        found.append(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
-    return found[0], found[1], found[2]
+    """p20, p50 and p80, with linear interpolation."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
 
 
 def origin(device: torch.device) -> Row:
-    """The columns that say when, from what and on what a row was measured."""
+    """The columns that say when, from which commit and on what a row was measured."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -92,7 +93,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """``$BENCH_COMMIT``, for a tree that was copied without its history; else what git says."""
+    """``$BENCH_COMMIT`` (for a copy of the tree without its history), else what git says."""
     given = os.environ.get("BENCH_COMMIT", "").strip()
     if given:
         return given
@@ -105,7 +106,7 @@ def _commit() -> str:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    # the ledger and the log change with every run; all else that differs from the commit makes it "dirty"
-    changed = git("status", "--porcelain", "--", ".", ":!bench/ledger.csv", ":!bench/LOG.md", ":!bench/README.md")
+    # ledger, log and page change with every run; any other difference from the commit makes it "dirty"
+    changed = git("status", "--porcelain", "--", ".", *(f":!bench/{name}" for name in CHANGE))
     head = git("rev-parse", "--short=7", "HEAD")
     return f"{head}-dirty" if head and changed else head or "unknown"

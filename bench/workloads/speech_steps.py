@@ -1,6 +1,6 @@
-"""Whole steps of avsr's own model: projector, prompt and an LLM of random weights with LoRA, on speech-like batches.
+"""Whole training steps of avsr's model: projector, prompt and an LLM of random weights with LoRA, speech-like batches.
 
-Attention, loss and statistics are flashsink's in every variant, so that what differs is the variant alone.
+Every variant has flashsink's attention, loss and statistics.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Absent
-from bench.shapes import Model, utterances
+from bench.runner.measure import Absent
+from bench.workloads.shapes import Model, random_llm, utterances
 
-RATE, WIDTH = 8, 384  # frames a token and features of a frame: the demo's compression of Whisper-tiny
+RATE, WIDTH = 8, 384  # frames per token, features per frame: the demo's compression of Whisper-tiny
 PROMPT = 7  # tokens of the demo's prompt
-FIXED = 1 + 2 + PROMPT  # BOS, delimiters, prompt
-# the demo's commands: frames of a middle batch of its corpus, drawn as training draws it, and tokens of every text
+FIXED = 1 + 2 + PROMPT  # BOS, delimiter tokens, prompt
+# the demo's commands: frames of one batch of its corpus as training draws it, and tokens of every text
 DEMO_FRAMES, DEMO_TEXT = (81, 84, 84, 85, 84, 84, 88, 87), 6
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model cut to ``layers``, and (frames, text tokens) of the utterances of a batch."""
+    """A model cut to ``layers``, and (frames, text tokens) of a batch's utterances."""
 
     model: Model
     layers: int
@@ -55,8 +55,8 @@ def demo_rows() -> tuple[tuple[int, int], ...]:
 
 
 def neighbours(tokens: int) -> tuple[tuple[int, int], ...]:
-    """Utterances of Llama-AVSR's lengths, a fifth of each text, for a batch of at most ``tokens`` with its padding:
-    neighbours in length, as training batches them, around the median."""
+    """Utterances of Llama-AVSR's lengths, a fifth of each being text, for a batch of at most ``tokens`` including
+    padding: neighbours in length around the median, as training batches them."""
     drawn = sorted(utterances(200 * tokens // 16))
     first = len(drawn) // 2
     last = first
@@ -67,8 +67,8 @@ def neighbours(tokens: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Variant:
-    """``all_logits``: of every position, padding too, with labels of -100 where there are none: the reference's way.
-    The others are the keys of a recipe."""
+    """``all_logits``: logits of every position, padding included, with labels of -100 where there are none, as in the
+    reference code. The other fields are keys of a recipe."""
 
     packed: bool = True
     all_logits: bool = False
@@ -78,7 +78,7 @@ class Variant:
 
 
 def make_step(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Callable[[], Tensor]:
-    """One step, forward to optimizer; it returns the loss. ``shared`` keeps the LLM's weights for all variants.
+    """A step from forward to optimizer that returns the loss. ``shared`` holds the LLM's weights for all variants.
 
     Raises:
         Absent: avsr's packages are missing.
@@ -109,7 +109,7 @@ def make_step(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Cal
 
 
 def build(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Any:
-    """A ``SpeechLLM`` in training mode, all of it in the setting's dtype."""
+    """A ``SpeechLLM`` in training mode, entirely in the setting's dtype."""
     from avsr.config import LoraConfig, ModelConfig
     from avsr.models.llm import LoadedLLM
     from avsr.models.speech_llm import SpeechLLM
@@ -137,19 +137,6 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Any]) -> Any:
     model = kind(config, loaded, {"audio": WIDTH}, **ways).to(setting.device, setting.dtype)
     assert not (variant.all_logits and variant.packed)
     return model.train()
-
-
-def random_llm(setting: Setting) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**setting.model.arguments(setting.layers))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(setting.dtype)
-    try:
-        with setting.device:
-            return LlamaForCausalLM(config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make_batch(setting: Setting) -> Any:

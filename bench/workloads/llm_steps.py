@@ -1,7 +1,7 @@
 """Whole training steps: a Llama of random weights with LoRA on q and v, speech-like batches, AdamW on the adapters.
 
-A row is BOS, speech and prompt (the span), then text, whose tokens alone have labels. The inputs want a gradient, as
-those of a projector do. Dimensions: N utterances; one packed row of T tokens or N padded rows of S; C features.
+A row is BOS, speech and prompt (the span), then text; only text tokens have labels. The inputs require a gradient, as
+those from a projector do. Dimensions: N utterances; one packed row of T tokens or N padded rows of S; C features.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flashsink
-from bench.peers import reference_decorrelation
-from bench.shapes import Model
+from bench.workloads.peers import reference_decorrelation
+from bench.workloads.shapes import Model, random_llm
 from flashsink.dispatch import implementation
 from flashsink.hf import models as hf_models
 from flashsink.types import Layout
 
 RANK = 16
-NEVER = 10**9  # stats_every: only the first forward, which is warm-up, records statistics
+NEVER = 10**9  # stats_every: only the first forward, a warm-up, records statistics
 VARLEN = "bench_varlen"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: the model cut to ``layers``, and the utterances of one batch."""
+    """The model cut to ``layers``, and the lengths of one batch's utterances."""
 
     model: Model
     layers: int
@@ -73,7 +73,7 @@ class Batch:
         tokens = torch.randn(sum(lengths), width, generator=generator) * 0.02
         if setting.packed:
             rows_of = tokens[None]
-        else:  # the same tokens, padded on the right
+        else:
             rows_of = nn.utils.rnn.pad_sequence(list(tokens.split(list(lengths))), batch_first=True)
         self.embeddings = rows_of.to(setting.device, setting.dtype).requires_grad_()
         labels = torch.randint(setting.model.vocabulary, (len(self.where),), generator=generator)
@@ -92,17 +92,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Variant:
-    """How the step is done.
+    """How the step is computed.
 
     Attributes:
         attention: "probe" (flashsink's through attach), "varlen", or an implementation of transformers.
         probe: options of ``flashsink.attach``; None = not attached.
         weight: of the decorrelation loss; None = no such loss.
-        reference: the reference's way: hidden states collected, its own loss, logits of all tokens.
+        reference: as in the reference code: hidden states collected, its own loss, logits of all tokens.
         norm: "fast" for Liger's kernels (RMSNorm, rotary embedding, SwiGLU) where importable, else torch's fused
             RMSNorm; "ours" for our norm without the loss where ``attach`` would put the one with it, else as "fast";
             "" for the norm of transformers.
-        optimizer: step the adapters too.
+        optimizer: also step the adapters.
     """
 
     attention: str = "probe"
@@ -119,8 +119,7 @@ REFERENCE = Variant("eager", weight=1.0, reference=True, norm="")
 
 
 def make_step(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """One training step; it returns the loss. ``shared`` holds the weights that all variants use, filled by the
-    first."""
+    """A training step that returns the loss. ``shared`` holds the weights of all variants; the first one fills it."""
     model = build(setting, variant, shared)
     batch = Batch(setting)
     probe = None if variant.probe is None else flashsink.attach(model, **variant.probe)
@@ -151,14 +150,14 @@ def make_step(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> 
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:
-    """With logits only where there are labels."""
+    """With logits only at the positions with labels."""
     hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden.flatten(0, 1)[batch.where])
     return F.cross_entropy(logits.float(), batch.labels)
 
 
 def reference_loss(model: Any, batch: Batch, variant: Variant) -> Tensor:
-    """Logits of all tokens, hidden states of all layers, and the loss over layers 1..L-1."""
+    """Logits of all tokens, hidden states of all layers, and the decorrelation loss over layers 1..L-1."""
     out = model(**batch.inputs, use_cache=False, output_hidden_states=True)
     targets = torch.full((out.logits.shape[0] * out.logits.shape[1],), -100, device=batch.labels.device)
     targets[batch.where] = batch.labels
@@ -170,21 +169,10 @@ def reference_loss(model: Any, batch: Batch, variant: Variant) -> Tensor:
 
 def build(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Any:
     """A ``LlamaForCausalLM`` with adapters on the weights of ``shared``."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     attention = {"probe": "sdpa", "varlen": VARLEN}.get(variant.attention, variant.attention)
     if variant.attention == "varlen":
         _register_varlen(None, 0)
-    config = LlamaConfig(**setting.model.arguments(setting.layers), attn_implementation=attention)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(setting.dtype)
-    try:
-        with setting.device:
-            model: Any = LlamaForCausalLM(config)
-            model.requires_grad_(False)
-            add_lora(model)
-    finally:
-        torch.set_default_dtype(before)
+    model = random_llm(setting, add_lora, attn_implementation=attention)
     if variant.norm:
         fast_kernels(model, setting.device)
     if variant.norm == "ours":
@@ -198,8 +186,8 @@ def build(setting: Setting, variant: Variant, shared: dict[str, Tensor]) -> Any:
 
 
 def add_lora(model: nn.Module) -> None:
-    """Rank-16 adapters on q_proj and v_proj, in the model's dtype as in DeepSpeed's bf16 training: PEFT's, or a few
-    lines of our own where it is missing."""
+    """Rank-16 adapters on q_proj and v_proj in the model's dtype, as in DeepSpeed's bf16 training: PEFT's, or
+    :class:`Lora` where PEFT is missing."""
     try:
         import peft
     except ImportError:
@@ -212,7 +200,7 @@ def add_lora(model: nn.Module) -> None:
 
 
 class Lora(nn.Module):
-    """A frozen linear layer and a low-rank one beside it."""
+    """A frozen linear layer plus a low-rank one."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -235,13 +223,13 @@ def liger() -> str:
 
 
 def norm_name(device: torch.device) -> str:
-    """The norm of every variant but the reference's, where it is not ours."""
+    """The norm of every variant but the reference, unless it is ours."""
     return "Liger's RMSNorm" if device.type == "cuda" and liger() else "torch's rms_norm"
 
 
 def fast_kernels(model: Any, device: torch.device) -> None:
-    """Liger's kernels, or torch's rms_norm in the place of transformers' chain of small operations: ours are to stand
-    against steps that have fused norms, too."""
+    """Liger's kernels, or torch's rms_norm in place of transformers' chain of small operations, so that the peers have
+    fused norms too."""
     if device.type == "cuda" and liger():
         _apply_liger(model)
         return
@@ -255,7 +243,7 @@ def _torch_norm(norm: Any, h: Tensor) -> Tensor:
 
 
 def our_norms(model: Any, setting: Setting) -> None:
-    """Our norm, without the loss, where :func:`flashsink.attach` puts the one with it. Dense rows without padding."""
+    """Our norm without the loss, where :func:`flashsink.attach` puts the one with it. Dense rows without padding."""
     rows, tokens = len(setting.lengths), max(setting.lengths)
     starts = torch.zeros(rows, dtype=torch.long, device=setting.device)
     layout = Layout(starts, starts + tokens, rows, tokens, False)
@@ -274,17 +262,17 @@ def _apply_liger(model: Any) -> None:
     from transformers.models.llama import modeling_llama
 
     classes = {name: getattr(modeling_llama, name) for name in ("LlamaRMSNorm", "LlamaMLP")}
-    # its rotary embedding is patched into the module of transformers, so all variants of this process have it
+    # the rotary embedding is patched in transformers' module, so all variants of this process have it
     apply_liger_kernel_to_llama(
         rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model
     )
-    # this model is patched; the next one, the reference's perhaps, is to begin as transformers has it
+    # this model is patched; the classes are restored for the next one, which may be the reference
     for name, own in classes.items():
         setattr(modeling_llama, name, own)
 
 
 def _register_varlen(bounds: Tensor | None, longest: int) -> None:
-    """torch's (or flash-attn's) variable-length attention as an implementation of transformers, for one batch."""
+    """Registers flash-attn's or torch's variable-length attention with transformers, for one batch."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
@@ -311,12 +299,12 @@ MFU_FORMULA = (
     "FLOP = T (4 N + 6 N_lora) + labels 4 C V + L sum_n n (n + 1) / 2 * 12 H D; MFU = FLOP / (seconds * peak). "
     "4 N: forward and input gradients of frozen matrices (no weight gradients); recomputation is not counted"
 )
-# dense bf16 TFLOP/s of the data sheets, by a part of the device's name
+# dense bf16 TFLOP/s from the data sheets, by a part of the device's name
 PEAK = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 def flops(setting: Setting) -> float:
-    """Floating-point operations that one step needs, see :data:`MFU_FORMULA`."""
+    """Floating-point operations of one step, see :data:`MFU_FORMULA`."""
     m = setting.model
     attention, group = m.heads * m.dim, m.kv_heads * m.dim
     frozen = setting.layers * m.hidden * (2 * attention + 2 * group + 3 * m.intermediate)
@@ -328,7 +316,7 @@ def flops(setting: Setting) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s of the device's data sheet; nan where we do not know it."""
+    """FLOP/s from the device's data sheet; nan if unknown."""
     if device.type != "cuda":
         return math.nan
     name = torch.cuda.get_device_name()

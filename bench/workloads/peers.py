@@ -1,4 +1,4 @@
-"""What others do, written anew where it cannot simply be called: the peers of our kernels.
+"""Peers of our kernels, reimplemented where they cannot simply be imported.
 
 Dimensions: B rows, H query and Hk key heads, S tokens, D head dim, C features.
 """
@@ -19,29 +19,21 @@ from flashsink.triton.launch import Tile, launch
 
 LOG2E = 1.4426950408889634
 
-# FlagAttention has tiles for sm_80 and sm_86 alone; every other device gets this one (q block, k block)
+# FlagAttention has tiles for sm_80 and sm_86 only; every other device gets this one
 AS_SHIPPED = Tile({"BLOCK_M": 32, "BLOCK_N": 32}, warps=4, stages=1)
-# of those that gpu.tiles tries for our pass; on sm_90 none of them spills for head dims 64 and 128, and all have wgmma
+# candidates of our own pass; on sm_90 none of them spills for head dims 64 and 128, and all use wgmma
 TUNED = tuple(
     Tile({"BLOCK_M": m, "BLOCK_N": n}, warps=warps, stages=stages)
     for m, n, warps, stages in (
-        (64, 64, 4, 3),
-        (64, 64, 8, 3),
-        (64, 128, 4, 3),
-        (64, 128, 8, 3),
-        (64, 128, 8, 4),
-        (128, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 4, 3),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
+        *((64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 3), (64, 128, 8, 3), (64, 128, 8, 4)),
+        *((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3)),
     )
 )
 
 
 def reference_decorrelation(layers: Sequence[Tensor]) -> Tensor:
-    """The loss as the reference training code computes it, in the dtype of the states, all positions but BOS:
-    normalise every token, multiply with BOS, square, average.
+    """The loss as the reference training code computes it, in the dtype of the states, over all positions but BOS:
+    mean squared cosine to BOS.
 
     Args:
         layers: tensors (B, S, C), BOS first in every row.
@@ -60,7 +52,7 @@ def reference_decorrelation(layers: Sequence[Tensor]) -> Tensor:
 
 
 def total_attention(q: Tensor, k: Tensor, lse: Tensor, tile: Tile, scale: float | None = None) -> Tensor:
-    """FlagAttention's way to the column sums: a pass of its own behind the forward, a block of keys at a time.
+    """FlagAttention's method for the column sums: a separate pass after the forward, one block of keys per program.
 
     Args:
         q: (B, H, S, D), k: (B, Hk, S, D), any strides with unit last stride; D a power of two.
@@ -135,14 +127,14 @@ def _total_attention_kernel(
         queries = tl.load(q + rows[:, None].to(tl.int64) * q_token + features[None, :], mask=inside[:, None], other=0.0)
         norm = tl.load(lse + out + rows, mask=inside, other=float("inf")) * 1.4426950408889634
         scores = tl.dot(queries, keys, input_precision=PRECISION) * factor
-        # every block is masked, as theirs are
+        # every block is masked, as in FlagAttention
         seen = (rows[:, None] >= columns[None, :]) & inside[:, None]
         received += tl.sum(tl.where(seen, tl.exp2(scores - norm[:, None]), 0.0), axis=0)
     tl.store(total + out + columns, received, mask=columns < tokens)
 
 
 def total_attention_cpu(q: Tensor, k: Tensor, lse: Tensor, block: int = 128) -> Tensor:
-    """The same walk over blocks of keys in plain PyTorch, for the CPU: (B, H, S) float32."""
+    """The same method in plain PyTorch, for the CPU: (B, H, S) float32."""
     s, group = q.shape[2], q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)
     parts = []
@@ -150,17 +142,14 @@ def total_attention_cpu(q: Tensor, k: Tensor, lse: Tensor, block: int = 128) -> 
         keys = k[:, :, first : first + block]
         scores = q[:, :, first:] @ keys.mT * q.shape[-1] ** -0.5
         a = (scores.float() - lse[:, :, first:, None]).exp()
-        # behind the causal edge the exponential may be infinite
-        parts.append(torch.where(_causal(a), a, 0.0).sum(dim=2))
+        # where, since beyond the causal edge the exponential may be infinite
+        causal = torch.ones(a.shape[-2:], dtype=torch.bool, device=a.device).tril()
+        parts.append(torch.where(causal, a, 0.0).sum(dim=2))
     return torch.cat(parts, dim=2)
 
 
-def _causal(a: Tensor) -> Tensor:
-    return torch.ones(a.shape[-2:], dtype=torch.bool, device=a.device).tril()
-
-
 def plain_rms_norm(hidden: int, eps: float, dtype: torch.dtype, device: torch.device) -> tuple[str, Any]:
-    """(name, module or function of h) of the norm that ours is held against: Liger's, or torch's without it."""
+    """(name, function of h) of the norm that ours is compared with: Liger's if it is installed, else torch's."""
     weight = torch.ones(hidden, dtype=dtype, device=device)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers.rms_norm import LigerRMSNorm

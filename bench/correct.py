@@ -14,6 +14,11 @@ from bench import ledger
 from bench.check import CASES
 from bench.processes import Ended, together
 
+# files of tests/flashsink with tests that run on a GPU
+TESTS = (
+    "activations", "attention", "calibrated", "decorrelation", "norm", "operators", "process_group", "statistics",
+    "triton",
+)  # fmt: skip
 OUTCOME = re.compile(r"::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?: +\(.*\))? +\[ *\d+%\]$")
 
 
@@ -30,9 +35,9 @@ def check(folder: Path, seconds: float) -> bool:
 
 
 def tests(folder: Path, seconds: float) -> str:
-    """Runs ``tests/gpu`` and prints its failures; one line with the counts."""
-    files = sorted((ledger.ROOT / "tests" / "gpu").glob("test_*.py"))
-    options = ["-v", "-m", "not smollm and not slow", "-p", "no:cacheprovider", "--color=no"]
+    """Runs what of ``tests/flashsink`` is for a GPU and prints its failures; one line with the counts."""
+    files = [ledger.ROOT / "tests" / "flashsink" / f"test_{name}.py" for name in TESTS]
+    options = ["-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "--color=no"]
     commands = {path.stem: [sys.executable, "-m", "pytest", str(path), *options] for path in files}
     ended = together(commands, folder, seconds)
     for name, one in ended.items():
@@ -50,9 +55,9 @@ def counts(text: str) -> Counter[str]:
 
 
 def summary(ended: dict[str, Ended]) -> str:
-    """ "tests/gpu: N passed, M failed", and the files that did not come to their end, with the reason."""
+    """ "tests: N passed, M failed", and the files that did not come to their end, with the reason."""
     total = sum((counts(one.text) for one in ended.values()), Counter())
-    text = f"tests/gpu: {total['passed']} passed, {total['failed']} failed"
+    text = f"tests: {total['passed']} passed, {total['failed']} failed"
     # 0 passed, 1 failures, 5 nothing left to run: those are ends
     cut = [f"{name}: {_why(one)}" for name, one in ended.items() if one.code not in (0, 1, 5)]
     return "; ".join([text, *cut])

@@ -48,7 +48,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     print(environment(), flush=True)
     torch.cuda.empty_cache()  # what the lines above took belongs to the processes below
-    good, tests = True, "tests/gpu: not run"
+    good, tests = True, "tests: not run"
     if not arguments.no_tests:
         good = correct.check(folder, min(CHECK, end - time.monotonic()))
         tests = correct.tests(folder, min(TESTS, end - time.monotonic()))

@@ -43,18 +43,18 @@ def test_a_process_that_speaks_ends_by_itself_or_by_the_clock(tmp_path):
     assert ended.code == 0 and ended.text.endswith("\n2\n")
 
 
-LOG = """tests/gpu/test_norm.py::test_a[right padding-torch.bfloat16] PASSED      [  1%]
-tests/gpu/test_norm.py::test_b FAILED                                    [ 50%]
-tests/gpu/test_norm.py::test_c[1] SKIPPED (no reason)                    [ 75%]
-tests/gpu/test_norm.py::test_d """
+LOG = """tests/flashsink/test_norm.py::test_a[right padding-torch.bfloat16] PASSED      [  1%]
+tests/flashsink/test_norm.py::test_b FAILED                                    [ 50%]
+tests/flashsink/test_norm.py::test_c[1] SKIPPED (no reason)                    [ 75%]
+tests/flashsink/test_norm.py::test_d """
 
 
 def test_tests_are_counted_also_where_they_were_stopped():
     assert correct.counts(LOG) == {"passed": 1, "failed": 1}
-    assert correct.counts(LOG + "\nFAILED tests/gpu/test_norm.py::test_b - assert\n")["failed"] == 1
+    assert correct.counts(LOG + "\nFAILED tests/flashsink/test_norm.py::test_b - assert\n")["failed"] == 1
     ended = {"a": processes.Ended(1, "", LOG), "b": processes.Ended(None, "stopped after 100 s", LOG)}
-    assert correct.summary(ended) == "tests/gpu: 2 passed, 2 failed; b: stopped after 100 s"
-    assert correct.summary({"a": processes.Ended(5, "", "")}) == "tests/gpu: 0 passed, 0 failed"
+    assert correct.summary(ended) == "tests: 2 passed, 2 failed; b: stopped after 100 s"
+    assert correct.summary({"a": processes.Ended(5, "", "")}) == "tests: 0 passed, 0 failed"
 
 
 def test_a_check_that_fails_stops_the_timing(tmp_path, monkeypatch, capsys):

@@ -125,9 +125,9 @@ def test_a_claim_that_raises_is_a_row(monkeypatch):
 def test_the_table_ends_with_the_tests_and_all_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.ledger, "append", lambda rows: None)
     row = {"claim": "norm", "shape": "all", "provider": "all", "target": "", "verdict": "error: x"}
-    gpu.finish(tmp_path, [row], "tests/gpu: 3 passed, 1 failed")
+    gpu.finish(tmp_path, [row], "tests: 3 passed, 1 failed")
     last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0] == "tests/gpu: 3 passed, 1 failed" and "0 met, 0 missed, 1 without a number" in last[1]
+    assert last[0] == "tests: 3 passed, 1 failed" and "0 met, 0 missed, 1 without a number" in last[1]
     assert 0 <= gpu.age() < gpu.WHOLE
 
 

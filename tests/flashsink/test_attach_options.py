@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from decoders import ids
 
 import flashsink
-
-
-def ids(rows=2, tokens=8, seed=0):
-    return torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -345,7 +343,7 @@ def test_positional_arguments_of_the_decoder(tiny):
 
 
 @torch.no_grad()
-def test_a_bfloat16_model_is_measured_in_float32(tiny, oracle):
+def test_a_bfloat16_model_is_measured_in_float32(tiny):
     model = tiny("llama").to(torch.bfloat16)
     plain = model(input_ids=ids()).logits
     probe = flashsink.attach(model)

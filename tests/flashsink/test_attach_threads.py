@@ -7,13 +7,10 @@ import threading
 
 import pytest
 import torch
+from decoders import ids
 from torch.utils.checkpoint import checkpoint
 
 import flashsink
-
-
-def ids(rows=2, tokens=8, seed=0):
-    return torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def in_thread(run):

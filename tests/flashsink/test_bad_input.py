@@ -145,6 +145,11 @@ def test_attention(argument, options):
     check(attention, argument, options)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite(scale):
+    check(attention, "scale", {"scale": scale})
+
+
 @pytest.mark.parametrize(
     ("argument", "options"),
     BAD_BOUNDS

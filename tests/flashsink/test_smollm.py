@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 
@@ -38,7 +39,7 @@ def batch(tokenizer):
 
 
 @torch.no_grad()
-def test_sinks_and_hidden_states_equal_those_of_transformers(smollm, oracle):
+def test_sinks_and_hidden_states_equal_those_of_transformers(smollm):
     model, tokenizer = smollm
     ids, mask, positions = batch(tokenizer)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}

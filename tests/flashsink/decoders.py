@@ -92,3 +92,12 @@ def prompts(starts, tokens=7, seed=3):
 def generate(model, ids, mask, **mode):
     options = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
     return model.generate(input_ids=ids, attention_mask=mask, **(options | mode))
+
+
+def training_inputs(padding):
+    """(arguments of a forward with labels, spans) for the fixture ``padding``."""
+    _, ids, mask, _, lengths = padding
+    embeds = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(2))
+    labels = ids.clone() if mask is None else ids.masked_fill(mask == 0, -100)
+    call = {"inputs_embeds": embeds, "attention_mask": mask, "labels": labels, "use_cache": False}
+    return call, (lengths + 1) // 2

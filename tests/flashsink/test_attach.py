@@ -10,7 +10,7 @@ from itertools import pairwise
 import oracle
 import pytest
 import torch
-from decoders import decoder, valid
+from decoders import decoder, training_inputs, valid
 from torch.utils.checkpoint import checkpoint
 
 import flashsink
@@ -183,15 +183,8 @@ def train_once(model, inputs, checkpointing, spans):
     return total.detach(), probe.decorrelation_loss.detach(), grads, after, probe.activations
 
 
-def training_inputs(padding):
-    _, ids, mask, starts, lengths = padding
-    embeds = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
-    labels = ids.clone() if mask is None else ids.masked_fill(mask == 0, -100)
-    return {"inputs_embeds": embeds, "attention_mask": mask, "labels": labels, "use_cache": False}
-
-
 def test_checkpointing_changes_nothing(model, padding):
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     loss, decorrelation, grads, received, top = train_once(model, inputs, False, spans)
     loss2, decorrelation2, grads2, received2, top2 = train_once(model, inputs, True, spans)
     assert decorrelation > 0 and len(grads) > 3 and grads.keys() == grads2.keys()
@@ -218,7 +211,7 @@ def checkpoint_calls(model):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_checkpointing_around_the_hooks_changes_nothing(tiny, padding, kind):
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     model = tiny(kind)
     loss, decorrelation, grads, received, top = train_once(model, inputs, False, spans)
     checkpoint_calls(model)
@@ -248,7 +241,7 @@ def test_recomputed_layers_leave_the_probe_alone(tiny):
 
 def test_gradients_equal_those_of_hidden_states(model, padding):
     """CE + 3 x loss through the probe against the same by output_hidden_states and the oracle."""
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     total, _, grads, _, _ = train_once(model, inputs, False, spans)
     model.zero_grad(set_to_none=True)
     embeds = inputs["inputs_embeds"].clone().requires_grad_()

@@ -60,7 +60,7 @@ def build(kind, lora=False, *, seed=0, **overrides):
 
 
 def decoder(model):
-    """The module with the layers, inside whatever wraps it."""
+    """The module that holds the layers, also inside a wrapper."""
     return next(m for m in model.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
 
 

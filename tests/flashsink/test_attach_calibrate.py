@@ -117,8 +117,8 @@ def test_the_sinks_can_be_read(model, beta):
 
 @torch.no_grad()
 @pytest.mark.parametrize("starts", [[0, 0], [0, 4]], ids=["no padding", "left padding"])
-def test_a_text_behind_a_span_is_treated_as_while_decoding(model, starts):
-    """One forward over prompt and text gives the logits of a prefill of the prompt and a step of all the text."""
+def test_text_after_the_span_is_treated_as_while_decoding(model, starts):
+    """One forward over prompt and text gives the logits of a prefill with the prompt and one step with the text."""
     ids, mask = prompts(starts, tokens=14)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     probe = flashsink.attach(model)

@@ -183,12 +183,12 @@ def test_ligers_norms_are_taken_over_in_llamas_form_and_left_alone_in_others(tin
         with probe.spans(spans):
             model(**call)
         assert calls["fused"] == (2 if fused else 0) and calls["standalone"] == (0 if fused else 1)
-        assert len(ran) == (1 if fused else 3)  # the first layer's norm reads embeddings, which nobody observes
+        assert len(ran) == (1 if fused else 3)  # the first layer's norm reads embeddings, which are not observed
         assert ("Liger" in caplog.text) == (not fused)
         probe.detach()
         ran.clear()
         model(**call)
-        assert len(ran) == 3  # the patch of somebody else is back
+        assert len(ran) == 3  # the original patch is restored
         caplog.clear()
 
 

@@ -1,4 +1,4 @@
-"""attach: its options, what it refuses, and what a probe remembers."""
+"""The options of attach, and what a probe remembers."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_a_bfloat16_model_is_measured_in_float32(tiny):
 
 
 def test_autocast(tiny):
-    """Rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    """Rotary embeddings leave queries and keys in float32 and values in bfloat16."""
     model = tiny("llama").train()
     ids = torch.randint(3, 60, (2, 9))
     probe = flashsink.attach(model)

@@ -51,7 +51,7 @@ def check_exact(model, **inputs):
 
 
 def check_refused(model, match, **inputs):
-    """With the reason; and what is left behind is usable and undone by detach."""
+    """Refused with the reason, and detach restores the model."""
     plain = model(**inputs).logits
     probe = flashsink.attach(model)
     with pytest.raises(ValueError, match=match):
@@ -284,7 +284,7 @@ def test_learned_sink_logits_are_not_ignored():
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, None])
-def test_positions_that_restart_beside_a_cache(tiny, use_cache):
+def test_positions_that_restart_with_a_cache(tiny, use_cache):
     """Transformers then takes the row for one sequence."""
     model = tiny("llama")
     packed = {"input_ids": ids(1), "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]}
@@ -332,7 +332,7 @@ def test_what_changes_nothing_passes(tiny):
     ],
 )
 def test_what_is_not_known_is_refused(tiny, name, value):
-    """Whatever the model hands to attention beside q, k, v and the mask, and whoever has put it there."""
+    """Any argument that the model passes to attention in addition to q, k, v and the mask."""
     model = tiny("llama")
     probe = flashsink.attach(model)
     with pytest.raises(ValueError, match=f"{name}: flashsink's attention does not know it, expected None"):

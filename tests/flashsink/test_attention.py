@@ -16,7 +16,7 @@ FEW = ["17 tokens, GQA 3", "both", "packed with empty sequences and a tail"]
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("case", ATTENTION | LONG)
 def test_out_statistics_and_gradients(backend, case, causal):
-    """Padding holds NaN or infinity in q, k and v, and the gradients of padded queries are NaN: all reach nothing."""
+    """Padding holds NaN or infinity in q, k and v, and the gradients of padded queries are NaN: they change nothing."""
     if not backend.takes(backend.dtype, ATTENTION.get(case, (0,) * 6)[5]) or (backend.interpreted and case in LONG):
         pytest.skip("not for these kernels, or slow in the interpreter")
     problem = Problem(case, backend.dtype, device=backend.device, poison=float("nan" if causal else "inf"))
@@ -59,7 +59,7 @@ def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(backend, ca
 @pytest.mark.parametrize("scale", [2.5, -0.5, 0.0])
 @pytest.mark.parametrize("case", ["odd D", "300 tokens", "264 features"])
 def test_scale(backend, case, scale):
-    """With 0 every visible key gets the same; below it the order of the scores is turned round."""
+    """With 0 every visible key gets the same; with a negative scale the order of the scores is reversed."""
     if backend.level is not None or backend.device != "cpu" or (backend.interpreted and case in LONG):
         pytest.skip("where the scale comes in is covered by the others")
     if scale > 1.0 and case in LONG:

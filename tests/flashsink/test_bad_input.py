@@ -214,7 +214,7 @@ def test_activation_stats(argument, options):
 
 
 @pytest.mark.parametrize("call", [attention, calibrated, decorrelation, activation])
-def test_messages_tell_what_came(call):
+def test_messages_show_the_value(call):
     with pytest.raises(ValueError, match=r"starts: .*got .*\[0, 99\]"):
         call(starts=ints(0, 99))
 
@@ -251,7 +251,7 @@ def test_importing_flashsink_imports_neither_transformers_nor_avsr():
 
 
 @pytest.mark.parametrize("bounds", [[3, 5, 9], [0, 7, 4, 30], [-2, 2, 2, -5], [0, 0, 0]])
-def test_bounds_that_nobody_checks_are_cut_to_the_tokens_there_are(monkeypatch, bounds):
+def test_unchecked_bounds_are_clamped_to_the_tokens(monkeypatch, bounds):
     """As on a GPU, where looking at values would synchronise: no kernel may leave its tensors."""
     monkeypatch.setattr(_checks, "check_values", lambda *_: False)
     layout = _checks.resolve_layout(1, 9, torch.device("cpu"), cu_seqlens=torch.tensor(bounds))

@@ -1,6 +1,5 @@
-"""The operators as autograd, torch.compile and callers meet them: every tensor argument as a view (backends read memory
-by address, so one that takes neighbouring entries for granted reads something else), schemas, fake kernels, second
-derivatives, and what they refuse."""
+"""The operators: every tensor argument as a view (a kernel that assumes adjacent entries reads other memory), schemas,
+fake kernels, torch.compile, second derivatives, and the arguments they refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ HOST = [b for b in BACKENDS if isinstance(b, Backend)]  # the others are marked,
 NATIVE = [b for b in OPERATORS if isinstance(b, Backend) and b.name == "cpu"]
 
 B, H, HK, S, D, C = 2, 4, 2, 5, 16, 12
-KINDS = ("column", "piece", "expanded rows", "permuted", "expanded features", "turned round")
+KINDS = ("column", "piece", "expanded rows", "permuted", "expanded features", "reversed")
 
 
 def view(x, kind):

@@ -1,4 +1,4 @@
-"""The sdpa backend: layouts as sequences side by side for somebody else's attention, and our statistics on top."""
+"""The sdpa backend: layouts as adjacent sequences for a vendor's attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashsink.checks import resolve_layout
 
 
 def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal, scale):
-    """What a vendor does with sequences side by side: (out (T, H, D), lse (H, T)); causal ends at the last key."""
+    """What a vendor computes from adjacent sequences: (out (T, H, D), lse (H, T)); causal ends at the last key."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
     assert bounds_q[0] == bounds_k[0] == 0 and bounds_q[-1] == len(q) and bounds_k[-1] == len(k)
     assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
@@ -37,7 +37,7 @@ def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal, scale):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("case", ATTENTION)
-def test_every_layout_becomes_sequences_side_by_side(monkeypatch, case, causal):
+def test_every_layout_becomes_adjacent_sequences(monkeypatch, case, causal):
     monkeypatch.setitem(sdpa.VENDORS, "torch", varlen)
     problem = Problem(case)
     leaves, keys = problem.leaves(), problem.padding.shape[1]

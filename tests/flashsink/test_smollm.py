@@ -30,7 +30,7 @@ def smollm():
 
 
 def batch(tokenizer):
-    """Two rows with BOS in front, the second one shorter and left-padded."""
+    """Two rows that begin with BOS, the second one shorter and left-padded."""
     rows = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in (TEXT, TEXT[:40])]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])

@@ -31,6 +31,11 @@ from bench.runner.processes import Ended, together, watched
 WHOLE = 500.0  # seconds for everything, from the start of this process
 CHECK, TESTS = 130.0, 100.0  # of which at most for the check and for the tests
 QUIET = 90.0  # seconds without output after which a claim is abandoned
+# files of tests/flashsink that have tests for a GPU
+TESTED = (
+    *("activations", "attention", "calibrated", "decorrelation", "norm", "operators", "process_group", "statistics"),
+    "triton",
+)
 OUTCOME = re.compile(r"::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?: +\(.*\))? +\[ *\d+%\]$")
 
 
@@ -49,7 +54,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     print(environment(), flush=True)
     torch.cuda.empty_cache()  # frees what environment() took for the processes below
-    good, outcome = True, "tests/gpu: not run"
+    good, outcome = True, "tests: not run"
     if not arguments.no_tests:
         good = check(folder, min(CHECK, end - time.monotonic()))
         outcome = tests(folder, min(TESTS, end - time.monotonic()))
@@ -103,9 +108,9 @@ def check(folder: Path, seconds: float) -> bool:
 
 
 def tests(folder: Path, seconds: float) -> str:
-    """Runs ``tests/gpu``, one process per file, and prints its failures; returns a line with the counts."""
-    files = sorted((ledger.ROOT / "tests" / "gpu").glob("test_*.py"))
-    options = ["-v", "-m", "not smollm and not slow", "-p", "no:cacheprovider", "--color=no"]
+    """Runs the GPU tests of ``tests/flashsink``, one process per file, and prints failures; returns a line of counts."""
+    files = [ledger.ROOT / "tests" / "flashsink" / f"test_{name}.py" for name in TESTED]
+    options = ["-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "--color=no"]
     commands = {path.stem: [sys.executable, "-m", "pytest", str(path), *options] for path in files}
     ended = together(commands, folder, seconds)
     for name, one in ended.items():
@@ -123,9 +128,9 @@ def counts(text: str) -> Counter[str]:
 
 
 def summary(ended: dict[str, Ended]) -> str:
-    """ "tests/gpu: N passed, M failed", and the files that did not finish, with the reason."""
+    """ "tests: N passed, M failed", and the files that did not finish, with the reason."""
     total = sum((counts(one.text) for one in ended.values()), Counter())
-    text = f"tests/gpu: {total['passed']} passed, {total['failed']} failed"
+    text = f"tests: {total['passed']} passed, {total['failed']} failed"
     # pytest ends with 0 if all passed, 1 after failures, 5 with nothing to run
     cut = [f"{name}: {one.why}" for name, one in ended.items() if one.code not in (0, 1, 5)]
     return "; ".join([text, *cut])

@@ -51,18 +51,18 @@ def test_a_process_with_output_ends_by_itself_or_at_its_limit(tmp_path):
     assert ended.code == 0 and ended.text.endswith("\n2\n")
 
 
-LOG = """tests/gpu/test_norm.py::test_a[right padding-torch.bfloat16] PASSED      [  1%]
-tests/gpu/test_norm.py::test_b FAILED                                    [ 50%]
-tests/gpu/test_norm.py::test_c[1] SKIPPED (no reason)                    [ 75%]
-tests/gpu/test_norm.py::test_d """
+LOG = """tests/flashsink/test_norm.py::test_a[right padding-torch.bfloat16] PASSED      [  1%]
+tests/flashsink/test_norm.py::test_b FAILED                                    [ 50%]
+tests/flashsink/test_norm.py::test_c[1] SKIPPED (no reason)                    [ 75%]
+tests/flashsink/test_norm.py::test_d """
 
 
 def test_tests_are_counted_also_where_they_were_stopped():
     assert gpu.counts(LOG) == {"passed": 1, "failed": 1}
-    assert gpu.counts(LOG + "\nFAILED tests/gpu/test_norm.py::test_b - assert\n")["failed"] == 1
+    assert gpu.counts(LOG + "\nFAILED tests/flashsink/test_norm.py::test_b - assert\n")["failed"] == 1
     ended = {"a": Ended(1, "", LOG), "b": Ended(None, "stopped after 100 s", LOG)}
-    assert gpu.summary(ended) == "tests/gpu: 2 passed, 2 failed; b: stopped after 100 s"
-    assert gpu.summary({"a": Ended(5, "", "")}) == "tests/gpu: 0 passed, 0 failed"
+    assert gpu.summary(ended) == "tests: 2 passed, 2 failed; b: stopped after 100 s"
+    assert gpu.summary({"a": Ended(5, "", "")}) == "tests: 0 passed, 0 failed"
 
 
 def test_a_check_that_fails_stops_the_timing(tmp_path, monkeypatch, capsys):
@@ -107,9 +107,9 @@ def test_claims_without_time_say_so(tmp_path, monkeypatch):
 def test_the_table_ends_with_the_tests_and_all_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.ledger, "LEDGER", tmp_path / "ledger.csv")
     row = {"claim": "norm", "shape": "all", "provider": "all", "target": "", "verdict": "error: x"}
-    gpu.finish(tmp_path, [row], "tests/gpu: 3 passed, 1 failed")
+    gpu.finish(tmp_path, [row], "tests: 3 passed, 1 failed")
     last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0] == "tests/gpu: 3 passed, 1 failed" and "0 met, 0 missed, 1 without a number" in last[1]
+    assert last[0] == "tests: 3 passed, 1 failed" and "0 met, 0 missed, 1 without a number" in last[1]
     assert gpu.ledger.read(tmp_path / "ledger.csv") == gpu.ledger.read(tmp_path / "rows.csv") != []
     assert 0 <= gpu.age() < gpu.WHOLE
 

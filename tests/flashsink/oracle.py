@@ -1,4 +1,4 @@
-"""The definitions of the design in float64, in loops over rows, heads, queries and keys; shares nothing with flashsink.
+"""The definitions of the design in float64, in loops over rows and queries or tokens; shares nothing with flashsink.
 
 Everything is differentiable (torch float64), so gradients come from autograd. Dimensions: B rows, H query and Hk
 key heads, Sq queries, Sk keys, D head dim, L layers, S tokens, C features.
@@ -30,17 +30,33 @@ def keys_of(row_runs, position, causal):
 
 
 class Attention:
-    """out (B,H,Sq,D), probs (B,H,Sq,Sk), received and mean_received (B,H,Sk), queries (B,Sk), lse (B,H,Sq)."""
+    """out (B,H,Sq,D), probs (B,H,Sq,Sk), received and mean_received (B,H,Sk), queries (B,Sk), lse (B,H,Sq).
+
+    ``sink_logits`` (H,) are one more term in every row's softmax, without a value.
+    """
 
     def __init__(
-        self, q, k, v, *, lengths=None, starts=None, cu_seqlens=None, causal=True, scale=None, query_starts=None
+        self,
+        q,
+        k,
+        v,
+        *,
+        lengths=None,
+        starts=None,
+        cu_seqlens=None,
+        causal=True,
+        scale=None,
+        query_starts=None,
+        sink_logits=None,
     ):
         q, k, v = q.double(), k.double(), v.double()
         b_, h_, sq, d = q.shape
-        hk, sk = k.shape[1:3]
+        sk = k.shape[2]
+        k, v = (x.repeat_interleave(h_ // k.shape[1], dim=1) for x in (k, v))
         scale = 1.0 / math.sqrt(d) if scale is None else scale
         rows = runs(b_, sk, lengths, starts, cu_seqlens)
-        out = [[[torch.zeros(d, dtype=torch.float64) for _ in range(sq)] for _ in range(h_)] for _ in range(b_)]
+        nothing = torch.zeros(h_, d, dtype=torch.float64)
+        out = [[nothing] * sq for _ in range(b_)]
         self.probs = torch.zeros(b_, h_, sq, sk, dtype=torch.float64)
         self.lse = torch.zeros(b_, h_, sq, dtype=torch.float64)
         self.queries = torch.zeros(b_, sk, dtype=torch.long)
@@ -51,27 +67,22 @@ class Attention:
                 keys = keys_of(rows[b], position, causal)
                 if not keys:
                     continue
-                counted = query_starts is None or position >= int(query_starts[b])
                 low, high = keys[0], keys[-1] + 1
-                if counted:
+                scores = (k[b, :, low:high] * q[b, :, i, None]).sum(-1) * scale  # (H, keys)
+                top = scores.detach().amax(-1, keepdim=True)
+                e = (scores - top).exp()
+                total = e.sum(-1, keepdim=True)
+                if sink_logits is not None:
+                    total = total + (sink_logits.double()[:, None] - top).exp()
+                p = e / total
+                out[b][i] = (p[..., None] * v[b, :, low:high]).sum(1)
+                self.probs[b, :, i, low:high] = p.detach()
+                self.lse[b, :, i] = (top + total.detach().log()).squeeze(-1)
+                if query_starts is None or position >= int(query_starts[b]):
                     self.queries[b, low:high] += 1
-                for h in range(h_):
-                    g = h // (h_ // hk)
-                    scores = (k[b, g, low:high] * q[b, h, i]).sum(-1) * scale
-                    top = scores.detach().max()
-                    e = (scores - top).exp()
-                    p = e / e.sum()
-                    out[b][h][i] = (p[:, None] * v[b, g, low:high]).sum(0)
-                    self.probs[b, h, i, low:high] = p.detach()
-                    self.lse[b, h, i] = (top + e.sum().log()).detach()
-                    if counted:
-                        self.received[b, h, low:high] += p.detach()
-        self.out = torch.stack([torch.stack([torch.stack(head) for head in row]) for row in out])
-        self.mean_received = torch.zeros_like(self.received)
-        for b in range(b_):
-            for j in range(sk):
-                if self.queries[b, j] > 0:
-                    self.mean_received[b, :, j] = self.received[b, :, j] / float(self.queries[b, j])
+                    self.received[b, :, low:high] += p.detach()
+        self.out = torch.stack([torch.stack(row, dim=1) for row in out])
+        self.mean_received = self.received / self.queries.clamp(min=1)[:, None]
 
     def sink_rate(self, eps=0.3, min_queries=1):
         b_, h_, sk = self.received.shape
@@ -126,6 +137,11 @@ def weigh(probs, v):
     return out
 
 
+def norm(x):
+    """The Euclidean norm, at least 1e-12 as in torch.nn.functional.normalize."""
+    return (x * x).sum().sqrt().clamp(min=1e-12)
+
+
 def decorrelation(layers, spans, *, margin=0.0, starts=None, cu_seqlens=None):
     """Definition 4, token by token; float64 with its graph."""
     layers = [layer.double() for layer in layers]
@@ -141,7 +157,7 @@ def decorrelation(layers, spans, *, margin=0.0, starts=None, cu_seqlens=None):
                 a, h = layer[b, first], layer[b, first + s]
                 if not bool(a.detach().any()) or not bool(h.detach().any()):
                     continue  # the cosine with a zero vector is 0
-                cos = (a * h).sum() / ((a * a).sum().sqrt() * (h * h).sum().sqrt())
+                cos = (a * h).sum() / (norm(a) * norm(h))
                 total = total + torch.relu(cos * cos - margin)
         per_layer.append(total)
     if count == 0:
@@ -154,7 +170,7 @@ def activations(layers, lengths=None, starts=None):
     top, feature, median = [], [], []
     for layer in layers:
         layer = layer.detach().double()
-        b_, s_, c_ = layer.shape
+        b_, s_, _ = layer.shape
         rows = runs(b_, s_, lengths, starts)
         top.append([[0.0] * s_ for _ in range(b_)])
         feature.append([[-1] * s_ for _ in range(b_)])
@@ -162,10 +178,16 @@ def activations(layers, lengths=None, starts=None):
         for b in range(b_):
             everything = []
             for s in range(*rows[b][0]):
-                sizes = [abs(float(x)) for x in layer[b, s]]
+                sizes = layer[b, s].abs().tolist()
                 everything += sizes
                 top[-1][b][s] = max(sizes)
-                feature[-1][b][s] = min(c for c in range(c_) if sizes[c] == max(sizes))
+                feature[-1][b][s] = sizes.index(max(sizes))
             if everything:
                 median[-1][b] = sorted(everything)[(len(everything) - 1) // 2]
     return top, feature, median
+
+
+def rms_norm(h, weight, eps):
+    """RMSNorm (B,S,C) in float64 with its graph."""
+    h = h.double()
+    return weight.double() * h / (h.square().mean(-1, keepdim=True) + eps).sqrt()

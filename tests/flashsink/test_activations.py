@@ -2,120 +2,106 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
+from cases import BACKENDS, LEVELS, STATES, States, on
 
 import flashsink
 
-LAYOUTS = {
-    "no padding": {},
-    "right padding": {"lengths": [8, 3, 1]},
-    "left padding": {"starts": [0, 5, 7]},
-    "both": {"starts": [2, 5, 0], "lengths": [4, 2, 8]},
-    "rows without tokens": {"starts": [8, 0, 3], "lengths": [0, 0, 5]},
-}
+
+def half(backend, dtype):
+    """float16 where the interpreter cannot do bfloat16."""
+    return dtype if backend.takes(dtype) else torch.float16
 
 
-def make(layout, features=10, dtype=torch.float32):
-    hidden = torch.randn(2, 3, 8, features, generator=torch.Generator().manual_seed(6)).to(dtype)
-    return hidden, {name: torch.tensor(value) for name, value in layout.items()}
-
-
-def valid(layout):
-    first = layout.get("starts", torch.zeros(3, dtype=torch.long))
-    length = layout.get("lengths", 8 - first)
-    position = torch.arange(8)
-    return (position >= first[:, None]) & (position < (first + length)[:, None])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("features", [10, 7, 1])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_definition(oracle, backend, layout, features, dtype):
-    hidden, layout = make(LAYOUTS[layout], features, dtype)
-    stats = flashsink.activation_stats(hidden, **layout, median=True, backend=backend)
-    top, feature, median = oracle.activations(hidden, **layout)
+@on(LEVELS)
+@pytest.mark.parametrize(("features", "dtype"), [(11, None), (1, None), (64, torch.bfloat16), (200, torch.bfloat16)])
+@pytest.mark.parametrize("case", STATES)
+def test_equals_the_definition(backend, case, features, dtype):
+    """Rounded, so that there are ties; padding holds NaN, and gives 0 and -1."""
+    states, dtype = States(case, backend.device), half(backend, dtype or backend.dtype)
+    layers = [(states.states(features, torch.float32, seed) * 3).round().to(dtype) for seed in range(2)]
+    given = [h.masked_fill(~states.valid[..., None], float("nan")).requires_grad_() for h in layers]
+    if states.packed:
+        stats = backend.module.activation_stats(given, states.layout, True)
+    else:
+        options = {name: x.to(backend.device) for name, x in states.valid_options.items()}
+        stats = flashsink.activation_stats(given, **options, median=True, backend=backend.name)
     assert stats.max_abs.dtype == stats.median.dtype == torch.float32 and stats.feature.dtype == torch.int32
-    assert stats.max_abs.tolist() == top
-    assert stats.feature.tolist() == feature
-    assert stats.median.tolist() == median
+    assert not stats.max_abs.requires_grad and not stats.median.requires_grad
+    if states.packed:  # the oracle takes dense rows; these have no padding between the sequences
+        end = max(end for _, _, end in states.bos)
+        top, feature, median = oracle.activations([h.cpu() for h in layers], [end])
+    else:
+        top, feature, median = oracle.activations([h.cpu() for h in layers], **states.valid_options)
+    assert stats.max_abs.tolist() == top and stats.feature.tolist() == feature and stats.median.tolist() == median
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_median_is_torch_median_of_the_valid_tokens(backend, layout):
-    hidden, layout = make(LAYOUTS[layout])
-    stats = flashsink.activation_stats(hidden, **layout, median=True, backend=backend)
-    keep = valid(layout)
-    for layer in range(2):
-        for row in range(3):
-            own = hidden[layer, row][keep[row]].abs()
-            expected = own.median() if own.numel() else torch.tensor(0.0)
-            assert stats.median[layer, row] == expected
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_is_zero_and_minus_one_whatever_it_holds(backend, layout):
-    hidden, layout = make(LAYOUTS[layout])
-    clean = flashsink.activation_stats(hidden, **layout, median=True, backend=backend)
-    padding = ~valid(layout)
-    for poison in (float("nan"), float("inf"), 1e30):
-        dirty = hidden.masked_fill(padding[:, :, None], poison)
-        stats = flashsink.activation_stats(dirty, **layout, median=True, backend=backend)
-        assert torch.equal(stats.max_abs, clean.max_abs)
-        assert torch.equal(stats.feature, clean.feature)
-        assert torch.equal(stats.median, clean.median)
-    assert not clean.max_abs[:, padding].any()
-    assert (clean.feature[:, padding] == -1).all()
-    assert (clean.feature[:, ~padding] >= 0).all()
-
-
+@on(LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("features", [5, 64, 1000])
-def test_ties_give_the_lowest_feature(backend, features, dtype):
-    hidden = torch.zeros(1, 1, 4, features, dtype=dtype)
-    hidden[0, 0, 1, [2, 4]] = 3.0
-    hidden[0, 0, 2, [1, features - 1]] = torch.tensor([-3.0, 3.0], dtype=dtype)
-    hidden[0, 0, 3] = -1.5
-    stats = flashsink.activation_stats(hidden, backend=backend)
-    assert stats.feature[0, 0].tolist() == [0, 2, 1, 0]
-    assert stats.max_abs[0, 0].tolist() == [0.0, 3.0, 3.0, 1.5]
+def test_ties_signs_and_special_values(backend, dtype):
+    dtype = half(backend, dtype)
+    nan, inf, limits = float("nan"), float("inf"), torch.finfo(dtype)
+    h = torch.zeros(12, 200)
+    h[1, [3, 199]] = torch.tensor([-50.0, 50.0])
+    h[2, [120, 121]] = 77.0
+    h[3, 5] = inf
+    h[4, [7, 2]] = torch.tensor([-inf, 1e4])
+    h[5, [3, 1, 150]] = torch.tensor([inf, nan, -nan])
+    h[6, [1, 4]] = torch.tensor([inf, nan])
+    h[7, 13] = -limits.tiny
+    h[8] = -1.5
+    h[9] = limits.max
+    h[10, -1] = -3.0
+    h[11] = nan
+    h = h.to(dtype).to(backend.device)
+    h.view(torch.int32 if dtype == torch.float32 else torch.int16)[5, 150] |= 1  # another NaN, larger as bits
+    valid = torch.tensor([11], device=backend.device)
+    stats = flashsink.activation_stats(h[None, None], lengths=valid, backend=backend.name)
+    assert stats.feature[0, 0].tolist() == [0, 3, 120, 5, 7, 1, 4, 13, 0, 0, 199, -1]
+    want = [0.0, 50.0, 77.0, inf, inf, nan, nan, limits.tiny, 1.5, limits.max, 3.0, 0.0]
+    torch.testing.assert_close(stats.max_abs[0, 0].cpu(), torch.tensor(want), rtol=0, atol=0, equal_nan=True)
 
 
 def test_values_are_exact_where_bfloat16_steps_are_wide(backend):
-    hidden = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    hidden = torch.zeros(1, 1, 1, 8, dtype=half(backend, torch.bfloat16), device=backend.device)
     hidden[..., 5], hidden[..., 6] = -20096.0, 19968.0
-    stats = flashsink.activation_stats(hidden, backend=backend)
+    stats = flashsink.activation_stats(hidden, backend=backend.name)
     assert (stats.max_abs.item(), stats.feature.item()) == (20096.0, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_nan_is_the_largest_and_the_first_one_is_named(backend, dtype):
-    """The feature is one that exists, whatever else the token holds."""
-    nan, inf = float("nan"), float("inf")
-    hidden = torch.tensor([[2.0, 9.0, 1.0], [2.0, nan, 1.0], [inf, 1.0, nan], [-nan, nan, inf], [nan] * 3]).to(dtype)
-    stats = flashsink.activation_stats(hidden[None, None], lengths=torch.tensor([4]), backend=backend)
-    assert stats.feature[0, 0].tolist() == [1, 1, 2, 0, -1]
-    assert stats.max_abs[0, 0].isnan().tolist() == [False, True, True, True, False]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_of_many_features(backend, dtype):
+    for features in (8192, 8191):
+        h = torch.zeros(1, 1, 1, features, dtype=half(backend, dtype), device=backend.device)
+        h[..., -1] = -3.0
+        assert flashsink.activation_stats(h, backend=backend.name).feature.item() == features - 1
 
 
 def test_no_rows(backend):
-    stats = flashsink.activation_stats(torch.zeros(2, 0, 3, 8), median=True, backend=backend)
+    stats = flashsink.activation_stats(
+        torch.zeros(2, 0, 3, 8, device=backend.device), median=True, backend=backend.name
+    )
     assert stats.max_abs.shape == stats.feature.shape == (2, 0, 3) and stats.median.shape == (2, 0)
 
 
-def test_list_and_strided_inputs(backend):
-    hidden, layout = make(LAYOUTS["both"])
-    want = flashsink.activation_stats(hidden, **layout, median=True, backend=backend)
-    strided = hidden.transpose(1, 2).contiguous().transpose(1, 2)
-    for other in (list(hidden.unbind(0)), tuple(hidden.unbind(0)), strided, hidden.mT.contiguous().mT):
-        stats = flashsink.activation_stats(other, **layout, median=True, backend=backend)
-        assert torch.equal(stats.max_abs, want.max_abs)
-        assert torch.equal(stats.feature, want.feature)
-        assert torch.equal(stats.median, want.median)
+def test_any_strides_and_unlike_dtypes(backend):
+    states = States("starts", backend.device)
+    h = states.states(16)
+    for other in (
+        h.transpose(0, 1).contiguous().transpose(0, 1),
+        h.mT.contiguous().mT,
+        h[:1].expand(h.shape),
+        h.half(),
+    ):
+        stats = backend.module.activation_stats([other, h], states.layout, True)
+        for layer, given in enumerate((other, h)):
+            want = BACKENDS[0].module.activation_stats([given.contiguous()], states.layout, True)
+            assert all(torch.equal(getattr(stats, n)[layer], getattr(want, n)[0]) for n in ("max_abs", "feature"))
+            assert torch.equal(stats.median[layer], want.median[0])
 
 
-def test_no_median_unless_asked_and_no_graph(backend):
-    hidden = make({})[0].requires_grad_()
-    stats = flashsink.activation_stats(hidden, backend=backend)
-    assert stats.median is None and not stats.max_abs.requires_grad
-    assert not flashsink.activation_stats(hidden, median=True, backend=backend).median.requires_grad
+def test_no_median_unless_asked(backend):
+    hidden = States("right padding", backend.device).states(8)[None]
+    assert flashsink.activation_stats(hidden, backend=backend.name).median is None

@@ -7,8 +7,10 @@ import gc
 import weakref
 from itertools import pairwise
 
+import oracle
 import pytest
 import torch
+from decoders import decoder, training_inputs, valid
 from torch.utils.checkpoint import checkpoint
 
 import flashsink
@@ -21,15 +23,6 @@ def hooks(model):
         len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
         for module in model.modules()
     )
-
-
-def decoder(model):
-    return next(m for m in model.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
-
-
-def keep_mask(starts, lengths, tokens):
-    position = torch.arange(tokens)
-    return (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
 
 
 def packed_batch(vocabulary=60):
@@ -57,7 +50,7 @@ def test_logits_equal_sdpa(model, padding):
     plain = model(input_ids=ids, attention_mask=mask).logits
     probe = flashsink.attach(model)
     got = model(input_ids=ids, attention_mask=mask).logits
-    keep = keep_mask(starts, lengths, 12)
+    keep = valid(starts, lengths, 12)
     torch.testing.assert_close(got[keep], plain[keep], rtol=1e-5, atol=1e-5)
     probe.detach()
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, plain)
@@ -82,12 +75,12 @@ def test_a_row_gives_the_same_alone(model, padding):
 
 
 @torch.no_grad()
-def test_sinks_are_column_sums_of_the_attention_maps(model, padding, oracle):
+def test_sinks_are_column_sums_of_the_attention_maps(model, padding):
     _, ids, mask, starts, lengths = padding
     maps = eager(model, input_ids=ids, attention_mask=mask).attentions
     probe = flashsink.attach(model)
     model(input_ids=ids, attention_mask=mask)
-    keep = keep_mask(starts, lengths, 12)
+    keep = valid(starts, lengths, 12)
     assert len(probe.sinks) == len(maps) == 3
     for stats, a in zip(probe.sinks, maps, strict=True):
         expected = torch.zeros(3, 4, 12)
@@ -104,7 +97,7 @@ def test_sinks_are_column_sums_of_the_attention_maps(model, padding, oracle):
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_spans", [False, True], ids=["all tokens", "spans"])
-def test_decorrelation_loss(model, padding, oracle, with_spans):
+def test_decorrelation_loss(model, padding, with_spans):
     _, ids, mask, starts, lengths = padding
     spans = (lengths * 2 + 2) // 3 if with_spans else lengths
     hidden = eager(model, input_ids=ids, attention_mask=mask).hidden_states
@@ -121,7 +114,7 @@ def test_decorrelation_loss(model, padding, oracle, with_spans):
 
 
 @torch.no_grad()
-def test_activations_are_those_of_the_layers_outputs(model, padding, oracle):
+def test_activations_are_those_of_the_layers_outputs(model, padding):
     _, ids, mask, starts, lengths = padding
     last = []
     handle = (
@@ -145,7 +138,7 @@ def test_activations_are_those_of_the_layers_outputs(model, padding, oracle):
 
 
 @torch.no_grad()
-def test_packed_sequences(model, oracle):
+def test_packed_sequences(model):
     ids, positions, bounds = packed_batch()
     spans = torch.tensor([1, 4, 2])
     plain = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -190,15 +183,8 @@ def train_once(model, inputs, checkpointing, spans):
     return total.detach(), probe.decorrelation_loss.detach(), grads, after, probe.activations
 
 
-def training_inputs(padding):
-    _, ids, mask, starts, lengths = padding
-    embeds = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
-    labels = ids.clone() if mask is None else ids.masked_fill(mask == 0, -100)
-    return {"inputs_embeds": embeds, "attention_mask": mask, "labels": labels, "use_cache": False}
-
-
 def test_checkpointing_changes_nothing(model, padding):
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     loss, decorrelation, grads, received, top = train_once(model, inputs, False, spans)
     loss2, decorrelation2, grads2, received2, top2 = train_once(model, inputs, True, spans)
     assert decorrelation > 0 and len(grads) > 3 and grads.keys() == grads2.keys()
@@ -225,7 +211,7 @@ def checkpoint_calls(model):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_checkpointing_around_the_hooks_changes_nothing(tiny, padding, kind):
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     model = tiny(kind)
     loss, decorrelation, grads, received, top = train_once(model, inputs, False, spans)
     checkpoint_calls(model)
@@ -253,9 +239,9 @@ def test_recomputed_layers_leave_the_probe_alone(tiny):
         assert torch.equal(stats.received, before)
 
 
-def test_gradients_equal_those_of_hidden_states(model, padding, oracle):
+def test_gradients_equal_those_of_hidden_states(model, padding):
     """CE + 3 x loss through the probe against the same by output_hidden_states and the oracle."""
-    inputs, spans = training_inputs(padding), (padding[4] + 1) // 2
+    inputs, spans = training_inputs(padding)
     total, _, grads, _, _ = train_once(model, inputs, False, spans)
     model.zero_grad(set_to_none=True)
     embeds = inputs["inputs_embeds"].clone().requires_grad_()

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
+import decoders
+import oracle
 import pytest
 import torch
+from decoders import decoder, generate
 
 import flashsink
 
+prompts = functools.partial(decoders.prompts, tokens=9, seed=5)
 EVERY_HEAD = [(layer, head) for layer in range(3) for head in range(4)]
-
-
-def prompts(starts, tokens=9):
-    ids = torch.randint(3, 60, (len(starts), tokens), generator=torch.Generator().manual_seed(5))
-    keep = torch.arange(tokens) >= torch.tensor(starts)[:, None]
-    ids = ids.masked_fill(~keep, 0)
-    ids[torch.arange(len(starts)), torch.tensor(starts)] = 1
-    return ids, keep.long()
-
-
-def decoder(model):
-    return next(m for m in model.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
-
-
-@torch.no_grad()
-def generate(model, ids, mask, **mode):
-    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
-    return model.generate(input_ids=ids, attention_mask=mask, **(options | mode))
 
 
 class Layer:
@@ -47,7 +35,7 @@ class Layer:
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize(("beta", "threshold"), [(0.4, 0.1), (0.0, 0.25)])
 @pytest.mark.parametrize("starts", [[0, 0], [0, 4]], ids=["no padding", "left padding"])
-def test_a_prefill_equals_act_by_hand_in_one_layer(model, oracle, index, beta, threshold, starts):
+def test_a_prefill_equals_act_by_hand_in_one_layer(model, index, beta, threshold, starts):
     ids, mask = prompts(starts)
     decoder(model).set_attn_implementation("eager")
     seen = model(input_ids=ids, attention_mask=mask, output_attentions=True)
@@ -129,8 +117,8 @@ def test_the_sinks_can_be_read(model, beta):
 
 @torch.no_grad()
 @pytest.mark.parametrize("starts", [[0, 0], [0, 4]], ids=["no padding", "left padding"])
-def test_a_text_behind_a_span_is_treated_as_while_decoding(model, starts):
-    """One forward over prompt and text gives the logits of a prefill of the prompt and a step of all the text."""
+def test_text_after_the_span_is_treated_as_while_decoding(model, starts):
+    """One forward over prompt and text gives the logits of a prefill with the prompt and one step with the text."""
     ids, mask = prompts(starts, tokens=14)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     probe = flashsink.attach(model)
@@ -168,7 +156,7 @@ def test_a_left_padded_row_gives_the_same_tokens_alone(model, mode):
 
 
 @torch.no_grad()
-def test_the_sinks_of_the_prompt_are_kept_while_decoding(model, oracle):
+def test_the_sinks_of_the_prompt_are_kept_while_decoding(model):
     """The first decode step against ACT by hand, with the sinks of the prefill."""
     ids, mask = prompts([0, 4])
     decoder(model).set_attn_implementation("eager")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 
+import oracle
 import pytest
 import torch
+from decoders import training_inputs
 from torch import nn
 
 import flashsink
@@ -58,17 +60,9 @@ class OtherNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-def inputs(padding):
-    _, ids, mask, _, lengths = padding
-    embeds = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
-    labels = ids.clone() if mask is None else ids.masked_fill(mask == 0, -100)
-    call = {"inputs_embeds": embeds, "attention_mask": mask, "labels": labels, "use_cache": False}
-    return call, (lengths + 1) // 2
-
-
-def exact(tiny, padding, oracle, weight, margin=0.0):
+def exact(tiny, padding, weight, margin=0.0):
     """Loss, decorrelation, gradients and activations by output_hidden_states and the oracle, in float64."""
-    call, spans = inputs(padding)
+    call, spans = training_inputs(padding)
     model = tiny("llama").double().train()
     call["inputs_embeds"] = call["inputs_embeds"].double()
     out = model(**call, output_hidden_states=True)
@@ -79,7 +73,7 @@ def exact(tiny, padding, oracle, weight, margin=0.0):
 
 
 def measure(model, padding, weight, scale=1.0, margin=0.0, checkpointing=False):
-    call, spans = inputs(padding)
+    call, spans = training_inputs(padding)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -95,8 +89,8 @@ def measure(model, padding, weight, scale=1.0, margin=0.0, checkpointing=False):
 @pytest.mark.parametrize("padding", ["none", "both"], indirect=True)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("known", [True, False], ids=["fused", "standalone"])
-def test_the_product(tiny, padding, oracle, chosen, calls, known, checkpointing, scale):
-    want = exact(tiny, padding, oracle, 3.0, margin=0.1)
+def test_the_product(tiny, padding, chosen, calls, known, checkpointing, scale):
+    want = exact(tiny, padding, 3.0, margin=0.1)
     model = tiny("llama")
     if not known:
         for layer in model.model.layers:
@@ -121,7 +115,7 @@ def test_accumulation_adds_up(tiny, padding, chosen):
     """Two backwards before a step give the sum of their gradients."""
     alone = [measure(tiny("llama"), padding, weight)[3] for weight in (1.0, 4.0)]
     model = tiny("llama").train()
-    call, spans = inputs(padding)
+    call, spans = training_inputs(padding)
     probe = flashsink.attach(model)
     for weight in (1.0, 4.0):
         with probe.spans(spans):
@@ -170,7 +164,7 @@ def test_the_loss_holds_two_numbers_a_token_and_no_states(tiny, chosen):
 
 @pytest.mark.parametrize("padding", ["left"], indirect=True)
 def test_ligers_norms_are_taken_over_in_llamas_form_and_left_alone_in_others(tiny, padding, calls, caplog):
-    call, spans = inputs(padding)
+    call, spans = training_inputs(padding)
     for casting, offset, fused in (("llama", 0.0, True), ("gemma", 1.0, False), ("none", 0.0, False)):
         model = tiny("llama")
         ran = []
@@ -189,12 +183,12 @@ def test_ligers_norms_are_taken_over_in_llamas_form_and_left_alone_in_others(tin
         with probe.spans(spans):
             model(**call)
         assert calls["fused"] == (2 if fused else 0) and calls["standalone"] == (0 if fused else 1)
-        assert len(ran) == (1 if fused else 3)  # the first layer's norm reads embeddings, which nobody observes
+        assert len(ran) == (1 if fused else 3)  # the first layer's norm reads embeddings, which are not observed
         assert ("Liger" in caplog.text) == (not fused)
         probe.detach()
         ran.clear()
         model(**call)
-        assert len(ran) == 3  # the patch of somebody else is back
+        assert len(ran) == 3  # the original patch is restored
         caplog.clear()
 
 
@@ -204,7 +198,7 @@ def test_ligers_norms_are_taken_over_in_llamas_form_and_left_alone_in_others(tin
 def test_an_attached_model_compiles_into_one_graph(tiny, padding, chosen, kind, training):
     torch._dynamo.reset()
     model = tiny(kind)
-    call, spans = inputs(padding)
+    call, spans = training_inputs(padding)
     probe = flashsink.attach(model, queries="after_span")
     results = []
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -51,7 +51,7 @@ def check_exact(model, **inputs):
 
 
 def check_refused(model, match, **inputs):
-    """With the reason; and what is left behind is usable and undone by detach."""
+    """Refused with the reason, and detach restores the model."""
     plain = model(**inputs).logits
     probe = flashsink.attach(model)
     with pytest.raises(ValueError, match=match):
@@ -201,12 +201,90 @@ def test_where_values_cost_a_synchronization_a_foreign_pattern_is_not_looked_at(
     check_refused(gemma3(32), "attention_mask: .*got another pattern", **inputs)
 
 
+# ---- masks
+
+
+def bad_masks():
+    """name: (mask of two rows of 6 tokens, what is said about it)."""
+    holes = torch.ones(3, 2, 6, dtype=torch.long)
+    holes[:, 1] = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 0, 1, 1, 1], [1, 0, 1, 0, 0, 0]])
+    seen = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6)
+    found = {f"hole {n}": (mask, "attention_mask.*holes") for n, mask in enumerate(holes)}
+    others = {
+        "bool": seen,
+        "additive": torch.zeros(2, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min),
+        "int64": seen.long(),
+        "int64 of one query": torch.ones(2, 1, 1, 6, dtype=torch.long),
+        "int32": seen.int(),
+    }
+    others |= {str(size): torch.ones(size, dtype=torch.long) for size in ((2, 5), (3, 6), (6,), (2, 6, 6))}
+    return found | {name: (mask, "attention_mask") for name, mask in others.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", bad_masks())
+def test_masks_that_are_not_of_padding(tiny, mask):
+    model = tiny("llama")
+    probe = flashsink.attach(model)
+    bad, match = bad_masks()[mask]
+    with pytest.raises(ValueError, match=match):
+        model(input_ids=ids(tokens=6), attention_mask=bad)
+    model(input_ids=ids(tokens=6), attention_mask=torch.ones(2, 6, dtype=torch.long))
+    assert len(probe.sinks) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_sliding_windows_shorter_than_the_sequence_are_refused(tiny, kind):
+    options = {"sliding_window": 6}
+    if kind != "mistral":
+        options |= {"use_sliding_window": True, "max_window_layers": 1}
+    model = tiny(kind, **options)
+    short = model(input_ids=ids(tokens=6)).logits
+    probe = flashsink.attach(model)
+    torch.testing.assert_close(model(input_ids=ids(tokens=6)).logits, short, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="sliding_window"):
+        model(input_ids=ids(tokens=7))
+    model(input_ids=ids(tokens=5))
+    assert probe.sinks[0].received.shape == (2, 4, 5)
+    probe.detach()
+    assert torch.equal(model(input_ids=ids(tokens=6)).logits, short)
+
+
+@torch.no_grad()
+def test_a_window_of_zero_in_the_call_is_none(tiny):
+    model = tiny("mistral", sliding_window=None)
+    want = model(input_ids=ids(tokens=9)).logits
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 0
+    flashsink.attach(model)
+    torch.testing.assert_close(model(input_ids=ids(tokens=9)).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_dropout_is_not_ignored(tiny):
+    model = tiny("llama", attention_dropout=0.1)
+    flashsink.attach(model)
+    assert model(input_ids=ids()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="dropout"):
+        model.train()(input_ids=ids())
+
+
+def test_learned_sink_logits_are_not_ignored():
+    """GPT-OSS adds a column to every softmax; without it every probability would be another."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads)).eval()
+    flashsink.attach(model)
+    with pytest.raises(ValueError, match="s_aux.*GPT-OSS"):
+        model(input_ids=ids())
+
+
 # ---- packed rows
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, None])
-def test_positions_that_restart_beside_a_cache(tiny, use_cache):
+def test_positions_that_restart_with_a_cache(tiny, use_cache):
     """Transformers then takes the row for one sequence."""
     model = tiny("llama")
     packed = {"input_ids": ids(1), "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None]}
@@ -254,7 +332,7 @@ def test_what_changes_nothing_passes(tiny):
     ],
 )
 def test_what_is_not_known_is_refused(tiny, name, value):
-    """Whatever the model hands to attention beside q, k, v and the mask, and whoever has put it there."""
+    """Any argument that the model passes to attention in addition to q, k, v and the mask."""
     model = tiny("llama")
     probe = flashsink.attach(model)
     with pytest.raises(ValueError, match=f"{name}: flashsink's attention does not know it, expected None"):

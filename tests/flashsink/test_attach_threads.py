@@ -7,13 +7,10 @@ import threading
 
 import pytest
 import torch
+from decoders import ids
 from torch.utils.checkpoint import checkpoint
 
 import flashsink
-
-
-def ids(rows=2, tokens=8, seed=0):
-    return torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def in_thread(run):
@@ -71,7 +68,7 @@ def waiting(tiny):
 
 
 @torch.no_grad()
-def test_a_forward_beside_another_is_refused_and_does_no_harm(waiting):
+def test_a_forward_during_another_is_refused_and_does_no_harm(waiting):
     model, probe, begin, end = waiting
     slow, fast = ids(3, 9, seed=1), ids(2, 8, seed=2)
     with probe.spans(torch.tensor([5, 6, 7])):

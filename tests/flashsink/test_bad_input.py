@@ -82,27 +82,22 @@ BAD_QKV = [
     ("v", {"v": torch.randn(B, HK, S, D, device="meta")}),
     ("v", {"v": [1.0]}),
 ]
+
+
+def vectors(name):
+    """What is no vector of two integers on the CPU."""
+    bad = [ints(1, 2, 3), ints(1), torch.tensor(3), ints(3, 4)[:, None], [3, 4], torch.tensor([3.0, 4.0])]
+    bad += [torch.tensor([True, False]), ints(3, 4).to("meta")]
+    return [(name, {name: value}) for value in bad]
+
+
 BAD_LENGTHS = [
-    ("lengths", {"lengths": ints(1, 2, 3)}),
-    ("lengths", {"lengths": ints(1)}),
-    ("lengths", {"lengths": torch.tensor(3)}),
-    ("lengths", {"lengths": ints(3, 4)[:, None]}),
-    ("lengths", {"lengths": [3, 4]}),
-    ("lengths", {"lengths": torch.tensor([3.0, 4.0])}),
-    ("lengths", {"lengths": torch.tensor([True, False])}),
-    ("lengths", {"lengths": ints(3, 4).to("meta")}),
+    *vectors("lengths"),
     ("lengths", {"lengths": ints(-1, 4)}),
     ("lengths", {"lengths": ints(3, S + 1)}),
     ("lengths", {"lengths": ints(3, S), "starts": ints(0, 1)}),
 ]
-BAD_STARTS = [
-    ("starts", {"starts": ints(1, 2, 3)}),
-    ("starts", {"starts": torch.tensor([0.0, 1.0])}),
-    ("starts", {"starts": torch.tensor([False, True])}),
-    ("starts", {"starts": ints(0, 1).to("meta")}),
-    ("starts", {"starts": ints(-1, 0)}),
-    ("starts", {"starts": ints(0, S + 1)}),
-]
+BAD_STARTS = [*vectors("starts"), ("starts", {"starts": ints(-1, 0)}), ("starts", {"starts": ints(0, S + 1)})]
 BAD_BOUNDS = [
     ("cu_seqlens", {"cu_seqlens": ints(0)}),
     ("cu_seqlens", {"cu_seqlens": ints(1, 4, 6)}),
@@ -136,13 +131,16 @@ BAD_HIDDEN = [
     + BAD_STARTS
     + [
         ("cu_seqlens", {"cu_seqlens": ints(0, 3, 6)}),  # two rows
-        ("query_starts", {"query_starts": ints(1, 2, 3), "return_stats": True}),
-        ("query_starts", {"query_starts": torch.tensor([1.0, 2.0]), "return_stats": True}),
-        ("query_starts", {"query_starts": ints(1, 2).to("meta"), "return_stats": True}),
+        *((name, options | {"return_stats": True}) for name, options in vectors("query_starts")),
     ],
 )
 def test_attention(argument, options):
     check(attention, argument, options)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite(scale):
+    check(attention, "scale", {"scale": scale})
 
 
 @pytest.mark.parametrize(
@@ -184,12 +182,7 @@ def test_calibrated_attention(argument, options):
     BAD_HIDDEN
     + BAD_STARTS
     + [
-        ("spans", {"spans": ints(1, 2, 3)}),
-        ("spans", {"spans": torch.tensor([1.0, 2.0])}),
-        ("spans", {"spans": torch.tensor([True, True])}),
-        ("spans", {"spans": [1, 2]}),
-        ("spans", {"spans": ints(1, 2)[:, None]}),
-        ("spans", {"spans": ints(1, 2).to("meta")}),
+        *vectors("spans"),
         ("spans", {"spans": ints(-1, 2)}),
         ("spans", {"spans": ints(1, S + 1)}),
         ("spans", {"spans": ints(1, S), "starts": ints(0, 1)}),
@@ -221,7 +214,7 @@ def test_activation_stats(argument, options):
 
 
 @pytest.mark.parametrize("call", [attention, calibrated, decorrelation, activation])
-def test_messages_tell_what_came(call):
+def test_messages_show_the_value(call):
     with pytest.raises(ValueError, match=r"starts: .*got .*\[0, 99\]"):
         call(starts=ints(0, 99))
 
@@ -258,7 +251,7 @@ def test_importing_flashsink_imports_neither_transformers_nor_avsr():
 
 
 @pytest.mark.parametrize("bounds", [[3, 5, 9], [0, 7, 4, 30], [-2, 2, 2, -5], [0, 0, 0]])
-def test_bounds_that_nobody_checks_are_cut_to_the_tokens_there_are(monkeypatch, bounds):
+def test_unchecked_bounds_are_clamped_to_the_tokens(monkeypatch, bounds):
     """As on a GPU, where looking at values would synchronise: no kernel may leave its tensors."""
     monkeypatch.setattr(_checks, "check_values", lambda *_: False)
     layout = _checks.resolve_layout(1, 9, torch.device("cpu"), cu_seqlens=torch.tensor(bounds))

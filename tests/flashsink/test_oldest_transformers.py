@@ -1,4 +1,4 @@
-"""attach with the oldest transformers that an installation allows, beside everything else as it is installed."""
+"""attach with the oldest transformers that an installation allows, with everything else as it is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from flashsink import versions
 
 ROOT = Path(__file__).parents[2]
-# what that release needs besides, and the newest releases no longer bring
+# additional requirements of that release that the newest releases do not install
 BESIDE = ("huggingface_hub<2", "httpx<1", "httpcore==1.*")
 
 

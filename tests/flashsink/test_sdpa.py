@@ -1,4 +1,4 @@
-"""The sdpa backend: layouts as sequences side by side for somebody else's attention, and our statistics on top."""
+"""The sdpa backend: layouts as adjacent sequences for a vendor's attention."""
 
 from __future__ import annotations
 
@@ -8,27 +8,15 @@ import types
 
 import pytest
 import torch
+from cases import ATTENTION, Problem, compare, exact
 
 import flashsink
 from flashsink import reference, sdpa
 from flashsink.checks import resolve_layout
-from flashsink.triton import attention as triton
-
-CASES = {
-    "full": (2, 4, 2, 17, 17, {}),
-    "right padding": (3, 3, 1, 17, 17, {"lengths": [17, 5, 0]}),
-    "left padding": (3, 2, 2, 17, 17, {"starts": [0, 5, 16]}),
-    "both": (3, 4, 2, 17, 17, {"starts": [2, 5, 0], "lengths": [9, 12, 3]}),
-    "one query": (3, 4, 1, 1, 17, {"starts": [0, 3, 16]}),
-    "queries at the end": (3, 2, 1, 5, 17, {"starts": [0, 3, 14], "lengths": [17, 14, 1]}),
-    "queries in padding": (2, 2, 1, 5, 17, {"lengths": [17, 14]}),
-    "packed": (1, 4, 2, 20, 20, {"cu_seqlens": [0, 1, 8, 20]}),
-    "packed with empty sequences and a tail": (1, 2, 1, 20, 20, {"cu_seqlens": [0, 0, 6, 6, 6, 17, 17]}),
-}
 
 
 def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal, scale):
-    """What a vendor does with sequences side by side: (out (T, H, D), lse (H, T)); causal ends at the last key."""
+    """What a vendor computes from adjacent sequences: (out (T, H, D), lse (H, T)); causal ends at the last key."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
     assert bounds_q[0] == bounds_k[0] == 0 and bounds_q[-1] == len(q) and bounds_k[-1] == len(k)
     assert bounds_q.diff().min() >= 0 and bounds_q.diff().max() <= longest_q
@@ -48,28 +36,19 @@ def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal, scale):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("case", CASES)
-def test_every_layout_becomes_sequences_side_by_side(monkeypatch, case, causal):
+@pytest.mark.parametrize("case", ATTENTION)
+def test_every_layout_becomes_adjacent_sequences(monkeypatch, case, causal):
     monkeypatch.setitem(sdpa.VENDORS, "torch", varlen)
-    b, h, hk, queries, keys, options = CASES[case]
-    layout = resolve_layout(b, keys, torch.device("cpu"), **{n: torch.tensor(x) for n, x in options.items()})
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(b, n, s, 8, generator=g) for n, s in ((h, queries), (hk, keys), (hk, keys)))
-    padding = ~layout.valid()[:, None, :, None]
-    results = []
-    for run in (lambda *x: sdpa.attend(*x, layout, causal, 0.3), None):
-        poison = 0.0 if run is None else float("nan")
-        leaves = [x.masked_fill(padding[:, :, keys - x.shape[2] :], poison).requires_grad_() for x in (q, k, v)]
-        if run is None:
-            out, (stats,) = reference.attention(*leaves, layout, causal=causal, scale=0.3, counted=[None])
-            lse, received = stats.lse, stats.received
-        else:
-            out, lse = run(*leaves)
-            received = triton.run_received(q, k, lse, layout, causal=causal, scale=0.3)
-        out.sin().sum().backward()
-        results.append([out.detach(), lse, received, *(x.grad for x in leaves)])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    problem = Problem(case)
+    leaves, keys = problem.leaves(), problem.padding.shape[1]
+    layout = resolve_layout(len(problem.padding), keys, torch.device("cpu"), **problem.layout)
+    out, lse = sdpa.attend(*leaves, layout, causal, leaves[0].shape[-1] ** -0.5)
+    gradients = torch.autograd.grad(out, leaves, problem.upstream)
+    queries = exact(case, causal)["queries"]
+    found = dict(
+        zip(("out", "lse", "queries", "dq", "dk", "dv"), (out.detach(), lse, queries, *gradients), strict=True)
+    )
+    compare(found, exact(case, causal), torch.float32)
 
 
 def test_other_vendors_are_called_as_they_want_it(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def smollm():
 
 
 def batch(tokenizer):
-    """Two rows with BOS in front, the second one shorter and left-padded."""
+    """Two rows that begin with BOS, the second one shorter and left-padded."""
     rows = [[1, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in (TEXT, TEXT[:40])]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
@@ -38,7 +39,7 @@ def batch(tokenizer):
 
 
 @torch.no_grad()
-def test_sinks_and_hidden_states_equal_those_of_transformers(smollm, oracle):
+def test_sinks_and_hidden_states_equal_those_of_transformers(smollm):
     model, tokenizer = smollm
     ids, mask, positions = batch(tokenizer)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}

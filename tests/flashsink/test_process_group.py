@@ -8,11 +8,18 @@ import torch.distributed as dist
 
 import flashsink
 
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)] if CUDA else ["cpu"])
+def device(request):
+    return request.param
+
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     """One rank, and the name of its backend. A group that is there stays: DeepSpeed remembers it."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if CUDA else "gloo"
     own = not dist.is_initialized()
     if own:
         store = tmp_path_factory.mktemp("group") / "store"

@@ -34,7 +34,7 @@ def fresh():
 
 @needs_library
 def test_one_openmp_runtime():
-    """A second one beside torch's would fight with it for the cores."""
+    """A second runtime would compete with torch's for the cores."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     native.library()

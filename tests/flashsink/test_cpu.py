@@ -1,0 +1,99 @@
+"""The C++ kernels: which calls they serve, their exponential, and that threads and tiles change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LEVELS, Backend, Problem, States, compare, exact, on, run
+
+import flashsink
+from flashsink import dispatch, reference
+from flashsink.cpu import backend as cpu
+from flashsink.cpu import received as native_received
+from flashsink.types import Layout
+
+CPU = [b for b in LEVELS if isinstance(b, Backend) and b.name == "cpu"]
+TILES = [Backend("cpu", tiles=True, level=b.level) for b in CPU]
+
+
+@on(CPU[:1])
+def test_which_calls_are_the_kernels_and_which_the_references(backend, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the reference ran")
+
+    q = torch.randn(1, 2, 6, 8)
+    layout = Layout(torch.tensor([0]), torch.tensor([6]), 1, 6, False)
+    logits, sinks = torch.zeros(2), torch.ones(1, 2, 6, dtype=torch.bool)
+    for name in ("attention", "calibrated_attention", "probabilities", "visible", "decorrelation_sums", "rms_norm"):
+        monkeypatch.setattr(reference, name, refuse)
+    monkeypatch.setattr(reference, "activation_stats", refuse)
+    for packed in (False, True):
+        for causal in (True, False):
+            where = layout._replace(packed=packed)
+            cpu.attention(q, q, q, where, causal=causal, scale=1.0, counted=[None], sink_logits=logits)
+    cpu.calibrated_attention(q, q, q, sinks, layout, beta=0.4, scale=1.0)
+    h, spans = q[0], torch.tensor([6, 2])
+    rows = Layout(torch.tensor([0, 0]), torch.tensor([6, 6]), 2, 6, False)
+    flashsink.decorrelation_loss([h], spans)  # the default on CPU tensors
+    flashsink.activation_stats([h])
+    cpu.rms_norm(h, torch.ones(8), 1e-5, rows, spans, 0.0)
+    learned = q.clone().requires_grad_()
+    for x, options in ((q.double(), {}), (learned, {"sink_logits": logits}), (q[:, :, :0], {})):
+        with pytest.raises(AssertionError, match="the reference ran"):
+            cpu.attention(x, q, q, layout, causal=True, scale=1.0, **options)
+    for x in (q.double(), learned):
+        with pytest.raises(AssertionError, match="the reference ran"):
+            cpu.calibrated_attention(x, x, x, sinks, layout, beta=0.4, scale=1.0)
+    for dtype in (torch.float16, torch.float64):
+        for call in (
+            lambda x: cpu.decorrelation_sums([x], spans, rows, 0.0),
+            lambda x: cpu.activation_stats([x], rows, False),
+            lambda x: cpu.rms_norm(x, torch.ones(8, dtype=x.dtype), 1e-5, rows, spans, 0.0),
+        ):
+            with pytest.raises(AssertionError, match="the reference ran"):
+                call(h.to(dtype))
+    with pytest.raises(AssertionError, match="the reference ran"):
+        flashsink.decorrelation_loss([h], spans, backend="reference")
+    with pytest.raises(ValueError, match=r"backend.*'cpu'"):
+        dispatch.select("cpu", "cuda")
+
+
+@on(CPU + TILES)
+def test_exponential(backend):
+    """One query with the products x: received is e^x."""
+    x = torch.cat([torch.linspace(-87.0, 88.0, 20001), torch.linspace(-1e-3, 1e-3, 99), torch.randn(999)])
+    op = torch.ops.flashsink.received
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
+    got = op(one, x.view(1, 1, -1, 1), zero, torch.tensor([0]), torch.tensor([len(x)]), None, False, True, 1.0)
+    assert ((got.flatten().double() - x.double().exp()) / x.double().exp()).abs().max() < 2e-7
+    small = torch.tensor([-88.0, -100.0, -1e30, -float("inf"), float("nan"), 0.0]).view(1, 1, -1, 1)
+    got = op(one, small, zero, torch.tensor([0]), torch.tensor([6]), None, False, True, 1.0).flatten()
+    assert got.tolist()[:4] == [0.0] * 4 and torch.isnan(got[4]) and got[5] == 1.0
+
+
+@on(TILES[:1])
+@pytest.mark.parametrize("products", [1, 3000, 100_000])
+def test_the_cut_changes_nothing_but_rounding(backend, monkeypatch, products):
+    monkeypatch.setattr(native_received, "PRODUCTS", products)
+    for case in ("150 tokens", "150 tokens packed"):
+        compare(run(backend, Problem(case)), exact(case), torch.float32)
+
+
+@on(CPU + TILES[:1])
+def test_threads_change_no_bit(backend, threads):
+    states = States("long")
+    h = [states.states(2080, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    problems = [Problem(case) for case in ("150 tokens", "150 tokens packed", "300 tokens")]
+    results = []
+    for number in (1, 2, 3):
+        threads(number)
+        found = [x for problem in problems for x in run(backend, problem).values()]
+        for x in h:
+            leaf, weight = x.clone().requires_grad_(), torch.ones(2080, dtype=x.dtype).requires_grad_()
+            sums = cpu.decorrelation_sums([leaf], states.spans, states.layout, 0.1)
+            normed = cpu.rms_norm(leaf, weight, 1e-5, states.layout, states.spans, 0.1)
+            found += torch.autograd.grad(sums.sum() + normed.out.sum() + normed.total, (leaf, weight))
+            found += [sums.detach(), *normed, *cpu.activation_stats([x], states.layout, False).__dict__.values()]
+        results.append([x for x in found if x is not None])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

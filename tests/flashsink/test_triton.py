@@ -1,0 +1,115 @@
+"""The Triton kernels: what is launched, and that no tile or number of programs changes a result."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from cases import SHIPPED, TRITON, Problem, States, compare, exact, on, run
+
+import flashsink
+from flashsink.triton import decorrelation, launch, norm
+
+
+@contextlib.contextmanager
+def launched():
+    """The launches inside."""
+    seen = []
+    with launch.observe(lambda one: seen.append(one) or True):
+        yield seen
+
+
+@on(TRITON)
+def test_how_often_kernels_are_launched(backend):
+    """Once for all layers, twice for attention's backward and delta, and not at all for float64."""
+    problem, states = Problem("17 tokens, GQA 3", device=backend.device), States("starts", backend.device)
+    leaves = problem.leaves()
+    with launched() as seen:
+        out, stats = flashsink.attention(*leaves, backend="triton", return_stats=True)
+        out.sum().backward()
+        assert stats.received is not None and len(seen) == 4  # captured, not counted by a pass
+    with launched() as seen:
+        sinks = torch.ones(2, 3, 17, dtype=torch.bool, device=backend.device)
+        flashsink.calibrated_attention(*problem.qkv, sinks, backend="triton")
+        assert len(seen) == 2
+    h = [states.states(16, seed=seed).requires_grad_() for seed in range(3)]
+    with launched() as seen:
+        decorrelation.decorrelation_sums(h, states.spans, states.layout, 0.0).sum().backward()
+        assert len(seen) == 2
+        backend.module.activation_stats(h, states.layout, False)
+        assert len(seen) == 3
+    weight = torch.ones(16, device=backend.device)
+    for spans, count in ((states.spans, 3), (None, 2)):
+        with launched() as seen:
+            normed = norm.rms_norm(h[0], weight, 1e-5, states.layout, spans, 0.0)
+            normed.out.sum().backward()
+            assert len(seen) == count
+            assert seen[-1].arguments["of_weight"] is None  # a frozen weight costs nothing
+    with launched() as seen:
+        wide = [x.detach().double() for x in h]
+        backend.module.decorrelation_sums(wide, states.spans, states.layout, 0.0)
+        backend.module.activation_stats(wide, states.layout, False)
+        backend.module.rms_norm(wide[0], weight, 1e-5, states.layout, None, 0.0)
+        assert not seen
+
+
+@on(SHIPPED)
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["right padding", "packed", "33 tokens, two groups"])
+def test_the_shipped_tiles(backend, case, dtype):
+    dtype = dtype or backend.dtype
+    compare(run(backend, Problem(case, dtype, device=backend.device)), exact(case, dtype=dtype), dtype)
+
+
+@on(TRITON)
+@pytest.mark.parametrize("programs", [1, 10_000])
+@pytest.mark.parametrize("case", ["long", "packed crowd"])
+def test_any_number_of_programs(backend, monkeypatch, case, programs):
+    """Sequences cut into more or fewer parts, and several steps in the search for a chunk's sequences."""
+    states = States(case, backend.device)
+    h = states.states(16)
+    found = []
+    for _ in range(2):
+        leaf, weight = h.clone().requires_grad_(), torch.linspace(0.5, 1.5, 16, device=h.device).requires_grad_()
+        sums = decorrelation.decorrelation_sums([leaf], states.spans, states.layout, 0.1)
+        normed = norm.rms_norm(leaf, weight, 1e-3, states.layout, states.spans, 0.1)
+        total = 2.0 * sums[0] + normed.out.square().sum() + 3.0 * normed.total
+        found.append([sums, *normed, *torch.autograd.grad(total, (leaf, weight))])
+        monkeypatch.setattr(decorrelation, "_PROGRAMS", programs)
+        monkeypatch.setattr(norm, "_PROGRAMS", programs)
+        monkeypatch.setattr(norm, "_BLOCK_N", 2)
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@on(TRITON)
+def test_too_many_features(backend):
+    states = States("one token", backend.device)
+    h = states.states(8193)
+    for call in (
+        lambda: backend.module.decorrelation_sums([h], states.spans, states.layout, 0.0),
+        lambda: backend.module.activation_stats([h], states.layout, False),
+        lambda: backend.module.rms_norm(h, h[0, 0], 1e-5, states.layout, None, 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"hidden_states.*8192.*8193"):
+            call()
+
+
+@on(TRITON)
+def test_checkpointing(backend):
+    """Non-reentrant: the forward runs twice and the gradient is the same."""
+    from torch.utils.checkpoint import checkpoint
+
+    states = States("starts", backend.device)
+    h, weight = states.states(16), torch.ones(16, device=backend.device)
+
+    def step(h):
+        normed = norm.rms_norm(h, weight, 1e-3, states.layout, states.spans, 0.1)
+        return normed.out.square().sum() + normed.total
+
+    gradients = []
+    for call in (step, lambda x: checkpoint(step, x, use_reentrant=False)):
+        leaf = h.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(call(leaf), leaf)[0])
+    assert torch.equal(*gradients)

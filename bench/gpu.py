@@ -108,7 +108,7 @@ def check(folder: Path, seconds: float) -> bool:
 
 
 def tests(folder: Path, seconds: float) -> str:
-    """Runs the GPU tests of ``tests/flashsink``, one process per file, and prints failures; returns a line of counts."""
+    """Runs the GPU tests of ``tests/flashsink``, one process per file, and prints failures; returns the counts."""
     files = [ledger.ROOT / "tests" / "flashsink" / f"test_{name}.py" for name in TESTED]
     options = ["-v", "-m", "gpu and not slow", "-p", "no:cacheprovider", "--color=no"]
     commands = {path.stem: [sys.executable, "-m", "pytest", str(path), *options] for path in files}

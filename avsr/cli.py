@@ -160,7 +160,10 @@ _RUN = _argument("run", help="the run folder")
 _CHECKPOINT = _argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
 _OVERRIDES = _argument("overrides", nargs="*", metavar="key=value")
 _KEYS, _PRETRAIN_KEYS = "avsr.config:Config", "avsr.tools.lipreader.pretrain:PretrainConfig"
-_SYNTH_KEYS, _PREPARE_KEYS = "avsr.tools.synth.options:SynthOptions", "avsr.tools.prepare.options:PrepareOptions"
+_SYNTH_KEYS, _PREPARE_KEYS = (
+    "avsr.tools.corpora.synth.options:SynthOptions",
+    "avsr.tools.corpora.prepare.options:PrepareOptions",
+)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from bench import svg
 from bench.runner.ledger import RESULTS
 
 if TYPE_CHECKING:
-    from avsr.tools.synth.espeak import Speech
     from matplotlib.figure import Figure
+
+    from avsr.tools.corpora.synth.espeak import Speech
 
 ROWS = (
     ("WER, unseen sentences", "wer_{}", "{:.3f}"),
@@ -70,15 +71,15 @@ def av(folder: Path = Path("runs/demo_av"), results: Path = RESULTS) -> None:
 
 def mouths(results: Path = RESULTS) -> None:
     """Drawn mouths, still and speaking."""
-    from avsr.tools.synth.espeak import Espeak
-    from avsr.tools.synth.mouth import draw_mouth
-    from avsr.tools.synth.sentences import GRID_SAID_AS
-    from avsr.tools.synth.shards import normalise
-    from avsr.tools.synth.visemes import frames_of, viseme_track
-    from avsr.tools.synth.voices import VOICES
     from PIL import Image
 
     from avsr.data.video_writer import write_video
+    from avsr.tools.corpora.synth.espeak import Espeak
+    from avsr.tools.corpora.synth.mouth import draw_mouth
+    from avsr.tools.corpora.synth.sentences import GRID_SAID_AS
+    from avsr.tools.corpora.synth.shards import normalise
+    from avsr.tools.corpora.synth.visemes import frames_of, viseme_track
+    from avsr.tools.corpora.synth.voices import VOICES
 
     voice = next(voice for voice in VOICES if voice.name == VOICE)
     speech = Espeak(voice.voice, voice.rate, voice.pitch, seed=0).speak(SENTENCE, GRID_SAID_AS)
@@ -95,10 +96,10 @@ def mouths(results: Path = RESULTS) -> None:
 def sheet(frames: np.ndarray, speech: Speech) -> Figure:
     """Speakers (down) by visemes (across); below, every third frame of the sentence."""
     import matplotlib.pyplot as plt
-    from avsr.tools.synth.mouth import draw_mouth
-    from avsr.tools.synth.visemes import TARGETS, VISEMES
 
     from avsr.data.video_writer import FRAMES_PER_SECOND
+    from avsr.tools.corpora.synth.mouth import draw_mouth
+    from avsr.tools.corpora.synth.visemes import TARGETS, VISEMES
 
     targets = TARGETS[[VISEMES.index(name) for name in SHOWN]]
     stills = [np.concatenate(list(draw_mouth(targets, name, "still")), axis=1) for name in SPEAKERS]

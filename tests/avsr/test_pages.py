@@ -15,6 +15,9 @@ import pytest
 from avsr import cli
 from avsr.config import load_config
 from avsr.config.composing import compose
+from avsr.tools.corpora.prepare.options import parse_options as prepare_options
+from avsr.tools.corpora.synth.corpus import parse_options as synth_options
+from avsr.tools.lipreader.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "avsr/README.md", "kernels/README.md", "bench/README.md", "configs/README.md")
@@ -62,7 +65,7 @@ def test_json_blocks_are_manifest_rows(tmp_path: Path) -> None:
 def test_shell_blocks_name_commands_that_exist(block: Block) -> None:
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     for line in block.text.splitlines():
-        words = [word for word in shlex.split(line, comments=True)]
+        words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
         if words:
@@ -95,24 +98,22 @@ def _check(words: list[str]) -> None:
 
 def _check_avsr(words: list[str]) -> None:
     """The command parses, its config exists, and its keys are known."""
-    arguments, rest = cli._parser().parse_known_args([word for word in words if word != "[key=value ...]"])
+    arguments, rest = cli._parser().parse_known_args(words)
     overrides = [*getattr(arguments, "overrides", []), *rest]
     match words[0]:
+        case "analyze":
+            targets = [word for word in arguments.targets if "=" not in word]
+            assert targets and all(
+                word.startswith(("limit=", "model.llm.")) for word in arguments.targets if "=" in word
+            )
         case "prepare":
-            from avsr.tools.prepare.options import parse_options
-
-            parse_options(arguments.corpus, overrides)
+            prepare_options(arguments.corpus, overrides)
         case "synth":
-            from avsr.tools.synth.corpus import parse_options as parse_synth
-
-            parse_synth(overrides)
+            synth_options(overrides)
         case "pretrain":
-            from avsr.tools.lipreader.pretrain import PretrainConfig
-
             compose(arguments.config, overrides, PretrainConfig)
         case _:
-            config = getattr(arguments, "config", "demo")
-            load_config(config if config != "CONFIG" else "demo", [word for word in overrides if word != "[key=value"])
+            load_config(getattr(arguments, "config", "demo"), overrides)
 
 
 def test_links_lead_somewhere() -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from avsr.tools.prepare.options import PrepareOptions
-from avsr.tools.synth.options import SynthOptions
 from omegaconf import MISSING
 
 from avsr.cli import main
@@ -21,6 +19,8 @@ from avsr.config.composing import leaves
 from avsr.config.keys import Rule, check, group, key, keys
 from avsr.config.reference import help_text, markdown
 from avsr.errors import UserError
+from avsr.tools.corpora.prepare.options import PrepareOptions
+from avsr.tools.corpora.synth.options import SynthOptions
 from avsr.tools.lipreader.pretrain import PretrainConfig
 
 

@@ -86,10 +86,10 @@ def mouths(results: Path = RESULTS) -> None:
     track = viseme_track(speech.phonemes, frames_of(len(speech.waveform)))
     frames = draw_mouth(track, VOICE, "sample")
     picture = results / "mouths.png"
-    sheet(frames, speech).savefig(picture, dpi=72, metadata={"Software": None})
-    with Image.open(picture) as image:  # 24 greys are enough and take a third of the space
-        levels = image.convert("L").point(lambda grey: round(round(grey * 23 / 255) * 255 / 23))
-    levels.quantize(24).save(picture, optimize=True)
+    sheet(frames, speech).savefig(picture, dpi=95, metadata={"Software": None})
+    with Image.open(picture) as image:  # 40 greys are enough and take a third of the space
+        levels = image.convert("L").point(lambda grey: round(round(grey * 39 / 255) * 255 / 39))
+    levels.quantize(40).save(picture, optimize=True)
     write_video(results / "mouth.mp4", frames, sound=normalise(speech.waveform))
 
 

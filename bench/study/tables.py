@@ -180,8 +180,8 @@ def main_table(rows: Rows) -> str:
         p_values = [f"{p:.4f}" if seeds == len(SEEDS) else "" for p in (d.p_bootstrap, d.p_seeds)]
         values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, *p_values, corrected]
         lines.append([title, str(seeds), *values, f"{d.smallest:.4f}"])
-    titles = ("off", "with", "difference", "95% interval", "p bootstrap", "p seeds", "Holm", "smallest seen")
-    return _table(("against off", "seeds", *titles), lines)
+    numbers = ("off", "with", "difference", "95% interval", "p bootstrap", "p seeds", "Holm", "smallest seen")
+    return _table(("against off", "seeds", *numbers), lines)
 
 
 def side_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int] = SEEDS) -> str:

@@ -303,6 +303,37 @@ def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ("decode.nbest=2", "decode.nbest: expected at most decode.beams = 1, got 2"),
+        ("decode.length_penalty=.inf", "decode.length_penalty: expected a finite number, got inf"),
+        ("training.compile=true training.gradient_checkpointing=selective", "training.compile: not with"),
+        ("training.compile=true training.kernels=liger", "training.compile: training.kernels=liger replaces"),
+        ("training.gradient_norms_every=1 deepspeed.stage=3", "norms_every: not available under ZeRO stage 3"),
+        (
+            "training.gradient_norms_every=1 training.gradient_checkpointing=selective",
+            "norms_every: not with training.g",
+        ),
+        ("training.gradient_norms_every=1 loss.cross_entropy=liger", "norms_every: not with loss.cross_entropy=liger"),
+        ("training.packed=true model.llm.attention=sdpa", "training.packed: needs model.llm.attention=flashsink"),
+        (
+            "deepspeed.offload_optimizer=true deepspeed.stage=0",
+            "offload_optimizer: needs deepspeed.stage of at",
+        ),
+        (
+            "deepspeed.offload_parameters=true deepspeed.stage=2",
+            "offload_parameters: needs deepspeed.stage of at",
+        ),
+        ("model.delimiters.init=none model.delimiters.train=true", "model.delimiters.train: there is nothing to train"),
+        ("augment.time_mask=true data.cache=folder", "augment.views: a cache holds a fixed number of versions"),
+    ],
+)
+def test_keys_that_do_not_go_together(recipe: Callable[..., str], overrides: str, part: str) -> None:
+    message = refusal(recipe(), *overrides.split())
+    assert part in message
+
+
 @pytest.mark.parametrize(("task", "kind"), [("audio", "wavlm"), ("video", "visual")])
 def test_only_avhubert_has_lora(recipe: Callable[..., str], task: str, kind: str) -> None:
     """cuDNN trains no recurrent layer in eval mode, and WavLM's attention never calls its linear layers."""

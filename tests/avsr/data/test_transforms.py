@@ -18,7 +18,6 @@ from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.noise import Babble
 from avsr.data.transforms import PLAIN, Transforms, Version, random_crop, time_mask
-from avsr.errors import UserError
 from avsr.models.build import build_store
 
 CPU = torch.device("cpu")
@@ -276,8 +275,3 @@ def test_without_a_cache_every_epoch_is_new(av_recipe: Callable[..., Path], tmp_
     plain = load_clip(mouth, {"video"}, 0.2).mouth
     assert plain is not None
     assert torch.equal(middle, center_crop(plain, 88, 88).flatten(1))
-
-
-def test_a_cache_and_endless_versions_do_not_go_together(av_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"augment\.views.*data\.cache=null"):
-        load_config(str(av_recipe(tmp_path, "video")), ["augment.time_mask=true"])

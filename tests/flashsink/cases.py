@@ -109,7 +109,7 @@ def _device(*backends):
 
 def _triton(**options):
     interpreted = [Backend("triton", **options)] if INTERPRETED else []
-    return interpreted + _device(*(Backend("triton", "cuda", dtype, **options) for dtype in (BF16, torch.float32)))
+    return interpreted + _device(Backend("triton", "cuda", BF16, **options))
 
 
 BF16 = torch.bfloat16
@@ -117,7 +117,7 @@ TRITON, SHIPPED = _triton(), _triton(shipped=True)
 BACKENDS = [Backend("reference"), *_cpu(), *TRITON]
 LEVELS = [*BACKENDS, *_cpu(level=1), *_cpu(level=0)]
 KERNELS = [*LEVELS, *(b for level in (None, 1, 0) for b in _cpu(tiles=True, level=level))]
-KERNELS += _device(Backend("sdpa", "cuda", BF16))
+KERNELS += _device(Backend("triton", "cuda"), Backend("sdpa", "cuda", BF16))
 
 
 def on(backends):

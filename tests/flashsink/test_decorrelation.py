@@ -73,9 +73,10 @@ def test_every_layout(backend, case, margin, features, dtype):
 def test_any_number_of_features(backend, features):
     h = make("right padding", features, torch.float32, 1)[0][:, :9]
     (loss, (gradient,)), (want, (exact_gradient,)) = both([h], [9, 5, 1], backend, margin=0.1)
-    assert float(loss) == pytest.approx(float(want), rel=1e-6)
+    bound = 1e-6 if backend.device == "cpu" else 1e-5
+    assert float(loss) == pytest.approx(float(want), rel=bound)
     if features > 1:  # with one all cosines are 1, and the gradient is 0
-        assert relative(gradient, exact_gradient) < 1e-6
+        assert relative(gradient, exact_gradient) < bound
 
 
 @pytest.mark.parametrize("kind", ["time first", "expanded", "unlike strides", "unlike dtypes"])
@@ -131,11 +132,12 @@ def test_float64(backend):
 
 
 def near_parallel():
-    """BOS with spikes of 2e4 and -3e3 and a token that differs from it by a relative 1e-3: 1 - cos^2 = 1e-6."""
+    """BOS with spikes of 2e4 and -3e3 and tokens that differ from it by a relative 1e-3: 1 - cos^2 is about 1e-6."""
     g = torch.Generator().manual_seed(4)
-    h = torch.randn(1, 6, 576, generator=g)
+    h = torch.randn(1, 8, 576, generator=g)
     h[:, 0, 507], h[:, 0, 100] = 2e4, -3e3
-    h[:, 1] = 0.8 * h[:, 0] + 0.7 * torch.randn(576, generator=g)
+    for token in range(1, 8):  # of several lengths, so that the ratios round differently
+        h[:, token] = (0.5 + token / 8) * h[:, 0] + 0.7 * torch.randn(576, generator=g)
     return h.bfloat16()
 
 
@@ -146,7 +148,7 @@ def naive(hidden, span):
 
 
 @on(LEVELS)
-@pytest.mark.parametrize("span", [2, 6])
+@pytest.mark.parametrize("span", [2, 8])
 def test_near_parallel_massive_activations(backend, span):
     hidden = near_parallel()
     a, h = hidden[0, 0].double(), hidden[0, 1].double()
@@ -154,7 +156,7 @@ def test_near_parallel_massive_activations(backend, span):
     got, want = both([hidden.float()], [span], backend)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=0)
     scaled = run([hidden.float()], [span], backend, upstream=65536.0)
-    for token in (0, 1):  # BOS and its shadow, each against its own size
+    for token in range(span):  # each against its own size
         # without fused multiply-add the product rounds before the subtraction
         bound = {"cpu": 1e-4 if backend.level == 0 else 2e-6}.get(backend.name, 1e-3)
         assert relative(got[1][0][:, token], want[1][0][:, token]) < bound

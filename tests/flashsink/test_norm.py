@@ -103,9 +103,10 @@ def test_any_number_of_features(backend, features):
     normed, of_h, of_weight = run(backend, states, h, weight, margin=0.1, factor=1000.0)
     out, total, *gradients = by_oracle(states, h, weight, margin=0.1, factor=1000.0)
     assert normed.total.item() == pytest.approx(total.item(), rel=1e-6)
-    assert relative(normed.out, out) < 3e-6 and relative(of_weight, gradients[1]) < 3e-6
+    bound = 3e-6 if backend.device == "cpu" else 1e-5
+    assert relative(normed.out, out) < bound and relative(of_weight, gradients[1]) < bound
     if features > 1:  # with one it is 0 but for eps
-        assert relative(of_h, gradients[0]) < 3e-6
+        assert relative(of_h, gradients[0]) < bound
 
 
 @on(LEVELS)
@@ -200,22 +201,22 @@ def test_only_h_is_kept_for_the_backward(backend):
 def test_near_parallel_massive_activations(backend, factor):
     """As in test_decorrelation.py: BOS with spikes of 2e4 and tokens nearly parallel to it; with a loss scale."""
     g = torch.Generator().manual_seed(4)
-    states = States("nothing counted", backend.device)
-    states.spans = torch.tensor([5, 3], device=backend.device)
-    h = torch.randn(2, 5, 2048, generator=g)
-    for row, bos in ((0, 0), (1, 1)):
-        h[row, bos, 507], h[row, bos, 100] = 2e4, -3e3
-        h[row, bos + 1 :] = 0.8 * h[row, bos] + 8.0 * torch.randn(2048, generator=g)
+    states = States("one token", backend.device)
+    states.spans = torch.tensor([8, 0], device=backend.device)
+    states.layout = states.layout._replace(lengths=states.spans, tokens=8)
+    h = torch.randn(2, 8, 2048, generator=g)
+    h[:, 0, 507], h[:, 0, 100] = 2e4, -3e3
+    for token in range(1, 8):  # of several lengths, so that the ratios round differently
+        h[:, token] = (0.5 + token / 8) * h[:, 0] + 8.0 * torch.randn(2048, generator=g)
     h = h.to(backend.device).requires_grad_()
     total = backend.module.rms_norm(h, torch.ones_like(h[0, 0]), EPS, states.layout, states.spans, 0.0).total
     twin = h.detach().cpu().double().requires_grad_()
-    want = oracle.decorrelation([twin], [5, 3], **states.where()) * 6
+    want = oracle.decorrelation([twin], [8, 0]) * 7
     torch.testing.assert_close(total.cpu().double(), want, rtol=1e-6, atol=0)
     (got,), (other,) = torch.autograd.grad(factor * total, h), torch.autograd.grad(factor * want, twin)
     bound = {"cpu": 1e-4 if backend.level == 0 else 2e-6}.get(backend.name, 1e-3)
-    for row, bos in ((0, 0), (1, 1)):
-        for token in range(bos, bos + int(states.spans[row])):
-            assert relative(got[row, token], other[row, token]) < bound
+    for token in range(8):
+        assert relative(got[0, token], other[0, token]) < bound
 
 
 @on(LEVELS)

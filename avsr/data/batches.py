@@ -84,14 +84,16 @@ def collate(found: Sequence[Example | Lost]) -> Batch:
     return Batch(utterances, features, lengths, text, tasks, lost)
 
 
-def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Random | None = None) -> list[list[int]]:
-    """Groups indices so that (items x largest size) is at most ``budget``, with at most ``most`` items in a batch.
+def make_batches(
+    sizes: Sequence[int], max_frames: int, max_utterances: int, rng: random.Random | None = None
+) -> list[list[int]]:
+    """Groups indices of utterances so that (utterances x largest size) is at most ``max_frames`` in every batch.
 
-    Items of similar size share a batch, which keeps padding small. With ``rng``, sizes are jittered by up to 5% either
+    Utterances of similar size share a batch, which keeps padding small. With ``rng``, sizes are jittered by up to 5% either
     way before they are sorted, and the batches are shuffled; without it everything is ordered by size.
 
     Raises:
-        UserError: one item alone is larger than the budget.
+        UserError: one utterance alone has more than ``max_frames``.
     """
     jitter = (lambda size: size * rng.uniform(0.95, 1.05)) if rng is not None else float
     order = sorted(range(len(sizes)), key=lambda i: (jitter(sizes[i]), i))
@@ -99,10 +101,10 @@ def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Rando
     current: list[int] = []
     longest = 0
     for index in order:
-        if sizes[index] > budget:
-            raise UserError(f"an utterance of {sizes[index]} frames does not fit training.frames = {budget}")
+        if sizes[index] > max_frames:
+            raise UserError(f"an utterance of {sizes[index]} frames does not fit training.frames = {max_frames}")
         longest = max(longest, sizes[index])
-        if current and (longest * (len(current) + 1) > budget or len(current) >= most):
+        if current and (longest * (len(current) + 1) > max_frames or len(current) >= max_utterances):
             batches.append(current)
             current, longest = [], sizes[index]
         current.append(index)
@@ -114,7 +116,7 @@ def make_batches(sizes: Sequence[int], budget: int, most: int, rng: random.Rando
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BatchSampler:
     """Assigns batches to ranks and micro-steps; one seed gives the same schedule on any machine.
 
     A step takes ``world * accumulation`` batches of the epoch's list. The rest of an epoch is dropped; the shuffle
@@ -122,8 +124,8 @@ class Schedule:
     """
 
     sizes: tuple[int, ...]
-    budget: int
-    most: int
+    max_frames: int
+    max_utterances: int
     seed: int
     world: int = 1
     accumulation: int = 1
@@ -148,4 +150,4 @@ class Schedule:
         ]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        return make_batches(self.sizes, self.budget, self.most, random.Random(f"{self.seed} {epoch}"))
+        return make_batches(self.sizes, self.max_frames, self.max_utterances, random.Random(f"{self.seed} {epoch}"))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from avsr.config import Config
-from avsr.data.batches import Batch, Schedule, collate, make_batches
+from avsr.data.batches import Batch, BatchSampler, collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import Interrupted, UserError
 from avsr.models.speech_llm import SpeechLLM, Terms
@@ -61,7 +61,7 @@ class Trainer:
         self._lost = LostClips(Path(config.run))
         self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
-        self._schedule = Schedule(
+        self._sampler = BatchSampler(
             train.sizes, settings.frames, settings.utterances, settings.seed, self.world, settings.accumulation
         )
 
@@ -137,7 +137,7 @@ class Trainer:
         """The micro-batches of every step, from the current progress on, epoch after epoch."""
         progress, micro = self.progress, self.settings.accumulation
         while True:
-            steps = self._schedule.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
+            steps = self._sampler.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
             loader = DataLoader(
                 self.train,
                 batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],

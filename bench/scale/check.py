@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from avsr.config import load_config
-from avsr.data.batches import Schedule, collate
+from avsr.data.batches import BatchSampler, collate
 from avsr.tools.estimate.flops import Rows, step_flops
 from avsr.tools.estimate.memory import Sizes, Way
 from avsr.tools.estimate.profiling import WARM_UP, model_sizes
@@ -119,8 +119,8 @@ def _worker(number: int, stage: int, barrier: Any, results: Any) -> None:
 
 def _imbalance(trainer: Trainer, ranks: int) -> float:
     data, sizes, training = trainer.train, model_sizes(trainer), trainer.settings
-    schedule = Schedule(data.sizes, training.frames, training.utterances, training.seed, ranks)
-    by_rank = [schedule.epoch_steps(0, rank)[: WARM_UP + STEPS] for rank in range(ranks)]
+    sampler = BatchSampler(data.sizes, training.frames, training.utterances, training.seed, ranks)
+    by_rank = [sampler.epoch_steps(0, rank)[: WARM_UP + STEPS] for rank in range(ranks)]
 
     def work(indices: list[int]) -> float:
         batch = collate([data[i] for i in indices])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.data.batches import Example, Schedule, collate, make_batches
+from avsr.data.batches import Example, BatchSampler, collate, make_batches
 from avsr.data.manifest import Utterance
 from avsr.errors import UserError
 
@@ -57,9 +57,9 @@ def test_one_item_larger_than_the_budget_is_refused() -> None:
     assert "101" in str(caught.value) and "training.frames = 100" in str(caught.value)
 
 
-def schedule(sizes: list[int], **changes: int) -> Schedule:
-    options = {"budget": 200, "most": 8, "seed": 3, "world": 1, "accumulation": 1, **changes}
-    return Schedule(tuple(sizes), **options)
+def schedule(sizes: list[int], **changes: int) -> BatchSampler:
+    options = {"max_frames": 200, "max_utterances": 8, "seed": 3, "world": 1, "accumulation": 1, **changes}
+    return BatchSampler(tuple(sizes), **options)
 
 
 SIZES = random_sizes(random.Random(5), 120, 80)

@@ -89,8 +89,8 @@ def make_batches(
 ) -> list[list[int]]:
     """Groups indices of utterances so that (utterances x largest size) is at most ``max_frames`` in every batch.
 
-    Utterances of similar size share a batch, which keeps padding small. With ``rng``, sizes are jittered by up to 5% either
-    way before they are sorted, and the batches are shuffled; without it everything is ordered by size.
+    Utterances of similar size share a batch, which keeps padding small. With ``rng``, sizes are jittered by up to 5%
+    either way before they are sorted, and the batches are shuffled; without it everything is ordered by size.
 
     Raises:
         UserError: one utterance alone has more than ``max_frames``.

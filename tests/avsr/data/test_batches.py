@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avsr.data.batches import Example, BatchSampler, collate, make_batches
+from avsr.data.batches import BatchSampler, Example, collate, make_batches
 from avsr.data.manifest import Utterance
 from avsr.errors import UserError
 

@@ -19,7 +19,7 @@ from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.collect import collect
-from avsr.tools.analysis.subject import speech_subject
+from avsr.tools.analysis.inputs import speech_subject
 from avsr.training.metrics import read_metrics
 from bench.study.act import act_heads, calibrating
 from bench.study.arms import INFERENCE, SEEDS, START, Arm

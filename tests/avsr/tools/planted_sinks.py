@@ -99,6 +99,18 @@ def planted_subject(lm: Any, stray: bool = False) -> Subject:
     return Subject(lm, len(rows), batches, "<audio>")
 
 
+def plant(stray: bool = False) -> Subject:
+    return planted_subject(planted_model(stray=stray), stray=stray)
+
+
+@torch.no_grad()
+def states_of(subject: Subject, rows: Assembled, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    """(L + 1, B, S, C) by transformers: embeddings and outputs of the layers, the last one normed."""
+    given = rows.embeddings if embeddings is None else embeddings
+    options = {"use_cache": False, "output_hidden_states": True}
+    return torch.stack(subject.decoder(inputs_embeds=given, attention_mask=rows.mask, **options).hidden_states)
+
+
 def hooks_of(lm: Any) -> int:
     """Number of forward hooks in a model."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in lm.modules())

@@ -55,7 +55,7 @@ def run(subject: Subject, rows: Assembled, *taps: Tap) -> None:
         subject.forward(rows)
 
 
-def measure(subject: Subject, rows: Assembled, *taps: Tap, **options: bool) -> flashsink.Probe:
+def measure(subject: Subject, rows: Assembled, *taps: Tap, **options: Any) -> flashsink.Probe:
     """:func:`run` with flashsink attached by ``options``; the probe it returns is detached and readable."""
     probe = flashsink.attach(subject.lm, **options)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,35 @@ from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.collect import collect
-from avsr.tools.analysis.example import look_at
+from avsr.tools.analysis.example import examine_row
 from avsr.tools.analysis.features import feature_sets
-from avsr.tools.analysis.inputs import load_text_subject, parse_model_options, read_texts
+from avsr.tools.analysis.figures import Run
+from avsr.tools.analysis.inputs import load_text_subject, parse_model_options, read_texts, speech_subject
 from avsr.tools.analysis.origin import Untraceable, trace_origin
 from avsr.tools.analysis.report import write_report
-from avsr.tools.analysis.subject import Subject, speech_subject
-from avsr.tools.analysis.tokens import look
+from avsr.tools.analysis.statistics import measure_tokens
+from avsr.tools.analysis.subject import Subject
 from avsr.training.metrics import read_metrics
 
+Measure = Callable[[], dict[str, Any]]
 RUN, MODEL = "run", "language model"
-TRACED, TURNED = 32, 16  # rows of all lengths in which causes are looked for, and in which states are turned
+TRACED, TURNED = 32, 16  # rows of all lengths in which causes are traced, and in which states are rotated
 MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
 
 
 def analyze(targets: list[str], overrides: list[str], out: str | None = None, text: str | None = None) -> Path:
-    """Analyses one target or several side by side; returns the report's path.
+    """Analyzes one target or several side by side; returns the report's path.
 
     Args:
         targets: run folders, over their first test set, task and noise level; or language models (hub id, folder, .gguf
-            file, ``package:NAME/path``), over plain text. One that is named twice counts once.
+            file, ``package:NAME/path``), over plain text. A target named twice counts once.
         overrides: ``key=value``: of a run's config, or a model's (``model.llm.bos_token``, ``model.llm.eos_token``,
             ``limit``).
         out: folder of both files; by default the first run's, or ``runs/analysis/NAME`` of a model.
         text: a file with one text a line, for models.
 
     Raises:
-        UserError: a target is neither, cannot be analysed, or cannot be compared with the first.
+        UserError: a target is neither, cannot be analyzed, or cannot be compared with the first.
     """
     by_path: dict[Path, str] = {}
     for target in targets:
@@ -55,20 +59,20 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
     kind = kinds.pop()
     if kind == RUN and text is not None:
         raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
-    analyses: list[tuple[str, dict[str, Any]]] = []
+    analyses: list[Run] = []
     for target in targets:
         label = run_label(target, targets)
-        first = analyses[0] if analyses else None
-        if kind == RUN:
-            analyses.append((label, _analyze_run(target, label, overrides, first)))
-        else:
-            analyses.append((label, _analyze_text(target, label, overrides, text, first)))
+        identity, measure = _open_run(target, overrides) if kind == RUN else _open_model(target, overrides, text)
+        if analyses:
+            refuse_unlike(analyses[0], (label, identity))
+        analyses.append((label, measure()))
+        del measure  # with its model, before the next one is loaded
     default = Path(targets[0]) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
     return write_results(Path(out) if out else default, analyses)
 
 
 def kind_of(target: str) -> str:
-    """``RUN`` or ``MODEL``, by what lies in the folder or what the name looks like.
+    """``RUN`` or ``MODEL``, by the contents of the folder or the form of the name.
 
     Raises:
         UserError: a folder that is neither, or a name that can be neither.
@@ -78,29 +82,29 @@ def kind_of(target: str) -> str:
         return RUN
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
-            f"{target} is not a run and no model: neither config.yaml nor config.json is in it "
+            f"{target} is neither a run nor a model: it has neither config.yaml nor config.json "
             "(train a run with 'avsr train CONFIG')"
         )
     named = target.startswith("package:") or (target.count("/") == 1 and target[0] not in "./~")
     if named and not path.exists() and path.parent.is_dir():
-        raise UserError(f"{target} is not a run and no model: there is none of this name in {path.parent}")
+        raise UserError(f"{target} is neither a run nor a model: nothing of this name is in {path.parent}")
     if path.exists() or named or path.suffix == ".gguf":
         return MODEL
-    raise UserError(f"{target} is not a run and no model: there is no such folder, and it is no hub id")
+    raise UserError(f"{target} is neither a run nor a model: no such folder, and not a hub id")
 
 
 def analyze_subject(subject: Subject) -> dict[str, Any]:
-    """Every measurement of a subject, plain numbers; a further one adds its key here and its section to
+    """Every measurement of a subject, plain numbers; a new one adds its key here and its section to
     ``avsr.tools.analysis.sections.SECTIONS``.
 
-    ``origin`` and ``causal`` are missing where the decoder's layers are not such as they need; ``untraced`` says why.
-    ``traced`` is the number of rows that ``origin`` and ``features`` are of, ``turned`` that of ``causal``.
+    ``origin`` and ``causal`` are missing where they cannot follow the decoder's layers; ``untraced`` says why.
+    ``traced`` is the number of rows behind ``origin`` and ``features``, ``turned`` that behind ``causal``.
     """
     analysis, example = collect(subject)
-    analysis["example"] = look_at(subject, example)
+    analysis["example"] = examine_row(subject, example)
     if subject.layers > 1:
         part = subject.spread(TRACED)
-        seen = look(part)
+        seen = measure_tokens(part)
         analysis["traced"] = part.count
         analysis["features"] = feature_sets(part, seen)
         try:
@@ -138,49 +142,41 @@ def _scores(run: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ('avsr evaluate' makes it anew): {error}") from error
+        raise UserError(f"{path}: not a readable JSON file ('avsr evaluate' writes a new one): {error}") from error
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected an object with a key for every test set, got {type(held).__name__}")
     sets = {name: value for name, value in held.items() if isinstance(value, dict) and "wer" in value}
     for name, value in sets.items():
         if not isinstance(value["wer"], int | float) or abs(value["wer"]) > sys.float_info.max:
-            raise UserError(f"{path}: {name}: wer is no number: 'avsr evaluate' makes the file anew")
+            raise UserError(f"{path}: {name}: wer is not a number; 'avsr evaluate' writes a new file")
     return sets
 
 
-def _analyze_run(
-    run: str, label: str, overrides: list[str], first: tuple[str, dict[str, Any]] | None
-) -> dict[str, Any]:
+def _open_run(run: str, overrides: list[str]) -> tuple[dict[str, Any], Measure]:
+    """The identity of a run's first test set, task and noise level, and what analyzes it."""
     config, model, store = load_run(run, overrides, pick_device())
     config.data.test = dict(list(config.data.test.items())[:1])
     config.decode.tasks, config.noise.snr = config.decode.tasks[:1], config.noise.snr[:1]
     dataset = next(iter(test_sets(config, model, store).values()))
-    if first is not None:
-        refuse_unlike(first, (label, _run_identity(speech_subject(model, dataset, config), config, dataset)))
-    return analyze_model(config, model, dataset, Path(run))
+    identity = _run_identity(speech_subject(model, dataset, config), config, dataset)
+    return identity, partial(analyze_model, config, model, dataset, Path(run))
 
 
-def _analyze_text(
-    name: str, label: str, overrides: list[str], file: str | None, first: tuple[str, dict[str, Any]] | None
-) -> dict[str, Any]:
+def _open_model(name: str, overrides: list[str], file: str | None) -> tuple[dict[str, Any], Measure]:
+    """The same of a language model over the texts of a file."""
     options = parse_model_options(overrides)
     texts = read_texts(file, options.limit)
     subject = load_text_subject(name, texts, options, pick_device())
-    identity = _sizes(subject) | {
-        "reads": "plain text",
-        "noise": "none",
-        "data": file or "100 fixed sentences",
-        "digest": _digest(texts),
-    }
-    if first is not None:
-        refuse_unlike(first, (label, identity))
-    return {"identity": identity} | analyze_subject(subject)
+    source = file or "100 fixed sentences"
+    identity = _identity(subject, "plain text", "none", source, texts)
+    return identity, lambda: {"identity": identity} | analyze_subject(subject)
 
 
-def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
-    """Raises a ``UserError`` that says why the analysis ``first`` and a subject of the identity ``second`` do not
-    belong side by side: other sizes of the language model, another task, other noise, other data."""
+def refuse_unlike(first: Run, second: Run) -> None:
+    """Raises a ``UserError`` that says why the analysis ``first`` and a subject of the identity ``second`` cannot be
+    compared: other sizes of the language model, another task, other noise, other data."""
     ours, theirs = first[1]["identity"], second[1]
+    refused = f"{first[0]} and {second[0]} cannot be compared"
     for key, what in (
         ("layers", "decoder layers"),
         ("hidden_size", "hidden size"),
@@ -189,37 +185,33 @@ def refuse_unlike(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str
         ("noise", "noise"),
     ):
         if ours[key] != theirs[key]:
-            raise UserError(f"{first[0]} and {second[0]} cannot be compared: {what} {ours[key]} and {theirs[key]}")
+            raise UserError(f"{refused}: {what} {ours[key]} and {theirs[key]}")
     if ours["digest"] != theirs["digest"]:
-        raise UserError(
-            f"{first[0]} and {second[0]} cannot be compared: they read other data ({ours['data']} and {theirs['data']})"
-        )
+        raise UserError(f"{refused}: they read different data ({ours['data']} and {theirs['data']})")
 
 
 def _run_identity(subject: Subject, config: Config, dataset: SpeechDataset) -> dict[str, Any]:
     snr = dataset.reading.version.snr
-    return _sizes(subject) | {
-        "reads": dataset.reading.task,
-        "noise": "none" if snr == CLEAN else f"at {snr:g} dB",
-        "data": next(iter(config.data.test.values()), ""),
-        "digest": _digest([f"{u.id}\t{u.duration}\t{u.text}" for u in dataset.utterances]),
-    }
+    noise = "none" if snr == CLEAN else f"at {snr:g} dB"
+    data = next(iter(config.data.test.values()), "")
+    lines = [f"{u.id}\t{u.duration}\t{u.text}" for u in dataset.utterances]
+    return _identity(subject, dataset.reading.task, noise, data, lines)
 
 
-def _sizes(subject: Subject) -> dict[str, Any]:
+def _identity(subject: Subject, reads: str, noise: str, data: str, lines: list[str]) -> dict[str, Any]:
     config = subject.decoder.config
     return {
         "layers": subject.layers,
         "hidden_size": int(config.hidden_size),
         "heads": int(config.num_attention_heads),
+        "reads": reads,
+        "noise": noise,
+        "data": data,
+        "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
     }
 
 
-def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def write_results(folder: Path, analyses: list[tuple[str, dict[str, Any]]]) -> Path:
+def write_results(folder: Path, analyses: list[Run]) -> Path:
     """Writes both files to ``folder`` and returns the report's path."""
     names = " and ".join(name for name, _ in analyses)
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avsr.models.speech_llm import SpeechLLM
-from avsr.tools.analysis.collect import MASSIVE_RATIO, MASSIVE_SIZE
+from avsr.tools.analysis.statistics import MASSIVE_RATIO, MASSIVE_SIZE
 
 KINDS = ("zero", "zero others", "mean", "mean others")  # all tokens, or all but BOS
 

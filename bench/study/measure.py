@@ -22,7 +22,7 @@ from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.collect import collect
-from avsr.tools.analysis.subject import speech_subject
+from avsr.tools.analysis.inputs import speech_subject
 from avsr.training.checkpoint import STATE
 from avsr.training.metrics import read_metrics
 from bench.study.grid import ARMS, INFERENCE, SEEDS, START, Arm, arm_key

@@ -1,37 +1,39 @@
 """The causal test: does the direction of a token's state make it a sink with a massive activation?
 
-Before the layer in which a massive activation is made, a sink's state is turned towards that of the nearest ordinary
-token, and an ordinary token's towards BOS; its length stays. The rest of the network then runs on. Layers count from 1.
+An intervention on the residual stream: before the layer in which a massive activation is made, a sink's state is
+rotated toward that of the nearest ordinary token, and an ordinary token's toward BOS; its norm stays. The rest of the
+network then runs on. Layers count from 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-import flashsink
 from avsr.errors import UserError
-from avsr.models.speech_llm import Assembled
-from avsr.tools.analysis.collect import EPS, MIN_QUERIES
+from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.origin import trace_origin
-from avsr.tools.analysis.subject import Subject
-from avsr.tools.analysis.tokens import (
+from avsr.tools.analysis.statistics import (
+    EPS,
+    MIN_QUERIES,
     SINK_RATE,
-    Seen,
-    choose,
-    input_of,
+    SINKS_AND_ACTIVATIONS,
+    TokenStatistics,
+    choose_labels,
     is_massive,
-    look,
-    observing,
+    measure_tokens,
     stands_out,
-    state_of,
 )
+from avsr.tools.analysis.subject import Subject
+from avsr.tools.analysis.walk import Tap, measure
+
+if TYPE_CHECKING:
+    from avsr.models.rows import Assembled
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TENFOLD = 10.0  # an activation vanishes below a tenth of itself and appears above ten times itself
@@ -40,7 +42,7 @@ HALF = 0.5  # of the rows, for what is said of all; of the attention of the row'
 
 @dataclass
 class _Places:
-    """The tokens that are turned, one a row, and what they are turned towards."""
+    """The tokens of a batch whose states are rotated, one a row, and what they are rotated toward."""
 
     rows: Tensor  # (n,) int64
     positions: Tensor  # (n,) int64
@@ -48,42 +50,26 @@ class _Places:
     others: Tensor  # (n, S) bool, the row's other sinks
 
 
-@dataclass
-class _Sums:
-    """Sums over rows, by fraction."""
-
-    rows: int = 0
-    angle: float = 0.0
-    values: dict[str, Tensor] = field(default_factory=dict)  # (fractions,) float64
-
-    def add(self, key: str, index: int, value: Tensor) -> None:
-        total = self.values.setdefault(key, torch.zeros(len(FRACTIONS), dtype=torch.float64))
-        total[index] += float(value.double().sum())
-
-    def mean(self, key: str) -> list[float]:
-        return [float(value) / self.rows for value in self.values[key]]
-
-
 def causal_test(
     subject: Subject,
-    seen: list[Seen] | None = None,
+    seen: list[TokenStatistics] | None = None,
     origin: dict[str, Any] | None = None,
     layer: int | None = None,
 ) -> dict[str, Any]:
-    """Turns the states of sinks and of ordinary tokens by fractions of the angle and measures what becomes of them.
+    """Rotates the states of sinks and of ordinary tokens by fractions of the angle and measures what becomes of them.
 
     Args:
         subject: the model and its input, all of which is used.
-        seen: what :func:`avsr.tools.analysis.tokens.look` gave for it; looked at anew without.
+        seen: what :func:`avsr.tools.analysis.statistics.measure_tokens` gave for it; measured anew without.
         origin: what :func:`avsr.tools.analysis.origin.trace_origin` gave for it, or for more rows (a label that it
             does not have is left out); traced anew without.
-        layer: whose output is turned, 0 for the embeddings; default: for every label the layer before its origin, for
+        layer: whose output is rotated, 0 for the embeddings; default: for every label the layer before its origin, for
             ordinary tokens that of BOS.
 
     Returns:
-        ``fractions``, ``sinks`` (by label, the first such token of every row; None for what the embedding brings along,
-        as there is no layer before which to turn it) and ``normal`` (one table: the ordinary token nearest to the
-        middle of every row; None when no row has one, or when the embedding makes BOS what it is).
+        ``fractions``, ``sinks`` (by label, the first such token of every row; None for what is massive in the embedding
+        already, as there is no layer before which to rotate it) and ``normal`` (one table: the ordinary token nearest
+        to the middle of every row; None when no row has one, or when the embedding makes BOS what it is).
 
         A table holds ``layer``, ``rows``, ``angle`` (mean, degrees) and by fraction the means over rows of
         ``activation`` (the largest |h| in the later layers), ``log10_ratio`` (the largest, to the median), ``massive``
@@ -91,8 +77,8 @@ def causal_test(
         that see it) and ``received_by_others`` (the same of the row's other sinks, 0 without any). The last four are
         means over the later layers; layer L is never among them.
 
-        Then the verdict on the whole turn. Sinks: ``activation_vanished`` (below a tenth) and ``sink_vanished`` (its
-        rate is no sink's any more), None when it was not massive or no sink before. Ordinary tokens:
+        Then the verdict on the whole rotation. Sinks: ``activation_vanished`` (below a tenth) and ``sink_vanished``
+        (its rate is no sink's any more), None when it was not massive or no sink before. Ordinary tokens:
         ``activation_appeared`` (above ten times and massive in half of the rows) and ``sink_appeared`` (it draws at
         least half as much attention as the row's sinks, or BOS without any, and did not before; sinks share, so that a
         further one need not reach their rate).
@@ -105,31 +91,21 @@ def causal_test(
         raise UserError("causal test: expected a model of at least 2 layers")
     if layer is not None and not 0 <= layer <= last:
         raise UserError(f"layer: expected 0 to {last}, got {layer}")
-    seen = look(subject) if seen is None else seen
+    seen = measure_tokens(subject) if seen is None else seen
     origin = trace_origin(subject, seen) if origin is None else origin
-    made = {name: table["layer"] - 1 for name, table in origin["tokens"].items()}
-    names = [name for name in choose(subject, seen) if name in made and stands_out(seen, name)]
-    with observing(subject):
-        sinks: dict[str, Any] = {}
-        for name in names:
-            at = made[name] if layer is None else layer
-            if at < 0:
-                sinks[name] = None
-                continue
-            sums = _turn_all(subject, seen, at, partial(_sinks, name))
-            if sums.rows:
-                sinks[name] = _table(sums, at, vanish=True)
-        at = made["BOS"] if layer is None else layer
-        sums = _turn_all(subject, seen, at, _normal) if at >= 0 else _Sums()
-    return {
-        "fractions": list(FRACTIONS),
-        "sinks": sinks,
-        "normal": _table(sums, at, vanish=False) if sums.rows else None,
-    }
+    at = {name: table["layer"] - 1 if layer is None else layer for name, table in origin["tokens"].items()}
+    sinks: dict[str, Any] = {}
+    for name in choose_labels(subject, seen):
+        if name in at and stands_out(seen, name):
+            means = _intervene(subject, seen, at[name], partial(_sinks, name))
+            if means or at[name] < 0:
+                sinks[name] = means and means | _vanished(means)
+    normal = _intervene(subject, seen, at[BOS], _ordinary)
+    return {"fractions": list(FRACTIONS), "sinks": sinks, "normal": normal and normal | _appeared(normal)}
 
 
-def turned(state: Tensor, goal: Tensor, fraction: float) -> Tensor:
-    """(n, C) ``state`` turned towards ``goal`` by a fraction of the angle between them, its length kept.
+def rotate(state: Tensor, goal: Tensor, fraction: float) -> Tensor:
+    """(n, C) ``state`` rotated toward ``goal`` by a fraction of the angle between them, its norm kept.
 
     Spherical interpolation: |h| (cos(t a) u + sin(t a) v), u along the state and v the part of the goal across it.
     """
@@ -143,16 +119,16 @@ def turned(state: Tensor, goal: Tensor, fraction: float) -> Tensor:
     return (angle.cos() * h + angle.sin() * length * across / size.clamp(min=1e-30)).to(state.dtype)
 
 
-def _sinks(name: str, batch: Seen) -> _Places:
-    """The first outstanding token of every row with this label, towards any ordinary token."""
+def _sinks(name: str, batch: TokenStatistics) -> _Places:
+    """The first outstanding token of every row with this label, toward any ordinary token."""
     first: dict[int, int] = {}
     for b, s in zip(*(index.tolist() for index in batch.where(name, outstanding=True)), strict=True):
         first.setdefault(b, s)
     return _places([(b, s) for b, s in first.items() if batch.ordinary[b].any()], batch.ordinary, batch.sinks)
 
 
-def _normal(batch: Seen) -> _Places:
-    """The ordinary token nearest to the middle of every row, among those that enough queries see; towards BOS."""
+def _ordinary(batch: TokenStatistics) -> _Places:
+    """The ordinary token nearest to the middle of every row, among those that enough queries see; toward BOS."""
     found = []
     for b, (ordinary, valid) in enumerate(zip(batch.ordinary, batch.valid, strict=True)):
         length = int(valid.sum())
@@ -172,98 +148,89 @@ def _places(found: list[tuple[int, int]], goals: Tensor, sinks: Tensor) -> _Plac
     return _Places(rows, positions, goals[rows], others)
 
 
-def _turn_all(subject: Subject, seen: list[Seen], layer: int, find: Callable[[Seen], _Places]) -> _Sums:
-    sums = _Sums()
+def _intervene(
+    subject: Subject, seen: list[TokenStatistics], layer: int, find: Callable[[TokenStatistics], _Places]
+) -> dict[str, Any] | None:
+    """The table of the tokens that ``find`` gives, without a verdict; None without any or before the embeddings."""
+    if layer < 0:
+        return None
+    rows = 0
+    sums: dict[str, list[float]] = {}
     for batch, assembled in zip(seen, subject.batches(), strict=True):
         places = find(batch)
-        if len(places.rows):
-            sums.rows += len(places.rows)
-            bos: list[Tensor] = []  # its untouched states, by layer
-            for index, fraction in enumerate(FRACTIONS):
-                _measure(_Turn(subject, layer, places, fraction, bos), assembled, sums, index)
-    return sums
+        if not len(places.rows):
+            continue
+        rows += len(places.rows)
+        bos: list[Tensor] = []  # its untouched states, by layer
+        for index, fraction in enumerate(FRACTIONS):
+            for key, value in _measure(subject, assembled, layer, places, fraction, bos).items():
+                sums.setdefault(key, [0.0] * len(FRACTIONS))[index] += value
+    if not rows:
+        return None
+    means = {key: [value / rows for value in values] for key, values in sums.items()}
+    return {"layer": layer, "rows": rows, "angle": means.pop("angle")[0], **means}
 
 
-@dataclass
-class _Turn:
-    """One forward with turned states. The first one, with nothing turned, notes those of BOS."""
+@torch.no_grad()
+def _measure(
+    subject: Subject, assembled: Assembled, layer: int, places: _Places, fraction: float, bos: list[Tensor]
+) -> dict[str, float]:
+    """Sums over the tokens at ``places`` from one forward with the input of layer ``layer`` + 1 rotated. The first one,
+    with nothing rotated, notes the states of BOS in ``bos``."""
+    rows, positions, others = places.rows, places.positions, places.others
+    sums: dict[str, Tensor] = {}
+    cosines: list[Tensor] = []  # (n,) by layer
 
-    subject: Subject
-    layer: int
-    places: _Places
-    fraction: float
-    bos: list[Tensor]
-    cosines: list[Tensor] = field(default_factory=list)  # (n,) by layer
-    angle: float = 0.0  # sum over tokens
-
-    def hooks(self, stack: ExitStack) -> None:
-        layers = self.subject.decoder.layers
-        stack.callback(layers[self.layer].register_forward_pre_hook(self.turn, with_kwargs=True).remove)
-        for number in range(self.layer, len(layers)):
-            stack.callback(layers[number].register_forward_hook(self.compare).remove)
-
-    def turn(self, module: Any, args: Any, kwargs: Any) -> Any:
-        states = input_of(args, kwargs)
-        places = self.places
-        rows, positions, goals = (index.to(states.device) for index in (places.rows, places.positions, places.goals))
-        own = states[rows, positions]
-        cosine = torch.nn.functional.cosine_similarity(own[:, None].double(), states[rows].double(), dim=-1)
+    def intervene(number: int, states: Tensor) -> Tensor:
+        b, s, goals = (index.to(states.device) for index in (rows, positions, places.goals))
+        own = states[b, s]
+        cosine = torch.nn.functional.cosine_similarity(own[:, None].double(), states[b].double(), dim=-1)
         best = cosine.masked_fill(~goals, -torch.inf).max(dim=1)
-        self.angle = float(best.values.clamp(-1, 1).acos().rad2deg().sum())
+        sums["angle"] = best.values.clamp(-1, 1).acos().rad2deg()
         changed = states.clone()
-        changed[rows, positions] = turned(own, states[rows, best.indices], self.fraction)
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+        changed[b, s] = rotate(own, states[b, best.indices], fraction)
+        return changed
 
-    def compare(self, module: Any, args: Any, output: Any) -> None:
-        states = state_of(output)
-        rows, positions = self.places.rows.to(states.device), self.places.positions.to(states.device)
-        if self.fraction == 0:
-            self.bos.append(states[rows, 0].float())
-        goal = self.bos[len(self.cosines)]
-        self.cosines.append(torch.nn.functional.cosine_similarity(states[rows, positions].float(), goal, dim=-1).cpu())
+    def compare(number: int, states: Tensor) -> None:
+        b, s = rows.to(states.device), positions.to(states.device)
+        if fraction == 0:
+            bos.append(states[b, 0].float())
+        goal = bos[number - layer]
+        cosines.append(torch.nn.functional.cosine_similarity(states[b, s].float(), goal, dim=-1).cpu())
 
-
-def _measure(turn: _Turn, assembled: Assembled, sums: _Sums, index: int) -> None:
-    """One forward, added to ``sums``."""
-    subject, rows, positions = turn.subject, turn.places.rows, turn.places.positions
-    probe = flashsink.attach(subject.lm, attention=True, decorrelation=False, activations=True, median=True)
-    try:
-        with ExitStack() as stack:
-            turn.hooks(stack)
-            subject.forward(assembled)
-        later = slice(turn.layer, subject.layers - 1)
-        rate = torch.stack([stats.sink_rate(EPS, MIN_QUERIES) for stats in probe.sinks[later]]).cpu()
-        received = torch.stack([stats.mean_received.mean(dim=1) for stats in probe.sinks[later]]).mean(dim=0).cpu()
-        activations = probe.activations
-    finally:
-        probe.detach()
+    later = range(layer, subject.layers - 1)
+    taps = Tap("input", intervene, [layer]), Tap("output", compare, later)
+    probe = measure(subject, assembled, *taps, **SINKS_AND_ACTIVATIONS)
+    stats, activations = [probe.sinks[number] for number in later], probe.activations
     assert activations.median is not None
-    size = activations.max_abs[later].cpu()[:, rows, positions]
-    median = activations.median[later].cpu()[:, rows]
-    sums.add("activation", index, size.amax(dim=0))
-    sums.add("log10_ratio", index, (size / median.clamp(min=1e-12)).amax(dim=0).log10())
-    sums.add("massive", index, is_massive(size, median).any(dim=0))
-    sums.add("cosine", index, torch.stack(turn.cosines[: size.shape[0]]).mean(dim=0))
-    sums.add("sink_rate", index, rate[:, rows, positions].mean(dim=0))
-    others = turn.places.others
-    sums.add("received", index, received[rows, positions])
-    sums.add("received_by_others", index, (received[rows] * others).sum(dim=1) / others.sum(dim=1).clamp(min=1))
-    if index == 0:
-        sums.angle += turn.angle
+    rate = torch.stack([one.sink_rate(EPS, MIN_QUERIES) for one in stats]).cpu()
+    received = torch.stack([one.mean_received.mean(dim=1) for one in stats]).mean(dim=0).cpu()
+    size = activations.max_abs[layer:-1].cpu()[:, rows, positions]
+    median = activations.median[layer:-1].cpu()[:, rows]
+    sums |= {
+        "activation": size.amax(dim=0),
+        "log10_ratio": (size / median.clamp(min=1e-12)).amax(dim=0).log10(),
+        "massive": is_massive(size, median).any(dim=0),
+        "cosine": torch.stack(cosines).mean(dim=0),
+        "sink_rate": rate[:, rows, positions].mean(dim=0),
+        "received": received[rows, positions],
+        "received_by_others": (received[rows] * others).sum(dim=1) / others.sum(dim=1).clamp(min=1),
+    }
+    return {key: float(value.double().sum()) for key, value in sums.items()}
 
 
-def _table(sums: _Sums, layer: int, vanish: bool) -> dict[str, Any]:
-    table = {key: sums.mean(key) for key in sums.values}
-    size, massive, rate, received = (table[key] for key in ("activation", "massive", "sink_rate", "received"))
-    if vanish:
-        verdict = {
-            "activation_vanished": size[-1] * TENFOLD < size[0] if massive[0] >= HALF else None,
-            "sink_vanished": rate[-1] < SINK_RATE if rate[0] >= SINK_RATE else None,
-        }
-    else:
-        drawn = [own >= HALF * other for own, other in zip(received, table["received_by_others"], strict=True)]
-        verdict = {
-            "activation_appeared": size[-1] > TENFOLD * size[0] and massive[-1] >= HALF,
-            "sink_appeared": drawn[-1] and not drawn[0],
-        }
-    return {"layer": layer, "rows": sums.rows, "angle": sums.angle / sums.rows, **table, **verdict}
+def _vanished(means: dict[str, Any]) -> dict[str, bool | None]:
+    size, rate = means["activation"], means["sink_rate"]
+    return {
+        "activation_vanished": size[-1] * TENFOLD < size[0] if means["massive"][0] >= HALF else None,
+        "sink_vanished": rate[-1] < SINK_RATE if rate[0] >= SINK_RATE else None,
+    }
+
+
+def _appeared(means: dict[str, Any]) -> dict[str, bool]:
+    size = means["activation"]
+    drawn = [own >= HALF * by for own, by in zip(means["received"], means["received_by_others"], strict=True)]
+    return {
+        "activation_appeared": size[-1] > TENFOLD * size[0] and means["massive"][-1] >= HALF,
+        "sink_appeared": drawn[-1] and not drawn[0],
+    }

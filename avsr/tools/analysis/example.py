@@ -1,56 +1,55 @@
-"""One row looked at closely: attention maps of three layers and the largest activation of every token.
+"""One row in detail: attention maps of three layers and the largest activation of every token.
 
-Attention is computed again from queries and keys, in blocks of queries, and summed up in at most ``CELLS`` x ``CELLS``
-cells: memory grows with the row's length S, never with S x S. L layers, H heads.
+Attention is summed up in at most ``CELLS`` x ``CELLS`` cells: memory grows with the row's length S, never with S x S.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from avsr.models.speech_llm import Assembled
-from avsr.tools.analysis.observe import forward_watched, pooled_attention, text_attention
+from avsr.tools.analysis.attention import pooled_attention, text_attention
 from avsr.tools.analysis.subject import Subject
+from avsr.tools.analysis.walk import QKV, Tap, measure
+
+if TYPE_CHECKING:
+    from avsr.models.rows import Assembled
 
 CELLS = 96  # rows and columns of a map, at most
 ALONE = 4  # leading tokens with a cell of their own: sinks are there
 
 
-def look_at(subject: Subject, row: Assembled) -> dict[str, Any]:
+def examine_row(subject: Subject, row: Assembled) -> dict[str, Any]:
     """What one unpadded row shows, ready for JSON.
 
     Returns:
         tokens: name of every cell (of its first token). positions: the first token of every cell, from 0.
-        maps: ``layer`` from 1, ``head`` from 1 or None = mean over heads, ``weights``: a row a cell of queries (their
-        mean), a column a cell of keys (their sum). Per layer the mean, and the head in which a key other than BOS
-        receives most from the text queries.
+        maps: ``layer`` from 1, ``head`` from 1 or None = mean over heads, ``weights``: a row for each cell of queries
+            (their mean), a column for each cell of keys (their sum). Per layer the mean, and the head in which a key
+            other than BOS receives most from the text queries.
         activation: ``layer`` of the largest activation (among 1..L-1), ``max_abs`` and ``feature`` of every cell's
-        largest token, ``median`` of |h| over the row.
+            largest token, ``median`` of |h| over the row.
     """
     lengths = row.mask.sum(dim=1)
     cells = cells_of(int(lengths[0])).to(lengths.device)
     first = [int((cells == cell).int().argmax()) for cell in range(int(cells[-1]) + 1)]
-    chosen = map_layers(subject.layers)
     maps: list[dict[str, Any]] = []
 
-    def see(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        if layer + 1 not in chosen:
-            return
-        received, own = text_attention(q, k, scale, row.spans, lengths)
-        best = (received - own)[0, :, 1:].amax(dim=1)
-        head = int(best.argmax())
-        mean, one = pooled_attention(q, k, scale, cells, head)
-        maps.append({"layer": layer + 1, "head": None, "weights": _rounded(mean)})
-        maps.append({"layer": layer + 1, "head": head + 1, "weights": _rounded(one)})
+    def see(layer: int, qkv: QKV) -> None:
+        received, own = text_attention(qkv, row.spans, lengths)
+        head = int((received - own)[0, :, 1:].amax(dim=1).argmax())
+        for number, weights in zip((None, head + 1), pooled_attention(qkv, cells, head), strict=True):
+            rounded = [[round(value, 4) for value in line] for line in weights.tolist()]
+            maps.append({"layer": layer + 1, "head": number, "weights": rounded})
 
-    probe = forward_watched(subject, row, see, decorrelation=False, activations=True, median=True)
-    assert probe.activations.median is not None
+    tap = Tap("qkv", see, [layer - 1 for layer in map_layers(subject.layers)])
+    activations = measure(subject, row, tap, decorrelation=False, activations=True, median=True).activations
+    assert activations.median is not None
     inner = max(subject.layers - 1, 1)
-    layer = int(probe.activations.max_abs[:inner, 0].amax(dim=1).argmax())
-    sizes, features = probe.activations.max_abs[layer, 0].cpu(), probe.activations.feature[layer, 0].tolist()
+    layer = int(activations.max_abs[:inner, 0].amax(dim=1).argmax())
+    sizes, features = activations.max_abs[layer, 0].cpu(), activations.feature[layer, 0].tolist()
     ends = [*first[1:], len(sizes)]
     largest = [begin + int(sizes[begin:end].argmax()) for begin, end in zip(first, ends, strict=True)]
     return {
@@ -61,7 +60,7 @@ def look_at(subject: Subject, row: Assembled) -> dict[str, Any]:
             "layer": layer + 1,
             "max_abs": [float(sizes[place]) for place in largest],
             "feature": [features[place] for place in largest],
-            "median": float(probe.activations.median[layer, 0]),
+            "median": float(activations.median[layer, 0]),
         },
     }
 
@@ -81,7 +80,3 @@ def map_layers(layers: int) -> list[int]:
     if layers <= 3:
         return list(range(1, layers + 1))
     return sorted({2, layers // 2 + 1, layers - 1})
-
-
-def _rounded(weights: Tensor) -> list[list[float]]:
-    return [[round(value, 4) for value in line] for line in weights.tolist()]

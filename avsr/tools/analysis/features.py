@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from avsr.errors import UserError
+from avsr.tools.analysis.groups import BOS
+from avsr.tools.analysis.statistics import TokenStatistics, choose_labels, is_massive, measure_tokens
 from avsr.tools.analysis.subject import Subject
-from avsr.tools.analysis.tokens import Seen, choose, is_massive, look, observing, state_of
+from avsr.tools.analysis.walk import Tap, run
 
 COMMON = 0.5  # a feature belongs to a label's set when it is massive in more than this share of its tokens
 
@@ -29,13 +31,15 @@ class _Label:
     jaccard: float = 0.0  # sum over tokens
     cosine: float = 0.0
 
-    def add(self, state: Tensor, features: set[int], bos: Tensor, features_of_bos: set[int]) -> None:
+    def add(self, state: Tensor, bos: Tensor, median: Tensor) -> None:
+        """One token: its state and that of its row's BOS, both (C,)."""
+        features, of_bos = (set(is_massive(h.abs(), median).nonzero().flatten().tolist()) for h in (state, bos))
         self.tokens += 1
         self.features.update(features)
         for feature in features:
             self.values[feature] = self.values.get(feature, 0.0) + float(state[feature])
-        self.identical += bool(features) and features == features_of_bos
-        self.jaccard += _jaccard(features, features_of_bos)
+        self.identical += bool(features) and features == of_bos
+        self.jaccard += len(features & of_bos) / max(len(features | of_bos), 1)  # empty sets share nothing
         self.cosine += float(torch.nn.functional.cosine_similarity(state, bos, dim=0))
 
     @property
@@ -43,16 +47,18 @@ class _Label:
         return {feature for feature, count in self.features.items() if count > COMMON * self.tokens}
 
 
-def feature_sets(subject: Subject, seen: list[Seen] | None = None, layer: int | None = None) -> dict[str, Any]:
+def feature_sets(
+    subject: Subject, seen: list[TokenStatistics] | None = None, layer: int | None = None
+) -> dict[str, Any]:
     """Compares the massive features of every token that is a sink or massive to those of its row's BOS.
 
     A token's set holds the features with |h_f| at least 1000 times the median |h| of its row and above 100.
 
     Args:
         subject: the model and its input.
-        seen: what :func:`avsr.tools.analysis.tokens.look` gave for it; looked at anew without.
-        layer: whose output is looked at; default: where the massive tokens behind BOS are largest on average (BOS when
-            there are no others).
+        seen: what :func:`avsr.tools.analysis.statistics.measure_tokens` gave for it; measured anew without.
+        layer: whose output is examined; default: where the massive tokens other than BOS are largest on average (BOS
+            when there are no others).
 
     Returns:
         ``layer``, ``hidden`` (C), ``bos`` (its common set, sorted), ``tokens``, ``same`` (whether the common set of
@@ -60,21 +66,21 @@ def feature_sets(subject: Subject, seen: list[Seen] | None = None, layer: int | 
         empty); both None when there is no such label but BOS.
 
         By label: ``count`` (tokens that stand out), ``features`` (``feature``, ``count`` of the tokens in which it is
-        massive, mean signed ``value``), ``common`` (those of more than half of them), ``identical`` (tokens with just
-        their BOS' set, which is not empty), ``jaccard`` and ``cosine`` (means, to BOS) and ``p_value`` (of the overlap
-        of the common sets when the label's features are drawn at random from C, see :func:`overlap_p`; None for BOS).
+        massive, mean signed ``value``), ``common`` (those of more than half of them), ``identical`` (tokens with
+        exactly the set of their BOS, which is not empty), ``jaccard`` and ``cosine`` (means, to BOS) and ``p_value``
+        (of the overlap of the common sets when the label's features are drawn at random from C, see :func:`overlap_p`;
+        None for BOS).
 
     Raises:
         UserError: there is no such layer.
     """
     if layer is not None and not 1 <= layer <= subject.layers:
         raise UserError(f"layer: expected 1 to {subject.layers}, got {layer}")
-    seen = look(subject) if seen is None else seen
+    seen = measure_tokens(subject) if seen is None else seen
     at = _peak(seen) if layer is None else layer
-    with observing(subject):
-        labels, hidden = _collect(subject, seen, at)
-    bos = labels["BOS"].common
-    others = [label.common for name, label in labels.items() if name != "BOS"]
+    labels, hidden = _collect(subject, seen, at)
+    bos = labels[BOS].common
+    others = [label.common for name, label in labels.items() if name != BOS]
     return {
         "layer": at,
         "hidden": hidden,
@@ -92,39 +98,30 @@ def overlap_p(total: int, first: int, second: int, shared: int) -> float:
     return ways / comb(total, second)
 
 
-def _peak(seen: list[Seen]) -> int:
-    """The layer, from 1, in which the massive tokens behind BOS are largest on average, or BOS without any."""
+def _peak(seen: list[TokenStatistics]) -> int:
+    """The layer, from 1, in which the massive tokens other than BOS are largest on average, or BOS without any."""
     total = torch.zeros(seen[0].inner, dtype=torch.float64)
     bos = torch.zeros_like(total)
     for batch in seen:
         found = batch.massive.clone()
         found[:, 0] = False
-        total += batch.size[: batch.inner, found].double().sum(dim=1)
-        bos += batch.size[: batch.inner, :, 0].double().sum(dim=1)
+        total += batch.max_abs[: batch.inner, found].double().sum(dim=1)
+        bos += batch.max_abs[: batch.inner, :, 0].double().sum(dim=1)
     return int((total if float(total.max()) > 0 else bos).argmax()) + 1
 
 
-def _collect(subject: Subject, seen: list[Seen], layer: int) -> tuple[dict[str, _Label], int]:
+def _collect(subject: Subject, seen: list[TokenStatistics], layer: int) -> tuple[dict[str, _Label], int]:
     """What stands out, by label, and C. BOS is always among it."""
-    labels = {name: _Label() for name in choose(subject, seen)}
+    labels = {name: _Label() for name in choose_labels(subject, seen)}
     held: list[Tensor] = []
-    hook = subject.decoder.layers[layer - 1].register_forward_hook(
-        lambda module, args, output: held.append(state_of(output))
-    )
-    try:
-        for batch, rows in zip(seen, subject.batches(), strict=True):
-            held.clear()
-            subject.forward(rows)
-            states = held[0]
-            threshold = batch.median[layer - 1]
-            for name, label in labels.items():
-                places = batch.where(name, outstanding=name != "BOS")
-                for b, s in zip(*(index.tolist() for index in places), strict=True):
-                    pair = states[b, [0, s]].float().cpu()
-                    sets = [set(is_massive(h.abs(), threshold[b]).nonzero().flatten().tolist()) for h in pair]
-                    label.add(pair[1], sets[1], pair[0], sets[0])
-    finally:
-        hook.remove()
+    for batch, rows in zip(seen, subject.batches(), strict=True):
+        run(subject, rows, Tap("output", lambda _, states: held.append(states), [layer - 1]))
+        states, median = held.pop(), batch.median[layer - 1]
+        for name, label in labels.items():
+            places = batch.where(name, outstanding=name != BOS)
+            for b, s in zip(*(index.tolist() for index in places), strict=True):
+                bos, state = states[b, [0, s]].float().cpu()
+                label.add(state, bos, median[b])
     return {name: label for name, label in labels.items() if label.tokens}, int(states.shape[-1])
 
 
@@ -140,14 +137,9 @@ def _table(name: str, label: _Label, bos: set[int], hidden: int) -> dict[str, An
         "identical": label.identical,
         "jaccard": label.jaccard / label.tokens,
         "cosine": label.cosine / label.tokens,
-        "p_value": None if name == "BOS" else overlap_p(hidden, len(bos), len(common), len(bos & common)),
+        "p_value": None if name == BOS else overlap_p(hidden, len(bos), len(common), len(bos & common)),
     }
 
 
 def _all_are(bos: set[int], others: list[set[int]]) -> bool | None:
     return bool(bos) and all(common == bos for common in others) if others else None
-
-
-def _jaccard(first: set[int], second: set[int]) -> float:
-    """Shared part of the union; 0 when both are empty, as then there is nothing they share."""
-    return len(first & second) / max(len(first | second), 1)

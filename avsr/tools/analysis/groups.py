@@ -1,4 +1,4 @@
-"""Tokens by group: what a position is called, and sums over the tokens of a name."""
+"""What a token is called in the tables, and sums over the tokens of a name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from torch import Tensor
 BOS, SPEECH, TEXT, PROMPT = "BOS", "speech", "text", "prompt "
 
 
+def is_speech(name: str) -> bool:
+    """Whether a token before the text is called as audio (a0), video (v0) and fused (f0) tokens are."""
+    return name[:1] in ("a", "v", "f") and name[1:].isdigit()
+
+
 def group_of(name: str, position: int, span: int, words: bool) -> str:
-    """BOS, a delimiter ``<audio>``, ``prompt NAME``, ``speech``; behind the span ``text``, or with ``words`` the token
-    itself in quotes."""
+    """The group of a token: BOS, a delimiter ``<audio>``, ``prompt NAME`` or ``speech``; after the span ``text``, or
+    with ``words`` the token itself in quotes."""
     if position >= span:
         return repr(name) if words else TEXT
     if name == BOS or name.startswith("<") or position == 0:
         return name
-    if name[:1] in ("a", "v", "f") and name[1:].isdigit():
-        return SPEECH
-    return f"{PROMPT}{name.strip() or name!r}"
+    return SPEECH if is_speech(name) else f"{PROMPT}{name.strip() or name!r}"
+
+
+def label(name: str, position: int, span: int) -> str:
+    """The name of a single token: BOS, delimiters and speech tokens as they are, ``prompt NAME`` and ``text NAME``."""
+    if position == 0:
+        return BOS
+    if position < span and (name.startswith("<") or is_speech(name)):
+        return name
+    return f"{PROMPT if position < span else 'text '}{name.strip() or repr(name)}"
 
 
 class GroupSums:
@@ -49,3 +61,9 @@ class GroupSums:
         """The sum of ``key`` over that of ``per`` (of shape ()), None where there is nothing to divide by."""
         count = float(self.total(per, names))
         return (self.total(key, names) / count).tolist() if count else None
+
+
+def mean_over_layers(by_layer: Sequence[float] | None) -> float | None:
+    """The mean over layers 1..L-1 (over the only one where there is one); None where nothing was counted."""
+    inner = (by_layer[:-1] or by_layer) if by_layer else []
+    return sum(inner) / len(inner) if inner else None

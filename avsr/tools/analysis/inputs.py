@@ -1,9 +1,9 @@
-"""A language model by name, with plain text to read, as a subject of the analysis."""
+"""Subjects of the analysis: a trained run over utterances, or a language model by name over plain text."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,59 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flashsink
-from avsr.config import LLMConfig
+from avsr.config import TASKS, Config, LLMConfig
+from avsr.data.batches import collate, make_batches
+from avsr.data.dataset import SpeechDataset
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
+from avsr.models.rows import Assembled
 from avsr.models.sources import locate
-from avsr.tools.analysis.observe import forward_watched
-from avsr.tools.analysis.subject import Subject, text_subject
+from avsr.models.speech_llm import SpeechLLM
+from avsr.tools.analysis.groups import BOS
+from avsr.tools.analysis.subject import Subject
+from avsr.tools.analysis.walk import Tap, measure
 from avsr.tools.corpora.synth.sentences import open_sentences
 
 SENTENCES, SEED = 100, 0  # of the text that is read by default
+ROWS = 16  # rows in a batch, at most
+TOKENS = 2048  # tokens of plain text in a batch, padding counted
+
+
+def speech_subject(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Subject:
+    """A run's model over utterances with their reference texts."""
+
+    def batches() -> Iterator[Assembled]:
+        for indices in make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS):
+            batch = collate([dataset[i] for i in indices])
+            with torch.no_grad():
+                rows = model.assemble(batch, with_text=True, names=True)
+            yield rows
+
+    opener = f"<{TASKS[dataset.reading.task][0]}>" if model.delimiters is not None else ""
+    return Subject(model.llm, len(dataset), batches, opener)
+
+
+def text_subject(loaded: LoadedLLM, texts: Sequence[str]) -> Subject:
+    """A language model over plain texts, each after BOS; only BOS counts as prompt (spans are 1)."""
+    ids = sorted(([loaded.bos, *loaded.tokenize(text)] for text in texts), key=len)
+    embed = loaded.model.get_input_embeddings()
+
+    def batches() -> Iterator[Assembled]:
+        first = 0
+        while first < len(ids):
+            count = max(1, min(ROWS, TOKENS // len(ids[min(first + ROWS, len(ids)) - 1])))
+            yield _embedded(ids[first : first + count])
+            first += count
+
+    def _embedded(part: list[list[int]]) -> Assembled:
+        lengths = torch.tensor([len(row) for row in part], device=embed.weight.device)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
+        mask = torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
+        names = [[BOS, *(loaded.tokenizer.decode([index]) for index in row[1:])] for row in part]
+        embeddings = embed(padded.to(lengths.device)) * mask[..., None]
+        return Assembled(embeddings.detach(), mask.long(), torch.ones_like(lengths), names)
+
+    return Subject(loaded.model, len(ids), batches)
 
 
 @dataclass
@@ -38,7 +82,7 @@ def parse_model_options(overrides: Sequence[str]) -> ModelOptions:
     """Options from ``key=value`` strings.
 
     Raises:
-        UserError: an unknown key (with the nearest one) or a limit that is no whole number above 0.
+        UserError: an unknown key (with the nearest one) or a limit that is not a whole number above 0.
     """
     options = ModelOptions()
     for text in overrides:
@@ -79,7 +123,7 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     Args:
         name: hub id, folder, .gguf file or ``package:NAME/path``.
         texts: one row each.
-        options: the anchor's and the end's token, where the tokenizer has none.
+        options: the anchor and end tokens, where the tokenizer has none.
         device: to run on, in float32 on a CPU and in bfloat16 elsewhere.
 
     Raises:
@@ -99,33 +143,32 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
 
 
 def _check_decoder(name: str, source: str) -> None:
-    """Refuses an encoder, or a decoder of another build, before any weight is read."""
+    """Refuses an encoder, or a decoder of another architecture, before any weight is read."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no model that transformers knows: {str(error).splitlines()[0]}") from error
     kind = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name}: {kind} is an encoder with a decoder; analyze takes causal decoders alone")
+        raise UserError(f"{name}: {kind} is an encoder with a decoder; analyze takes only causal decoders")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         flashsink.attach(model, attention=False).detach()
         if not hasattr(model.model, "layers"):
-            raise ValueError("the layers lie elsewhere")
+            raise ValueError("the layers are elsewhere")
     except (AttributeError, ValueError) as error:
         raise UserError(
-            f"{name}: {kind} is no causal decoder with Llama's layers (an encoder, or another build)"
+            f"{name}: {kind} is no causal decoder with Llama's layers (an encoder, or another architecture)"
         ) from error
 
 
 def check_attention(name: str, subject: Subject) -> None:
     """Refuses a decoder whose attention flashsink cannot compute, by its shortest texts: before all measuring."""
     seen: set[int] = set()
-    rows = next(iter(subject.batches()))
+    tap = Tap("qkv", lambda layer, _: seen.add(layer))
     try:
-        options = {"decorrelation": False, "activations": False}
-        forward_watched(subject, rows, lambda layer, q, k, v, scale: seen.add(layer), **options)
+        measure(subject, next(iter(subject.batches())), tap, decorrelation=False, activations=False)
     except ValueError as error:
         raise UserError(f"{name}: its attention cannot be observed: {error}") from error
     if len(seen) < subject.layers:
@@ -139,13 +182,10 @@ def _check_lengths(name: str, loaded: LoadedLLM, texts: Sequence[str]) -> None:
         tokens = 1 + len(loaded.tokenize(text))
         if tokens == 1:
             raise UserError(f"text {number} ({text[:40]!r}): the tokenizer of {name} makes no token of it")
+        has = f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but"
         if limit is not None and tokens > limit:
-            raise UserError(
-                f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but {name} takes "
-                f"{limit} (max_position_embeddings)"
-            )
+            raise UserError(f"{has} {name} takes {limit} (max_position_embeddings)")
         if window and tokens > window:  # 0 is off as well as None
             raise UserError(
-                f"text {number} ({text[:40]!r}...) has {tokens} tokens with BOS, but the attention of {name} slides "
-                f"over {window} (sliding_window), which is not supported"
+                f"{has} the attention of {name} slides over {window} (sliding_window), which is not supported"
             )

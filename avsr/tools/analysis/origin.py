@@ -1,7 +1,7 @@
 """Where massive activations come from: which layer, which block, which hidden units of which MLP.
 
-A pre-norm decoder layer adds to the residual twice: h[l] = h[l-1] + attention + mlp. Followed at one feature f, the
-massive one, the largest of these terms or of the embedding h[0] is the origin. In the MLP it is a sum over hidden
+A pre-norm decoder layer adds to the residual stream twice: h[l] = h[l-1] + attention + mlp. Followed at one feature f,
+the massive one, the largest of these terms or of the embedding h[0] is the origin. In the MLP it is a sum over hidden
 units u, sum_u W_down[f, u] * act(gate[u]) * up[u]. C hidden size, I units of an MLP, L layers; layers count from 1.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from avsr.errors import UserError
+from avsr.tools.analysis.statistics import TokenStatistics, choose_labels, measure_tokens, stands_out
 from avsr.tools.analysis.subject import Subject
-from avsr.tools.analysis.tokens import Seen, choose, input_of, look, observing, stands_out, state_of
+from avsr.tools.analysis.walk import Tap, run
 
 TOP = 4  # units that are listed
 _ROUNDINGS = 4  # that an addition may be off, in units of the dtype's epsilon
@@ -32,21 +32,24 @@ class Untraceable(UserError):
 
 @dataclass
 class _Target:
-    """One label: its feature f and what was found there."""
+    """One label: its feature f and the tokens to follow, of all batches."""
 
     name: str
     outstanding: bool  # whether only the tokens that stand out are followed
     feature: int
     counts: dict[str, int]
-    added: dict[str, Tensor] = field(default_factory=dict)  # by "residual", "attention", "mlp": (L,) float64
+
+    def where(self, batch: TokenStatistics) -> tuple[Tensor, Tensor]:
+        """(n,) rows and (n,) positions of the tokens to follow."""
+        return batch.where(self.name, outstanding=self.outstanding)
 
 
-def trace_origin(subject: Subject, seen: list[Seen] | None = None) -> dict[str, Any]:
+def trace_origin(subject: Subject, seen: list[TokenStatistics] | None = None) -> dict[str, Any]:
     """Follows BOS, the opener and every token that is a sink or massive to where its massive activation is made.
 
     Args:
         subject: the model and its input.
-        seen: what :func:`avsr.tools.analysis.tokens.look` gave for it; looked at anew without.
+        seen: what :func:`avsr.tools.analysis.statistics.measure_tokens` gave for it; measured anew without.
 
     Returns:
         ``layers`` and ``tokens``. By label: ``count``, ``sinks`` and ``massive`` (numbers of tokens), ``traced`` (the
@@ -67,174 +70,156 @@ def trace_origin(subject: Subject, seen: list[Seen] | None = None) -> dict[str, 
     """
     if any(not hasattr(getattr(layer, "mlp", None), "gate_proj") for layer in subject.decoder.layers):
         raise Untraceable(f"{type(subject.decoder).__name__}: expected MLPs with gate_proj, up_proj and down_proj")
-    _check_additions(subject)
-    seen = look(subject) if seen is None else seen
-    targets = [_target(name, seen) for name in choose(subject, seen)]
-    with observing(subject):
-        embedding = _follow(subject, seen, targets)
-        tables = [_steps(target, embedding[i]) for i, target in enumerate(targets)]
-        insides = _insides(subject, seen, targets, [table["inside"]["layer"] for table in tables])
+    seen = measure_tokens(subject) if seen is None else seen
+    targets = [_target(name, seen) for name in choose_labels(subject, seen)]
+    added = _follow(subject, seen, targets)
+    tables = [_steps(target, {key: mean[i] for key, mean in added.items()}) for i, target in enumerate(targets)]
+    insides = _insides(subject, seen, targets, [table["inside"]["layer"] for table in tables])
     for table, inside in zip(tables, insides, strict=True):
         table["inside"].update(inside)
     return {"layers": subject.layers, "tokens": {t.name: table for t, table in zip(targets, tables, strict=True)}}
 
 
-def _check_additions(subject: Subject) -> None:
-    """Raises :class:`Untraceable` unless in the first batch every layer's output is its input with what attention and
-    MLP gave, up to rounding: not so with norms behind the blocks or with scaled residuals."""
-    terms: list[Tensor] = []
-
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        terms[:] = [input_of(args, kwargs).double()]
-
-    def add(module: Any, args: Any, output: Any) -> None:
-        terms.append(state_of(output).double())
-
-    def leave(number: int, module: Any, args: Any, output: Any) -> None:
-        state = state_of(output)
-        size = sum(term.norm(dim=-1) for term in terms)
-        missed = (state.double() - sum(terms)).norm(dim=-1)
-        if bool((missed > _ROUNDINGS * torch.finfo(state.dtype).eps * size)[valid].any()):
-            raise Untraceable(
-                f"{type(subject.decoder).__name__}: layer {number} does not just add attention and MLP to its input"
-            )
-
-    with ExitStack() as stack, observing(subject):
-        for number, layer in enumerate(subject.decoder.layers, 1):
-            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for module in (layer.self_attn, layer.mlp):
-                stack.callback(module.register_forward_hook(add).remove)
-            stack.callback(layer.register_forward_hook(partial(leave, number)).remove)
-        rows = next(iter(subject.batches()))
-        valid = rows.mask.bool()
-        subject.forward(rows)
-
-
-def _target(name: str, seen: list[Seen]) -> _Target:
-    outstanding = stands_out(seen, name)
+def _target(name: str, seen: list[TokenStatistics]) -> _Target:
+    target = _Target(name, stands_out(seen, name), 0, {"count": 0, "sinks": 0, "massive": 0, "traced": 0})
     features: Counter[int] = Counter()
-    counts = {"count": 0, "sinks": 0, "massive": 0, "traced": 0}
     for batch in seen:
-        rows, places = batch.where(name, outstanding=outstanding)
-        peak = batch.size[: batch.inner, rows, places].argmax(dim=0)
+        rows, places = target.where(batch)
+        peak = batch.max_abs[: batch.inner, rows, places].argmax(dim=0)
         features.update(batch.feature[peak, rows, places].tolist())
         everywhere = batch.where(name, outstanding=False)
-        counts["count"] += len(everywhere[0])
-        counts["sinks"] += int(batch.sinks[everywhere].sum())
-        counts["massive"] += int(batch.massive[everywhere].sum())
-        counts["traced"] += len(rows)
-    return _Target(name, outstanding, features.most_common(1)[0][0], counts)
+        target.counts["count"] += len(everywhere[0])
+        target.counts["sinks"] += int(batch.sinks[everywhere].sum())
+        target.counts["massive"] += int(batch.massive[everywhere].sum())
+        target.counts["traced"] += len(rows)
+    target.feature = features.most_common(1)[0][0]
+    return target
 
 
-def _follow(subject: Subject, seen: list[Seen], targets: Sequence[_Target]) -> list[float]:
-    """Fills ``targets[i].added`` with means; returns the mean embedding values at their features."""
+def _follow(subject: Subject, seen: list[TokenStatistics], targets: Sequence[_Target]) -> dict[str, Tensor]:
+    """The mean values at the targets' features: "embedding" (targets, 1), and by layer "residual" (the value after it),
+    "attention" and "mlp" (what they added) (targets, L); float64.
+
+    Raises:
+        Untraceable: in the first batch a layer's output is not its input with what attention and MLP gave, up to
+            rounding: so with norms after the blocks or with scaled residuals.
+    """
+    points = {"embedding": "input", "residual": "output", "attention": "attention", "mlp": "mlp"}
     sums = {
-        key: torch.zeros(len(targets), subject.layers, dtype=torch.float64) for key in ("layer", "attention", "mlp")
+        key: torch.zeros(len(targets), 1 if key == "embedding" else subject.layers, dtype=torch.float64)
+        for key in points
     }
-    first = torch.zeros(len(targets), dtype=torch.float64)
-    where: list[Tensor] = []  # rows, positions, features and target of the tokens of the batch at hand
 
-    def values(states: Tensor) -> Tensor:
-        rows, places, features, _ = (index.to(states.device) for index in where)
-        return states[rows, places, features].double().cpu()
+    def add(key: str, index: Sequence[Tensor], target: Tensor, layer: int, states: Tensor) -> None:
+        values = states[tuple(place.to(states.device) for place in index)]
+        sums[key][:, layer].index_add_(0, target, values.double().cpu())
 
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        first.index_add_(0, where[3], values(input_of(args, kwargs)))
-
-    def add(key: str, layer: int, module: Any, args: Any, output: Any) -> None:
-        sums[key][:, layer].index_add_(0, where[3], values(state_of(output)))
-
-    with ExitStack() as stack:
-        layers = subject.decoder.layers
-        stack.callback(layers[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for number, layer in enumerate(layers):
-            for key, module in (("layer", layer), ("attention", layer.self_attn), ("mlp", layer.mlp)):
-                stack.callback(module.register_forward_hook(partial(add, key, number)).remove)
-        for batch, rows in zip(seen, subject.batches(), strict=True):
-            found = [batch.where(target.name, outstanding=target.outstanding) for target in targets]
-            lengths = torch.tensor([len(places) for places, _ in found])
-            target = torch.arange(len(targets)).repeat_interleave(lengths)
-            features = torch.tensor([t.feature for t in targets])[target]
-            where[:] = torch.cat([b for b, _ in found]), torch.cat([s for _, s in found]), features, target
-            subject.forward(rows)
-    for i, t in enumerate(targets):
-        means = {key: total[i] / t.counts["traced"] for key, total in sums.items()}
-        t.added = {"residual": means["layer"], "attention": means["attention"], "mlp": means["mlp"]}
-    return [float(first[i]) / t.counts["traced"] for i, t in enumerate(targets)]
+    checks = _check_additions(subject, seen[0].valid)
+    for batch, rows in zip(seen, subject.batches(), strict=True):
+        found = [target.where(batch) for target in targets]
+        target = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(places) for places, _ in found]))
+        features = torch.tensor([t.feature for t in targets])[target]
+        index = torch.cat([b for b, _ in found]), torch.cat([s for _, s in found]), features
+        taps = [
+            Tap(point, partial(add, key, index, target), [0] if key == "embedding" else None)
+            for key, point in points.items()
+        ]
+        run(subject, rows, *checks, *taps)
+        checks = []
+    traced = torch.tensor([[target.counts["traced"]] for target in targets])
+    return {key: total / traced for key, total in sums.items()}
 
 
-def _steps(target: _Target, embedding: float) -> dict[str, Any]:
-    residual = target.added["residual"]
-    inner = residual[: max(len(residual) - 1, 1)]
-    peak = int(inner.abs().argmax())
-    sign = 1.0 if inner[peak] >= 0 else -1.0
-    added = {"embedding": torch.tensor([embedding], dtype=torch.float64)}
-    added |= {block: target.added[block][: peak + 1] for block in ("attention", "mlp")}
-    block = max(added, key=lambda name: float((sign * added[name]).max()))
-    at = int((sign * added[block]).argmax())
+def _check_additions(subject: Subject, valid: Tensor) -> list[Tap]:
+    """Taps for one batch that raise :class:`Untraceable` at a layer that does not just add; ``valid`` (B, S)."""
+    terms: list[Tensor] = []
+
+    def begin(layer: int, states: Tensor) -> None:
+        terms[:] = [states.double()]
+
+    def add(layer: int, states: Tensor) -> None:
+        terms.append(states.double())
+
+    def check(layer: int, states: Tensor) -> None:
+        size = sum(term.norm(dim=-1) for term in terms)
+        missed = (states.double() - sum(terms)).norm(dim=-1)
+        if bool((missed > _ROUNDINGS * torch.finfo(states.dtype).eps * size)[valid.to(states.device)].any()):
+            raise Untraceable(
+                f"{type(subject.decoder).__name__}: layer {layer + 1} does not just add attention and MLP to its input"
+            )
+
+    return [Tap("input", begin), Tap("attention", add), Tap("mlp", add), Tap("output", check)]
+
+
+def _steps(target: _Target, added: dict[str, Tensor]) -> dict[str, Any]:
+    """The table of a label without the inside of its MLP; ``added`` as :func:`_follow` gives it, for one target."""
+    residual = added["residual"]
+    peak = int(residual[: max(len(residual) - 1, 1)].abs().argmax())
+    sign = 1.0 if residual[peak] >= 0 else -1.0
+    terms = {key: sign * added[key][: peak + 1] for key in ("embedding", "attention", "mlp")}
+    block = max(terms, key=lambda name: float(terms[name].max()))
+    at = int(terms[block].argmax())
     return {
         **target.counts,
         "feature": target.feature,
         "peak_layer": peak + 1,
-        "embedding": embedding,
-        **{key: value.tolist() for key, value in target.added.items()},
+        "embedding": float(added["embedding"]),
+        **{key: added[key].tolist() for key in ("residual", "attention", "mlp")},
         "layer": 0 if block == "embedding" else at + 1,
         "block": block,
         "step": float(added[block][at]),
-        "inside": {"layer": int((sign * added["mlp"]).argmax()) + 1},
+        "inside": {"layer": int(terms["mlp"].argmax()) + 1},
     }
 
 
-@dataclass
 class _Units:
-    """Sums over tokens of what an MLP's units did."""
+    """Means over tokens of what an MLP's units did, each (I,) float64."""
 
-    tokens: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)  # (I,) float64
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor], rows: Tensor, places: Tensor) -> None:
         self.tokens += len(rows)
         for key, value in values.items():
             total = value[rows.to(value.device), places.to(value.device)].double().sum(dim=0).cpu()
-            self.sums[key] = self.sums[key] + total if key in self.sums else total
+            self._sums[key] = self._sums[key] + total if key in self._sums else total
 
     def mean(self, key: str) -> Tensor:
-        return self.sums[key] / max(self.tokens, 1)
+        return self._sums[key] / max(self.tokens, 1)
+
+    def at(self, unit: int) -> dict[str, float]:
+        return {key: float(self.mean(key)[unit]) for key in _VALUES}
 
 
-def _insides(subject: Subject, seen: list[Seen], targets: Sequence[_Target], layers: list[int]) -> list[dict[str, Any]]:
+def _insides(
+    subject: Subject, seen: list[TokenStatistics], targets: Sequence[_Target], layers: list[int]
+) -> list[dict[str, Any]]:
     """The units of layer ``layers[i]`` that write to the feature of ``targets[i]``."""
     mine = [_Units() for _ in targets]
     ordinary = {layer: _Units() for layer in layers}
+    mlps = {layer: subject.decoder.layers[layer - 1].mlp for layer in layers}
     held: dict[str, Tensor] = {}
-    current: list[Seen] = []
 
-    def keep(key: str, module: Any, args: Any, output: Tensor) -> None:
-        held[key] = output
+    def keep(key: str, layer: int, values: Tensor) -> None:
+        held[key] = values
 
-    def reduce(layer: int, mlp: Any, module: Any, args: Any) -> None:
-        batch, gate = current[0], held["gate"]
-        values = dict(zip(_VALUES, (gate, mlp.act_fn(gate), held["up"], args[0], gate > 0), strict=True))
-        held.clear()
+    def reduce(batch: TokenStatistics, number: int, product: Tensor) -> None:
+        layer, gate, up = number + 1, held.pop("gate"), held.pop("up")
+        values = dict(zip(_VALUES, (gate, mlps[layer].act_fn(gate), up, product, gate > 0), strict=True))
         ordinary[layer].add(values, *batch.ordinary.nonzero(as_tuple=True))
         for target, units, own in zip(targets, mine, layers, strict=True):
             if own == layer:
-                units.add(values, *batch.where(target.name, outstanding=target.outstanding))
+                units.add(values, *target.where(batch))
 
-    with ExitStack() as stack:
-        for layer in ordinary:
-            mlp = subject.decoder.layers[layer - 1].mlp
-            stack.callback(mlp.gate_proj.register_forward_hook(partial(keep, "gate")).remove)
-            stack.callback(mlp.up_proj.register_forward_hook(partial(keep, "up")).remove)
-            stack.callback(mlp.down_proj.register_forward_pre_hook(partial(reduce, layer, mlp)).remove)
-        for batch, rows in zip(seen, subject.batches(), strict=True):
-            current[:] = [batch]
-            subject.forward(rows)
-    dtype, device = rows.embeddings.dtype, rows.embeddings.device
+    numbers = [layer - 1 for layer in mlps]
+    for batch, rows in zip(seen, subject.batches(), strict=True):
+        taps = [Tap(key, partial(keep, key), numbers) for key in ("gate", "up")]
+        run(subject, rows, *taps, Tap("product", partial(reduce, batch), numbers))
     found = []
     for target, units, layer in zip(targets, mine, layers, strict=True):
-        like = torch.zeros(1, len(units.sums["gate"]), dtype=dtype, device=device)
-        down = _row_of(subject.decoder.layers[layer - 1].mlp.down_proj, target.feature, like)
+        like = rows.embeddings.new_zeros(1, len(units.mean("gate")))
+        down = _row_of(mlps[layer].down_proj, target.feature, like)
         found.append(_strongest(units, ordinary[layer], down))
     return found
 
@@ -251,16 +236,15 @@ def _row_of(linear: Any, feature: int, like: Tensor) -> Tensor:
 def _strongest(units: _Units, ordinary: _Units, down: Tensor) -> dict[str, Any]:
     contribution = units.mean("product") * down
     total = float(contribution.sum())
-    listed = []
-    for unit in contribution.abs().topk(min(TOP, len(down))).indices.tolist():
-        listed.append(
-            {
-                "unit": unit,
-                **{key: float(units.mean(key)[unit]) for key in _VALUES},
-                "down": float(down[unit]),
-                "contribution": float(contribution[unit]),
-                "share": float(contribution[unit]) / total if total else 0.0,
-                "ordinary": {key: float(ordinary.mean(key)[unit]) for key in _VALUES} if ordinary.tokens else None,
-            }
-        )
+    listed = [
+        {
+            "unit": unit,
+            **units.at(unit),
+            "down": float(down[unit]),
+            "contribution": float(contribution[unit]),
+            "share": float(contribution[unit]) / total if total else 0.0,
+            "ordinary": ordinary.at(unit) if ordinary.tokens else None,
+        }
+        for unit in contribution.abs().topk(min(TOP, len(down))).indices.tolist()
+    ]
     return {"sum": total, "ordinary_tokens": ordinary.tokens, "units": listed}

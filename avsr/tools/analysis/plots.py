@@ -1,4 +1,4 @@
-"""Inline SVG that follows the page's text colour, in light and in dark, and plots that know nothing of sinks."""
+"""Inline SVG in the page's text color, light or dark, and plots that know nothing of sinks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_INK = "#010203"  # becomes the page's text colour
+_INK = "#010203"  # becomes the page's text color
 COLOURS = (
     *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#b8860b", "#8f6fd1", "#c0334d"),
     *("#5b8a3c", "#a0785a"),
@@ -51,9 +51,30 @@ def panels(count: int = 1, *, width: float = 4.6, height: float = 3.2, share: bo
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=share)[0])
 
 
+@contextmanager
+def drawing(
+    pictures: list[str],
+    title: str,
+    xlabel: str,
+    ylabel: str = "",
+    *,
+    width: float = 4.6,
+    height: float = 3.2,
+    legend: bool = True,
+) -> Iterator[Axes]:
+    """One axis to draw on, ``width`` x ``height`` inches; on leaving, its SVG is appended to ``pictures``."""
+    with styled():
+        figure, (axis,) = panels(width=width, height=height)
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(ylabel)
+        yield axis
+        if legend:
+            legend_below(figure, axis)
+        pictures.append(to_svg(figure, title))
+
+
 def to_svg(figure: Figure, title: str) -> str:
-    """The ``<svg>`` element. ``title`` is its text for readers who do not see it, and must differ from figure to figure
-    of a page: the ids inside depend on it."""
+    """The ``<svg>`` element. ``title``, its text alternative, must be unique on a page: the ids inside depend on it."""
     figure.patch.set_alpha(0.0)
     for axis in figure.axes:
         axis.patch.set_alpha(0.0)
@@ -87,42 +108,35 @@ def legend_below(figure: Figure, axis: Axes) -> None:
 
 
 def lines_over(labels: Sequence[str], curves: Sequence[tuple[str, Sequence[float]]], xlabel: str, ylabel: str) -> str:
-    """One panel: every named curve over the same labelled points, from 0 up."""
-    with styled():
-        figure, (axis,) = panels(width=5.2)
-        for colour, (name, values) in zip(cycle(COLOURS), curves, strict=False):
-            axis.plot(labels, values, label=name, color=colour, linewidth=1.8, marker="o")
+    """One panel: every named curve over the same labeled points, from 0 up."""
+    pictures: list[str] = []
+    with drawing(pictures, f"{ylabel} by {xlabel}", xlabel, ylabel, width=5.2, legend=False) as axis:
+        for color, (name, values) in zip(cycle(COLOURS), curves, strict=False):
+            axis.plot(labels, values, label=name, color=color, linewidth=1.8, marker="o")
         axis.set_ylim(bottom=0)
-        axis.set_xlabel(xlabel)
-        axis.set_ylabel(ylabel)
         axis.legend()
-        return to_svg(figure, f"{ylabel} by {xlabel}")
+    return pictures[0]
 
 
 def training_curves(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
     """Cross entropy, decorrelation and gradient norm over steps: a figure each, a line a run."""
-    keys = [
+    pictures: list[str] = []
+    for key, label in (
         ("ce", "cross entropy (nats)"),
         ("decorrelation", "decorrelation loss"),
         ("grad_norm", "gradient norm"),
-    ]
-    return [
-        _curve(runs, key, label) for key, label in keys if any(row.get(key) is not None for _, r in runs for row in r)
-    ]
+    ):
+        if all(row.get(key) is None for _, rows in runs for row in rows):
+            continue
+        with drawing(pictures, f"Training: {label} by step", "step", label) as axis:
+            for color, (name, rows) in zip(cycle(COLOURS), runs, strict=False):
+                if points := _points(rows, key):
+                    axis.plot(*zip(*points, strict=True), color=color, linewidth=1.0, label=name)
+                if key == "ce" and (points := _points(rows, "validation_ce")):
+                    axis.plot(*zip(*points, strict=True), "o", color=color, label=f"{name}, validation")
+            axis.set_yscale("log")
+    return pictures
 
 
-def _curve(runs: Sequence[tuple[str, list[dict[str, Any]]]], key: str, label: str) -> str:
-    with styled():
-        figure, (axis,) = panels()
-        for colour, (name, rows) in zip(cycle(COLOURS), runs, strict=False):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.0, label=name)
-            validated = [(row["step"], row["validation_ce"]) for row in rows if row.get("validation_ce") is not None]
-            if key == "ce" and validated:
-                axis.plot(*zip(*validated, strict=True), "o", color=colour, label=f"{name}, validation")
-        axis.set_yscale("log")
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        legend_below(figure, axis)
-        return to_svg(figure, f"Training: {label} by step")
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

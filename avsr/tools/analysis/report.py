@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from avsr.tools.analysis.groups import BOS, mean_over_layers
 from avsr.tools.analysis.sections import SECTIONS, Runs, escape, table
 
 _STYLE = """
@@ -31,63 +30,55 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
 """
 
+_SUMMARY = (
+    "Means over layers 1..L-1 and all tokens of the kind. A sink is a token that receives more than 30% of the "
+    "attention of the queries that see it; the sections below say which queries count."
+)
 _BY_GROUP = (  # label, key, format
     ("sink rate, raw", "sink_rate", "{:.3f}"),
     ("sink rate, corrected", "sink_rate_corrected", "{:.3f}"),
     ("max |h|", "max_abs", "{:,.0f}"),
 )
-_NUMBERS: tuple[tuple[str, str, str], ...] = (
+_NUMBERS = (
     ("mean cos² of the prompt to BOS", "cos2", "{:.4f}"),
-    ("massive tokens a row", "massive_tokens_per_utterance", "{:.2f}"),
+    ("massive tokens per row", "massive_tokens_per_utterance", "{:.2f}"),
     ("rows", "utterances", "{:d}"),
 )
 
 
-def write_report(path: Path, runs: Sequence[tuple[str, dict[str, Any]]], title: str) -> None:
+def write_report(path: Path, runs: Runs, title: str) -> None:
     """Writes the page. ``runs`` are (name, analysis) pairs; an analysis is what ``avsr.tools.analyze.analyze_model`` or
     ``analyze_subject`` returned, a run's with ``curve`` (metrics rows), ``scores`` (by set), ``settings``, ``errors``.
     """
-    links, parts = ["<li><a href='#summary'>Summary</a></li>"], []
-    for section in SECTIONS:
-        inner = section.build(runs)
-        if inner:
-            links.append(f"<li><a href='#{section.id}'>{escape(section.title)}</a></li>")
-            parts.append(
-                f"<section id={section.id}><h2>{escape(section.title)}</h2>"
-                f"<p class=caption>{escape(section.caption)}</p>{inner}</section>"
-            )
+    sections = [(s.id, s.title, s.caption, s.build(runs)) for s in SECTIONS]
+    sections = [("summary", "Summary", _SUMMARY, _summary(runs)), *(section for section in sections if section[3])]
+    links = "".join(f"<li><a href='#{id}'>{escape(heading)}</a></li>" for id, heading, _, _ in sections)
+    parts = "".join(
+        f"<section id={id}><h2>{escape(heading)}</h2><p class=caption>{escape(caption)}</p>{inner}</section>"
+        for id, heading, caption, inner in sections
+    )
     page = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"
         f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1><nav aria-label=Contents><ul>{''.join(links)}</ul></nav>"
-        f"{_summary(runs)}{''.join(parts)}</body></html>\n"
+        f"<body><h1>{escape(title)}</h1><nav aria-label=Contents><ul>{links}</ul></nav>{parts}</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _summary(runs: Runs) -> str:
+    analyses = [analysis for _, analysis in runs]
     rows = []
-    for name in dict.fromkeys(key for _, a in runs for key in a.get("scores", {})):
-        cells = [a.get("scores", {}).get(name) for _, a in runs]
-        rows.append([escape(f"WER, {name.replace('_', ' ')}"), *(f"{c['wer']:.3f}" if c else "" for c in cells)])
-    for group in dict.fromkeys(["BOS", *(a[key] for key in ("intermediate", "strongest") for _, a in runs)]):
+    for name in dict.fromkeys(key for a in analyses for key in a.get("scores", {})):
+        scores = [a.get("scores", {}).get(name) for a in analyses]
+        rows.append([f"WER, {name.replace('_', ' ')}", *(_cell(s and s["wer"], "{:.3f}") for s in scores)])
+    for group in dict.fromkeys([BOS, *(a[key] for key in ("intermediate", "strongest") for a in analyses)]):
         for label, key, form in _BY_GROUP:
-            rows.append([escape(f"{group}: {label}"), *(_cell(_over_layers(a, group, key), form) for _, a in runs)])
+            means = [mean_over_layers(a["groups"].get(group, {}).get(key)) for a in analyses]
+            rows.append([f"{group}: {label}", *(_cell(mean, form) for mean in means)])
     for label, key, form in _NUMBERS:
-        if any(a[key] is not None for _, a in runs):
-            rows.append([escape(label), *(_cell(a[key], form) for _, a in runs)])
-    caption = (
-        "Means over layers 1..L-1 and all tokens of the kind. A sink is a token that receives more than 30% of the "
-        "attention of the queries that see it; the sections below say which queries count."
-    )
-    head = ["", *(escape(name) for name, _ in runs)]
-    return f"<section id=summary><h2>Summary</h2><p class=caption>{caption}</p>{table(head, rows)}</section>"
-
-
-def _over_layers(analysis: dict[str, Any], group: str, key: str) -> float | None:
-    values = analysis["groups"].get(group, {}).get(key)
-    inner = values[:-1] or values if values else []
-    return sum(inner) / len(inner) if inner else None
+        if any(a[key] is not None for a in analyses):
+            rows.append([label, *(_cell(a[key], form) for a in analyses)])
+    return table(["", *(name for name, _ in runs)], rows)
 
 
 def _cell(value: float | None, form: str) -> str:

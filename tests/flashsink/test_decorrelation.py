@@ -46,7 +46,8 @@ def agree(got, want, tolerance=1e-5):
     torch.testing.assert_close(got[0].double(), want[0], rtol=tolerance, atol=1e-9)
     for mine, other in zip(got[1], want[1], strict=True):
         if mine.element_size() == 2:
-            assert relative(mine, other) < 1.2 * torch.finfo(mine.dtype).eps
+            # one rounding of the result; the reference adds BOS's gradient up in the dtype
+            assert relative(mine, other) < 2.0 * torch.finfo(mine.dtype).eps
             continue
         atol = tolerance * float(other.abs().max()) + 1e-12
         torch.testing.assert_close(mine.cpu().double(), other, rtol=tolerance, atol=atol)
@@ -81,7 +82,7 @@ def test_any_number_of_features(backend, features):
 
 @pytest.mark.parametrize("kind", ["time first", "expanded", "unlike strides", "unlike dtypes"])
 def test_layers_of_any_strides_and_of_unlike_kinds(backend, kind):
-    states = States("starts")
+    states, half = States("starts"), torch.bfloat16 if backend.takes(torch.bfloat16) else torch.float16
     h = states.states(16)
     wide = torch.full((*h.shape[:2], 32), float("nan"))
     wide[..., ::2] = h
@@ -89,7 +90,7 @@ def test_layers_of_any_strides_and_of_unlike_kinds(backend, kind):
         "time first": [h.transpose(0, 1).contiguous().transpose(0, 1)] * 2,
         "expanded": [h[:1].expand(h.shape)] * 2,
         "unlike strides": [h, wide[..., ::2], h.transpose(0, 1).contiguous().transpose(0, 1)],
-        "unlike dtypes": [h, states.states(16, torch.float16, 1)],
+        "unlike dtypes": [h, states.states(16, half, 1)],
     }[kind]
     got, want = both(layers, states.spans.tolist(), backend, margin=0.1, **states.options)
     agree(got, want)

@@ -280,7 +280,7 @@ def test_the_threshold_is_that_of_the_tokens_own_row() -> None:
 @torch.no_grad()
 def test_without_massive_features_or_other_sinks_nothing_is_the_same() -> None:
     """Before the planted layer every set is empty, and empty sets share nothing."""
-    got = feature_sets(planted.plant(), layer=1)
+    got = feature_sets(planted.plant(), layer=planted.LAYER - 1)
     assert got["bos"] == [] and got["same"] is False and got["same_massive"] is None
     assert got["tokens"]["<audio>"]["identical"] == 0 and got["tokens"]["<audio>"]["jaccard"] == 0.0
     model = planted.planted_model()

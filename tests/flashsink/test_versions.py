@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import transformers  # noqa: F401  it looks for the versions of packages while it is imported
 
 import flashsink
 from flashsink import versions

@@ -69,9 +69,9 @@ def test_the_oldest_are_those_that_an_installation_asks_for():
         assert f'"{package}>={oldest[0]}.{oldest[1]}' in text
 
 
-def test_attach_names_an_untested_transformers_once(installed, tiny):
-    installed["transformers"] = "5.31.0"
-    model = tiny("llama")
+def test_attach_names_an_untested_transformers_once(request, tiny):
+    model = tiny("llama")  # first: transformers looks for the versions of packages while it is imported
+    request.getfixturevalue("installed")["transformers"] = "5.31.0"
     with pytest.warns(UserWarning, match="transformers 5.31.0 is untested"):
         flashsink.attach(model).detach()
     with warnings.catch_warnings():

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():  # before a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import flashsink
-from bench.ledger import ROOT
+from bench.runner.ledger import ROOT
 from flashsink import dispatch
 from flashsink.checks import resolve_layout
 from flashsink.triton import tiles

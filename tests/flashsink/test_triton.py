@@ -45,7 +45,7 @@ def test_how_often_kernels_are_launched(backend):
             normed = norm.rms_norm(h[0], weight, 1e-5, states.layout, spans, 0.0)
             normed.out.sum().backward()
             assert len(seen) == count
-            assert seen[-1].arguments["of_weight"] is None  # a frozen weight costs nothing
+            assert seen[-1].arguments["dweight"] is None  # a frozen weight costs nothing
     with launched() as seen:
         wide = [x.detach().double() for x in h]
         backend.module.decorrelation_sums(wide, states.spans, states.layout, 0.0)

@@ -163,7 +163,7 @@ def browse(page: Path, size: tuple[int, int], *options: str) -> str:
 
 
 @pytest.fixture
-def tiny_llm(tiny_llm: Path, tmp_path: Path) -> Path:
+def massive_llm(tiny_llm: Path, tmp_path: Path) -> Path:
     """The tiny Llama with a unit in layer 1 that makes BOS massive, so that there is an origin to draw."""
     folder = tmp_path / "llm"
     shutil.copytree(tiny_llm, folder)
@@ -182,7 +182,9 @@ def tiny_llm(tiny_llm: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def page(run_folder: Path, tmp_path: Path) -> Path:
+def page(run_folder: Path, tiny_llm: Path, massive_llm: Path, tmp_path: Path) -> Path:
+    for path in run_folder.rglob("config.yaml"):
+        path.write_text(path.read_text(encoding="utf-8").replace(str(tiny_llm), str(massive_llm)), encoding="utf-8")
     steps = [{"step": step, "ce": 3.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     other = tmp_path / "other"

@@ -61,7 +61,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # at every change: under two minutes on two cores
 check: lint
-	$(PYTEST) -m "not slow and not gpu and not integration and not distributed"
+	$(PYTEST) -m "not (slow or gpu or integration or interpreter or distributed)"
 
 test: dev lint browser
 	$(PYTEST) -m "not slow and not gpu"

@@ -96,6 +96,7 @@ def test_files_stay_small() -> None:
 
 
 @pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.integration
 def test_transformers_imports_from_the_repository_root(with_kernels: bool, tmp_path: Path) -> None:
     """The folder ``kernels`` must not be taken for Hugging Face's package of that name."""
     search = [str(ROOT)]

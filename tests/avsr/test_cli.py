@@ -20,6 +20,8 @@ from avsr.config import LogConfig, read_run_config, to_yaml
 from avsr.models.build import WEIGHTS
 from avsr.training.metrics import MetricsLogger, read_metrics
 
+pytestmark = pytest.mark.integration
+
 Tone = Callable[[Path, float], Path]
 Refuse = Callable[..., str]
 CPU = torch.device("cpu")

@@ -11,6 +11,8 @@ import pytest
 
 from avsr.runtime import folders
 
+pytestmark = pytest.mark.integration
+
 DEEP = "[" * 100_000
 Refuse = Callable[..., str]
 

@@ -35,6 +35,8 @@ from avsr.training.engine import deepspeed_config
 from avsr.training.metrics import DRAWN, read_metrics
 from avsr.training.resume import FRAMES, read_frames
 
+pytestmark = pytest.mark.integration
+
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
 few_and_many = pytest.mark.parametrize("count", tools.CASES)
 

@@ -35,6 +35,8 @@ from avsr.runtime import folders
 from avsr.training import resume
 from avsr.training.run import make_trainer
 
+pytestmark = pytest.mark.integration
+
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
 few_and_many = pytest.mark.parametrize("count", tools.CASES)
 

@@ -12,6 +12,8 @@ import pytest
 
 from bench.compile_report import read_log
 
+pytestmark = pytest.mark.integration
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -110,6 +110,7 @@ def test_stage_3_makes_room() -> None:
     assert needed(sizes, Way(8, 3), 16384) > needed(sizes, Way(8, 2), 16384)
 
 
+@pytest.mark.integration
 def test_the_page_holds_what_the_check_measured(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     table = tmp_path / "check.csv"
     monkeypatch.setattr(check, "TABLE", table)

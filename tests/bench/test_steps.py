@@ -14,6 +14,8 @@ from bench.workloads import llm_steps as steps
 from bench.workloads import speech_steps
 from bench.workloads.shapes import Model
 
+pytestmark = pytest.mark.integration
+
 TINY = Model("tiny", 4, 2, 16, 64, 3, 96, 50)
 PACKED = steps.Setting(TINY, 3, (20, 9, 14), True, torch.device("cpu"), torch.float32)
 

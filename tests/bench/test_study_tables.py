@@ -34,6 +34,8 @@ from bench.study.interventions import KINDS
 from bench.study.rows import best_weight, read_rows
 from bench.study.train import config_of
 
+pytestmark = pytest.mark.integration
+
 UTTERANCES = 24
 
 

@@ -14,6 +14,14 @@ import cases
 import decoders
 
 
+def pytest_collection_modifyitems(items):
+    """``make check`` leaves out what runs kernels in Triton's interpreter."""
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if any(isinstance(value, cases.Backend) and value.interpreted for value in values):
+            item.add_marker(pytest.mark.interpreter)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     before = torch.get_num_threads()

@@ -14,6 +14,8 @@ from torch import nn
 import flashsink
 from flashsink.triton.launch import INTERPRETED
 
+pytestmark = pytest.mark.integration
+
 backends = importlib.import_module("flashsink.dispatch")  # the package's attribute is the function
 
 

@@ -9,6 +9,8 @@ from transformers import DynamicCache
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("starts", [[0, 0], [0, 3, 5]], ids=["no padding", "left padding"])
 @pytest.mark.parametrize("mode", MODES)

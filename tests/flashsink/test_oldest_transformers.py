@@ -12,6 +12,8 @@ import pytest
 
 from flashsink import versions
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 # additional requirements of that release that the newest releases do not install
 BESIDE = ("huggingface_hub<2", "httpx<1", "httpcore==1.*")

@@ -12,6 +12,8 @@ from cases import BACKENDS, KERNELS, TRITON, Backend, on
 import flashsink
 from flashsink.types import Layout
 
+pytestmark = pytest.mark.integration
+
 OPERATORS = [b for b in KERNELS if isinstance(b, Backend) and b.name == "cpu" and b.level is None] + TRITON
 HOST = [b for b in BACKENDS if isinstance(b, Backend)]  # the others are marked, and on a GPU
 NATIVE = [b for b in OPERATORS if isinstance(b, Backend) and b.name == "cpu"]

@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 CUDA = torch.cuda.is_available()
 
 

@@ -14,6 +14,8 @@ import pytest
 import flashsink
 from flashsink import versions
 
+pytestmark = pytest.mark.integration
+
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 CODE = """
 import sys
 if {how!r} == "missing":

@@ -21,6 +21,8 @@ from avsr.data.manifest import read_manifest
 from avsr.errors import UserError
 from avsr.models.build import build_store
 
+pytestmark = pytest.mark.integration
+
 CODE = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("t", sys.argv[1])

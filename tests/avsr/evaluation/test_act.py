@@ -20,6 +20,8 @@ from avsr.evaluation.decode import token_budget, transcribe_batch
 from avsr.models.rows import Assembled
 from avsr.models.speech_llm import SpeechLLM
 
+pytestmark = pytest.mark.integration
+
 SOME: Heads = [(0, 1), (1, 0), (1, 3), (2, 2)]
 Examples = Callable[..., list[Example]]
 

@@ -24,6 +24,8 @@ from avsr.runtime.locks import LOCK, Holder, hold
 from avsr.training.metrics import read_metrics
 from avsr.training.run import train
 
+pytestmark = pytest.mark.integration
+
 ELSEWHERE = Holder("else where@1", 1, 4711, 1, 1_700_000_000, "token")
 
 

@@ -27,6 +27,8 @@ from avsr.tools.demo import summarise
 from avsr.training.metrics import read_metrics
 from avsr.training.run import train
 
+pytestmark = pytest.mark.integration
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = ((390, 844), (1280, 900))
 FIGURES = {  # section: figures of one run

@@ -41,6 +41,8 @@ from avsr.tools.analysis.inputs import ModelOptions, check_attention, load_text_
 from avsr.tools.analysis.subject import Subject
 from avsr.tools.analyze import analyze, analyze_subject, kind_of, refuse_unlike, run_label
 
+pytestmark = pytest.mark.integration
+
 Refuse = Callable[..., str]
 TEXTS = ["bin blue at f two now", "lay red", "place white in q nine again"]
 

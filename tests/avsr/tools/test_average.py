@@ -21,6 +21,8 @@ from avsr.tools.average import average
 from avsr.training.resume import prepare_run
 from avsr.training.run import train
 
+pytestmark = pytest.mark.integration
+
 Refuse = Callable[..., str]
 
 

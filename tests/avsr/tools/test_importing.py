@@ -20,6 +20,8 @@ from avsr.errors import UserError
 from avsr.models.build import load_run
 from avsr.tools.importing import import_checkpoint
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 
 

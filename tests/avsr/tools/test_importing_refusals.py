@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
+pytestmark = pytest.mark.integration
+
 Refuse = Callable[..., str]
 QUERY = "llm.model.layers.0.self_attn.lora_{}_Q.weight"
 

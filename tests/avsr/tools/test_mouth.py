@@ -14,6 +14,8 @@ from avsr.tools.corpora.synth.mouth import SIZE, draw_mouth
 from avsr.tools.corpora.synth.visemes import PARAMETERS, TARGETS, VISEMES
 from avsr.tools.corpora.synth.voices import VOICES
 
+pytestmark = pytest.mark.integration
+
 
 def still(frames: int = 3, **values: float) -> np.ndarray:
     """A track that stays at rest but for the given parameters."""

@@ -18,6 +18,8 @@ from avsr.tools.estimate.memory import largest, read_sizes
 from avsr.tools.estimate.planning import plan
 from avsr.tools.estimate.profiling import profile
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 
 

@@ -19,6 +19,8 @@ from avsr.runtime.packages import PACKAGES
 from avsr.tools.estimate.outlines import PUBLISHED, outline_encoder, outline_llm
 from avsr.tools.estimate.planning import page, plan
 
+pytestmark = pytest.mark.integration
+
 # as huggingface.co counts them
 PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,

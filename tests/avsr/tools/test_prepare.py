@@ -23,6 +23,8 @@ from avsr.tools.corpora.prepare.options import PrepareOptions
 from avsr.tools.corpora.prepare.run import prepare
 from avsr.tools.corpora.source import Piece, Source
 
+pytestmark = pytest.mark.integration
+
 Face = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 

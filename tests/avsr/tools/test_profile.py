@@ -21,6 +21,8 @@ from avsr.tools.estimate.memory import read_sizes
 from avsr.tools.estimate.profiling import profile
 from avsr.tools.estimate.trace import Trace, length_alone
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 
 

@@ -20,6 +20,7 @@ from avsr.tools.corpora.synth.corpus import SynthOptions, parse_options, synthes
 from avsr.tools.corpora.synth.voices import VOICES
 
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.timeout(120),
     pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo"),
 ]

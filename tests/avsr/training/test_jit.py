@@ -20,11 +20,12 @@ from avsr.training.engine import import_deepspeed
 from avsr.training.metrics import read_metrics
 from avsr.training.run import train
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 ADAM = '{"optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": false}}}'
 
 
-@pytest.mark.integration
 def test_a_start_needs_no_compiler_and_waits_for_no_lock(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """Neither c++ nor ninja, and what a kill left where DeepSpeed once compiled an op for every start."""
     nothing, built = tmp_path / "bin", tmp_path / "built"

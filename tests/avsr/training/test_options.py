@@ -29,6 +29,8 @@ from avsr.training import options
 from avsr.training.metrics import read_metrics
 from avsr.training.run import attach, make_trainer, train
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 CPU = torch.device("cpu")
 SECONDS = [0.6, 2.4, 1.1, 2.9, 1.7, 2.2]
@@ -118,7 +120,6 @@ def test_booleans_of_yaml_and_of_saved_configs_stay_valid(recipe: Recipe, text: 
     assert read_run_config(run).training.gradient_checkpointing == value
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("settings", [[], ["training.packed=true"], ["model.llm.attention=sdpa"]], ids=str)
 def test_selective_checkpointing_changes_memory_alone(recipe: Recipe, settings: list[str]) -> None:
     own = "model.llm.attention=sdpa" not in settings
@@ -298,7 +299,6 @@ def steps(model: SpeechLLM, batches: list[Batch]) -> list[Any]:
     return found
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("settings", "graphs"),
     [
@@ -328,7 +328,6 @@ def test_compiled_parts_give_the_same_in_few_graphs(recipe: Recipe, settings: li
     assert 0 < counters["stats"]["unique_graphs"] <= graphs and not counters["graph_break"], counters
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 def test_a_compiled_training_is_the_plain_one(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """By torch's own compiler, down to C++."""

@@ -21,6 +21,8 @@ from avsr.training.metrics import read_metrics
 from avsr.training.run import attach
 from avsr.training.trainer import Trainer
 
+pytestmark = pytest.mark.integration
+
 Recipe = Callable[..., Path]
 Run = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -47,7 +49,6 @@ def trained(base: Path, run: Run) -> Path:
     return run(base)
 
 
-@pytest.mark.integration
 def test_a_run_folder_holds_what_it_promises(base: Path, trained: Path, weights: Callable[..., Any]) -> None:
     rows = read_metrics(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -71,7 +72,6 @@ def test_a_run_folder_holds_what_it_promises(base: Path, trained: Path, weights:
 NO_NORMS = "training.gradient_norms_every=0"
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("settings", "rel"),
     [
@@ -105,7 +105,6 @@ def test_settings_that_change_no_number(
             assert two[key] == pytest.approx(one[key], rel=rel), (one["step"], key)
 
 
-@pytest.mark.integration
 def test_no_decorrelation_means_that_it_is_not_computed_and_training_lowers_the_loss(
     tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from avsr.runtime.progress import ProgressBar
 from avsr.training import watchdog
 from avsr.training.watchdog import STAGES, Watchdog
 
+pytestmark = pytest.mark.integration
+
 HANGING = """
     import sys, time
     import avsr.training.run
@@ -49,7 +51,6 @@ HANGING = """
 """
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("point", "timeout", "where"),
     [
@@ -69,7 +70,6 @@ def test_a_rank_that_hangs_is_named_with_its_stage_and_ended(
     assert "in hang" in done.stderr  # the traceback says where
 
 
-@pytest.mark.integration
 def test_a_start_that_hangs_says_in_which_stage(
     tiny_recipe: Callable[..., Path], run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

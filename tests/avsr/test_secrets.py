@@ -33,6 +33,7 @@ def holding(folder: Path, text: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
+@pytest.mark.integration
 def test_a_training_shows_no_token_of_the_environment_and_writes_no_pickle(
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,

@@ -11,6 +11,8 @@ from bench import check
 from bench.workloads.attention import Problem
 from bench.workloads.shapes import Model
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 MODEL = Model("tiny", 6, 2, 32, 64, 2, 96, 50)
 PADDED = Problem(MODEL, 2, 40, CPU, torch.float32, valid=(40, 21))

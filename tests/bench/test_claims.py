@@ -17,6 +17,8 @@ from bench.runner.measure import Bench, Comparison, DeviceLost
 from bench.workloads import attention
 from bench.workloads.shapes import Model
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 TINY = Model("tiny", 2, 1, 16, 32, 2, 48, 50)
 

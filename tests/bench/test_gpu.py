@@ -15,6 +15,8 @@ from bench.claims import MODULES
 from bench.runner import processes
 from bench.runner.processes import Ended
 
+pytestmark = pytest.mark.integration
+
 
 def python(code):
     return [sys.executable, "-c", code]

@@ -8,6 +8,8 @@ from scipy.stats import ttest_rel
 
 from bench.study.statistics import Difference, compare, holm
 
+pytestmark = pytest.mark.integration
+
 
 def errors(rate: float, random: np.random.Generator, seeds: int = 5, utterances: int = 200) -> list[list[int]]:
     return random.binomial(8, rate, (seeds, utterances)).tolist()

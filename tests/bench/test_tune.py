@@ -15,6 +15,8 @@ from bench.workloads.shapes import Model
 from flashsink.triton import tiles
 from flashsink.triton.launch import Tile
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 MODEL = Model("tiny", 2, 1, 16, 32, 2, 48, 50)
 PROBLEMS = [Problem(MODEL, 1, tokens, CPU, torch.float32) for tokens in (20, 33)]

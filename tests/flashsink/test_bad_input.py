@@ -244,6 +244,7 @@ def test_backends_are_exactly_four_and_the_reference_is_always_there():
     assert all(isinstance(reason, str) and reason for reason in state.values())
 
 
+@pytest.mark.integration
 def test_importing_flashsink_imports_neither_transformers_nor_avsr():
     code = "import sys, flashsink; print(sorted({'transformers', 'peft', 'avsr', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

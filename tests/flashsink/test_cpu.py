@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cases import LEVELS, Backend, Problem, States, compare, exact, on, run
@@ -97,3 +98,19 @@ def test_threads_change_no_bit(backend, threads):
         results.append([x for x in found if x is not None])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@on(CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_floating_point_unit_is_left_as_it_was(backend, dtype):
+    """MMX registers share theirs with x87, whose next operation is NaN unless their state is cleared."""
+    states = torch.randn(2, 3, 70, 100, dtype=dtype, requires_grad=True)
+    spans = torch.full((3,), 60)
+    calls = [
+        lambda: flashsink.activation_stats(states.detach(), backend="cpu"),
+        lambda: flashsink.decorrelation_loss(states, spans, backend="cpu").backward(),
+        lambda: flashsink.attention(*torch.randn(3, 2, 2, 70, 8, dtype=dtype), backend="cpu", return_stats=True),
+    ]
+    for call in calls:
+        call()
+        assert (np.arange(8, dtype=np.longdouble) + 1).sum() == 36

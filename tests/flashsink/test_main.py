@@ -11,6 +11,8 @@ import pytest
 import flashsink
 from flashsink.__main__ import main
 
+pytestmark = pytest.mark.integration
+
 
 def test_backends_are_listed_in_columns(capsys):
     assert main(["backends"]) == 0

@@ -8,6 +8,8 @@ import pytest
 
 from bench import random_problems
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_few_problems_pass_and_a_second_start_continues(tmp_path, capsys):
     out = tmp_path / "progress.jsonl"

@@ -11,7 +11,7 @@ import torch
 
 import flashsink
 
-pytestmark = pytest.mark.smollm
+pytestmark = [pytest.mark.integration, pytest.mark.smollm]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "The old lighthouse keeper counted the ships at dusk and wrote their names down in a small blue book."
 

@@ -16,6 +16,8 @@ from avsr.tools.corpora.synth.espeak import Span
 from avsr.tools.corpora.synth.mouth import draw_mouth
 from avsr.tools.corpora.synth.visemes import viseme_track
 
+pytestmark = pytest.mark.integration
+
 # Encodes the same clips again and again, with clips of other sizes in between, so that the encoder gets its memory
 # back with ever other rubbish in it.
 REPEAT = """

@@ -27,6 +27,8 @@ from avsr.models.whisper import Whisper
 from avsr.tools.analysis.inputs import ModelOptions, load_text_subject
 from avsr.tools.estimate.outlines import outline_encoder, outline_llm
 
+pytestmark = pytest.mark.integration
+
 KEY = "model.llm.name"
 NAME, COMMIT = "somebody/model", "1" * 40
 

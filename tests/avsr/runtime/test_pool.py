@@ -19,7 +19,7 @@ from avsr.errors import UserError
 from avsr.runtime.locks import process_start
 from avsr.runtime.pool import Lost, run_jobs, tick
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(autouse=True)

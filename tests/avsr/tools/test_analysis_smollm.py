@@ -18,7 +18,7 @@ from avsr.tools.analysis.statistics import TokenStatistics, measure_tokens
 from avsr.tools.analysis.subject import Subject
 
 Looked = tuple[Subject, list[TokenStatistics], dict[str, Any]]
-pytestmark = pytest.mark.smollm
+pytestmark = [pytest.mark.integration, pytest.mark.smollm]
 TEXTS = [
     "The old lighthouse keeper counted the ships at dusk and wrote their names down in a small blue book.",
     "Rain fell on the market square while the baker carried his last loaves under the wooden roof.",

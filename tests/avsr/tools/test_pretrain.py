@@ -22,6 +22,8 @@ from avsr.tools.lipreader.pretrain import PretrainConfig, best_path, evaluate_vi
 from avsr.tools.lipreader.timed import TimedClip, load_timed, vocabulary
 from avsr.training.metrics import read_metrics
 
+pytestmark = pytest.mark.integration
+
 # A word is a bar at its own place for as long as it is said; an eSpeak phoneme goes with it.
 WORDS = {"bin": ("b", 16), "lay": ("l", 32), "set": ("s", 48), "now": ("n", 64)}
 TINY = VisualConfig(pool=8, channels=[4, 8, 8], width=24, hidden=12, layers=1, dropout=0.0)

@@ -27,6 +27,8 @@ from avsr.tools.corpora.synth.visemes import (
 )
 from avsr.tools.corpora.synth.voices import VOICES
 
+pytestmark = pytest.mark.integration
+
 needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra demo")
 
 HELPER = """

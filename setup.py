@@ -20,8 +20,8 @@ NAME = "flashsink._native"
 # signals of floating point errors are nobody's business here, and watching for them prevents vectors
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() in ("x86_64", "AMD64"):
-    # GCC 12 passes vectors of 8 bytes through MMX registers and does not clear their state: the next x87 operation of the
-    # process (long double, as in NumPy's FFT) then gives NaN
+    # GCC 12 passes vectors of 8 bytes through MMX registers and does not clear their state: the next x87 operation of
+    # the process (long double, as in NumPy's FFT) then gives NaN
     FLAGS.append("-mno-mmx")
 OPENMP = "-fopenmp"
 

@@ -113,7 +113,7 @@ class Probe:
 
         The sinks of a head are the keys but BOS whose mean received attention in the prompt exceeds
         ``threshold``. They are found in every full forward and kept while decoding from its cache. The prompt is
-        the span where :meth:`spans` sets one, so a text behind it is treated as while decoding; else it is all
+        the span where :meth:`spans` sets one, so text after it is treated as in decoding; else it is all
         there is. ``beta`` = 1 finds the sinks (:attr:`calibrated_sinks`) and changes nothing.
 
         Raises:
@@ -397,7 +397,7 @@ class Probe:
         if forward is None and self._shared.latest is not None:
             raise RuntimeError("calibrate: the prompt ran in another thread, which knows its sinks")
         if forward is None or forward.calibration is not self._calibration or index not in forward.calm:
-            return out  # switched on behind the prompt
+            return out  # switched on after the prompt
         sinks = forward.calm[index]
         if sinks.shape[0] != q.shape[0]:
             raise ValueError(f"calibrate: the prompt had {sinks.shape[0]} rows, this step has {q.shape[0]}")
@@ -406,7 +406,7 @@ class Probe:
 
     def _choose(self, index: int, stats: list[SinkStats], layout: Layout) -> Tensor:
         """(B, H, S) bool: the sinks of the calibrated heads, never BOS. ``stats`` counts all queries and, where the
-        prompt is a span, those behind it: the difference is what the prompt's own give."""
+        prompt is a span, those after it: the difference is what the prompt's own give."""
         assert self._calibration is not None
         mean = stats[0].mean_received
         if len(stats) > 1:
@@ -446,7 +446,7 @@ def attach(
         margin: of the decorrelation loss.
         stats_every: record sinks and activations in every n-th full forward only.
         median: also record the median of |h| of every row and layer.
-        queries: "all", or "after_span": sinks count only the queries behind the span (the text tokens).
+        queries: "all", or "after_span": sinks count only the queries after the span (the text tokens).
         validate: check masks and spans on CUDA too, at the cost of a synchronisation.
 
     Returns:

@@ -6,30 +6,91 @@ to ``forward``. Anything not known to be harmless is refused by name.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from flashsink import checks
+from flashsink.checks import check_values
 from flashsink.dispatch import implementation
 from flashsink.hf import masks
+from flashsink.types import Layout, Pattern
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
 IMPLEMENTATION = "sink_capture"
-MARK = "_flashsink_probe"  # the attribute of an attached model's attention modules
+MARK = "_flashsink_place"  # the attribute of an attached model's attention modules
 
 # Seen in the models of transformers 5.17 to 5.23; attention's result does not depend on them (rotary embeddings are
-# applied before, and what a model returns besides the logits is not attention's concern).
+# applied before, the mask says what windows leave out, and what a model returns besides the logits is not attention's
+# concern).
 _HARMLESS = {
     *("cache_position", "image_sizes", "labels", "logits_to_keep", "num_items_in_batch", "output_attentions"),
-    *("output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache"),
+    *("output_hidden_states", "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache"),
 }
-_KNOWN = {"dropout", "is_causal", "scaling", "sliding_window"}  # looked at
+_KNOWN = {"dropout", "is_causal", "scaling"}  # looked at
+# terms of the scores that the model's own code passes, with the attributes of its attention modules that they come from
+_TERMS = {"softcap": ("attn_logit_softcapping",), "s_aux": ("sinks",)}
 # repeat what restarting positions say; only some implementations read them
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter within a window or chunk
-_OWN_MASKS = {"doge"}  # model types whose layers read the mask before attention does
 _ELSE = "; attention=False observes the model all the same"
+
+
+class Call(NamedTuple):
+    """One attention call: q (B, H, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), and what the mask says.
+
+    Attributes:
+        layout: over the keys. Where a pattern has its own mask, that masks padding too.
+        query_starts: of the statistics, where the mask carries them, or None.
+        encoded: the mask was numbers, so it is of a full forward.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: Layout
+    causal: bool
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+    pattern: Pattern | None
+    query_starts: Tensor | None
+    encoded: bool
+
+    def run(self, backend: str | None, counted: list[Tensor | None]) -> tuple[Tensor, list[Any]]:
+        """(out (B, H, Sq, Dv), statistics), as :func:`flashsink.reference.attention`."""
+        q, pattern = self.q, self.pattern
+        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap)
+        return chosen.attention(
+            q,
+            self.k,
+            self.v,
+            self.layout,
+            causal=self.causal,
+            scale=self.scale,
+            counted=counted,
+            sink_logits=self.sink_logits,
+            pattern=pattern,
+            softcap=self.softcap,
+        )
+
+    def calibrated(self, backend: str | None, sinks: Tensor, beta: float) -> Tensor:
+        """The output with ACT on the columns ``sinks`` (B, H, Sk)."""
+        q, pattern = self.q, self.pattern
+        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap)
+        return chosen.calibrated_attention(
+            q,
+            self.k,
+            self.v,
+            sinks,
+            self.layout,
+            beta=beta,
+            scale=self.scale,
+            causal=self.causal,
+            pattern=pattern,
+            softcap=self.softcap,
+            sink_logits=self.sink_logits,
+        )
 
 
 def register() -> None:
@@ -41,33 +102,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, masks.make_mask)
 
 
-def check_config(config: Any) -> None:
-    """Raises:
-    ValueError: the config says that a layer does something else than causal softmax attention.
-    """
-    if getattr(config, "is_causal", True) is False:
-        raise ValueError("model: its config has is_causal=False, expected causal attention" + _ELSE)
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
-    if other or config.model_type in _OWN_MASKS:
-        got = f"{', '.join(other)} in layer_types" if other else f"masks that every layer of {config.model_type} makes"
-        raise ValueError(f"model: expected layers of {', '.join(sorted(_LAYERS))}, got {got}{_ELSE}")
-
-
-def check_window(window: int | None, tokens: int) -> None:
-    """Raises:
-    ValueError: a window leaves keys out.
-    """
-    if window and tokens > window:  # 0 is off as well as None
-        raise ValueError(
-            f"sliding_window: expected sequences of at most {window} tokens, got {tokens}; sliding-window "
-            "attention is not supported"
-        )
-
-
 def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None:
-    causal = arguments.get("is_causal")
-    if (getattr(module, "is_causal", True) if causal is None else causal) is False:
-        raise ValueError(f"is_causal: expected causal attention, {type(module).__name__} has False{_ELSE}")
     if arguments.get("dropout"):
         raise ValueError(f"attention_dropout: expected 0, got {arguments['dropout']}")
     for name, value in arguments.items():
@@ -75,25 +110,82 @@ def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None
             continue
         if name in _PACKING and masks.is_packed(mask):
             continue
+        if any(getattr(module, own, None) is value for own in _TERMS.get(name, ())):  # else a caller's, which few read
+            continue
         got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        why = {"s_aux": " (learned sink logits, GPT-OSS)", "softcap": " (capped scores)"}.get(name, "")
-        why = " without position_ids that restart" if name in _PACKING else why
+        why = " without position_ids that restart" if name in _PACKING else ""
         raise ValueError(f"{name}: flashsink's attention does not know it, expected None, got {got}{why}{_ELSE}")
 
 
 def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **arguments: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[Tensor, None]:
     _check_call(module, attention_mask, arguments)
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
-    scaling, window = arguments.get("scaling"), arguments.get("sliding_window")
+    scaling = arguments.get("scaling")
     q, scale = checks.positive_scale(q, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
-    probe: Any = getattr(module, MARK, None)
-    if probe is not None:
-        out = probe.attend(int(module.layer_idx), q, k, v, attention_mask, scale, window)  # type: ignore[arg-type]
-    else:
-        layout, _ = masks.decode(attention_mask, k.shape[0], k.shape[2], k.device)
-        check_window(window, layout.tokens)
-        k, v = k[:, :, : layout.tokens], v[:, :, : layout.tokens]
-        out = implementation(None, q.device.type, q).attention(q, k, v, layout, causal=True, scale=scale)[0]
+    place: Any = getattr(module, MARK, None)
+    record = None if place is None else place.observer.forwards.live
+    causal = arguments.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if record is not None and not causal:
+        record.anchored = False  # a layer that sees all has no BOS
+    terms = (scale, arguments.get("softcap"), arguments.get("s_aux"))
+    call = _read(q, k, v, attention_mask, causal, terms, record)
+    out = call.run(None, [])[0] if place is None else place.observer.attend(place.index, call, record)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple[Any, ...], record: Any) -> Call:
+    """What the mask of a call says."""
+    rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    scale, softcap, sink_logits = terms
+    if masks.is_encoded(mask):
+        k, v = k[:, :, :queries], v[:, :, :queries]  # the rest of a static cache
+        mask = mask.to(q.device)
+        layout, first, causal = masks.decode(mask, rows, queries)
+        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, first, True)
+    if mask is None:
+        causal = causal and queries > 1
+        if causal and queries < keys:  # as torch's attention takes it: the first positions
+            k, v = k[:, :, :queries], v[:, :, :queries]
+        layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
+        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, None, False)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected (B, 1, Sq, Sk), got {got}{_ELSE}")
+    seen = _seen(mask.to(q.device), record)[..., :keys]
+    k, v = k[:, :, : seen.shape[-1]], v[:, :, : seen.shape[-1]]
+    layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
+    return Call(q, k, v, layout, False, scale, softcap, sink_logits, Pattern(mask=seen), None, False)
+
+
+def _seen(mask: Tensor, record: Any) -> Tensor:
+    """A mask of the model's own as bool.
+
+    Raises:
+        ValueError: it adds to the scores that it does not mask, or differs among heads.
+    """
+    if mask.shape[1] != 1:
+        raise ValueError(f"attention_mask: expected one mask for all heads, got {tuple(mask.shape)}{_ELSE}")
+    if mask.dtype == torch.bool:
+        return mask
+    seen = mask == 0
+    masked = mask <= max(torch.finfo(mask.dtype).min / 2, -1e9) if mask.is_floating_point() else ~seen
+    why = f"attention_mask: expected 0 and the least number, got terms that are added to the scores{_ELSE}"
+    if check_values(mask.device):
+        if not bool((seen | masked).all()):
+            raise ValueError(why)
+    elif record is not None:
+        record.doubts.append((~(seen | masked).all(), why))
+    return seen
+
+
+def check_model(decoder: Any) -> None:
+    """Raises:
+    ValueError: the model's attention does not go through ``AttentionInterface``.
+    """
+    if not decoder._can_set_attn_implementation():
+        raise ValueError(
+            f"model: the attention of {type(decoder).__name__} does not go through transformers' AttentionInterface{_ELSE}"
+        )

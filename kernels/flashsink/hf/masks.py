@@ -1,14 +1,16 @@
-"""Padding as a few numbers a row, through Hugging Face's mask interface.
+"""What a model's own mask says, for flashsink's attention: through Hugging Face's mask interface.
 
-Transformers asks a mask function once a forward and hands its result to every attention call. A 4-D tensor passes
-through everything (generate, checkpointing) unchanged, so the layout travels as a 4-D int64 tensor with its numbers
-in it: dense rows (B, 3, 1, 1) = start, length and the first position whose query counts in the statistics; with a
-static cache (B, 4, 1, 1), followed by the end of the used keys; packed (1, N, 3, 1) with the same three.
+Transformers asks a mask function once a forward for every kind of mask that the model wants, and hands its result to
+every attention call. Where the mask is no more than causal attention (or none) over padded or packed rows, a few
+numbers a row stand for it, which every backend takes; they travel as a 4-D int64 tensor, which passes through
+everything (generate, checkpointing, other devices) unchanged: dense rows (B, 3, 1, 1) = start, length and the first
+position whose query counts in the statistics; packed (1, N, 3, 1) with the same three; the last dimension is 2 where
+attention is not causal. Any other mask stays what the model's own functions make of it, (B, 1, Sq, Sk) bool.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import threading
 from typing import Any, NamedTuple
 
@@ -17,130 +19,142 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.checks import check_values
+from flashsink.hf.records import Record
 from flashsink.types import Layout
 
-_BIDIRECTIONAL, _PATTERN, _WINDOW, _CHUNK, _PACKED, _NOT_PACKED, _OTHER_SIZE = range(1, 8)
-_REASONS = {
-    _BIDIRECTIONAL: "is_causal: expected causal attention, the model asks for bidirectional attention",
-    _PATTERN: "attention_mask: flashsink supports causal attention with padding, got another pattern (such as images, "
-    "prefixes or blocks whose tokens see each other)",
-    _WINDOW: "sliding_window: expected sequences of at most {} tokens, got {}; sliding windows are not supported",
-    _CHUNK: "attention_chunk_size: expected sequences of at most {} tokens, got {}; chunks are not supported",
-    _PACKED: "position_ids: the model takes the rows for packed sequences, which flashsink takes for one each",
-    _NOT_PACKED: "position_ids: they restart, but the model takes the row for one sequence (as all do with a KV "
-    "cache: pass use_cache=False)",
-    _OTHER_SIZE: "attention_mask: expected one for the decoder's own tokens, got one for {} tokens instead of {}",
-}
+_HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
+_RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
 
-class Forward(NamedTuple):
-    """A full forward of an attached decoder: whose config it is, its layout, and the mask that all its layers get."""
+class Asking(NamedTuple):
+    """Who asks for masks: the attached decoder that this thread runs.
 
-    config: Any
-    layout: Layout
-    mask: Tensor
+    Attributes:
+        configs: those of its modules.
+        record: of its full forward; None in a step of decoding.
+        queries: of the options, as is validate.
+    """
+
+    configs: list[Any]
+    record: Record | None
+    queries: str
+    validate: bool
 
 
 class _Here(threading.local):
-    """The forward that this thread is in."""
-
     def __init__(self) -> None:
-        self.forward: Forward | None = None
+        self.asking: Asking | None = None
+        self.made: list[tuple[Tensor, Layout]] = []  # masks that no decoder has got yet
 
 
 here = _Here()
 
 
-def layout_of_mask(mask: Tensor | None, rows: int, tokens: int, device: torch.device, validate: bool) -> Layout:
+def layout_of_mask(
+    mask: Tensor | None,
+    rows: int,
+    tokens: int,
+    device: torch.device,
+    validate: bool = False,
+    record: Record | None = None,
+) -> Layout:
     """A 2-D padding mask (B, S), 1 = valid, as a layout.
 
     Raises:
-        ValueError: another shape, or (where values are checked) valid tokens with a gap between them.
+        ValueError: another shape, or valid tokens with a gap between them. Where values are not checked the gap is a
+            doubt of ``record``.
     """
     if mask is None:
         start = torch.zeros(rows, dtype=torch.long, device=device)
         return Layout(start, start + tokens, rows, tokens, False, True)
     if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < tokens:
-        raise ValueError(
-            f"attention_mask: expected a padding mask ({rows}, {tokens}), got {tuple(mask.shape)}; "
-            "masks with more than two dimensions are not supported"
-        )
+        raise ValueError(f"attention_mask: expected a padding mask ({rows}, {tokens}), got {tuple(mask.shape)}")
     keep = mask[:, :tokens].to(device=device, dtype=torch.bool)
     length = keep.sum(dim=1)
     start = torch.where(length > 0, keep.int().argmax(dim=1), 0)
     layout = Layout(start, length, rows, tokens, False)
-    if check_values(device, validate) and not bool((layout.valid() == keep).all()):
-        raise ValueError("attention_mask: expected the valid tokens of a row in one piece, got a mask with holes")
+    _require(layout.valid() == keep, _HOLES, validate, record)
     return layout
 
 
-def layout_of_positions(position_ids: Tensor | None, rows: int, tokens: int) -> Layout | None:
-    """The packed layout that restarting ``position_ids`` describe, or None where nothing restarts."""
-    if position_ids is None or tokens < 2:
-        return None
-    if torch.compiler.is_compiling():
-        raise ValueError("position_ids: a compiled model cannot look whether they restart; leave them out")
-    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
-        return None
-    restart = position_ids.diff(dim=1) != 1
-    if not bool(restart.any()):
-        return None
-    if rows != 1 or position_ids.shape[0] != 1:
-        raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
-    edges = restart[0].nonzero().squeeze(1) + 1
+def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, record: Record | None = None) -> Layout:
+    """The layout that a 4-D mask of a full forward describes, boolean or additive: causal attention with padding or,
+    in a single row, over packed sequences.
+
+    Raises:
+        ValueError: it is another pattern. Where values are not checked that is a doubt of ``record``.
+    """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attention_mask: expected a bool or floating 4-D mask, got {mask.dtype}")
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, :1, :tokens, :tokens]
+    if seen.shape[-2:] != (tokens, tokens) or mask.shape[0] not in (1, rows):
+        raise ValueError(f"attention_mask: expected ({rows}, 1, {tokens}, {tokens}), got {tuple(mask.shape)}")
+    seen = seen.expand(rows, -1, -1, -1)
+    checked = check_values(mask.device, validate)
+    if checked and rows == 1:
+        alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
+        packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
+        if bool((reference.visible(packed, tokens, True) == seen).all()):
+            return packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
+    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, record)
+    equal = (reference.visible(layout, tokens, True) == seen) | ~layout.valid()[:, None, :, None]
+    _require(equal, "attention_mask: expected causal attention with padding, got another 4-D pattern", validate, record)
+    return layout
+
+
+def _require(holds: Tensor, why: str, validate: bool, record: Record | None) -> None:
+    if check_values(holds.device, validate):
+        if not bool(holds.all()):
+            raise ValueError(why)
+    elif record is not None:
+        record.doubts.append((~holds.all(), why))
+
+
+def _packed(sequence: Tensor) -> Layout:
+    """The layout of a packed row, (S,) the number of every token's sequence."""
+    tokens = sequence.shape[0]
+    edges = sequence.diff().nonzero().squeeze(1) + 1
     bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), tokens)])
     return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
 
 
-def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool) -> Layout:
-    """The layout that another implementation's 4-D mask of a full forward describes, boolean or additive.
-
-    Raises:
-        ValueError: (where values are checked) the pattern is not causal attention with padding.
-    """
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, :1, :tokens, :tokens]
-    seen = seen.expand(rows, -1, -1, -1)
-    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate)
-    if check_values(mask.device, validate):
-        valid = layout.valid()[:, None, :, None]  # what a padded query sees does not matter
-        if not bool(((reference.visible(layout, tokens, True) == seen) | ~valid).all()):
-            raise ValueError("attention_mask: expected causal attention with padding, got another pattern")
-    return layout
+# ---- masks as numbers
 
 
-def encode(layout: Layout, keys: int, query_starts: Tensor | None = None) -> Tensor:
-    """``layout`` for attention over ``keys`` slots, of which a static cache leaves the last ones unused;
-    ``query_starts`` (N,) = the first position of every sequence whose query counts, default all."""
+def encode(layout: Layout, query_starts: Tensor | None = None, causal: bool = True) -> Tensor:
+    """``layout`` as a mask; ``query_starts`` (N,) = the first position of every sequence whose query counts, default
+    all."""
     query_starts = layout.starts if query_starts is None else query_starts
     numbers = torch.stack([layout.starts, layout.lengths, query_starts], dim=1)
-    if layout.packed:
-        return numbers[None, :, :, None]
-    if layout.tokens != keys:
-        numbers = torch.cat([numbers, numbers.new_full((layout.rows, 1), layout.tokens)], dim=1)
-    return numbers[:, :, None, None]
+    numbers = numbers[None, :, :, None] if layout.packed else numbers[:, :, None, None]
+    return numbers if causal else numbers.expand(-1, -1, -1, 2)
 
 
 def is_encoded(mask: Any) -> bool:
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64 or mask.shape[3] > 2:
         return False
-    return mask.shape[1:] in ((3, 1, 1), (4, 1, 1)) or (mask.shape[0] == 1 and mask.shape[2:] == (3, 1))
+    return mask.shape[1:3] == (3, 1) or (mask.shape[0] == 1 and mask.shape[2] == 3)
+
+
+class Decoded(NamedTuple):
+    layout: Layout
+    query_starts: Tensor
+    causal: bool
+
+
+def decode(mask: Tensor, rows: int, tokens: int) -> Decoded:
+    """What an encoded mask says of ``rows`` rows of ``tokens`` tokens."""
+    causal = mask.shape[3] == 1
+    if mask.shape[2] == 3:
+        return Decoded(Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0], causal)
+    return Decoded(Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0], causal)
 
 
 def is_packed(mask: Any) -> bool:
     return is_encoded(mask) and mask.shape[2] == 3
 
 
-def decode(mask: Any, rows: int, tokens: int, device: torch.device) -> tuple[Layout, Tensor]:
-    """(layout, query_starts) of an encoded mask over the first ``tokens`` keys, those in use.
-
-    With a static cache ``tokens`` counts unused slots too; the returned layout leaves them out.
-    """
-    check(mask)
-    if is_packed(mask):
-        return Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0]
-    if mask.shape[1] == 4:
-        tokens = min(tokens, int(mask[0, 3, 0, 0]))
-    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0]
+# ---- the mask function
 
 
 def make_mask(
@@ -148,107 +162,192 @@ def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: Any,
-    attention_mask: Tensor | None,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
     mask_function: Any,
+    attention_mask: Tensor | None,
     device: torch.device,
     config: Any = None,
     local_size: int | None = None,
-    **others: Any,
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
+    **_: Any,
 ) -> Tensor:
-    """Called by transformers, or a model's code through it, for every kind of mask a forward needs; also for kinds that
-    no layer uses, so one that flashsink does not support is refused only where attention gets it.
+    """Called by transformers, or a model's code through it, for every kind of mask that a forward needs; by generate
+    and multimodal models before they call the decoder."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    In a full forward of an attached decoder the result is that forward's own. Elsewhere (steps of decoding; generate
-    and multimodal models, which make masks before they call the decoder) it is the layout of the padding mask.
-    """
-    own = here.forward if here.forward is not None and here.forward.config is config else None
-    end = int(q_offset) + q_length if own is None else own.layout.tokens
-    reason = _foreign(mask_function, others)
-    if reason == _PATTERN and q_length == end and check_values(device, False):
-        layout = layout_of_mask(attention_mask, batch_size, end, device, False) if own is None else own.layout
-        sizes = {"batch_size": batch_size, "q_length": end, "kv_length": kv_length, "q_offset": 0}
-        if _changes_nothing(layout, mask_function, attention_mask, sizes, others):
-            return encode(layout, kv_length) if own is None else own.mask
-    if reason:
-        return _refusal(reason)
-    if local_size is not None and end > local_size:
-        chunked = getattr(config, "attention_chunk_size", None) == local_size
-        return _refusal(_CHUNK if chunked else _WINDOW, local_size, end)
-    packed = _packs(mask_function)
-    if own is None:
-        if packed:
-            return _refusal(_PACKED)
-        return encode(layout_of_mask(attention_mask, batch_size, end, device, False), kv_length)
-    if packed is not None and packed != own.layout.packed:
-        return _refusal(_PACKED if packed else _NOT_PACKED)
-    if (batch_size, q_length) != (own.layout.rows, own.layout.tokens):
-        return _refusal(_OTHER_SIZE, q_length, own.layout.tokens)
-    return own.mask
-
-
-def _foreign(mask_function: Any, others: dict[str, Any]) -> int:
-    """The reason why ``mask_function`` is not causal attention, within a window at most; 0 where it is.
-
-    Transformers puts functions together by ``and_masks`` and ``or_masks``: those are recognized here by their code,
-    which a compiler can follow, others by the arguments that come with them.
-    """
-    from transformers.masking_utils import and_masks, causal_mask_function
-
-    if "allow_is_bidirectional_skip" in others:
-        return _BIDIRECTIONAL
-    if mask_function is causal_mask_function:
-        return 0
-    combined = getattr(mask_function, "__code__", None) is and_masks(causal_mask_function).__code__
-    return 0 if combined and not others.get("use_vmap") else _PATTERN
-
-
-def _changes_nothing(
-    layout: Layout, mask_function: Any, attention_mask: Tensor | None, sizes: dict[str, int], others: dict[str, Any]
-) -> bool:
-    """Whether a pattern of the model's own amounts to causal attention in this batch, as one for images does where
-    there are none."""
-    from transformers.masking_utils import sdpa_mask
-
-    seen = sdpa_mask(
-        **sizes,
+    asking = here.asking if here.asking is not None and any(config is own for own in here.asking.configs) else None
+    record = None if asking is None else asking.record
+    step = asking is not None and record is None
+    own = functools.partial(  # the model's mask as transformers makes it, (B, 1, Sq, Sk) bool, never left out
+        sdpa_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
-        use_vmap=bool(others.get("use_vmap")),
-        device=layout.starts.device,
-    )[..., : layout.tokens]
-    padding = ~layout.valid()[:, None, :, None]  # what a padded query sees does not matter
-    return bool(((reference.visible(layout, layout.tokens, True) == seen) | padding).all())
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    if step or not _at_start(q_offset, kv_offset, q_length, kv_length):
+        return own()
+    validate = asking is not None and asking.validate
+    within = local_size is None or local_size >= q_length
+    kind, sequence = _kind(mask_function, within and not use_vmap)
+    if kind == _CAUSAL and mask_function is not causal_mask_function and record is not None:
+        _doubt_positions(record)
+    if sequence is not None and bool((sequence != sequence[:, :1]).any()):
+        if batch_size != 1:
+            raise ValueError(f"position_ids: expected packed sequences in a single row, got {batch_size} rows")
+        layout = _packed(sequence[0])
+    else:
+        layout = layout_of_mask(attention_mask, batch_size, q_length, device, validate, record)
+    first = None
+    if record is not None:
+        record.settle(layout, validate)
+        record.anchored = record.anchored and kind != _EVERY
+        first = record.query_starts(asking.queries) if asking is not None else None
+    wanted = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer that reads it
+    if kind and not wanted:
+        return encode(layout, first, kind == _CAUSAL)
+    mask = own()[..., :q_length]
+    valid = layout.valid()[:, None, :, None]  # what a padded query sees does not matter
+    if not wanted and check_values(device, validate):
+        causal = reference.visible(layout, q_length, True)
+        if bool(((causal == mask) | ~valid).all()):  # as a window longer than the rows, and images where there are none
+            return encode(layout, first)
+    mask = mask & valid
+    if record is None:
+        here.made.append((mask, layout))
+    return mask
 
 
-def _packs(mask_function: Any) -> bool | None:
-    """Whether ``mask_function`` keeps packed sequences apart; None where a compiler cannot look, which takes every
-    row for packed as long as its positions are not known."""
-    from transformers.masking_utils import packed_sequence_mask_function
-
-    if torch.compiler.is_compiling():
-        return None
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    code = packed_sequence_mask_function(torch.empty(0)).__code__
-    return any(getattr(part, "__code__", None) is code for part in parts)
-
-
-def _refusal(reason: int, got: int = 0, expected: int = 0) -> Tensor:
-    """A mask that :func:`check` refuses, (1, 5, 1, 1) on the CPU."""
-    return torch.tensor([reason, got, expected, 0, 0])[None, :, None, None]
-
-
-def check(mask: Any) -> None:
-    """Refuses what :func:`make_mask` did not make, or made for a pattern that is not supported.
+def settle(record: Record, states: Tensor, validate: bool) -> None:
+    """Makes the layout known where no mask did: by the call's 2-D mask and position ids, for states (B, S, ...).
 
     Raises:
-        ValueError: with the reason.
+        ValueError: the mask is not one of these tokens.
     """
-    if is_encoded(mask):
+    if record.layout is not None:
         return
-    if isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.shape == (1, 5, 1, 1):
-        reason, first, second = (int(number) for number in mask[0, :3, 0, 0])
-        raise ValueError(_REASONS[reason].format(first, second) + "; attention=False observes the model all the same")
-    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise ValueError(f"attention_mask: expected what flashsink's mask function made, got {shape}")
+    (rows, tokens), device, mask = states.shape[:2], states.device, record.padding
+    if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
+        raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
+    layout = layout_of_mask(mask, rows, tokens, device, validate, record)
+    positions = record.positions
+    if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:
+        from transformers.masking_utils import find_packed_sequence_indices
+
+        # with four axes the first holds what a mask is made from
+        own = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
+        _doubt_positions(record)
+        compiled = torch.compiler.is_compiling()
+        sequence = find_packed_sequence_indices(own.expand(rows, -1)) if own.dim() == 2 and not compiled else None
+        if sequence is not None:
+            if rows != 1:
+                raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
+            layout = _packed(sequence[0])
+    record.settle(layout, validate)
+
+
+def _doubt_positions(record: Record) -> None:
+    """A compiled forward is taken for one sequence a row: whether it is, its positions say when they are known."""
+    positions = record.positions
+    if torch.compiler.is_compiling() and positions is not None and record.padding is None and not record.cached:
+        record.doubts.append(((positions.diff(dim=-1) != 1).any(), _RESTART))
+
+
+def of_call(mask: Any, rows: int, tokens: int, device: Any, record: Record, asking: Asking) -> Any:
+    """What a decoder's layers are to get for the 4-D mask that its caller gives it, or a dict of them by kind: numbers
+    with the spans of this forward, or the mask itself. Other masks, and None, are left to the decoder."""
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    known = [own for own in masks if isinstance(own, Tensor) and own.dim() == 4]
+    for own in known:
+        if is_encoded(own):
+            decoded = decode(own, rows, tokens)
+            record.anchored = record.anchored and decoded.causal
+            record.settle(decoded.layout, asking.validate)
+        else:
+            layout = next((layout for made, layout in here.made if made is own), None)
+            if layout is None:
+                layout = layout_of_pattern(own, rows, tokens, asking.validate, record)
+            record.settle(layout, asking.validate)
+    if not known or not asking.configs:
+        return mask
+    layout, _ = record.places
+    first = record.query_starts(asking.queries)
+
+    def given(own: Any) -> Any:
+        if not isinstance(own, Tensor) or own.dim() != 4 or any(made is own for made, _ in here.made):
+            return own
+        return encode(layout, first, not is_encoded(own) or own.shape[3] == 1).to(own.device)
+
+    return {kind: given(own) for kind, own in mask.items()} if isinstance(mask, dict) else given(mask)
+
+
+def _at_start(q_offset: Any, kv_offset: Any, queries: int, keys: int) -> bool:
+    """Whether the queries are the first positions. Static caches count in tensors, which a compiler cannot read."""
+    if queries > keys or not isinstance(kv_offset, int) or kv_offset != 0:
+        return False
+    if isinstance(q_offset, Tensor):
+        return queries > 1 and not torch.compiler.is_compiling() and int(q_offset) == 0
+    return int(q_offset) == 0
+
+
+_CAUSAL, _EVERY, _OTHER = 1, 2, 0
+
+
+def _kind(function: Any, local: bool) -> tuple[int, Tensor | None]:
+    """(causal, every key, or other; the (B, S) sequence numbers of packed rows or None) of a mask function.
+
+    Transformers puts functions together as ``and_masks`` and others do; they are recognized by their code. ``local``:
+    windows and chunks leave out nothing in rows so short.
+    """
+    from transformers.masking_utils import (
+        and_masks,
+        bidirectional_mask_function,
+        causal_mask_function,
+        chunked_overlay,
+        packed_sequence_mask_function,
+        sliding_window_overlay,
+    )
+
+    if function is causal_mask_function:
+        return _CAUSAL, None
+    if function is bidirectional_mask_function:
+        return _EVERY, None
+    code = getattr(function, "__code__", None)
+    if torch.compiler.is_compiling():  # it cannot look inside, where nothing else is put together so
+        return (_CAUSAL if local and code is and_masks(causal_mask_function).__code__ else _OTHER), None
+    nothing = torch.empty(0)
+    both, packs = and_masks(causal_mask_function).__code__, packed_sequence_mask_function(nothing).__code__
+    locals_ = sliding_window_overlay(1).__code__, chunked_overlay(1, nothing).__code__
+    sequence, kind, parts = None, _CAUSAL, [function]
+    while parts:
+        part = parts.pop()
+        code = getattr(part, "__code__", None)
+        inside = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
+        if code is both:
+            parts += list(inside[0])
+        elif code is packs:
+            sequence = inside[0]
+        elif code is _remapped():
+            parts += [own for own in inside if callable(own)]
+        elif code in locals_:
+            kind = kind if local else _OTHER
+        elif part is not causal_mask_function:
+            kind = _OTHER
+    return kind, sequence
+
+
+def _remapped() -> Any:
+    """The code of a mask function over the positions inside packed sequences, which later releases have."""
+    from transformers import masking_utils
+
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    return None if remap is None else remap(None, None).__code__

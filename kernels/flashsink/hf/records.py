@@ -1,4 +1,8 @@
-"""What a probe keeps: the record of a full forward, and what each thread that runs the model keeps to itself."""
+"""What a probe keeps: one record a full forward, and which thread is inside a forward.
+
+Threads may take turns with a model. Each reads what its own last forward left; a backward that runs layers again
+(checkpointing) finds the record of its forward in whatever thread autograd chose.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,26 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flashsink.hf import masks
+from flashsink import checks
 from flashsink.types import ActivationStats, Layout, SinkStats
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`flashsink.attach`."""
+
+    attention: bool
+    decorrelation: bool
+    activations: bool
+    margin: float
+    stats_every: int
+    median: bool
+    queries: str
+    validate: bool
+    backend: str | None
 
 
 @dataclass(frozen=True)
@@ -21,24 +41,78 @@ class Calibration:
 
 @dataclass
 class Record:
-    """What one full forward recorded."""
+    """What one full forward recorded. Its layout is known when the first mask is made, or the first layer runs."""
 
-    layout: Layout
-    spans: Tensor
-    mask: Tensor  # the layout as every attention call gets it
     recorded: bool  # whether sinks and activations are
     trained: bool  # whether a backward may follow
-    fused: bool  # whether norms observe the layers' outputs
+    fused: bool  # whether norms may observe the layers' outputs
     given: Tensor | None  # the spans that were set
-    span_ends: Tensor | None  # the first positions after them, one per row or packed sequence
     calibration: Calibration | None
+    layout: Layout | None = None
+    spans: Tensor | None = None
     calm: dict[int, Tensor] = field(default_factory=dict)  # the sinks that ACT scales, by layer
     sinks: dict[int, SinkStats] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     activations: dict[int, ActivationStats] = field(default_factory=dict)
+    read_by: dict[int, int] = field(default_factory=dict)  # norm -> the layer whose output it observed
+    ran: set[int] = field(default_factory=set)  # layers
+    padding: Tensor | None = None  # the 2-D mask of the call
+    positions: Tensor | None = None  # the position ids of the call, and
+    cached: bool = False  # whether it has a cache
+    attended: bool = False  # whether a layer has called attention
+    ended: bool = False
+    anchored: bool = True  # whether the first token of a row is its BOS: attention is causal
+    doubts: list[tuple[Tensor, str]] = field(default_factory=list)  # (bool: this must not be, why), read when read
+
+    def settle(self, layout: Layout, validate: bool) -> None:
+        """Makes the layout known.
+
+        Raises:
+            ValueError: the spans that were set do not fit.
+        """
+        if self.layout is not None:
+            return
+        self.spans = layout.lengths
+        if self.given is not None:
+            self.spans = checks.check_spans(self.given.to(layout.lengths.device), layout, validate)
+        self.layout = layout
+
+    @property
+    def places(self) -> tuple[Layout, Tensor]:
+        """(layout, spans), which every layer of the forward finds settled."""
+        if self.layout is None or self.spans is None:
+            raise RuntimeError("model: a layer ran before the decoder said which tokens are valid")
+        return self.layout, self.spans
+
+    def query_starts(self, queries: str) -> Tensor | None:
+        """The positions from which queries count, or None for all."""
+        layout, spans = self.places
+        return layout.starts + spans if queries == "after_span" else None
+
+    @property
+    def span_ends(self) -> Tensor | None:
+        """The first positions after the spans that were set, one a row or packed sequence."""
+        if self.given is None:
+            return None
+        layout, spans = self.places
+        return layout.starts + spans
+
+    def poison(self, x: Tensor) -> Tensor:
+        """``x``, or NaN where a doubt turns out to be right."""
+        for wrong, _ in self.doubts:
+            x = x.masked_fill(wrong.to(x.device), torch.nan)
+        return x
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: the forward was not one that flashsink computes; its outputs are NaN.
+        """
+        for wrong, why in self.doubts:
+            if bool(wrong):
+                raise ValueError(f"{why}; the outputs of that forward are NaN")
 
 
-class Mine(threading.local):
+class _Mine(threading.local):
     """What each thread that runs the model keeps to itself. A copy of the model starts without."""
 
     def __init__(self) -> None:
@@ -46,17 +120,18 @@ class Mine(threading.local):
         self.current: Record | None = None  # its last full forward
         self.before: Record | None = None  # what to restore when a checkpoint's recomputation ends
         self.again = False  # whether such a recomputation is running
-        self.states: dict[int, Tensor] = {}
         self.inside = False
         self.full = False
         self.locked = False
-        self.outer: masks.Forward | None = None  # of the decoder around this one
+        self.outer: Any = None  # who asked for masks before this forward
+        self.waiting: Any = None  # the layer's output that a norm may read next
+        self.states: dict[int, Tensor] = {}  # outputs that no norm has read, for the loss
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Mine, ()
+        return _Mine, ()
 
 
-class Shared:
+class _Shared:
     """What the threads have in common."""
 
     def __init__(self) -> None:
@@ -65,4 +140,82 @@ class Shared:
         self.mixed = False  # whether forwards of several threads may still have a backward
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shared, ()
+        return _Shared, ()
+
+
+class Forwards:
+    """The forwards of one attached model."""
+
+    def __init__(self) -> None:
+        self.mine, self._shared = _Mine(), _Shared()
+
+    @property
+    def live(self) -> Record | None:
+        """The record of the full forward that this thread is inside."""
+        return self.mine.current if self.mine.inside and self.mine.full else None
+
+    @property
+    def any_yet(self) -> bool:
+        """Whether any thread has had a full forward."""
+        return self._shared.latest is not None
+
+    def enter(self) -> None:
+        """Raises:
+        RuntimeError: another thread is inside a forward.
+        """
+        mine = self.mine
+        if not mine.inside:  # else an interrupt has left the forward before
+            # nothing of a compiled forward is seen by other threads before its end, and then only what is its own
+            if not torch.compiler.is_compiling():
+                if not self._shared.lock.acquire(blocking=False):
+                    raise RuntimeError(
+                        "model: another thread is inside a forward of this attached model; expected one at a time, "
+                        "or a copy of the model for every thread"
+                    )
+                mine.locked = True
+            mine.inside = True
+        mine.waiting, mine.states = None, {}
+
+    def keep(self, record: Record) -> None:
+        """Makes ``record`` this thread's last full forward; for the length of a recomputation only where it is one."""
+        mine, shared = self.mine, self._shared
+        if in_backward():
+            mine.before, mine.again = mine.current, True
+        else:
+            last = shared.latest
+            another = last is not None and last is not mine.current and last.trained and record.trained
+            shared.mixed = shared.mixed or another
+            shared.latest = record
+        mine.current = record
+
+    def leave(self) -> Record | None:
+        """The record of the full forward that ends here; None for a step of decoding."""
+        mine = self.mine
+        record = mine.current if mine.full else None
+        mine.inside, mine.waiting, mine.states = False, None, {}
+        if mine.locked:
+            mine.locked = False
+            self._shared.lock.release()
+        if mine.again:
+            mine.current, mine.before, mine.again = mine.before, None, False
+        return record
+
+    def recalled(self) -> Record | None:
+        """The forward whose layers are recomputed: the last one, whatever thread autograd does it in.
+
+        Raises:
+            RuntimeError: several threads have trained the model, and this is none of them.
+        """
+        if not self._shared.mixed:
+            return self._shared.latest
+        if self.mine.current is None:
+            raise RuntimeError(
+                "model: a thread of autograd recomputes its layers and cannot tell for which forward, since several "
+                "threads have trained it; expected one, or a copy of the model for every thread"
+            )
+        return self.mine.current
+
+
+def in_backward() -> bool:
+    """Whether this is computed again for a checkpoint; a compiler computes nothing now."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import Layout
+from flashsink.types import Layout, Pattern, narrowed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 VALIDATE_VARIABLE = "FLASHSINK_VALIDATE"
 
 
@@ -31,8 +32,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: expected {tuple(k.shape[:3])} and a head dim as k, got {tuple(v.shape)}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k: expected B={q.shape[0]} and D={q.shape[3]} as q, got {tuple(k.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -59,6 +60,51 @@ def check_sink_logits(sink_logits: Tensor, q: Tensor) -> None:
         or sink_logits.device != q.device
     ):
         raise ValueError(f"sink_logits: expected ({q.shape[1]},) floating on {q.device}, got {_shape(sink_logits)}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
+    if softcap is not None and not (number and 0.0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a finite number above 0, got {softcap!r}")
+
+
+def check_pattern(
+    layout: Layout, window: int | None, chunk: int | None, prefix: Tensor | None, blocks: Tensor | None
+) -> Pattern | None:
+    """The one place where window, chunk, prefix and blocks become a :class:`Pattern`."""
+    for name, size in (("window", window), ("chunk", chunk)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")
+    if prefix is not None:
+        prefix = _counts("prefix", prefix, layout)
+    if blocks is not None:
+        shape, device = (layout.rows, layout.tokens), layout.starts.device
+        if not isinstance(blocks, Tensor) or blocks.shape != shape or blocks.dtype not in INTEGERS:
+            raise ValueError(f"blocks: expected integers {shape}, got {_shape(blocks)}")
+        if blocks.device != device:
+            raise ValueError(f"blocks: expected a tensor on {device}, got {blocks.device}")
+        blocks = blocks.to(torch.long, copy=True)  # the caller may change it before the backward
+    return narrowed(Pattern(window, chunk, prefix, blocks), layout.tokens)
+
+
+def beyond_plain(q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None) -> str:
+    """What kernels of plain attention do not take of these, by name, or ""."""
+    tokens = 0 if v is None else v.shape[2]
+    pattern = pattern if v is None else narrowed(pattern, tokens)
+    names = [] if pattern is None else pattern.named()
+    names += [] if softcap is None else ["softcap"]
+    if q is not None and v is not None and q.shape[3] != v.shape[3]:
+        names.append(f"v's head dim {v.shape[3]} unlike {q.shape[3]}")
+    return f"its attention does not take {', '.join(names)}" if names else ""
+
+
+def require_plain(name: str, q: Tensor, v: Tensor, pattern: Pattern | None, softcap: float | None) -> None:
+    """Raises:
+    ValueError: the backend ``name``, called past the table of backends, would leave something out.
+    """
+    reason = beyond_plain(q, v, pattern, softcap)
+    if reason:
+        raise ValueError(f"backend: {name!r} cannot be used: {reason}")
 
 
 def check_hidden_states(hidden_states: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -143,13 +189,18 @@ def resolve_layout(
 
 
 def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor:
-    spans = index_vector("spans", spans, layout.lengths.shape[0], layout.lengths.device)
+    return _counts("spans", spans, layout, validate)
+
+
+def _counts(name: str, value: Tensor, layout: Layout, validate: bool = False) -> Tensor:
+    """Numbers of leading tokens, one for every row or packed sequence."""
+    value = index_vector(name, value, layout.lengths.shape[0], layout.lengths.device)
     if check_values(layout.lengths.device, validate):
-        given, most = spans.tolist(), layout.lengths.tolist()  # on the CPU cheaper than a few small operations
-        if any(not 0 <= span <= length for span, length in zip(given, most, strict=True)):
-            raise ValueError(f"spans: expected 0 to the row's number of tokens {most}, got {given}")
-        return spans.clone()  # the caller may change it before the backward
-    return torch.minimum(spans.clamp(min=0), layout.lengths)
+        given, most = value.tolist(), layout.lengths.tolist()  # on the CPU cheaper than a few small operations
+        if any(not 0 <= count <= length for count, length in zip(given, most, strict=True)):
+            raise ValueError(f"{name}: expected 0 to the row's number of tokens {most}, got {given}")
+        return value.clone()  # the caller may change it before the backward
+    return torch.minimum(value.clamp(min=0), layout.lengths)
 
 
 def _shape(value: object) -> str:

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashsink import reference, sdpa
+from flashsink import checks, reference, sdpa
 from flashsink.cpu import backend as cpu
 from flashsink.cpu import library
 from flashsink.triton import backend as triton
 from flashsink.triton import launch
-from flashsink.types import ActivationStats, Layout, Normed, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
 
 logger = logging.getLogger("flashsink")
 
@@ -42,10 +42,24 @@ class Backend(Protocol):
         scale: float,
         counted: Sequence[Tensor | None] = (),
         sink_logits: Tensor | None = None,
+        pattern: Pattern | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, list[SinkStats]]: ...
 
     def calibrated_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        layout: Layout,
+        *,
+        beta: float,
+        scale: float,
+        causal: bool = True,
+        pattern: Pattern | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor: ...
 
     def decorrelation_sums(self, layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor: ...
@@ -58,6 +72,7 @@ class Backend(Protocol):
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
+_GENERAL = ("reference", "cpu")  # take patterns, softcap and values of another head dim than the keys'
 
 
 def backends() -> dict[str, str]:
@@ -72,13 +87,27 @@ def _state(name: str) -> str:
     return triton.available() if name == "triton" else library.available()
 
 
-def implementation(backend: str | None, device_type: str, q: Tensor | None = None) -> Backend:
+def implementation(
+    backend: str | None,
+    device_type: str,
+    q: Tensor | None = None,
+    v: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+) -> Backend:
     """The functions of the backend that :func:`select` chooses."""
-    return _MODULES[select(backend, device_type, q)]
+    return _MODULES[select(backend, device_type, q, v, pattern, softcap)]
 
 
-def select(backend: str | None, device_type: str, q: Tensor | None = None) -> str:
-    """The backend that runs on ``device_type``; with ``q``, the one that takes such queries.
+def select(
+    backend: str | None,
+    device_type: str,
+    q: Tensor | None = None,
+    v: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+) -> str:
+    """The backend that runs on ``device_type``; with the arguments of attention, the one that takes them.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
@@ -93,19 +122,25 @@ def select(backend: str | None, device_type: str, q: Tensor | None = None) -> st
             raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
-        reason = "" if q is None else _MODULES[backend].refusal(q)
+        reason = _refusal(backend, q, v, pattern, softcap)
         if reason:
             raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
         reason = state[name]
         if reason == _USABLE:
-            reason = "" if q is None else _MODULES[name].refusal(q)
+            reason = _refusal(name, q, v, pattern, softcap)
             if not reason:
                 return name
         if not torch.compiler.is_compiling():
             _log_once(device_type, name, reason)
     return "reference"
+
+
+def _refusal(name: str, q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None) -> str:
+    """Why the backend's attention does not take these, or ""."""
+    reason = "" if q is None else _MODULES[name].refusal(q)
+    return reason or ("" if name in _GENERAL else checks.beyond_plain(q, v, pattern, softcap))
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """The public functions. They check their arguments, resolve the layout and call the chosen backend.
 
-Dimensions: B rows, H query heads, Hk key/value heads, Sq queries, Sk keys, D head dim, L layers, S tokens,
-C features, N packed sequences. Two layouts: dense rows with ``lengths[b]`` valid tokens from ``starts[b]`` on,
-or one packed row with the bounds ``cu_seqlens`` (N + 1 entries). BOS is the first valid token of a row or
-packed sequence. With fewer queries than keys the queries are the last positions.
+Dimensions: B rows, H query heads, Hk key/value heads, Sq queries, Sk keys, D head dim (Dv that of v), L layers,
+S tokens, C features, N packed sequences. Two layouts: dense rows with ``lengths[b]`` valid tokens from ``starts[b]``
+on, or one packed row with the bounds ``cu_seqlens`` (N + 1 entries). BOS is the first valid token of a row or packed
+sequence. With fewer queries than keys the queries are the last positions.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def attention(
     return_stats: Literal[False] = ...,
     query_starts: Tensor | None = ...,
     sink_logits: Tensor | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    chunk: int | None = ...,
+    prefix: Tensor | None = ...,
+    blocks: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -50,6 +55,11 @@ def attention(
     return_stats: Literal[True],
     query_starts: Tensor | None = ...,
     sink_logits: Tensor | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    chunk: int | None = ...,
+    prefix: Tensor | None = ...,
+    blocks: Tensor | None = ...,
 ) -> tuple[Tensor, SinkStats]: ...
 def attention(
     q: Tensor,
@@ -65,12 +75,18 @@ def attention(
     return_stats: bool = False,
     query_starts: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    prefix: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SinkStats]:
     """Softmax attention that can measure its own sinks.
 
     Args:
         q: (B, H, Sq, D), any floating dtype.
-        k, v: (B, Hk, Sk, D) in q's dtype, Hk dividing H, Sq <= Sk.
+        k: (B, Hk, Sk, D) in q's dtype, Hk dividing H, Sq <= Sk.
+        v: (B, Hk, Sk, Dv) in q's dtype; Dv is D, or another on the backends "reference" and "cpu" (DeepSeek's MLA).
         lengths: (B,) integers, valid keys of a row; default: all from ``starts`` on.
         starts: (B,) integers, first valid key of a row; default 0 (right padding).
         cu_seqlens: (N + 1,) integers, bounds of the packed sequences of the single row; Sq = Sk.
@@ -82,16 +98,28 @@ def attention(
             row on (for instance the text after a speech prompt); default all.
         sink_logits: (H,) floating, one more term in every row's softmax, exp(sink_logits[h]), that carries no value
             (the learnable sink of gpt-oss); differentiable. ``lse`` then contains it.
+        window: a query sees the last ``window`` tokens only, its own included; without ``causal`` also as many after.
+        softcap: scores become softcap * tanh(scale * q k / softcap), as in Gemma 2.
+        chunk: a query sees keys only in its own chunk of this many tokens, counted from BOS (Llama 4).
+        prefix: (B,), packed (N,) integers: that many leading tokens of a row or sequence all see each other, whatever
+            the order, window and chunk (PaliGemma).
+        blocks: (B, Sk), packed (1, Sk) integers: tokens of a row or sequence with equal numbers >= 0 see each other,
+            whatever the order, window and chunk (the images of Gemma 3).
+
+    ``window``, ``softcap``, ``chunk``, ``prefix`` and ``blocks`` are for the backends "reference" and "cpu"; the
+    others refuse them by name. A window or chunk that leaves nothing out is none.
 
     Returns:
-        out (B, H, Sq, D) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).
+        out (B, H, Sq, Dv) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).
 
     Raises:
         ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
     """
     checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
-    chosen = implementation(backend, q.device.type, q)
+    checks.check_softcap(softcap)
+    pattern = checks.check_pattern(layout, window, chunk, prefix, blocks)
+    chosen = implementation(backend, q.device.type, q, v, pattern, softcap)
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
@@ -108,6 +136,8 @@ def attention(
         scale=scale,
         counted=[query_starts] if return_stats else [],
         sink_logits=sink_logits,
+        pattern=pattern,
+        softcap=softcap,
     )
     return (out, stats[0]) if return_stats else out
 
@@ -134,11 +164,11 @@ def calibrated_attention(
         beta: factor in 0..1.
 
     Returns:
-        (B, H, Sq, D) in q's dtype.
+        (B, H, Sq, Dv) in q's dtype.
     """
     checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, None)
-    chosen = implementation(backend, q.device.type, q)
+    chosen = implementation(backend, q.device.type, q, v)
     expected = (q.shape[0], q.shape[1], k.shape[2])
     if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
         got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import ActivationStats, Layout, Normed, SinkStats
+from flashsink.types import ALL, ActivationStats, Layout, Normed, Pattern, SinkStats
 
 
 def refusal(q: Tensor) -> str:
@@ -24,23 +24,27 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def visible(layout: Layout, queries: int, causal: bool) -> Tensor:
-    """(B, 1, Sq, Sk) bool: which key a query may see; the queries are the last positions of a row."""
-    segment = layout.segments()
-    position = torch.arange(layout.tokens, device=segment.device)
-    last = slice(layout.tokens - queries, layout.tokens)
-    seen = (segment[:, last, None] == segment[:, None, :]) & (segment[:, last, None] >= 0)
-    if causal:
-        seen = seen & (position[last, None] >= position[None, :])
-    return seen.unsqueeze(1)
+def visible(layout: Layout, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice = ALL) -> Tensor:
+    """(B, 1, Sq, Sk) bool: which key a query may see; the queries are the last positions of a row, of which ``rows``
+    cuts some out. :class:`flashsink.types.Pattern` has the formula."""
+    return layout.visible(queries, causal, pattern, rows)
 
 
 def probabilities(
-    q: Tensor, k: Tensor, layout: Layout, *, causal: bool, scale: float, sink_logits: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    sink_logits: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at padded queries.
+    """A (B, H, Sq, Sk), 0 where masked, and its natural log-sum-exp (B, H, Sq), 0 at queries that see nothing.
 
-    ``sink_logits`` (H,) adds one more term to every row's sum of exponentials, a key without a value.
+    ``sink_logits`` (H,) adds one more term to every row's sum of exponentials, a key without a value. ``softcap`` c
+    makes the scores c tanh(scores / c), as in Gemma 2.
     """
     group = q.shape[1] // k.shape[1]
     # padding may hold NaN: zeroed here, it reaches neither the result nor a gradient
@@ -48,7 +52,9 @@ def probabilities(
     keys = wide(k).masked_fill(padding, 0.0).repeat_interleave(group, dim=1)
     queries = wide(q).masked_fill(padding[:, :, layout.tokens - q.shape[2] :], 0.0)
     scores = queries @ keys.transpose(-1, -2) * scale
-    mask = visible(layout, q.shape[2], causal)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    mask = visible(layout, q.shape[2], causal, pattern)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(dim=-1, keepdim=True)
     if sink_logits is not None:
@@ -58,7 +64,13 @@ def probabilities(
 
 
 def sink_stats(
-    a: Tensor, lse: Tensor, layout: Layout, *, causal: bool, query_starts: Tensor | None = None
+    a: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    query_starts: Tensor | None = None,
+    pattern: Pattern | None = None,
 ) -> SinkStats:
     """Column sums of A over the queries at positions >= ``query_starts``, one entry per row or packed sequence."""
     queries, a = a.shape[2], a.detach()
@@ -66,7 +78,8 @@ def sink_stats(
         position = torch.arange(layout.tokens, device=a.device)
         counts = position >= query_starts[layout.segments().clamp(min=0)]
         a = a * counts[:, None, layout.tokens - queries :, None]
-    return SinkStats(a.sum(dim=2).float(), layout.query_counts(queries, causal, query_starts), lse.detach().float())
+    seen = layout.query_counts(queries, causal, query_starts, pattern)
+    return SinkStats(a.sum(dim=2).float(), seen, lse.detach().float())
 
 
 def attention(
@@ -79,22 +92,39 @@ def attention(
     scale: float,
     counted: Sequence[Tensor | None] = (),
     sink_logits: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
-    """(out (B, H, Sq, D) in q's dtype, one :class:`SinkStats` for every entry of ``counted``).
+    """(out (B, H, Sq, Dv) in q's dtype, one :class:`SinkStats` for every entry of ``counted``).
 
     An entry of ``counted`` is a ``query_starts``: (N,) int64, the position from which on the queries of each row or
-    packed sequence count, or None for all.
+    packed sequence count, or None for all. Dv is the head dim of v.
     """
-    a, lse = probabilities(q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits)
-    stats = [sink_stats(a, lse, layout, causal=causal, query_starts=query_starts) for query_starts in counted]
+    a, lse = probabilities(
+        q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits, pattern=pattern, softcap=softcap
+    )
+    stats = [sink_stats(a, lse, layout, causal=causal, query_starts=x, pattern=pattern) for x in counted]
     return weigh(a, v, layout).to(q.dtype), stats
 
 
 def calibrated_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    layout: Layout,
+    *,
+    beta: float,
+    scale: float,
+    causal: bool = True,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with ACT on the columns ``sinks`` (B, H, Sk): (B, H, Sq, D) in q's dtype."""
-    a, _ = probabilities(q, k, layout, causal=True, scale=scale)
+    """Attention with ACT on the columns ``sinks`` (B, H, Sk): (B, H, Sq, Dv) in q's dtype."""
+    a, _ = probabilities(
+        q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits, pattern=pattern, softcap=softcap
+    )
     return weigh(calibrate(a, sinks, layout, beta), v, layout).to(q.dtype)
 
 
@@ -107,7 +137,10 @@ def weigh(a: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def calibrate(a: Tensor, sinks: Tensor, layout: Layout, beta: float) -> Tensor:
     """ACT on probabilities: sink columns except BOS times ``beta``, the freed mass to the other visible
     columns in proportion. With m the mass on the sinks of a row, the others grow by (1 - beta m) / (1 - m)
-    (Yu et al. 2024). A row with all its mass on sinks is left as it is."""
+    (Yu et al. 2024). A row with all its mass on sinks is left as it is.
+
+    A sink logit's mass is in no column: it is neither freed nor receives any, and a row's sum over the keys, then
+    below 1, stays what it was: the others grow by (rest + (1 - beta) m) / rest, rest being their own mass."""
     chosen = sinks & (layout.offsets() != 0)[:, None, :]
     chosen = chosen.unsqueeze(2)  # (B, H, 1, Sk)
     mass = (a * chosen).sum(dim=-1, keepdim=True)
@@ -122,7 +155,8 @@ def calibrate(a: Tensor, sinks: Tensor, layout: Layout, beta: float) -> Tensor:
 def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
     """(L,): of every layer the sum over rows and positions 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0).
 
-    With d = <a, h>: cos^2 = d^2 / (|a|^2 |h|^2), the squared norms clamped at 1e-24 as ``F.normalize`` does.
+    With d = <a, h>: cos^2 = d^2 / (|a|^2 |h|^2), the squared norms clamped at 1e-24 as ``F.normalize`` does. In
+    float64: in float32 a square overflows at a norm of 1e19 and cos^2 - margin has no digits left for a margin near 1.
     """
     segment = layout.segments()
     offset = layout.offsets()
@@ -131,11 +165,11 @@ def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, 
     bos = layout.starts[segment[row, column]]
     sums = []
     for layer in layers:
-        h, a = wide(layer[row, column]), wide(layer[row, bos])
+        h, a = layer[row, column].double(), layer[row, bos].double()
         dot = (h * a).sum(dim=-1)
         norms = (h * h).sum(dim=-1).clamp(min=1e-24), (a * a).sum(dim=-1).clamp(min=1e-24)
         cos2 = (dot / norms[0]) * (dot / norms[1])
-        sums.append((cos2 - margin).clamp(min=0.0).sum())
+        sums.append((cos2 - margin).clamp(min=0.0).sum().to(torch.promote_types(layer.dtype, torch.float32)))
     return torch.stack(sums)
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink import reference
+from flashsink import checks, reference
 from flashsink.cpu import backend as cpu
 from flashsink.triton import backend as triton_backend
-from flashsink.types import ActivationStats, Layout, Normed, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
 
 VENDOR_VARIABLE = "FLASHSINK_VENDOR"
 # (q, k, v (T, heads, D), cu_seqlens_q, cu_seqlens_k (N + 1,) int32, max_seqlen_q, max_seqlen_k, causal, scale)
@@ -54,9 +54,12 @@ def attention(
     scale: float,
     counted: Sequence[Tensor | None] = (),
     sink_logits: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`. A sink logit changes the log-sum-exp that the vendor's backward relies
     on, so on CUDA it goes to the reference."""
+    checks.require_plain("sdpa", q, v, pattern, softcap)
     if q.device.type == "cpu":
         return cpu.attention(q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits)
     if sink_logits is not None:
@@ -122,10 +125,24 @@ def pieces(layout: Layout, queries: int) -> tuple[Tensor, Tensor, int, int]:
 
 
 def calibrated_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    layout: Layout,
+    *,
+    beta: float,
+    scale: float,
+    causal: bool = True,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`."""
-    return _ours(q).calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
+    checks.require_plain("sdpa", q, v, pattern, softcap)
+    return _ours(q).calibrated_attention(
+        q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, sink_logits=sink_logits
+    )
 
 
 def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:

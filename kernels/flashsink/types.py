@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ALL = slice(None)
+
 
 class SinkStats:
     """How much attention every key received in one call of attention.
@@ -98,6 +100,47 @@ class Normed(NamedTuple):
     feature: Tensor
 
 
+class Pattern(NamedTuple):
+    """Which keys a query sees beside padding and packing.
+
+    A valid query sees a valid key of its own row or packed sequence where ``(order & window & chunk) | blocks |
+    prefix`` holds, order being ``j <= i`` for query position i and key position j, or nothing without ``causal``. With
+    ``mask`` it sees exactly the pairs of the mask instead.
+
+    Attributes:
+        window: the last tokens that a query sees, its own included: i - j < window; without ``causal``
+            |i - j| < window.
+        chunk: a query sees keys only in its own chunk of this many tokens, counted from BOS.
+        prefix: (B,) int64, packed (N,): the leading tokens of a row or sequence that all see each other.
+        blocks: (B, Sk) int64, packed (1, Sk): tokens with equal numbers >= 0 see each other, adjacent or not.
+        mask: (B or 1, 1, Sq, Sk) bool. A query that sees nothing gives 0, as padding does.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    prefix: Tensor | None = None
+    blocks: Tensor | None = None
+    mask: Tensor | None = None
+
+    def named(self) -> list[str]:
+        """The fields that say something."""
+        return [name for name, value in zip(self._fields, self, strict=True) if value is not None]
+
+    def wider(self) -> bool:
+        """Whether the keys that a query sees may be other than one interval."""
+        return any(x is not None for x in (self.prefix, self.blocks, self.mask))
+
+
+def narrowed(pattern: Pattern | None, tokens: int) -> Pattern | None:
+    """``pattern`` for rows of ``tokens`` positions: without a window and chunk that leave nothing out, None where it
+    then says nothing."""
+    if pattern is None:
+        return None
+    window, chunk = (None if x is None or x >= tokens else x for x in (pattern.window, pattern.chunk))
+    pattern = pattern._replace(window=window, chunk=chunk)
+    return pattern if pattern.named() else None
+
+
 class Layout(NamedTuple):
     """Which tokens are valid, resolved once per call. Either dense rows or one packed row.
 
@@ -138,24 +181,83 @@ class Layout(NamedTuple):
         """(rows, tokens) bool: valid tokens."""
         return self.segments() >= 0
 
+    def reach(self, before: bool, after: bool, pattern: Pattern | None = None) -> tuple[Tensor, Tensor]:
+        """(rows, tokens) int64 each: the positions low <= x < high around every token that its row or sequence, and
+        the pattern's window and chunk, leave it: those before it and those after it, where asked for. Without meaning
+        at padding."""
+        index = self.segments().clamp(min=0)
+        low, high = self.starts[index], (self.starts + self.lengths)[index]
+        position = torch.arange(self.tokens, device=index.device).expand_as(index)
+        if pattern is not None and pattern.chunk is not None:
+            first = low + (position - low) // pattern.chunk * pattern.chunk
+            low, high = torch.maximum(low, first), torch.minimum(high, first + pattern.chunk)
+        if pattern is not None and pattern.window is not None:
+            low, high = (
+                torch.maximum(low, position - pattern.window + 1),
+                torch.minimum(high, position + pattern.window),
+            )
+        return low if before else position, high if after else position + 1
+
+    def visible(
+        self, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice = ALL, keys: slice = ALL
+    ) -> Tensor:
+        """(B, 1, Sq, Sk) bool: which keys a query sees, of the last ``queries`` positions; ``rows`` and ``keys`` cut
+        queries and keys out, so that a tile needs no whole."""
+        segment = self.segments()
+        own, other = _cut(segment, queries, rows, keys)
+        seen = (own == other) & (own >= 0)
+        pattern = pattern or Pattern()
+        if pattern.mask is not None:
+            return seen.unsqueeze(1) & pattern.mask[:, :, rows, keys]
+        position = torch.arange(self.tokens, device=segment.device).unsqueeze(0)
+        i, j = _cut(position, queries, rows, keys)
+        near = j <= i if causal else torch.ones_like(j <= i)
+        if pattern.window is not None:
+            near = near & ((i - j).abs() < pattern.window)
+        if pattern.chunk is not None:
+            i, j = _cut(self.offsets() // pattern.chunk, queries, rows, keys)
+            near = near & (i == j)
+        if pattern.blocks is not None:
+            i, j = _cut(pattern.blocks, queries, rows, keys)
+            near = near | ((i == j) & (i >= 0))
+        if pattern.prefix is not None:
+            inside = self.offsets() < pattern.prefix[segment.clamp(min=0)]  # padding belongs to no sequence
+            i, j = _cut(inside, queries, rows, keys)
+            near = near | (i & j)
+        return (seen & near).unsqueeze(1)
+
     def queries_later(
-        self, queries: int, causal: bool, query_starts: Tensor | None = None
+        self, queries: int, causal: bool, query_starts: Tensor | None = None, pattern: Pattern | None = None
     ) -> Tensor | Callable[[], Tensor]:
         """:meth:`query_counts` for :class:`SinkStats`: a dozen small operations that wait until they are read, except
         in a graph being compiled, which can return tensors only."""
         if torch.compiler.is_compiling():
-            return self.query_counts(queries, causal, query_starts)
-        return functools.partial(self.query_counts, queries, causal, query_starts)
+            return self.query_counts(queries, causal, query_starts, pattern)
+        return functools.partial(self.query_counts, queries, causal, query_starts, pattern)
 
-    def query_counts(self, queries: int, causal: bool, query_starts: Tensor | None = None) -> Tensor:
+    def query_counts(
+        self, queries: int, causal: bool, query_starts: Tensor | None = None, pattern: Pattern | None = None
+    ) -> Tensor:
         """(rows, tokens) int64: how many queries see a key, of those at positions >= ``query_starts`` (one entry per
         row or packed sequence); the queries are the last ``queries`` positions of a row."""
         segment = self.segments()
-        index = segment.clamp(min=0)
-        position = torch.arange(self.tokens, device=segment.device)
-        low = position.expand_as(segment) if causal else self.starts[index]
-        low = low.clamp(min=self.tokens - queries)
+        hidden = self.tokens - queries
+        if pattern is not None and pattern.wider():
+            counts = torch.ones_like(segment[:, hidden:], dtype=torch.bool)
+            if query_starts is not None:
+                position = torch.arange(hidden, self.tokens, device=segment.device)
+                counts = position >= query_starts[segment.clamp(min=0)[:, hidden:]]
+            step = max(queries, 1) if torch.compiler.is_compiling() else 64
+            parts = [slice(low, low + step) for low in range(0, queries, step)]
+            tiles = (self.visible(queries, causal, pattern, x) & counts[:, None, x, None] for x in parts)
+            return sum((tile.sum(dim=(1, 2)) for tile in tiles), torch.zeros_like(segment))
+        low, high = self.reach(not causal, True, pattern)
+        low = low.clamp(min=hidden)
         if query_starts is not None:
-            low = torch.maximum(low, query_starts[index])
-        count = (self.starts + self.lengths)[index] - low
-        return torch.where(segment >= 0, count.clamp(min=0), 0)
+            low = torch.maximum(low, query_starts[segment.clamp(min=0)])
+        return torch.where(segment >= 0, (high - low).clamp(min=0), 0)
+
+
+def _cut(x: Tensor, queries: int, rows: slice, keys: slice) -> tuple[Tensor, Tensor]:
+    """What x (rows, Sk) says of the last ``queries`` positions (rows, Sq, 1) and of all (rows, 1, Sk), cut."""
+    return x[:, x.shape[1] - queries :][:, rows, None], x[:, None, keys]

@@ -7,9 +7,11 @@ What runs where, always the same for the same arguments:
   :mod:`flashsink.cpu.short`; else torch's flash attention for CPU with our own backward,
   :mod:`flashsink.cpu.attention`. Statistics are a second pass in C++, :mod:`flashsink.cpu.received`.
 - ``attention`` with ``sink_logits``: the same, rescaled, where no gradient is needed. Torch's log-sum-exp carries
-  none, so the reference runs where one is.
+  none, so :mod:`flashsink.cpu.tiled` runs where one is.
+- ``attention`` with a pattern, a softcap, or v's head dim unlike q's: :mod:`flashsink.cpu.tiled`.
 - ``calibrated_attention``: two sets of keys, attention over all but the sinks by torch's kernel and a skinny product
-  for the sinks, in dense rows where no gradient is needed (it needs the log-sum-exp too); else the reference.
+  for the sinks, in dense rows where no gradient is needed (it needs the log-sum-exp too); else, and with a pattern,
+  a softcap or sink logits, the reference.
 - float64, no queries, and a graph being compiled (what runs depends on values here): the reference.
 - ``decorrelation_sums``, ``activation_stats`` and ``rms_norm``: see :mod:`flashsink.cpu.library` and
   :mod:`flashsink.cpu.norm`.
@@ -19,8 +21,8 @@ Dimensions: B rows, H query and Hk key heads, Sq queries, Sk keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ from flashsink.cpu.norm import rms_norm
 from flashsink.cpu.operators import OPERATORS
 from flashsink.operators import register
 from flashsink.reference import refusal
-from flashsink.types import Layout, SinkStats
+from flashsink.types import Layout, Pattern, SinkStats, narrowed
 
 __all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]
 
@@ -50,13 +52,20 @@ def attention(
     scale: float,
     counted: Sequence[Tensor | None] = (),
     sink_logits: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`; no (Sq, Sk) tensor of probabilities."""
+    pattern = narrowed(pattern, layout.tokens)
     learning = sink_logits is not None and _needs_gradient(q, k, v, sink_logits)
-    if q.dtype == torch.float64 or q.numel() == 0 or learning or torch.compiler.is_compiling():
-        return reference.attention(
-            q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits
-        )
+    run: Callable[..., tuple[Tensor, list[SinkStats]]] | None = None
+    if q.dtype == torch.float64 or q.numel() == 0 or v.numel() == 0 or torch.compiler.is_compiling():
+        run = reference.attention
+    elif pattern is not None or softcap is not None or v.shape[3] != q.shape[3] or learning:
+        run = _tiled_attention
+    if run is not None:
+        options: dict[str, Any] = {"counted": counted, "sink_logits": sink_logits, "pattern": pattern}
+        return run(q, k, v, layout, causal=causal, scale=scale, softcap=softcap, **options)
     if layout.packed or short.serves(q, k, layout.lengths):
         wide = _Wide(q.float(), k.float(), v.float(), None)  # padding is never read
     else:
@@ -76,8 +85,48 @@ def attention(
     return out.to(q.dtype), stats
 
 
+def _tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    counted: Sequence[Tensor | None],
+    sink_logits: Tensor | None,
+    pattern: Pattern | None,
+    softcap: float | None,
+) -> tuple[Tensor, list[SinkStats]]:
+    wide, queries = _widen(q, k, v, layout), q.shape[2]
+    firsts = [layout.starts if x is None else x for x in counted]
+    out, lse, received = torch.ops.flashsink.tiled_attention(
+        *(wide.q, wide.k, wide.v, None if sink_logits is None else sink_logits.float()),
+        *(torch.stack(firsts) if firsts else None, layout.starts, layout.lengths, layout.packed),
+        *(causal, scale, softcap, *(pattern or Pattern())),
+    )
+    if wide.padding is not None:  # a padded query's upstream gradient is not looked at
+        out = out.masked_fill(wide.padding[:, None, layout.tokens - queries :, None], 0.0)
+    stats = [
+        SinkStats(sums, layout.queries_later(queries, causal, query_starts, pattern), lse)
+        for sums, query_starts in zip(received, counted, strict=True)
+    ]
+    return out.to(q.dtype), stats
+
+
 def calibrated_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    layout: Layout,
+    *,
+    beta: float,
+    scale: float,
+    causal: bool = True,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention` without a tensor of probabilities.
 
@@ -85,9 +134,12 @@ def calibrated_attention(
     (log-sum-exp r, and s that of the sinks), ACT is beta o_S + (1 - beta m) o_R with m = e^s / (e^r + e^s). Equal to
     c o + (beta - c) o_S with c = (1 - beta m) / (1 - m), but nothing cancels where m is near 1.
     """
+    pattern = narrowed(pattern, layout.tokens)
     apart = layout.packed or q.dtype == torch.float64 or q.numel() == 0 or torch.compiler.is_compiling()
-    if apart or _needs_gradient(q, k, v):
-        return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
+    unlike = pattern is not None or softcap is not None or v.shape[3] != q.shape[3]
+    if apart or unlike or sink_logits is not None or not causal or _needs_gradient(q, k, v):
+        options: dict[str, Any] = {"pattern": pattern, "softcap": softcap, "sink_logits": sink_logits}
+        return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, **options)
     chosen = sinks & (layout.offsets() > 0)[:, None, :]
     most = int(chosen.sum(dim=-1).max())
     if most == 0:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from flashsink.cpu import attention, library, norm, received
+from flashsink.cpu import attention, library, norm, received, tiled
 from flashsink.operators import Gradient, Operator
+
+_TILED = (
+    "Tensor starts, Tensor lengths, bool packed, bool causal, float scale, float? softcap, int? window, int? chunk,"
+    " Tensor? prefix, Tensor? blocks, Tensor? mask"
+)
 
 OPERATORS = (
     Operator(
@@ -24,6 +29,26 @@ OPERATORS = (
         " bool packed, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
         attention.backward,
         attention.backward_like,
+    ),
+    Operator(
+        "tiled_attention",
+        f"(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? counted, {_TILED}) ->"
+        " (Tensor out, Tensor lse, Tensor received)",
+        tiled.forward,
+        tiled.forward_like,
+        Gradient(
+            "tiled_attention_backward",
+            takes="grad:out q k v sink_logits out lse starts lengths packed causal scale softcap"
+            " window chunk prefix blocks mask",
+            gives="q k v sink_logits",
+        ),
+    ),
+    Operator(
+        "tiled_attention_backward",
+        f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor out, Tensor lse, {_TILED}) ->"
+        " (Tensor, Tensor, Tensor, Tensor)",
+        tiled.backward,
+        tiled.backward_like,
     ),
     Operator(
         "received",

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink import reference
+from flashsink import checks, reference
 from flashsink.operators import adjacent
 from flashsink.triton import tiles
-from flashsink.types import Layout, SinkStats
+from flashsink.types import Layout, Pattern, SinkStats
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -39,12 +39,15 @@ def attention(
     scale: float,
     counted: Sequence[Tensor | None] = (),
     sink_logits: Tensor | None = None,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`, differentiable once.
 
     Where a gradient is needed and ``counted`` has one entry, ``received`` is what the backward captures for free or,
     when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
+    checks.require_plain("triton", q, v, pattern, softcap)
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot return a leaf that it creates, so there the pass runs
@@ -85,12 +88,27 @@ def run_received(
 
 
 def calibrated_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, layout: Layout, *, beta: float, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    layout: Layout,
+    *,
+    beta: float,
+    scale: float,
+    causal: bool = True,
+    pattern: Pattern | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`: attention and its correction. ACT is a method of inference:
-    where a gradient is asked for, and in packed rows, the reference runs."""
-    if layout.packed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale)
+    where a gradient is asked for, with sink logits, and in packed rows, the reference runs."""
+    checks.require_plain("triton", q, v, pattern, softcap)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if layout.packed or learning or sink_logits is not None or not causal:
+        return reference.calibrated_attention(
+            q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, sink_logits=sink_logits
+        )
     q, k, v = (adjacent(x) for x in (q, k, v))
     starts, lengths = layout.starts, layout.lengths
     out, lse = torch.ops.flashsink.triton_attention(

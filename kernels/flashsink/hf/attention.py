@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashsink import checks
+from flashsink import checks, reference
 from flashsink.checks import check_values
 from flashsink.dispatch import implementation
 from flashsink.hf import masks
@@ -120,20 +120,36 @@ def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None
 def _attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[Tensor, None]:
+    place: Any = getattr(module, MARK, None)
+    if place is None:
+        return _elsewhere(module, q, k, v, attention_mask, arguments)
     _check_call(module, attention_mask, arguments)
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
     scaling = arguments.get("scaling")
     q, scale = checks.positive_scale(q, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
-    place: Any = getattr(module, MARK, None)
-    record = None if place is None else place.observer.forwards.live
+    record = place.observer.forwards.live
     causal = arguments.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     if record is not None and not causal:
         record.anchored = False  # a layer that sees all has no BOS
     terms = (scale, arguments.get("softcap"), arguments.get("s_aux"))
     call = _read(q, k, v, attention_mask, causal, terms, record)
-    out = call.run(None, [])[0] if place is None else place.observer.attend(place.index, call, record)
+    out = place.observer.attend(place.index, call, record)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _elsewhere(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if arguments.get("s_aux") is not None:
+        raise ValueError(f"s_aux: expected None in attention that is not observed{_ELSE}")
+    if masks.is_encoded(mask):
+        layout, _, causal = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
+        mask = reference.visible(layout, q.shape[2], causal)
+    return sdpa_attention_forward(module, q, k, v, mask, **arguments)
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple[Any, ...], record: Any) -> Call:
@@ -151,10 +167,11 @@ def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple
             k, v = k[:, :, :queries], v[:, :, :queries]
         layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
         return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, None, False)
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
+    fits = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] in (1, queries)
+    if not fits or mask.shape[3] < min(queries, keys):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected (B, 1, Sq, Sk), got {got}{_ELSE}")
-    seen = _seen(mask.to(q.device), record)[..., :keys]
+        raise ValueError(f"attention_mask: expected ({rows}, 1, {queries}, {keys}), got {got}{_ELSE}")
+    seen = _seen(mask.to(q.device), record)[..., :keys].expand(-1, -1, queries, -1)
     k, v = k[:, :, : seen.shape[-1]], v[:, :, : seen.shape[-1]]
     layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
     return Call(q, k, v, layout, False, scale, softcap, sink_logits, Pattern(mask=seen), None, False)

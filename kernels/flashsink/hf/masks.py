@@ -22,6 +22,8 @@ from flashsink.checks import check_values
 from flashsink.hf.records import Record
 from flashsink.types import Layout
 
+# model types whose layers read the mask before attention does: they get it as the model makes it
+_READ_BY_LAYERS = {"doge", "hy_v4"}
 _HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
@@ -97,7 +99,11 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, reco
         if bool((reference.visible(packed, tokens, True) == seen).all()):
             return packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
     layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, record)
-    equal = (reference.visible(layout, tokens, True) == seen) | ~layout.valid()[:, None, :, None]
+    valid = layout.valid()
+    # what padded queries see does not matter, but padding sees no padding unless it sees all
+    apart = ~(seen & ~valid[:, None, None, :]).any(dim=-1) | seen.all(dim=-1)
+    equal = (reference.visible(layout, tokens, True) == seen) | ~valid[:, None, :, None]
+    equal = equal & (apart | valid[:, None])[..., None]
     _require(equal, "attention_mask: expected causal attention with padding, got another 4-D pattern", validate, record)
     return layout
 
@@ -213,6 +219,7 @@ def make_mask(
         record.anchored = record.anchored and kind != _EVERY
         first = record.query_starts(asking.queries) if asking is not None else None
     wanted = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer that reads it
+    wanted = wanted or getattr(config, "model_type", None) in _READ_BY_LAYERS
     if kind and not wanted:
         return encode(layout, first, kind == _CAUSAL)
     mask = own()[..., :q_length]

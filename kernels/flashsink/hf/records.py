@@ -105,11 +105,11 @@ class Record:
 
     def check(self) -> None:
         """Raises:
-        ValueError: the forward was not one that flashsink computes; its outputs are NaN.
+        ValueError: the forward was not one that flashsink computes.
         """
         for wrong, why in self.doubts:
             if bool(wrong):
-                raise ValueError(f"{why}; the outputs of that forward are NaN")
+                raise ValueError(why + ("; the outputs of that forward are NaN" if self.attended else ""))
 
 
 class _Mine(threading.local):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 class SinkStats:
     """How much attention every key received in one call of attention.
 
@@ -198,7 +197,12 @@ class Layout(NamedTuple):
         return low if before else position, high if after else position + 1
 
     def visible(
-        self, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice | None = None, keys: slice | None = None
+        self,
+        queries: int,
+        causal: bool,
+        pattern: Pattern | None = None,
+        rows: slice | None = None,
+        keys: slice | None = None,
     ) -> Tensor:
         """(B, 1, Sq, Sk) bool: which keys a query sees, of the last ``queries`` positions; ``rows`` and ``keys`` cut
         queries and keys out, so that a tile needs no whole."""

@@ -23,10 +23,19 @@ FULL = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_h
 GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "vocab_size": 60, "n_positions": 64}
 GPT2 |= {"initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-MLA |= {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 4, "n_shared_experts": 1}
+MLA |= {
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 4,
+    "n_shared_experts": 1,
+}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+DROPOUTS = ["attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "attention_probs_dropout_prob"]
 IMAGE = 59
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
@@ -68,6 +77,15 @@ MODELS = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", FULL | {"num_key_value_heads": 2}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", FULL),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        FULL | {"num_layers": 4, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 2]]},
+    ),
+    "codegen": ("CodeGenConfig", "CodeGenForCausalLM", GPT2 | {"rotary_dim": 4}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", FULL),
+    "falcon_new": ("FalconConfig", "FalconForCausalLM", FULL | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "opt": (
         "OPTConfig",
         "OPTForCausalLM",
@@ -106,8 +124,17 @@ def build(name, **overrides):
         options |= overrides
     made = getattr(hf, config)(**options)
     for own in (made, made.get_text_config()):
-        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "attention_probs_dropout_prob"):
+        for key in (
+            "attention_dropout",
+            "attn_pdrop",
+            "resid_pdrop",
+            "embd_pdrop",
+            "dropout",
+            "attention_probs_dropout_prob",
+        ):
             if hasattr(own, key):
                 setattr(own, key, 0.0)
+    if name.startswith("falcon"):  # which cannot change it later
+        made._attn_implementation = "eager"
     torch.manual_seed(0)
     return getattr(hf, model)(made).eval()

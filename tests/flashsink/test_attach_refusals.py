@@ -283,7 +283,9 @@ def test_what_is_not_read_gives_nan_and_the_probe_says_why(tiny, monkeypatch):
             assert bool(got.isnan().all()) or not attention
             assert probe.decorrelation_loss.isnan()
             for name in ("sinks", "activations") if attention else ("activations",):
-                with pytest.raises(ValueError, match="attention_mask: expected .*" + ("outputs .* NaN" if attention else "")):
+                with pytest.raises(
+                    ValueError, match="attention_mask: expected .*" + ("outputs .* NaN" if attention else "")
+                ):
                     getattr(probe, name)
             model(input_ids=ids(tokens=6), attention_mask=torch.ones(2, 6, dtype=torch.long))
             assert probe.activations.max_abs.isfinite().all() and probe.decorrelation_loss > 0

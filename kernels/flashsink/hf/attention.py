@@ -123,6 +123,16 @@ def _attend(
     place: Any = getattr(module, MARK, None)
     if place is None:
         return _elsewhere(module, q, k, v, attention_mask, arguments)
+    out = observed(module, q, k, v, attention_mask, arguments, place)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def observed(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, arguments: dict[str, Any], place: Any
+) -> Tensor:
+    """A call of the attention module at ``place``: (B, H, Sq, Dv)."""
+    if q.dim() != 4 or q.shape[0] != k.shape[0]:
+        raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(q.shape)}{_ELSE}")
     _check_call(module, attention_mask, arguments)
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
     scaling = arguments.get("scaling")
@@ -130,12 +140,11 @@ def _attend(
     record = place.observer.forwards.live
     causal = arguments.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    if record is not None and not causal:
-        record.anchored = False  # a layer that sees all has no BOS
+    if record is not None and not getattr(module, "is_causal", True):
+        record.anchored = False  # where all are seen there is no BOS
     terms = (scale, arguments.get("softcap"), arguments.get("s_aux"))
-    call = _read(q, k, v, attention_mask, causal, terms, record)
-    out = place.observer.attend(place.index, call, record)
-    return out.transpose(1, 2).contiguous(), None
+    out: Tensor = place.observer.attend(place.layer, _read(q, k, v, attention_mask, causal, terms, record), record)
+    return out
 
 
 def _elsewhere(
@@ -196,13 +205,3 @@ def _seen(mask: Tensor, record: Any) -> Tensor:
     elif record is not None:
         record.doubts.append((~(seen | masked).all(), why))
     return seen
-
-
-def check_model(decoder: Any) -> None:
-    """Raises:
-    ValueError: the model's attention does not go through ``AttentionInterface``.
-    """
-    if not decoder._can_set_attn_implementation():
-        raise ValueError(
-            f"model: the attention of {type(decoder).__name__} does not go through transformers' AttentionInterface{_ELSE}"
-        )

@@ -23,7 +23,7 @@ from flashsink.hf.records import Record
 from flashsink.types import Layout
 
 # model types whose layers read the mask before attention does: they get it as the model makes it
-_READ_BY_LAYERS = {"doge", "hy_v4"}
+_READ_BY_LAYERS = {"deepseek_v4", "doge", "hy_v4"}
 _HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
@@ -97,7 +97,9 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, reco
         alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
         packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
         if bool((reference.visible(packed, tokens, True) == seen).all()):
-            return packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
+            return (
+                packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
+            )
     layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, record)
     valid = layout.valid()
     # what padded queries see does not matter, but padding sees no padding unless it sees all
@@ -216,10 +218,9 @@ def make_mask(
     first = None
     if record is not None:
         record.settle(layout, validate)
-        record.anchored = record.anchored and kind != _EVERY
         first = record.query_starts(asking.queries) if asking is not None else None
     wanted = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer that reads it
-    wanted = wanted or getattr(config, "model_type", None) in _READ_BY_LAYERS
+    wanted = wanted or _read_by_layers(config)
     if kind and not wanted:
         return encode(layout, first, kind == _CAUSAL)
     mask = own()[..., :q_length]
@@ -232,6 +233,11 @@ def make_mask(
     if record is None:
         here.made.append((mask, layout))
     return mask
+
+
+def _read_by_layers(config: Any) -> bool:
+    """Indexers of sparse attention read the mask, and layers that add terms to it."""
+    return getattr(config, "model_type", None) in _READ_BY_LAYERS or bool(getattr(config, "index_topk", None))
 
 
 def settle(record: Record, states: Tensor, validate: bool) -> None:
@@ -269,7 +275,7 @@ def _doubt_positions(record: Record) -> None:
         record.doubts.append(((positions.diff(dim=-1) != 1).any(), _RESTART))
 
 
-def of_call(mask: Any, rows: int, tokens: int, device: Any, record: Record, asking: Asking) -> Any:
+def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -> Any:
     """What a decoder's layers are to get for the 4-D mask that its caller gives it, or a dict of them by kind: numbers
     with the spans of this forward, or the mask itself. Other masks, and None, are left to the decoder."""
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
@@ -277,14 +283,13 @@ def of_call(mask: Any, rows: int, tokens: int, device: Any, record: Record, aski
     for own in known:
         if is_encoded(own):
             decoded = decode(own, rows, tokens)
-            record.anchored = record.anchored and decoded.causal
             record.settle(decoded.layout, asking.validate)
         else:
             layout = next((layout for made, layout in here.made if made is own), None)
             if layout is None:
                 layout = layout_of_pattern(own, rows, tokens, asking.validate, record)
             record.settle(layout, asking.validate)
-    if not known or not asking.configs:
+    if not known or not asking.configs or any(_read_by_layers(config) for config in asking.configs):
         return mask
     layout, _ = record.places
     first = record.query_starts(asking.queries)
@@ -320,6 +325,7 @@ def _kind(function: Any, local: bool) -> tuple[int, Tensor | None]:
         bidirectional_mask_function,
         causal_mask_function,
         chunked_overlay,
+        or_masks,
         packed_sequence_mask_function,
         sliding_window_overlay,
     )
@@ -332,15 +338,17 @@ def _kind(function: Any, local: bool) -> tuple[int, Tensor | None]:
     if torch.compiler.is_compiling():  # it cannot look inside, where nothing else is put together so
         return (_CAUSAL if local and code is and_masks(causal_mask_function).__code__ else _OTHER), None
     nothing = torch.empty(0)
-    both, packs = and_masks(causal_mask_function).__code__, packed_sequence_mask_function(nothing).__code__
+    both, either = and_masks(causal_mask_function).__code__, or_masks(causal_mask_function).__code__
+    packs = packed_sequence_mask_function(nothing).__code__
     locals_ = sliding_window_overlay(1).__code__, chunked_overlay(1, nothing).__code__
     sequence, kind, parts = None, _CAUSAL, [function]
     while parts:
         part = parts.pop()
         code = getattr(part, "__code__", None)
         inside = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
-        if code is both:
+        if code in (both, either):
             parts += list(inside[0])
+            kind = kind if code is both else _OTHER
         elif code is packs:
             sequence = inside[0]
         elif code is _remapped():

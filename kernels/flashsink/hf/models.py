@@ -19,8 +19,9 @@ _NORM = re.compile(r"Norm")
 # not the language decoder of a composite model
 _TOWERS = re.compile(
     r"(^|\.)(vis\w*|img\w*|image\w*|audio\w*|speech\w*|acoustic\w*|talker|code_predictor|code2wav|token2wav|codec\w*"
-    r"|\w*tower|\w*projector|qformer|depth_decoder|mtp\w*|encoder|dit|\w*_encoder|embed_tokens_extend)(\.|$)"
+    r"|\w*tower|\w*projector|qformer|depth_decoder|mtp\w*|dit|\w+_encoder|embed_tokens_extend)(\.|$)"
 )
+_ENCODERS = re.compile(r"(^|\.)encoder(\.|$)")
 _INSIDE = ("thinker",)  # the part of a composite model that is one with a language decoder
 
 
@@ -70,6 +71,7 @@ def find(model: nn.Module, module: str | None = None) -> Found:
         lists = list(_layer_lists(root))
         if len(lists) > 1:
             lists = [own for own in lists if not _TOWERS.search(own[0])] or lists
+            lists = lists if len(lists) == 1 else [own for own in lists if not _ENCODERS.search(own[0])] or lists
     if len(lists) != 1:
         names = ", ".join(own for own, _, _ in lists)
         raise ValueError(
@@ -129,7 +131,11 @@ def _pretrained(model: nn.Module, root: nn.Module, owner: str) -> nn.Module:
 
 def _attentions(layers: list[nn.Module]) -> list[list[nn.Module]]:
     return [
-        [own for name, own in layer.named_modules() if _ATTENTION.search(type(own).__name__) and not _CROSS.search(name)]
+        [
+            own
+            for name, own in layer.named_modules()
+            if _ATTENTION.search(type(own).__name__) and not _CROSS.search(name)
+        ]
         for layer in layers
     ]
 

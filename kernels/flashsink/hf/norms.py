@@ -1,4 +1,4 @@
-"""Norms that can observe a layer's output on the way: which ones compute what :func:`flashsink.reference.rms_norm` does.
+"""Norms that can observe a layer's output on the way: those that compute :func:`flashsink.reference.rms_norm`.
 
 A norm is known by what it computes on a few random numbers, not by its class.
 """
@@ -36,38 +36,38 @@ def undecided(norm: Any) -> bool:
 
 def form_of(norm: Any, run: Callable[[Tensor], Tensor]) -> Form | None:
     """The form of ``norm``, whose own forward is ``run``, or None with a logged reason."""
-    name = type(norm).__name__
+    form, why = _recognize(norm, run)
+    if form is None:
+        logger.info("%s %s: the states are read once more instead", type(norm).__name__, why)
+    return form
+
+
+def _recognize(norm: Any, run: Callable[[Tensor], Tensor]) -> tuple[Form | None, str]:
     if hasattr(norm, "_hf_hook"):
-        return _none(f"{name} moves with accelerate's hooks")
+        return None, "moves with accelerate's hooks"
     weight = getattr(norm, "weight", None)
     eps = next((getattr(norm, key) for key in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, key)), None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or undecided(norm) or not isinstance(eps, float):
-        return _none(f"{name} has no weight (C,) and epsilon")
+        return None, "has no weight (C,) and epsilon"
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(1, _ROWS, weight.shape[0], generator=generator).to(weight)
     with torch.no_grad():
         try:
             got = run(h)
         except (TypeError, ValueError, RuntimeError) as error:
-            return _none(f"{name} does not take hidden states alone: {error}")
+            return None, f"does not take hidden states alone ({error})"
         for offset in (0.0, 1.0):
             size = h.to(torch.promote_types(h.dtype, torch.float32))
             normed = size * torch.rsqrt(size.square().mean(dim=-1, keepdim=True) + eps)
             want = (weight + offset if offset else weight) * normed.to(h.dtype)
+            same = got.shape == h.shape and got.dtype == h.dtype
             # in half precision every bit: norms that round elsewhere are left alone
-            exact = h.dtype in (torch.float32, torch.float64)
-            if got.shape == h.shape and got.dtype == h.dtype:
-                if torch.allclose(got, want, rtol=1e-5, atol=1e-6) if exact else torch.equal(got, want):
-                    return Form(eps, offset)
-    return _none(f"{name} is not RMSNorm in Llama's form" + (" (Liger's in another)" if _ligers(norm) else ""))
-
-
-def _ligers(norm: Any) -> bool:
-    return hasattr(norm, "casting_mode")
-
-
-def _none(why: str) -> None:
-    logger.info("%s: the states are read once more instead", why)
+            exact = h.dtype not in (torch.float32, torch.float64)
+            if same and (torch.equal(got, want) if exact else torch.allclose(got, want, rtol=1e-5, atol=1e-6)):
+                return Form(eps, offset), ""
+    return None, "is not RMSNorm in Llama's form" + (
+        ", but Liger's in another" if hasattr(norm, "casting_mode") else ""
+    )
 
 
 def patch(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Restore:

@@ -29,7 +29,7 @@ class Place(NamedTuple):
     """What an attention module of an attached model carries."""
 
     observer: AttentionObserver
-    index: int  # of its layer
+    layer: int
 
 
 class AttentionObserver:
@@ -75,16 +75,14 @@ class AttentionObserver:
 class Waiting(NamedTuple):
     """A layer's output that no norm has read yet."""
 
-    index: int
+    layer: int
     states: Tensor
 
 
 class OutputObserver:
     """Computes the loss and the largest activations of the layers' outputs."""
 
-    def __init__(
-        self, forwards: Forwards, options: Options, readers: list[nn.Module | None], settle: Settle
-    ) -> None:
+    def __init__(self, forwards: Forwards, options: Options, readers: list[nn.Module | None], settle: Settle) -> None:
         self._forwards, self._options, self._settle = forwards, options, settle
         self._readers = readers
         self._forms: dict[int, norms.Form | None] = {}  # norm -> how it computes, once that is known
@@ -155,7 +153,7 @@ class OutputObserver:
     def _flush(self, record: Record) -> None:
         waiting, self._forwards.mine.waiting = self._forwards.mine.waiting, None
         if waiting is not None:
-            self._take(record, waiting.index, waiting.states)
+            self._take(record, waiting.layer, waiting.states)
 
     def _take(self, record: Record, index: int, states: Tensor) -> None:
         """An output that no norm reads: for the loss it waits for the others."""
@@ -182,7 +180,7 @@ class OutputObserver:
             if states.shape[:2] != (record.layout.rows, record.layout.tokens):
                 return plain(states)
         else:
-            index = mine.waiting.index if mine.waiting is not None and mine.waiting.states is states else None
+            index = mine.waiting.layer if mine.waiting is not None and mine.waiting.states is states else None
         if index is None or not self._known(place, norm, plain):
             return plain(states)
         form = self._forms[place]

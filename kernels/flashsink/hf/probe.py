@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashsink import functional, reference, versions
 from flashsink.hf import attention as hf_attention
-from flashsink.hf import masks, models
+from flashsink.hf import masks, models, own
 from flashsink.hf.act import Calibrator
 from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
@@ -41,9 +41,14 @@ class Probe:
         settle = functools.partial(masks.settle, validate=options.validate)
         self._attention = AttentionObserver(self._forwards, options, self._act, settle)
         self._outputs = OutputObserver(self._forwards, options, self._found.readers, settle)
+        inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
+        self._generates = (
+            any(own.can_generate() for own in inner) and "input_ids" in self._parameters
+        )  # else it is an encoder, without BOS
         self._count = -1
         self._previous: list[str] = []  # the implementations that the configs named before
         self._configs: list[Any] = []
+        self._implementation = ""  # that they name while attached
         self._undo: list[Callable[[], None]] = []
         self._install()
 
@@ -85,7 +90,7 @@ class Probe:
         record = self._last("decorrelation")
         if len(record.losses) < len(self._found.layers) - 1 or not record.losses:
             raise RuntimeError("decorrelation_loss: the last forward did not end, or the model has one layer only")
-        if not record.anchored:
+        if not record.anchored and not self._generates:
             raise RuntimeError("decorrelation_loss: attention is not causal, so the first token is no BOS")
         parts = [record.losses[i].to(torch.float32) for i in sorted(record.losses)]
         spans = record.places[1].to(parts[0].device)
@@ -110,7 +115,10 @@ class Probe:
             raise RuntimeError("sinks: the last forward was skipped by stats_every")
         without = [i for i in range(len(self._found.layers)) if i not in record.sinks]
         if without:
-            raise RuntimeError(f"sinks: layers {without} have no softmax attention that runs through flashsink")
+            raise RuntimeError(
+                f"sinks: layers {without} have no softmax attention that runs through flashsink; sinks_by_layer has "
+                "those of the others"
+            )
         return [record.sinks[i] for i in range(len(self._found.layers))]
 
     @property
@@ -171,7 +179,7 @@ class Probe:
                 if place is not None and place.observer is self._attention:
                     delattr(module, hf_attention.MARK)
         for config, previous in zip(self._configs, self._previous, strict=True):
-            if config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
+            if config._attn_implementation == self._implementation:  # else it was changed since
                 config._attn_implementation_internal = previous
         self._configs, self._previous = [], []
 
@@ -182,8 +190,13 @@ class Probe:
         for modules in found.attentions:
             if any(getattr(module, hf_attention.MARK, None) is not None for module in modules):
                 raise ValueError("model: a probe is attached already; detach it first")
-        if options.attention:
-            hf_attention.check_model(found.decoder)
+        direct = not found.decoder._can_set_attn_implementation()
+        taken = [module for modules in found.attentions for module in own.known(modules)] if direct else []
+        if options.attention and direct and not taken:
+            raise ValueError(
+                f"model: the attention of {type(found.decoder).__name__} does not go through transformers' "
+                "AttentionInterface; attention=False observes the model all the same"
+            )
         for index, modules in enumerate(found.attentions):
             for module in modules:
                 setattr(module, hf_attention.MARK, Place(self._attention, index))
@@ -193,10 +206,12 @@ class Probe:
         self._undo.append(found.decoder.register_forward_hook(self._end, always_call=True).remove)
         if options.attention:
             hf_attention.register()
-            self._configs = found.configs
+            self._undo += [own.take(module) for module in taken]
+            self._implementation = own.implementation(taken) if direct else hf_attention.IMPLEMENTATION
+            self._configs = found.configs if self._implementation else []
             self._previous = [config._attn_implementation for config in self._configs]
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
-                config._attn_implementation_internal = hf_attention.IMPLEMENTATION
+                config._attn_implementation_internal = self._implementation
 
     def _last(self, option: str | None) -> Record:
         if option and not getattr(self._options, option):
@@ -217,7 +232,8 @@ class Probe:
         self._check_implementation()
         self._forwards.enter()
         mine.outer, mine.full = masks.here.asking, past is None or int(past.get_seq_length()) == 0
-        asking = masks.Asking(self._configs, None, self._options.queries, self._options.validate)
+        configs = self._configs if self._implementation == hf_attention.IMPLEMENTATION else []
+        asking = masks.Asking(configs, None, self._options.queries, self._options.validate)
         masks.here.asking = asking
         if not mine.full:
             return None
@@ -242,7 +258,7 @@ class Probe:
         inputs = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
         if not isinstance(inputs, Tensor):
             return None
-        new = masks.of_call(mask, *inputs.shape[:2], inputs.device, record, masks.here.asking)
+        new = masks.of_call(mask, inputs.shape[0], inputs.shape[1], record, masks.here.asking)
         masks.here.made.clear()
         if new is mask:
             return None
@@ -260,7 +276,7 @@ class Probe:
 
     def _check_implementation(self) -> None:
         for config in self._configs:
-            if config._attn_implementation != hf_attention.IMPLEMENTATION:
+            if config._attn_implementation != self._implementation:
                 raise ValueError(
                     f"model: its attention implementation became {config._attn_implementation!r} while attached; "
                     "detach the probe first, or attach with attention=False"
@@ -334,7 +350,5 @@ def attach(
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
-    options = Options(
-        attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend
-    )
+    options = Options(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend)
     return Probe(model, options, module)

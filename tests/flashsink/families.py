@@ -94,7 +94,9 @@ MODELS = {
     "minimax": (
         "MiniMaxConfig",
         "MiniMaxForCausalLM",
-        SIZES | MOE | {"layer_types": ["full_attention", "linear_attention"] * 2, "block_size": 8},
+        SIZES
+        | MOE
+        | {"layer_types": ["full_attention", "linear_attention"] * 2, "block_size": 8, "initializer_range": 0.1},
     ),
     "qwen3_next": (
         "Qwen3NextConfig",

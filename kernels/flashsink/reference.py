@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import ALL, ActivationStats, Layout, Normed, Pattern, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
 
 
 def refusal(q: Tensor) -> str:
@@ -24,7 +24,9 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def visible(layout: Layout, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice = ALL) -> Tensor:
+def visible(
+    layout: Layout, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice | None = None
+) -> Tensor:
     """(B, 1, Sq, Sk) bool: which key a query may see; the queries are the last positions of a row, of which ``rows``
     cuts some out. :class:`flashsink.types.Pattern` has the formula."""
     return layout.visible(queries, causal, pattern, rows)

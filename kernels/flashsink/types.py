@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ALL = slice(None)
-
 
 class SinkStats:
     """How much attention every key received in one call of attention.
@@ -199,10 +197,16 @@ class Layout(NamedTuple):
         return low if before else position, high if after else position + 1
 
     def visible(
-        self, queries: int, causal: bool, pattern: Pattern | None = None, rows: slice = ALL, keys: slice = ALL
+        self,
+        queries: int,
+        causal: bool,
+        pattern: Pattern | None = None,
+        rows: slice | None = None,
+        keys: slice | None = None,
     ) -> Tensor:
         """(B, 1, Sq, Sk) bool: which keys a query sees, of the last ``queries`` positions; ``rows`` and ``keys`` cut
         queries and keys out, so that a tile needs no whole."""
+        rows, keys = rows or slice(None), keys or slice(None)
         segment = self.segments()
         own, other = _cut(segment, queries, rows, keys)
         seen = (own == other) & (own >= 0)

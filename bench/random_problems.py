@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,6 +27,7 @@ import flashsink
 from bench.runner.ledger import ROOT
 from flashsink import dispatch
 from flashsink.checks import resolve_layout
+from flashsink.cpu import tiled
 from flashsink.triton import tiles
 from flashsink.triton.launch import INTERPRETED, Tile
 
@@ -112,9 +114,12 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
         options["query_starts"] = layout["starts"] + draw.randint(-2, 40)
     if draw.random() < 0.25:
         options["sink_logits"] = _normal(draw, group * heads)
+    if backend in ("reference", "cpu") and draw.random() < 0.5:  # the others refuse them
+        v = _normal(draw, rows, heads, keys, draw.choice([d, 9]))
+        options |= _pattern(draw, rows, keys, layout)
     valid = _valid(rows, keys, layout)[:, None, :, None]
     inputs = [x.masked_fill(~valid[:, :, keys - x.shape[2] :], float("nan")) for x in (q, k, v)]
-    with _tiles(draw):
+    with _tiles(draw, backend):
         leaves = [x.to(device).requires_grad_() for x in inputs]
         given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in (layout | options).items()}
         with torch.no_grad():
@@ -134,10 +139,27 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
         _close(name, got, expected, 2e-5, 2e-5)
 
 
+def _pattern(draw: random.Random, rows: int, keys: int, layout: Tensors) -> dict[str, Any]:
+    """Some of the arguments that say which keys a query sees, and a cap on the scores."""
+    sequences = [end - first for row in oracle.runs(rows, keys, **layout) for first, end in row]
+    every = {
+        "window": draw.randint(1, 40),
+        "chunk": draw.randint(1, 40),
+        "softcap": draw.choice([0.5, 3.0]),
+        "prefix": torch.tensor([draw.randint(0, n) for n in sequences]),
+        "blocks": torch.tensor([[draw.randint(-2, 4) for _ in range(keys)] for _ in range(rows)]),
+    }
+    return {name: value for name, value in every.items() if draw.random() < 0.4}
+
+
 @contextlib.contextmanager
-def _tiles(draw: random.Random) -> Iterator[None]:
-    """Small tiles for the Triton kernels."""
+def _tiles(draw: random.Random, backend: str) -> Iterator[None]:
+    """Small tiles for the Triton kernels and for the cpu backend's patterns."""
     with contextlib.ExitStack() as stack:
+        if backend == "cpu":
+            stack.enter_context(
+                mock.patch.multiple(tiled, TILE=draw.choice([5, 16, 64]), PRODUCTS=draw.choice([1, 9000]))
+            )
         for kernel in ATTENTION_KERNELS:
             blocks = {"BLOCK_M": draw.choice([16, 32]), "BLOCK_N": draw.choice([16, 32])}
             stack.enter_context(tiles.override(kernel, Tile(blocks, 4, 1)))

@@ -15,7 +15,7 @@ import flashsink
 from flashsink import dispatch
 from flashsink.checks import resolve_layout
 from flashsink.cpu import library as native
-from flashsink.cpu import short
+from flashsink.cpu import short, tiled
 from flashsink.triton import tiles
 from flashsink.triton.launch import INTERPRETED, Tile
 
@@ -34,6 +34,7 @@ class Backend:
         dtype: what the tests compute in, unless they name another.
         level: of the C++ kernels' instructions: 0 baseline, 1 AVX2, None the best there is.
         tiles: the C++ attention for long sequences, whatever the length.
+        cut: the cpu backend's tiles of query rows so small that a case has several, of some rows and heads.
         shipped: Triton's attention with the tiles of its table; else they are so small that every loop runs.
     """
 
@@ -43,11 +44,13 @@ class Backend:
     level: int | None = None
     tiles: bool = False
     shipped: bool = False
+    cut: bool = False
 
     def __str__(self):
         parts = [
             self.name,
             "tiles" if self.tiles else "",
+            "cut" if self.cut else "",
             "shipped" if self.shipped else "",
             {0: "baseline", 1: "avx2"}.get(self.level, ""),
         ]
@@ -81,6 +84,9 @@ class Backend:
                     monkeypatch.setattr(torch, make, _filled(getattr(torch, make)))
             if self.tiles:
                 monkeypatch.setattr(short, "LONGEST", -1)
+            if self.cut:
+                monkeypatch.setattr(tiled, "TILE", 7)
+                monkeypatch.setattr(tiled, "PRODUCTS", 3000)
             if self.level is not None:
                 if native.library().flashsink_limit_isa(self.level) != self.level:
                     pytest.skip("this processor does not have these instructions")
@@ -142,6 +148,19 @@ ATTENTION = {
     "packed": (1, 3, 1, 47, 47, 16, {"cu_seqlens": [0, 1, 17, 20, 31, 47]}),
     "packed with empty sequences and a tail": (1, 4, 2, 49, 49, 16, {"cu_seqlens": [0, 0, 18, 18, 31, 34, 34]}),
 }
+# of visible keys. prefix: share of a row's tokens; blocks: their number; mask: one for all rows, or one each
+PATTERNS = {
+    "window": {"window": 5},
+    "own token": {"window": 1},
+    "chunk": {"chunk": 7},
+    "softcap": {"softcap": 1.5},
+    "prefix": {"prefix": 0.6},
+    "blocks": {"blocks": 3},
+    "image": {"window": 4, "blocks": 1},
+    "all": {"window": 9, "chunk": 12, "prefix": 0.3, "blocks": 5, "softcap": 2.0},
+    "mask": {"mask": "one"},
+    "mask of rows": {"mask": "rows", "softcap": 3.0},
+}
 # several tiles of the C++ kernels
 LONG = {
     "150 tokens": (3, 6, 2, 150, 150, 5, {"starts": [0, 3, 149], "lengths": [150, 66, 1]}),
@@ -155,22 +174,39 @@ LONG = {
 class Problem:
     """Random q, k, v for a case, their layout, and an upstream gradient; padding holds ``poison``."""
 
-    def __init__(self, name, dtype=torch.float32, *, device="cpu", spread=1.0, poison=float("nan")):
+    def __init__(self, name, dtype=torch.float32, *, device="cpu", spread=1.0, poison=float("nan"), features=None):
         b, h, hk, queries, keys, d, layout = (ATTENTION | LONG)[name]
+        dv = features or d  # of v
         g = torch.Generator().manual_seed(len(name))
-        sizes = ((h, queries, spread), (hk, keys, spread), (hk, keys, 1.0))
-        tensors = [(torch.randn(b, heads, n, d, generator=g) * size).to(dtype) for heads, n, size in sizes]
-        self.upstream = torch.randn(b, h, queries, d, generator=g).to(device)
+        sizes = ((h, queries, d, spread), (hk, keys, d, spread), (hk, keys, dv, 1.0))
+        tensors = [(torch.randn(b, heads, n, m, generator=g) * size).to(dtype) for heads, n, m, size in sizes]
+        self.upstream = torch.randn(b, h, queries, dv, generator=g).to(device)
         self.layout = {key: torch.tensor(value, device=device) for key, value in layout.items()}
         self.padding = torch.ones(b, keys, dtype=torch.bool)
+        self.sizes = []  # of every row or sequence
         for row, sequences in enumerate(oracle.runs(b, keys, **layout)):
             for first, end in sequences:
                 self.padding[row, first:end] = False
+                self.sizes.append(end - first)
         self.silent = self.padding[:, keys - queries :]
         at = self.padding[:, None, :, None]
         self.qkv = [x.masked_fill(at[:, :, -x.shape[2] :], poison).to(device) for x in tensors]
         # the statistics of dense rows can be of the queries from a position on
         self.first = None if "cu_seqlens" in layout else torch.arange(b) + keys - queries // 2
+
+    def pattern(self, name):
+        """The options of attention that PATTERNS names."""
+        g = torch.Generator().manual_seed(3)
+        options = dict(PATTERNS[name])
+        if "prefix" in options:
+            options["prefix"] = torch.tensor([int(n * options["prefix"]) for n in self.sizes])
+        if "blocks" in options:
+            options["blocks"] = torch.randint(-2, options["blocks"], self.padding.shape, generator=g)
+        if "mask" in options:  # some queries see nothing
+            rows = len(self.padding) if options["mask"] == "rows" else 1
+            shape = (rows, 1, self.silent.shape[1], self.padding.shape[1])
+            options["mask"] = torch.rand(shape, generator=g) < torch.rand(shape[:3], generator=g)[..., None] - 0.3
+        return options
 
     def leaves(self, dtype=None):
         return [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.qkv]
@@ -189,8 +225,8 @@ def run(backend, problem, *, causal=True, sink_logits=None, counted=False, **opt
         early = flashsink.attention(*leaves, **options)[1].received
     out, stats = flashsink.attention(*leaves, **options)
     upstream = problem.upstream
-    # the reference multiplies where the kernels do not look; the cpu backend asks it where a sink logit learns
-    if backend.name != "reference" and (sink_logits is None or backend.name == "triton"):
+    # the reference, which is also the cpu backend's in float64, multiplies where the kernels do not look
+    if backend.name != "reference" and leaves[0].dtype != torch.float64:
         upstream = upstream.masked_fill(problem.silent[:, None, :, None].to(backend.device), float("nan"))
     wanted = [*leaves, options["sink_logits"]] if sink_logits is not None else leaves
     gradients = torch.autograd.grad(out, wanted, upstream.to(out.dtype))
@@ -200,14 +236,25 @@ def run(backend, problem, *, causal=True, sink_logits=None, counted=False, **opt
 
 
 @functools.cache
-def exact(name, causal=True, dtype=torch.float32, spread=1.0, scale=None, sink=None, counted=False):
-    """What :func:`run` should give, by the oracle."""
-    problem = Problem(name, dtype, spread=spread)
+def exact(
+    name,
+    causal=True,
+    dtype=torch.float32,
+    spread=1.0,
+    scale=None,
+    sink=None,
+    counted=False,
+    pattern=None,
+    features=None,
+):
+    """What :func:`run` should give, by the oracle; ``pattern`` is a name of PATTERNS."""
+    problem = Problem(name, dtype, spread=spread, features=features)
+    options = {} if pattern is None else problem.pattern(pattern)
     leaves = problem.leaves(torch.float64)
     logits = None if sink is None else sink_logits(name, sink).double().requires_grad_()
     first = problem.first if counted else None
     want = oracle.Attention(
-        *leaves, **problem.layout, causal=causal, scale=scale, query_starts=first, sink_logits=logits
+        *leaves, **problem.layout, causal=causal, scale=scale, query_starts=first, sink_logits=logits, **options
     )
     wanted = leaves if logits is None else [*leaves, logits]
     # all rows may be empty, and then there is no graph

@@ -29,10 +29,42 @@ def keys_of(row_runs, position, causal):
     return []
 
 
-class Attention:
-    """out (B,H,Sq,D), probs (B,H,Sq,Sk), received and mean_received (B,H,Sk), queries (B,Sk), lse (B,H,Sq).
+class Pattern:
+    """Which of the keys of its row or sequence a query sees, pair by pair."""
 
-    ``sink_logits`` (H,) are one more term in every row's softmax, without a value.
+    def __init__(self, causal, window=None, chunk=None, prefix=None, blocks=None, mask=None):
+        self.causal, self.window, self.chunk = causal, window, chunk
+        self.prefix, self.blocks, self.mask = prefix, blocks, mask
+
+    def sees(self, b, number, first, i, j, query):
+        """Whether position i sees j: ``number`` is that of their sequence, which begins at ``first``, and ``query``
+        that of i among the queries."""
+        if self.mask is not None:
+            return bool(self.mask[b if len(self.mask) > 1 else 0, 0, query, j])
+        if self.prefix is not None and max(i, j) < first + int(self.prefix[number]):
+            return True
+        if self.blocks is not None and int(self.blocks[b, i]) == int(self.blocks[b, j]) >= 0:
+            return True
+        if self.causal and j > i:
+            return False
+        if self.window is not None and abs(i - j) >= self.window:
+            return False
+        return self.chunk is None or (i - first) // self.chunk == (j - first) // self.chunk
+
+    def keys(self, rows, b, position, query):
+        """The keys that the query at ``position`` of row b sees; none for padding."""
+        for n, (first, end) in enumerate(rows[b]):
+            if first <= position < end:
+                number = n if len(rows[b]) > 1 else b  # of all sequences, or of dense rows
+                return [j for j in range(first, end) if self.sees(b, number, first, position, j, query)]
+        return []
+
+
+class Attention:
+    """out (B,H,Sq,Dv), probs (B,H,Sq,Sk), received and mean_received (B,H,Sk), queries (B,Sk), lse (B,H,Sq).
+
+    ``sink_logits`` (H,) are one more term in every row's softmax, without a value; ``softcap`` c makes the scores
+    c tanh(scores / c); ``pattern`` are the arguments of :class:`Pattern`.
     """
 
     def __init__(
@@ -48,6 +80,8 @@ class Attention:
         scale=None,
         query_starts=None,
         sink_logits=None,
+        softcap=None,
+        **pattern,
     ):
         q, k, v = q.double(), k.double(), v.double()
         b_, h_, sq, d = q.shape
@@ -55,7 +89,8 @@ class Attention:
         k, v = (x.repeat_interleave(h_ // k.shape[1], dim=1) for x in (k, v))
         scale = 1.0 / math.sqrt(d) if scale is None else scale
         rows = runs(b_, sk, lengths, starts, cu_seqlens)
-        nothing = torch.zeros(h_, d, dtype=torch.float64)
+        pattern = Pattern(causal, **pattern)
+        nothing = torch.zeros(h_, v.shape[3], dtype=torch.float64)
         out = [[nothing] * sq for _ in range(b_)]
         self.probs = torch.zeros(b_, h_, sq, sk, dtype=torch.float64)
         self.lse = torch.zeros(b_, h_, sq, dtype=torch.float64)
@@ -64,23 +99,24 @@ class Attention:
         for b in range(b_):
             for i in range(sq):
                 position = sk - sq + i
-                keys = keys_of(rows[b], position, causal)
+                keys = pattern.keys(rows, b, position, i)
                 if not keys:
                     continue
-                low, high = keys[0], keys[-1] + 1
-                scores = (k[b, :, low:high] * q[b, :, i, None]).sum(-1) * scale  # (H, keys)
+                scores = (k[b, :, keys] * q[b, :, i, None]).sum(-1) * scale  # (H, keys)
+                if softcap is not None:
+                    scores = softcap * (scores / softcap).tanh()
                 top = scores.detach().amax(-1, keepdim=True)
                 e = (scores - top).exp()
                 total = e.sum(-1, keepdim=True)
                 if sink_logits is not None:
                     total = total + (sink_logits.double()[:, None] - top).exp()
                 p = e / total
-                out[b][i] = (p[..., None] * v[b, :, low:high]).sum(1)
-                self.probs[b, :, i, low:high] = p.detach()
+                out[b][i] = (p[..., None] * v[b, :, keys]).sum(1)
+                self.probs[b, :, i, keys] = p.detach()
                 self.lse[b, :, i] = (top + total.detach().log()).squeeze(-1)
                 if query_starts is None or position >= int(query_starts[b]):
-                    self.queries[b, low:high] += 1
-                    self.received[b, :, low:high] += p.detach()
+                    self.queries[b, keys] += 1
+                    self.received[b, :, keys] += p.detach()
         self.out = torch.stack([torch.stack(row, dim=1) for row in out])
         self.mean_received = self.received / self.queries.clamp(min=1)[:, None]
 
@@ -110,9 +146,9 @@ def act(probs, sinks, rows, beta):
         for h in range(h_):
             for i in range(sq):
                 row = list(probs[b, h, i].double())
-                visible = keys_of(rows[b], sk - sq + i, True)
-                columns = [j for j in visible if bool(sinks[b, h, j]) and j != visible[0]]
-                others = [j for j in visible if j not in columns]
+                own = keys_of(rows[b], sk - sq + i, False)  # those that are not seen have no mass
+                columns = [j for j in own if bool(sinks[b, h, j]) and j != own[0]]
+                others = [j for j in own if j not in columns]
                 total = sum(row[j] for j in others)
                 if columns and bool(total.detach() > 0.0):
                     freed = sum(row[j] for j in columns) * (1.0 - beta)

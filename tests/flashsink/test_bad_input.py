@@ -76,7 +76,7 @@ BAD_QKV = [
     ("k", {"k": torch.randn(B, HK, S, D).half()}),
     ("k", {"k": torch.randn(B, HK, S, D, device="meta")}),
     ("v", {"v": torch.randn(B, HK, S + 1, D)}),
-    ("v", {"v": torch.randn(B, HK, S, D + 1)}),
+    ("v", {"v": torch.randn(B, HK, D)}),
     ("v", {"v": torch.randn(B, 1, S, D)}),
     ("v", {"v": torch.randn(B, HK, S, D).double()}),
     ("v", {"v": torch.randn(B, HK, S, D, device="meta")}),
@@ -136,6 +136,35 @@ BAD_HIDDEN = [
 )
 def test_attention(argument, options):
     check(attention, argument, options)
+
+
+BLOCKS = torch.zeros(B, S, dtype=torch.long)
+BAD_PATTERNS = [
+    *((name, {name: bad}) for name in ("window", "chunk") for bad in (0, -3, 2.0, True, ints(3), "4")),
+    *(("softcap", {"softcap": bad}) for bad in (0, 0.0, -1.0, float("nan"), float("inf"), True, torch.tensor(2.0))),
+    *vectors("prefix"),
+    ("prefix", {"prefix": ints(-1, 4)}),
+    ("prefix", {"prefix": ints(1, 4), "lengths": ints(6, 3)}),
+    *(("blocks", {"blocks": bad}) for bad in (BLOCKS[:1], BLOCKS[:, 1:], BLOCKS[0], BLOCKS.float(), BLOCKS > 0, [1])),
+    ("blocks", {"blocks": BLOCKS.to("meta")}),
+]
+
+
+@pytest.mark.parametrize(("argument", "options"), BAD_PATTERNS)
+def test_patterns(argument, options):
+    check(attention, argument, options)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("prefix", {"prefix": ints(2)}),  # one a sequence
+        ("prefix", {"prefix": ints(3, 4)}),
+        ("blocks", {"blocks": torch.zeros(2, S, dtype=torch.long)}),
+    ],
+)
+def test_packed_patterns(argument, options):
+    check(packed, argument, options | {"cu_seqlens": ints(0, 3, 6)})
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])

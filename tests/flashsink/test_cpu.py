@@ -11,7 +11,7 @@ import flashsink
 from flashsink import dispatch, reference
 from flashsink.cpu import backend as cpu
 from flashsink.cpu import received as native_received
-from flashsink.types import Layout
+from flashsink.types import Layout, Pattern
 
 CPU = [b for b in LEVELS if isinstance(b, Backend) and b.name == "cpu"]
 TILES = [Backend("cpu", tiles=True, level=b.level) for b in CPU]
@@ -39,12 +39,17 @@ def test_which_calls_are_the_kernels_and_which_the_references(backend, monkeypat
     flashsink.activation_stats([h])
     cpu.rms_norm(h, torch.ones(8), 1e-5, rows, spans, 0.0)
     learned = q.clone().requires_grad_()
-    for x, options in ((q.double(), {}), (learned, {"sink_logits": logits}), (q[:, :, :0], {})):
+    for options in ({"sink_logits": logits}, {"pattern": Pattern(window=2)}, {"softcap": 3.0}):
+        cpu.attention(learned, q, q[..., :5], layout, causal=True, scale=1.0, counted=[None], **options)
+    for x in (q.double(), q[:, :, :0]):
         with pytest.raises(AssertionError, match="the reference ran"):
-            cpu.attention(x, q, q, layout, causal=True, scale=1.0, **options)
-    for x in (q.double(), learned):
+            cpu.attention(x, q, q, layout, causal=True, scale=1.0)
+    for x, options in (
+        *((x, {}) for x in (q.double(), learned)),
+        *((q, x) for x in ({"sink_logits": logits}, {"softcap": 3.0}, {"pattern": Pattern(2)}, {"causal": False})),
+    ):
         with pytest.raises(AssertionError, match="the reference ran"):
-            cpu.calibrated_attention(x, x, x, sinks, layout, beta=0.4, scale=1.0)
+            cpu.calibrated_attention(x, x, x, sinks, layout, beta=0.4, scale=1.0, **options)
     for dtype in (torch.float16, torch.float64):
         for call in (
             lambda x: cpu.decorrelation_sums([x], spans, rows, 0.0),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 import decoders
+import torch
 
 WEIGHT = 5.0
 
@@ -62,7 +61,7 @@ def arguments(folder, **options):
 
 
 def make(folder, model, *, base=None, mixin=True, dataset=None, collate=pad, sink=None, trainer=None, **options):
-    """A Trainer; ``sink`` are the mixin's arguments, ``trainer`` further ones of the Trainer, ``options`` of its args."""
+    """A Trainer; ``sink`` are the mixin's arguments, ``trainer`` more of the Trainer's, ``options`` those of its args."""
     from transformers import Trainer
 
     import flashsink.hf

@@ -94,7 +94,9 @@ class SinkTrainerMixin(_Trainer):
         self.gradient_norm_steps, self._sink_options = int(gradient_norm_steps), options
         self._probe: Probe | None = None
         self._attached = False
-        self._forget()
+        self._counted, self._first = torch.ones(()), True  # of the step: its counted tokens, and no forward yet
+        self._sums, self._steps = torch.zeros(2), 0  # since the last log: lm_loss and decorrelation_loss of this rank
+        self._norms: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         _check_setup(self)
 
@@ -151,7 +153,7 @@ class SinkTrainerMixin(_Trainer):
         loss, parts = result[0] if return_outputs else result, self._divisor(num_items_in_batch)
         local = self._probe.decorrelation_loss * self._probe.decorrelation_count.clamp(min=1)  # a sum over tokens
         share = (local / self._counted.to(local.device)).to(loss.device)
-        # the Trainer divides by the number of micro-batches unless it has done so, and gradients are averaged over ranks
+        # the Trainer still divides by the number of micro-batches, where it has not, and averages over the ranks
         term = self.decorrelation_weight * self.accelerator.num_processes * parts * share
         if self._first and self.gradient_norm_steps and (self.state.global_step + 1) % self.gradient_norm_steps == 0:
             self._norms = self._gradient_norms(model, loss / parts, term / parts)
@@ -200,17 +202,15 @@ class SinkTrainerMixin(_Trainer):
 
     def _forget(self) -> None:
         """Begins the next period between two logs."""
-        self._sums = torch.zeros(2)  # of lm_loss and decorrelation_loss, of this rank
-        self._steps = 0
-        self._norms: dict[str, float] = {}
+        self._sums, self._steps, self._norms = torch.zeros(2), 0, {}
 
 
 class _Callback(_TrainerCallback):
     """Logs a model's sinks and activations as it is trained, by any Trainer, without changing the loss.
 
     ``trainer.add_callback(SinkCallback(trainer))``. The entries are those of :class:`SinkTrainerMixin`, without the
-    gradient norms, and with a ``decorrelation_loss`` over all valid tokens of the last micro-batch. Evaluation runs with
-    flashsink attached too.
+    gradient norms, and with a ``decorrelation_loss`` over all valid tokens of the last micro-batch. Evaluation runs
+    with flashsink attached too.
 
     Args:
         trainer: the Trainer, which the statistics of all ranks are gathered by.

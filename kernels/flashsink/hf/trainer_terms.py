@@ -27,12 +27,12 @@ class Sequences(NamedTuple):
 
     Attributes:
         lengths: (N,) int64.
-        index: (B, S) int64, which sequence a token belongs to; padding has any.
+        number: (B, S) int64, which sequence a token belongs to; padding has any.
         offset: (B, S) int64, position in its sequence, 0 = BOS; outside 0..length-1 at padding.
     """
 
     lengths: Tensor
-    index: Tensor
+    number: Tensor
     offset: Tensor
 
 
@@ -73,8 +73,8 @@ def prompt_lengths(batch: Mapping[str, Any], sizes: Sequences) -> Tensor:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return sizes.lengths
-    if labels.shape != sizes.index.shape:
-        raise ValueError(f"labels: expected {tuple(sizes.index.shape)} as input_ids has, got {tuple(labels.shape)}")
+    if labels.shape != sizes.number.shape:
+        raise ValueError(f"labels: expected {tuple(sizes.number.shape)} as input_ids has, got {tuple(labels.shape)}")
     lengths, index, offset = (size.to(labels.device) for size in sizes)
     own = lengths[index]
     first = torch.where((labels != -100) & (offset >= 0) & (offset < own), offset, own)

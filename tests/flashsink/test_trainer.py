@@ -476,6 +476,54 @@ def test_a_loss_over_whole_packed_sequences_counts_all_their_tokens(tmp_path, ti
     assert found[0] == found[1] and found[0][0] > 0
 
 
+@pytest.fixture
+def tokenizer():
+    """Of words "3", "4" and so on, with their numbers as ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {str(n): n for n in range(3, decoders.VOCABULARY)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def words(ids):
+    return " " + " ".join(map(str, ids))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("prompted", [True, False])
+def test_an_sft_trainer_packs_as_it_pads(tmp_path, tiny, tokenizer, prompted):
+    """Prompts with a loss on their completions, or a loss over whole texts, against the loss in float64."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    examples = [(row["input_ids"][1:], max(2, row["labels"].count(-100) - 1)) for row in trainers.rows(8)]
+    dataset = [{"prompt": words(ids[:n]), "completion": words(ids[n:])} for ids, n in examples]
+    if not prompted:
+        dataset = [{"text": words(ids)} for ids, _ in examples]
+    found = []
+    for packing in (False, True):
+        model = tiny("llama", pad_token_id=0)
+        plain = copy.deepcopy(model).double()
+        options = {"packing": packing, "max_length": 64, "bf16": False, "gradient_checkpointing": False}
+        given = {"model": model, "train_dataset": datasets.Dataset.from_list(dataset), "processing_class": tokenizer}
+        bases = (flashsink.hf.SinkTrainerMixin, trl.SFTTrainer)
+        args = trainers.arguments(tmp_path, trl.SFTConfig, eos_token="</s>", **options)
+        trainer = type("MyTrainer", bases, {})(args=args, decorrelation_weight=WEIGHT, **given)
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert ("attention_mask" in batch) is not packing
+        trainer.train()
+        names = ("loss", "lm_loss", "decorrelation_loss", "mean_token_accuracy", "num_tokens")
+        found.append((trainers.weights(model), trainers.logged(trainer, *names)))
+        if not packing:
+            lm, own = terms_of(plain, [batch], prompts if prompted else everything)
+            both = (lm.item(), own.item())
+            assert trainers.logged(trainer, "lm_loss", "decorrelation_loss")[0] == pytest.approx(both, rel=1e-4)
+    close(found[0][0], found[1][0], 1e-6)
+    torch.testing.assert_close(*(torch.tensor(each[1]) for each in found), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.integration
 def test_a_compiled_model_is_compiled_twice_for_twenty_lengths(tmp_path, tiny):
     """Once for the first length, once for all others; evaluation of the same shapes adds its own."""

@@ -39,8 +39,9 @@ def pad(examples, side="right"):
     }
 
 
-def arguments(folder, **options):
-    """Two steps of plain SGD over eight examples, whose result is linear in the gradients."""
+def arguments(folder, kind=None, **options):
+    """Two steps of plain SGD over eight examples, whose result is linear in the gradients; of TrainingArguments or
+    another ``kind``."""
     from transformers import TrainingArguments
 
     given = {
@@ -57,11 +58,11 @@ def arguments(folder, **options):
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(output_dir=str(folder), **(given | options))
+    return (kind or TrainingArguments)(output_dir=str(folder), **(given | options))
 
 
 def make(folder, model, *, base=None, mixin=True, dataset=None, collate=pad, sink=None, trainer=None, **options):
-    """A Trainer; ``sink`` are the mixin's arguments, ``trainer`` more of the Trainer's, ``options`` those of its args."""
+    """A Trainer, with arguments of the mixin in ``sink``, more of the Trainer in ``trainer`` and of its args."""
     from transformers import Trainer
 
     import flashsink.hf

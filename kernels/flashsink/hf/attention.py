@@ -6,6 +6,7 @@ to ``forward``. Anything not known to be harmless is refused by name.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,15 @@ MARK = "_flashsink_place"  # the attribute of an attached model's attention modu
 # applied before, the mask says what windows leave out, and what a model returns besides the logits is not attention's
 # concern).
 _HARMLESS = {
-    *("cache_position", "image_sizes", "labels", "logits_to_keep", "num_items_in_batch", "output_attentions"),
+    *(
+        "cache_position",
+        "deterministic",
+        "image_sizes",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+    ),
     *("output_hidden_states", "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache"),
 }
 _KNOWN = {"dropout", "is_causal", "scaling"}  # looked at
@@ -43,6 +52,7 @@ class Call(NamedTuple):
         layout: over the keys. Where a pattern has its own mask, that masks padding too.
         query_starts: of the statistics, where the mask carries them, or None.
         encoded: the mask was numbers, so it is of a full forward.
+        everything: the module is not causal, but an encoder's.
     """
 
     q: Tensor
@@ -56,6 +66,7 @@ class Call(NamedTuple):
     pattern: Pattern | None
     query_starts: Tensor | None
     encoded: bool
+    everything: bool
 
     def run(self, backend: str | None, counted: list[Tensor | None]) -> tuple[Tensor, list[Any]]:
         """(out (B, H, Sq, Dv), statistics), as :func:`flashsink.reference.attention`."""
@@ -118,12 +129,12 @@ def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None
 
 
 def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **arguments: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[Tensor, None]:
     place: Any = getattr(module, MARK, None)
     if place is None:
-        return _elsewhere(module, q, k, v, attention_mask, arguments)
-    out = observed(module, q, k, v, attention_mask, arguments, place)
+        return _elsewhere(module, query, key, value, attention_mask, arguments)
+    out = observed(module, query, key, value, attention_mask, arguments, place)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -143,22 +154,28 @@ def observed(
     if record is not None and not getattr(module, "is_causal", True):
         record.anchored = False  # where all are seen there is no BOS
     terms = (scale, arguments.get("softcap"), arguments.get("s_aux"))
-    out: Tensor = place.observer.attend(place.layer, _read(q, k, v, attention_mask, causal, terms, record), record)
+    call = _read(q, k, v, attention_mask, causal, terms, record)
+    if not getattr(module, "is_causal", True):
+        call = call._replace(everything=True)
+    out: Tensor = place.observer.attend(place.layer, call, record)
     return out
 
 
 def _elsewhere(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config."""
+    """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config. It
+    runs by the model's own eager function where it has more terms than torch's attention takes."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if arguments.get("s_aux") is not None:
-        raise ValueError(f"s_aux: expected None in attention that is not observed{_ELSE}")
     if masks.is_encoded(mask):
-        layout, _, causal = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
-        mask = reference.visible(layout, q.shape[2], causal)
-    return sdpa_attention_forward(module, q, k, v, mask, **arguments)
+        layout, _ = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
+        mask = reference.visible(layout, q.shape[2], True)
+    if arguments.get("s_aux") is None and arguments.get("softcap") is None:
+        return sdpa_attention_forward(module, q, k, v, mask, **arguments)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, q, k, v, mask, **arguments)
 
 
 def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple[Any, ...], record: Any) -> Call:
@@ -168,14 +185,14 @@ def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple
     if masks.is_encoded(mask):
         k, v = k[:, :, :queries], v[:, :, :queries]  # the rest of a static cache
         mask = mask.to(q.device)
-        layout, first, causal = masks.decode(mask, rows, queries)
-        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, first, True)
+        layout, first = masks.decode(mask, rows, queries)
+        return Call(q, k, v, layout, True, scale, softcap, sink_logits, None, first, True, False)
     if mask is None:
         causal = causal and queries > 1
         if causal and queries < keys:  # as torch's attention takes it: the first positions
             k, v = k[:, :, :queries], v[:, :, :queries]
         layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
-        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, None, False)
+        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, None, False, False)
     fits = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] in (1, queries)
     if not fits or mask.shape[3] < min(queries, keys):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -183,7 +200,9 @@ def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple
     seen = _seen(mask.to(q.device), record)[..., :keys].expand(-1, -1, queries, -1)
     k, v = k[:, :, : seen.shape[-1]], v[:, :, : seen.shape[-1]]
     layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
-    return Call(q, k, v, layout, False, scale, softcap, sink_logits, Pattern(mask=seen), None, False)
+    everything = check_values(seen.device) and bool(seen.all())
+    pattern = None if everything else Pattern(mask=seen)
+    return Call(q, k, v, layout, False, scale, softcap, sink_logits, pattern, None, False, False)
 
 
 def _seen(mask: Tensor, record: Any) -> Tensor:

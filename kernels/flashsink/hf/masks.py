@@ -1,11 +1,11 @@
 """What a model's own mask says, for flashsink's attention: through Hugging Face's mask interface.
 
 Transformers asks a mask function once a forward for every kind of mask that the model wants, and hands its result to
-every attention call. Where the mask is no more than causal attention (or none) over padded or packed rows, a few
+every attention call. Where the mask is no more than causal attention over padded or packed rows, a few
 numbers a row stand for it, which every backend takes; they travel as a 4-D int64 tensor, which passes through
 everything (generate, checkpointing, other devices) unchanged: dense rows (B, 3, 1, 1) = start, length and the first
-position whose query counts in the statistics; packed (1, N, 3, 1) with the same three; the last dimension is 2 where
-attention is not causal. Any other mask stays what the model's own functions make of it, (B, 1, Sq, Sk) bool.
+position whose query counts in the statistics; packed (1, N, 3, 1) with the same three. Any other mask stays what the
+model's own functions make of it, (B, 1, Sq, Sk) bool.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class Asking(NamedTuple):
 
     Attributes:
         configs: those of its modules.
+        additive: the model knows floating masks only.
         record: of its full forward; None in a step of decoding.
         queries: of the options, as is validate.
     """
 
     configs: list[Any]
+    additive: bool
     record: Record | None
     queries: str
     validate: bool
@@ -129,33 +131,25 @@ def _packed(sequence: Tensor) -> Layout:
 # ---- masks as numbers
 
 
-def encode(layout: Layout, query_starts: Tensor | None = None, causal: bool = True) -> Tensor:
+def encode(layout: Layout, query_starts: Tensor | None = None) -> Tensor:
     """``layout`` as a mask; ``query_starts`` (N,) = the first position of every sequence whose query counts, default
     all."""
     query_starts = layout.starts if query_starts is None else query_starts
     numbers = torch.stack([layout.starts, layout.lengths, query_starts], dim=1)
-    numbers = numbers[None, :, :, None] if layout.packed else numbers[:, :, None, None]
-    return numbers if causal else numbers.expand(-1, -1, -1, 2)
+    return numbers[None, :, :, None] if layout.packed else numbers[:, :, None, None]
 
 
 def is_encoded(mask: Any) -> bool:
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64 or mask.shape[3] > 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64 or mask.shape[3] != 1:
         return False
     return mask.shape[1:3] == (3, 1) or (mask.shape[0] == 1 and mask.shape[2] == 3)
 
 
-class Decoded(NamedTuple):
-    layout: Layout
-    query_starts: Tensor
-    causal: bool
-
-
-def decode(mask: Tensor, rows: int, tokens: int) -> Decoded:
-    """What an encoded mask says of ``rows`` rows of ``tokens`` tokens."""
-    causal = mask.shape[3] == 1
+def decode(mask: Tensor, rows: int, tokens: int) -> tuple[Layout, Tensor]:
+    """(layout, query_starts) of an encoded mask over ``rows`` rows of ``tokens`` tokens."""
     if mask.shape[2] == 3:
-        return Decoded(Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0], causal)
-    return Decoded(Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0], causal)
+        return Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0]
+    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0]
 
 
 def is_packed(mask: Any) -> bool:
@@ -179,16 +173,16 @@ def make_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     allow_is_causal_skip: bool = True,
+    dtype: torch.dtype = torch.float32,
     **_: Any,
 ) -> Tensor:
     """Called by transformers, or a model's code through it, for every kind of mask that a forward needs; by generate
     and multimodal models before they call the decoder."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     asking = here.asking if here.asking is not None and any(config is own for own in here.asking.configs) else None
     record = None if asking is None else asking.record
-    step = asking is not None and record is None
-    own = functools.partial(  # the model's mask as transformers makes it, (B, 1, Sq, Sk) bool, never left out
+    make = functools.partial(  # the model's mask as transformers makes it, (B, 1, Sq, Sk) bool, never left out
         sdpa_mask,
         batch_size=batch_size,
         q_length=q_length,
@@ -202,12 +196,13 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    if step or not _at_start(q_offset, kv_offset, q_length, kv_length):
-        return own()
+    additive = asking is not None and asking.additive
+    if (asking is not None and record is None) or not _at_start(q_offset, kv_offset, q_length, kv_length):
+        return _additive(make(), dtype) if additive else make()  # a step of decoding
     validate = asking is not None and asking.validate
     within = local_size is None or local_size >= q_length
-    kind, sequence = _kind(mask_function, within and not use_vmap)
-    if kind == _CAUSAL and mask_function is not causal_mask_function and record is not None:
+    plain, sequence = _is_plain(mask_function, within and not use_vmap)
+    if plain and mask_function is not causal_mask_function and record is not None:
         _doubt_positions(record)
     if sequence is not None and bool((sequence != sequence[:, :1]).any()):
         if batch_size != 1:
@@ -216,23 +211,28 @@ def make_mask(
     else:
         layout = layout_of_mask(attention_mask, batch_size, q_length, device, validate, record)
     first = None
-    if record is not None:
+    if asking is not None and record is not None:
         record.settle(layout, validate)
-        first = record.query_starts(asking.queries) if asking is not None else None
-    wanted = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer that reads it
-    wanted = wanted or _read_by_layers(config)
-    if kind and not wanted:
-        return encode(layout, first, kind == _CAUSAL)
-    mask = own()[..., :q_length]
-    valid = layout.valid()[:, None, :, None]  # what a padded query sees does not matter
-    if not wanted and check_values(device, validate):
+        first = record.query_starts(asking.queries)
+    read = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer, before attention gets it
+    if read or additive or _read_by_layers(config):
+        return _additive(make(), dtype) if additive else make()
+    if plain:
+        return encode(layout, first)
+    mask, valid = make()[..., :q_length], layout.valid()[:, None, :, None]  # what a padded query sees does not matter
+    if check_values(device, validate):
         causal = reference.visible(layout, q_length, True)
         if bool(((causal == mask) | ~valid).all()):  # as a window longer than the rows, and images where there are none
             return encode(layout, first)
-    mask = mask & valid
+    # an encoder may read its padding later
+    mask = mask if mask_function is bidirectional_mask_function else mask & valid
     if record is None:
         here.made.append((mask, layout))
     return mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _read_by_layers(config: Any) -> bool:
@@ -240,8 +240,11 @@ def _read_by_layers(config: Any) -> bool:
     return getattr(config, "model_type", None) in _READ_BY_LAYERS or bool(getattr(config, "index_topk", None))
 
 
-def settle(record: Record, states: Tensor, validate: bool) -> None:
+def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) -> None:
     """Makes the layout known where no mask did: by the call's 2-D mask and position ids, for states (B, S, ...).
+
+    ``seen``: what attention sees, (B, 1, S, S) bool, where that is known; position ids alone pack no row of a model
+    that makes its masks without them.
 
     Raises:
         ValueError: the mask is not one of these tokens.
@@ -252,7 +255,7 @@ def settle(record: Record, states: Tensor, validate: bool) -> None:
     if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
         raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
     layout = layout_of_mask(mask, rows, tokens, device, validate, record)
-    positions = record.positions
+    positions = record.positions if record.packs else None
     if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:
         from transformers.masking_utils import find_packed_sequence_indices
 
@@ -264,7 +267,9 @@ def settle(record: Record, states: Tensor, validate: bool) -> None:
         if sequence is not None:
             if rows != 1:
                 raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
-            layout = _packed(sequence[0])
+            packed = _packed(sequence[0])
+            if seen is None or not bool((seen & ~reference.visible(packed, tokens, False)).any()):
+                layout = packed
     record.settle(layout, validate)
 
 
@@ -282,8 +287,7 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
     known = [own for own in masks if isinstance(own, Tensor) and own.dim() == 4]
     for own in known:
         if is_encoded(own):
-            decoded = decode(own, rows, tokens)
-            record.settle(decoded.layout, asking.validate)
+            record.settle(decode(own, rows, tokens)[0], asking.validate)
         else:
             layout = next((layout for made, layout in here.made if made is own), None)
             if layout is None:
@@ -297,7 +301,7 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
     def given(own: Any) -> Any:
         if not isinstance(own, Tensor) or own.dim() != 4 or any(made is own for made, _ in here.made):
             return own
-        return encode(layout, first, not is_encoded(own) or own.shape[3] == 1).to(own.device)
+        return encode(layout, first).to(own.device)
 
     return {kind: given(own) for kind, own in mask.items()} if isinstance(mask, dict) else given(mask)
 
@@ -311,18 +315,14 @@ def _at_start(q_offset: Any, kv_offset: Any, queries: int, keys: int) -> bool:
     return int(q_offset) == 0
 
 
-_CAUSAL, _EVERY, _OTHER = 1, 2, 0
-
-
-def _kind(function: Any, local: bool) -> tuple[int, Tensor | None]:
-    """(causal, every key, or other; the (B, S) sequence numbers of packed rows or None) of a mask function.
+def _is_plain(function: Any, local: bool) -> tuple[bool, Tensor | None]:
+    """(whether a mask function is no more than causal, the (B, S) sequence numbers of packed rows or None).
 
     Transformers puts functions together as ``and_masks`` and others do; they are recognized by their code. ``local``:
     windows and chunks leave out nothing in rows so short.
     """
     from transformers.masking_utils import (
         and_masks,
-        bidirectional_mask_function,
         causal_mask_function,
         chunked_overlay,
         or_masks,
@@ -331,33 +331,31 @@ def _kind(function: Any, local: bool) -> tuple[int, Tensor | None]:
     )
 
     if function is causal_mask_function:
-        return _CAUSAL, None
-    if function is bidirectional_mask_function:
-        return _EVERY, None
+        return True, None
     code = getattr(function, "__code__", None)
     if torch.compiler.is_compiling():  # it cannot look inside, where nothing else is put together so
-        return (_CAUSAL if local and code is and_masks(causal_mask_function).__code__ else _OTHER), None
+        return local and code is and_masks(causal_mask_function).__code__, None
     nothing = torch.empty(0)
     both, either = and_masks(causal_mask_function).__code__, or_masks(causal_mask_function).__code__
     packs = packed_sequence_mask_function(nothing).__code__
     locals_ = sliding_window_overlay(1).__code__, chunked_overlay(1, nothing).__code__
-    sequence, kind, parts = None, _CAUSAL, [function]
+    sequence, plain, parts = None, True, [function]
     while parts:
         part = parts.pop()
         code = getattr(part, "__code__", None)
         inside = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
         if code in (both, either):
             parts += list(inside[0])
-            kind = kind if code is both else _OTHER
+            plain = plain and code is both
         elif code is packs:
             sequence = inside[0]
         elif code is _remapped():
             parts += [own for own in inside if callable(own)]
         elif code in locals_:
-            kind = kind if local else _OTHER
+            plain = plain and local
         elif part is not causal_mask_function:
-            kind = _OTHER
-    return kind, sequence
+            plain = False
+    return plain, sequence
 
 
 def _remapped() -> Any:

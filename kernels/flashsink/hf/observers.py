@@ -22,7 +22,8 @@ from flashsink.hf.attention import Call
 from flashsink.hf.records import Forwards, Options, Record
 from flashsink.types import ActivationStats, Layout
 
-Settle = Callable[[Record, Tensor], None]  # makes the layout known from (B, S, ...) that a layer gets or gives
+# makes the layout known from what a layer gets or gives, (B, S, ...), and what attention sees
+Settle = Callable[[Record, Tensor, Tensor | None], None]
 
 
 class Place(NamedTuple):
@@ -43,7 +44,9 @@ class AttentionObserver:
         (B, H, Sq, Dv) in q's dtype."""
         options, live = self._options, record is not None
         if record is not None:
-            self._settle(record, call.q.transpose(1, 2))
+            record.packs = record.packs and call.pattern is not None  # a model that packs has a mask for it
+            self._settle(record, call.q.transpose(1, 2), None if call.pattern is None else call.pattern.mask)
+            whole = call
             if call.layout.tokens == record.places[0].tokens:
                 call = call._replace(layout=_on(record.places[0], call.q.device))
         elif call.encoded and torch.is_grad_enabled():
@@ -57,6 +60,8 @@ class AttentionObserver:
         if record is not None and live and calibrated:
             counted += self._act.counted(record)
         out, stats = call.run(options.backend, counted)
+        if record is not None and live and call.everything and not call.layout.full:
+            out = whole.run(options.backend, [])[0]  # an encoder may read its padding later: it is computed too
         if record is not None and live:
             if not record.attended:
                 out = record.poison(out)
@@ -136,7 +141,7 @@ class OutputObserver:
         if index in record.ran:
             raise ValueError(f"model: layer {index} runs more than once in a forward")
         record.ran.add(index)
-        self._settle(record, states)
+        self._settle(record, states, None)
         layout = record.places[0]
         if states.shape[:2] != (layout.rows, layout.tokens):
             expected = f"({layout.rows}, {layout.tokens}, C)"

@@ -6,6 +6,7 @@ The model keeps its own implementation and its masks; only the products are take
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,19 @@ _PRODUCTS: dict[str, Callable[[Any], float]] = {
     "GPTNeoXJapaneseAttention": lambda module: 1.0 / float(module.norm_factor),
 }
 _TORCHS = {"FalconAttention"}  # classes that call torch's attention themselves
+
+
+def use_interface(attentions: list[list[nn.Module]]) -> bool:
+    """Whether any of the layers' attention modules calls what ``AttentionInterface`` has."""
+    kinds = {type(module) for modules in attentions for module in modules}
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names
+        for kind in kinds
+        for parent in kind.__mro__
+        if parent is not nn.Module
+        for function in vars(parent).values()
+        if inspect.isfunction(function)
+    )
 
 
 def known(modules: list[nn.Module]) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -190,7 +191,7 @@ class Probe:
         for modules in found.attentions:
             if any(getattr(module, hf_attention.MARK, None) is not None for module in modules):
                 raise ValueError("model: a probe is attached already; detach it first")
-        direct = not found.decoder._can_set_attn_implementation()
+        direct = not own.use_interface(found.attentions)
         taken = [module for modules in found.attentions for module in own.known(modules)] if direct else []
         if options.attention and direct and not taken:
             raise ValueError(
@@ -232,9 +233,13 @@ class Probe:
         self._check_implementation()
         self._forwards.enter()
         mine.outer, mine.full = masks.here.asking, past is None or int(past.get_seq_length()) == 0
-        configs = self._configs if self._implementation == hf_attention.IMPLEMENTATION else []
-        asking = masks.Asking(configs, None, self._options.queries, self._options.validate)
-        masks.here.asking = asking
+        masks.here.asking = asking = masks.Asking(
+            self._configs if self._implementation == hf_attention.IMPLEMENTATION else [],
+            not getattr(self._found.decoder, "_supports_sdpa", True),
+            None,
+            self._options.queries,
+            self._options.validate,
+        )
         if not mine.full:
             return None
         origin = self._forwards.recalled() if in_backward() else None  # computed again, with no spans set
@@ -251,6 +256,7 @@ class Probe:
             calibration=self._act.calibration,
             padding=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             positions=positions if isinstance(positions, Tensor) else None,
+            packs=hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask"),
             cached=past is not None or self._caches(given.get("use_cache")),
         )
         self._forwards.keep(record)

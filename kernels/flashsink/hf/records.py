@@ -59,6 +59,7 @@ class Record:
     padding: Tensor | None = None  # the 2-D mask of the call
     positions: Tensor | None = None  # the position ids of the call, and
     cached: bool = False  # whether it has a cache
+    packs: bool = True  # whether the model may pack rows by them
     attended: bool = False  # whether a layer has called attention
     ended: bool = False
     anchored: bool = True  # whether the first token of a row is its BOS: attention is causal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 
 import oracle
 import pytest
@@ -51,15 +50,15 @@ def calls(monkeypatch):
 
 
 class OtherNorm(nn.Module):
-    """Llama's norm under a name that flashsink does not know."""
+    """Llama's norm, but with an epsilon that cannot be read from it."""
 
     def __init__(self, norm):
         super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.weight, self.small = norm.weight, norm.variance_epsilon
 
     def forward(self, hidden):
         wide = hidden.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.small)).to(hidden.dtype)
 
 
 def exact(tiny, padding, weight, margin=0.0):
@@ -162,36 +161,6 @@ def test_the_loss_holds_two_numbers_a_token_and_no_states(tiny, chosen):
         sizes.append(total)
     states = 3 * rows * tokens * features * 4
     assert sizes[1] - sizes[0] <= (2 / tokens + 0.003) * states + 3 * rows * tokens * 48
-
-
-@pytest.mark.parametrize("padding", ["left"], indirect=True)
-def test_ligers_norms_are_taken_over_in_llamas_form_and_left_alone_in_others(tiny, padding, calls, caplog):
-    call, spans = training_inputs(padding)
-    for casting, offset, fused in (("llama", 0.0, True), ("gemma", 1.0, False), ("none", 0.0, False)):
-        model = tiny("llama")
-        ran = []
-        for layer in model.model.layers:
-            norm = layer.input_layernorm
-            norm.casting_mode, norm.offset = casting, offset  # what Liger's patch of an instance leaves there
-
-            def forward(hidden, norm=norm, plain=norm.forward, ran=ran):
-                ran.append(norm)
-                return plain(hidden)
-
-            norm.forward = forward
-        calls.update(fused=0, standalone=0)
-        with caplog.at_level(logging.INFO, logger="flashsink"):
-            probe = flashsink.attach(model)
-        with probe.spans(spans):
-            model(**call)
-        assert calls["fused"] == (2 if fused else 0) and calls["standalone"] == (0 if fused else 1)
-        assert len(ran) == (1 if fused else 3)  # the first layer's norm reads embeddings, which are not observed
-        assert ("Liger" in caplog.text) == (not fused)
-        probe.detach()
-        ran.clear()
-        model(**call)
-        assert len(ran) == 3  # the original patch is restored
-        caplog.clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -123,18 +123,15 @@ def test_generation_from_embeddings(model, mode):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-@pytest.mark.parametrize("mode", ["greedy", "static cache"])
-def test_sliding_windows_shorter_than_the_sequence_are_refused(tiny, kind, mode):
-    """Also when the sequence outgrows the window only while decoding, where the cache drops old keys."""
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sequence_that_outgrows_its_window_while_decoding(tiny, kind, mode):
+    """Where the cache drops old keys."""
     options = {} if kind == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
     model = tiny(kind, sliding_window=8, **options)
     ids, mask = prompts([3, 0])
-    within = {"max_new_tokens": 2, "min_new_tokens": 2} | MODES[mode]  # the last forward sees 8 tokens
-    want = generate(model, ids, mask, **within)
+    want = generate(model, ids, mask, **MODES[mode])
     flashsink.attach(model)
-    assert torch.equal(generate(model, ids, mask, **within), want)
-    with pytest.raises(ValueError, match="sliding_window"):
-        generate(model, ids, mask, **MODES[mode])
+    assert torch.equal(generate(model, ids, mask, **MODES[mode]), want)
 
 
 def test_training_forwards_and_generation_alternate(tiny):

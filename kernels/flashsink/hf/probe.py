@@ -24,6 +24,8 @@ from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
 from flashsink.types import ActivationStats, SinkStats
 
+_PROBE = "_flashsink_probe"  # the attribute of an attached decoder; a copy of the model has one of its own
+
 
 class Probe:
     """The observer of one model; made by :func:`attach`.
@@ -174,10 +176,10 @@ class Probe:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        for modules in self._found.attentions:
-            for module in modules:
-                place = getattr(module, hf_attention.MARK, None)
-                if place is not None and place.observer is self._attention:
+        if getattr(self._found.decoder, _PROBE, None) is self:
+            delattr(self._found.decoder, _PROBE)
+            for modules in self._found.attentions:
+                for module in modules:
                     delattr(module, hf_attention.MARK)
         for config, previous in zip(self._configs, self._previous, strict=True):
             if config._attn_implementation == self._implementation:  # else it was changed since
@@ -188,9 +190,8 @@ class Probe:
 
     def _install(self) -> None:
         found, options = self._found, self._options
-        for modules in found.attentions:
-            if any(getattr(module, hf_attention.MARK, None) is not None for module in modules):
-                raise ValueError("model: a probe is attached already; detach it first")
+        if getattr(found.decoder, _PROBE, None) is not None:
+            raise ValueError("model: a probe is attached already; detach it first")
         direct = not own.use_interface(found.attentions)
         taken = [module for modules in found.attentions for module in own.known(modules)] if direct else []
         if options.attention and direct and not taken:
@@ -198,6 +199,7 @@ class Probe:
                 f"model: the attention of {type(found.decoder).__name__} does not go through transformers' "
                 "AttentionInterface; attention=False observes the model all the same"
             )
+        setattr(found.decoder, _PROBE, self)
         for index, modules in enumerate(found.attentions):
             for module in modules:
                 setattr(module, hf_attention.MARK, Place(self._attention, index))

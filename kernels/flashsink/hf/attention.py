@@ -6,7 +6,6 @@ to ``forward``. Anything not known to be harmless is refused by name.
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from flashsink import checks, reference
 from flashsink.checks import check_values
 from flashsink.dispatch import implementation
-from flashsink.hf import masks
+from flashsink.hf import masks, own
+from flashsink.hf.own import MARK
 from flashsink.types import Layout, Pattern
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
 IMPLEMENTATION = "sink_capture"
-MARK = "_flashsink_place"  # the attribute of an attached model's attention modules
 
 # Seen in the models of transformers 5.17 to 5.23; attention's result does not depend on them (rotary embeddings are
 # applied before, the mask says what windows leave out, and what a model returns besides the logits is not attention's
@@ -61,12 +60,12 @@ class Call(NamedTuple):
     layout: Layout
     causal: bool
     scale: float
-    softcap: float | None
-    sink_logits: Tensor | None
-    pattern: Pattern | None
-    query_starts: Tensor | None
-    encoded: bool
-    everything: bool
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    pattern: Pattern | None = None
+    query_starts: Tensor | None = None
+    encoded: bool = False
+    everything: bool = False
 
     def run(self, backend: str | None, counted: list[Tensor | None]) -> tuple[Tensor, list[Any]]:
         """(out (B, H, Sq, Dv), statistics), as :func:`flashsink.reference.attention`."""
@@ -113,19 +112,24 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, masks.make_mask)
 
 
+class _BeyondError(ValueError):
+    """What flashsink's operators do not compute, but the model's own code does."""
+
+
 def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None:
     if arguments.get("dropout"):
-        raise ValueError(f"attention_dropout: expected 0, got {arguments['dropout']}")
+        raise _BeyondError(f"attention_dropout: expected 0, got {arguments['dropout']}{_ELSE}")
     for name, value in arguments.items():
         if value is None or name in _HARMLESS or name in _KNOWN:
             continue
         if name in _PACKING and masks.is_packed(mask):
             continue
-        if any(getattr(module, own, None) is value for own in _TERMS.get(name, ())):  # else a caller's, which few read
+        if any(getattr(module, key, None) is value for key in _TERMS.get(name, ())):  # else a caller's, which few read
             continue
         got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         why = " without position_ids that restart" if name in _PACKING else ""
-        raise ValueError(f"{name}: flashsink's attention does not know it, expected None, got {got}{why}{_ELSE}")
+        why = f"{name}: flashsink's attention does not know it, expected None, got {got}{why}{_ELSE}"
+        raise _BeyondError(why) if own.takes(module, name) else ValueError(why)
 
 
 def _attend(
@@ -134,65 +138,67 @@ def _attend(
     place: Any = getattr(module, MARK, None)
     if place is None:
         return _elsewhere(module, query, key, value, attention_mask, arguments)
-    out = observed(module, query, key, value, attention_mask, arguments, place)
+    if query.dim() != 4 or query.shape[0] != key.shape[0]:
+        raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(query.shape)}{_ELSE}")
+    record = place.observer.forwards.live
+    if record is not None and not getattr(module, "is_causal", True):
+        record.anchored = False  # where all are seen there is no BOS
+    try:
+        _check_call(module, attention_mask, arguments)
+        call = _read(module, query, key, value, attention_mask, arguments, record)
+    except _BeyondError as why:
+        return _by_itself(module, query, key, value, attention_mask, arguments, why)
+    out: Tensor = place.observer.attend(place.layer, call, record)
     return out.transpose(1, 2).contiguous(), None
 
 
-def observed(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, arguments: dict[str, Any], place: Any
-) -> Tensor:
-    """A call of the attention module at ``place``: (B, H, Sq, Dv)."""
-    if q.dim() != 4 or q.shape[0] != k.shape[0]:
-        raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(q.shape)}{_ELSE}")
-    _check_call(module, attention_mask, arguments)
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
-    scaling = arguments.get("scaling")
-    q, scale = checks.positive_scale(q, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
-    record = place.observer.forwards.live
-    causal = arguments.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    if record is not None and not getattr(module, "is_causal", True):
-        record.anchored = False  # where all are seen there is no BOS
-    terms = (scale, arguments.get("softcap"), arguments.get("s_aux"))
-    call = _read(q, k, v, attention_mask, causal, terms, record)
-    if not getattr(module, "is_causal", True):
-        call = call._replace(everything=True)
-    out: Tensor = place.observer.attend(place.layer, call, record)
-    return out
+def _by_itself(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any], why: ValueError
+) -> tuple[Tensor, None]:
+    """The module's own eager attention, with the sinks of its probabilities."""
+    place: Any = getattr(module, MARK)
+    if place.observer.calibrates(place.layer):
+        raise why
+    out, weights = own.eager(module, q, k, v, mask, arguments)
+    if weights is not None:
+        place.observer.note(place.layer, weights)
+    return out, None
 
 
 def _elsewhere(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config. It
-    runs by the model's own eager function where it has more terms than torch's attention takes."""
+    """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if any(arguments.get(name) is not None for name in ("s_aux", "softcap")):  # torch's attention has none
+        return own.eager(module, q, k, v, mask, arguments)
     if masks.is_encoded(mask):
         layout, _ = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
         mask = reference.visible(layout, q.shape[2], True)
-    if arguments.get("s_aux") is None and arguments.get("softcap") is None:
-        return sdpa_attention_forward(module, q, k, v, mask, **arguments)
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, q, k, v, mask, **arguments)
+    return sdpa_attention_forward(module, q, k, v, mask, **arguments)
 
 
-def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple[Any, ...], record: Any) -> Call:
-    """What the mask of a call says."""
+def _read(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any], record: Any
+) -> Call:
+    """What a call and its mask say."""
+    scaling, causal = arguments.get("scaling"), arguments.get("is_causal")
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
+    q, scale = checks.positive_scale(q, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
     rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-    scale, softcap, sink_logits = terms
+    everything = not getattr(module, "is_causal", True)
+    terms: dict[str, Any] = {"scale": scale, "softcap": arguments.get("softcap"), "sink_logits": arguments.get("s_aux")}
+    terms["everything"] = everything
     if masks.is_encoded(mask):
+        layout, first = masks.decode(mask.to(q.device), rows, queries)
         k, v = k[:, :, :queries], v[:, :, :queries]  # the rest of a static cache
-        mask = mask.to(q.device)
-        layout, first = masks.decode(mask, rows, queries)
-        return Call(q, k, v, layout, True, scale, softcap, sink_logits, None, first, True, False)
+        return Call(q, k, v, layout, causal=True, query_starts=first, encoded=True, **terms)
     if mask is None:
-        causal = causal and queries > 1
+        causal = (not everything if causal is None else bool(causal)) and queries > 1
         if causal and queries < keys:  # as torch's attention takes it: the first positions
             k, v = k[:, :, :queries], v[:, :, :queries]
-        layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
-        return Call(q, k, v, layout, causal, scale, softcap, sink_logits, None, None, False, False)
+        return Call(q, k, v, masks.layout_of_mask(None, rows, k.shape[2], q.device), causal=causal, **terms)
     fits = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] in (1, queries)
     if not fits or mask.shape[3] < min(queries, keys):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -200,9 +206,8 @@ def _read(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, terms: tuple
     seen = _seen(mask.to(q.device), record)[..., :keys].expand(-1, -1, queries, -1)
     k, v = k[:, :, : seen.shape[-1]], v[:, :, : seen.shape[-1]]
     layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
-    everything = check_values(seen.device) and bool(seen.all())
-    pattern = None if everything else Pattern(mask=seen)
-    return Call(q, k, v, layout, False, scale, softcap, sink_logits, pattern, None, False, False)
+    pattern = None if check_values(seen.device) and bool(seen.all()) else Pattern(mask=seen)
+    return Call(q, k, v, layout, causal=False, pattern=pattern, **terms)
 
 
 def _seen(mask: Tensor, record: Any) -> Tensor:
@@ -212,7 +217,7 @@ def _seen(mask: Tensor, record: Any) -> Tensor:
         ValueError: it adds to the scores that it does not mask, or differs among heads.
     """
     if mask.shape[1] != 1:
-        raise ValueError(f"attention_mask: expected one mask for all heads, got {tuple(mask.shape)}{_ELSE}")
+        raise _BeyondError(f"attention_mask: expected one mask for all heads, got {tuple(mask.shape)}{_ELSE}")
     if mask.dtype == torch.bool:
         return mask
     seen = mask == 0
@@ -220,7 +225,7 @@ def _seen(mask: Tensor, record: Any) -> Tensor:
     why = f"attention_mask: expected 0 and the least number, got terms that are added to the scores{_ELSE}"
     if check_values(mask.device):
         if not bool((seen | masked).all()):
-            raise ValueError(why)
+            raise _BeyondError(why)
     elif record is not None:
         record.doubts.append((~(seen | masked).all(), why))
     return seen

@@ -196,9 +196,9 @@ def make_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    additive = asking is not None and asking.additive
+    wants = asking is not None and asking.additive
     if (asking is not None and record is None) or not _at_start(q_offset, kv_offset, q_length, kv_length):
-        return _additive(make(), dtype) if additive else make()  # a step of decoding
+        return additive(make(), dtype) if wants else make()  # a step of decoding
     validate = asking is not None and asking.validate
     within = local_size is None or local_size >= q_length
     plain, sequence = _is_plain(mask_function, within and not use_vmap)
@@ -215,23 +215,27 @@ def make_mask(
         record.settle(layout, validate)
         first = record.query_starts(asking.queries)
     read = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer, before attention gets it
-    if read or additive or _read_by_layers(config):
-        return _additive(make(), dtype) if additive else make()
+    if read or wants or _read_by_layers(config):
+        return additive(make(), dtype) if wants else make()
     if plain:
         return encode(layout, first)
+    if mask_function is bidirectional_mask_function:  # of an encoder, which may read its padding later, or to one
+        mask = make()
+        if record is None:
+            here.made.append((mask, layout))
+        return mask
     mask, valid = make()[..., :q_length], layout.valid()[:, None, :, None]  # what a padded query sees does not matter
     if check_values(device, validate):
         causal = reference.visible(layout, q_length, True)
         if bool(((causal == mask) | ~valid).all()):  # as a window longer than the rows, and images where there are none
             return encode(layout, first)
-    # an encoder may read its padding later
-    mask = mask if mask_function is bidirectional_mask_function else mask & valid
+    mask = mask & valid
     if record is None:
         here.made.append((mask, layout))
     return mask
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
@@ -286,6 +290,8 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
     known = [own for own in masks if isinstance(own, Tensor) and own.dim() == 4]
     for own in known:
+        if asking.additive and own.dtype == torch.bool:
+            raise ValueError("attention_mask: expected a floating 4-D mask, which the model adds, got torch.bool")
         if is_encoded(own):
             record.settle(decode(own, rows, tokens)[0], asking.validate)
         else:

@@ -20,7 +20,7 @@ from flashsink.hf import norms
 from flashsink.hf.act import Calibrator
 from flashsink.hf.attention import Call
 from flashsink.hf.records import Forwards, Options, Record
-from flashsink.types import ActivationStats, Layout
+from flashsink.types import ActivationStats, Layout, SinkStats
 
 # makes the layout known from what a layer gets or gives, (B, S, ...), and what attention sees
 Settle = Callable[[Record, Tensor, Tensor | None], None]
@@ -67,14 +67,43 @@ class AttentionObserver:
                 out = record.poison(out)
             record.attended = True
             if recorded:
-                if index in record.sinks:
-                    raise ValueError(f"model: layer {index} calls attention more than once in a forward")
+                self._once(record, index)
                 record.sinks[index] = stats[0]
                 if not record.fused:
                     stats[0].wait_for_backward()
             if calibrated:
                 record.calm[index] = self._act.find(index, stats[recorded:], call.layout)
         return self._act.apply(index, call, out, record, options.backend) if calibrated else out
+
+    def calibrates(self, index: int) -> bool:
+        return self._act.concerns(index)
+
+    def note(self, index: int, a: Tensor) -> None:
+        """The probabilities (B, H, Sq, Sk) of a call that the model's own code computed."""
+        record = self.forwards.live
+        if record is None:
+            return
+        a = a.detach()[..., : a.shape[2]]  # without the rest of a static cache
+        seen = a.amax(dim=1, keepdim=True) > 0
+        record.attended = True
+        self._settle(record, a.transpose(1, 2), seen)
+        layout = _on(record.places[0], a.device)
+        if not record.recorded or a.shape[2] != layout.tokens or a.shape[3] != layout.tokens:
+            return
+        self._once(record, index)
+        first = record.query_starts(self._options.queries)
+        keep = layout.offsets() >= 0
+        if first is not None:
+            position = torch.arange(layout.tokens, device=a.device)
+            keep = keep & (position >= first.to(a.device)[layout.segments().clamp(min=0)])
+        rows = keep[:, None, :, None]
+        lse = torch.full(a.shape[:3], torch.nan, device=a.device)  # not part of what is seen
+        queries = (seen & rows).sum(dim=(1, 2))
+        record.sinks[index] = SinkStats((a.float() * rows).sum(dim=2), queries, lse)
+
+    def _once(self, record: Record, index: int) -> None:
+        if index in record.sinks:
+            raise ValueError(f"model: layer {index} calls attention more than once in a forward")
 
 
 class Waiting(NamedTuple):

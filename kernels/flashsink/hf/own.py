@@ -1,12 +1,15 @@
-"""Decoders whose attention does not go through transformers' ``AttentionInterface``: one entry each.
+"""Attention by the model's own code, observed in its probabilities.
 
-The model keeps its own implementation and its masks; only the products are taken over.
+So runs what flashsink's operators do not compute: terms of a model's own in the scores (relative positions, ALiBi,
+indices of sparse attention), dropout, and attention that does not go through transformers' ``AttentionInterface``. It
+takes the model's memory, (Sq, Sk) probabilities a head.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,84 +17,131 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flashsink.hf.attention import MARK, observed
+from flashsink import reference
+from flashsink.hf import masks
 from flashsink.hf.norms import patch
 
-# classes whose ``_attn(q, k, v, mask)`` is attention, with the scale of their scores
-_PRODUCTS: dict[str, Callable[[Any], float]] = {
-    "GPTJAttention": lambda module: 1.0 / float(module.scale_attn),
-    "CodeGenAttention": lambda module: 1.0 / float(module.scale_attn),
-    "GPTNeoSelfAttention": lambda module: 1.0,
-    "GPTNeoXJapaneseAttention": lambda module: 1.0 / float(module.norm_factor),
-}
-_TORCHS = {"FalconAttention"}  # classes that call torch's attention themselves
+MARK = "_flashsink_place"  # the attribute of an attached model's attention modules
 
 
-def use_interface(attentions: list[list[nn.Module]]) -> bool:
-    """Whether any of the layers' attention modules calls what ``AttentionInterface`` has."""
-    kinds = {type(module) for modules in attentions for module in modules}
-    return any(
-        "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(function).__code__.co_names
-        for kind in kinds
+def _functions(kind: type) -> list[Any]:
+    return [
+        inspect.unwrap(function).__code__
         for parent in kind.__mro__
-        if parent is not nn.Module
+        if parent not in (nn.Module, object)
         for function in vars(parent).values()
         if inspect.isfunction(function)
-    )
+    ]
 
 
-def known(modules: list[nn.Module]) -> list[nn.Module]:
-    """Those of ``modules`` that an entry describes."""
-    return [module for module in modules if type(module).__name__ in _PRODUCTS or type(module).__name__ in _TORCHS]
+def uses_interface(attentions: list[list[nn.Module]]) -> bool:
+    """Whether any of the layers' attention modules calls what ``AttentionInterface`` has."""
+    kinds = {type(module) for modules in attentions for module in modules}
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for kind in kinds for code in _functions(kind))
 
 
-def implementation(modules: list[nn.Module]) -> str:
-    """The implementation that the model's config must name for :func:`take`; "" where it does not matter."""
-    return "sdpa" if any(type(module).__name__ in _TORCHS for module in modules) else ""
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's own code passes an argument of this name, and not its caller, and its eager attention takes
+    it."""
+    constants = [constant for code in _functions(type(module)) for constant in code.co_consts]
+    if not any(isinstance(constant, tuple) and name in constant for constant in constants):
+        return False
+    return name in inspect.signature(_eager(module)).parameters
 
 
-def take(module: nn.Module) -> Callable[[], None]:
-    """Makes the module's attention go through flashsink; returns the function that undoes it."""
-    if type(module).__name__ in _TORCHS:
-        return patch(module, functools.partial(_with_torchs, module, module.forward))
-    module._attn = functools.partial(_products, module)  # type: ignore[assignment]
-    return functools.partial(delattr, module, "_attn")
+def _eager(module: nn.Module) -> Any:
+    run = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if run is None:
+        raise ValueError(f"model: {type(module).__name__} has no eager attention; attention=False observes the model")
+    return run
 
 
-def _products(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None
-) -> tuple[Tensor, None]:
-    """(out (B, H, Sq, D), no probabilities), as the classes' own method."""
+def eager(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """(out (B, Sq, H, Dv), probabilities (B, H, Sq, Sk) before dropout, or None where they were not seen) of the
+    module's eager attention.
+
+    Raises:
+        ValueError: there is no such function.
+    """
     queries, keys = q.shape[2], k.shape[2]
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor) and bias.dtype == torch.bool:  # GPT-Neo's causal and local patterns
-        own = bias[:, :, keys - queries : keys, :keys]
-        seen = own if attention_mask is None else (attention_mask[..., :keys] == 0) & own
-        attention_mask = seen
-    dropout = getattr(module, "attn_dropout", None) or getattr(module, "attention_dropout", None)
-    arguments = {"scaling": _PRODUCTS[type(module).__name__](module)}
-    arguments["dropout"] = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
-    return observed(module, q, k, v, attention_mask, arguments, getattr(module, MARK)), None
+    if masks.is_encoded(mask):
+        layout, _ = masks.decode(mask.to(q.device), q.shape[0], queries)
+        mask = reference.visible(layout, queries, True)
+    elif mask is None and queries > 1:
+        causal = arguments.get("is_causal")
+        if getattr(module, "is_causal", True) if causal is None else causal:  # left out, as for torch's attention
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()[None, None]
+    if isinstance(mask, Tensor):
+        if mask.dtype == torch.bool:
+            mask = masks.additive(mask, q.dtype)
+        if mask.shape[-1] < keys:  # the rest of a static cache
+            mask = nn.functional.pad(mask, (0, keys - mask.shape[-1]), value=torch.finfo(q.dtype).min)
+    with _Watch(queries, keys) as watch:
+        out, weights = _eager(module)(module, q, k, v, mask, **arguments)
+    weights = watch.found if watch.found is not None else weights
+    return out, weights if isinstance(weights, Tensor) and weights.shape[-2:] == (queries, keys) else None
 
 
-class _Torchs(TorchFunctionMode):
-    """Sends torch's attention to flashsink's."""
+def watch(modules: list[nn.Module]) -> list[Callable[[], None]]:
+    """Lets the attention of a layer's modules be seen; returns the functions that undo it."""
+    innermost = [own for own in modules if not any(other is not own and other in own.modules() for other in modules)]
+    return [patch(own, functools.partial(_watched, own, own.forward)) for own in innermost]
 
-    def __init__(self, module: nn.Module) -> None:
+
+def _watched(module: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    place = getattr(module, MARK)
+    if place.observer.forwards.live is None or torch.compiler.is_compiling():
+        return plain(*args, **kwargs)
+    with _Watch(heads=getattr(module, "num_heads", None)) as found:
+        out = plain(*args, **kwargs)
+    if found.found is not None:
+        place.observer.note(place.layer, found.found)
+    return out
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the result of the first softmax over keys, (B, H, Sq, Sk): probabilities. Torch's attention is made by
+    softmax too, so that it can be seen."""
+
+    def __init__(self, queries: int | None = None, keys: int | None = None, heads: int | None = None) -> None:
         super().__init__()
-        self.module = module
+        self.shape, self.heads = (queries, keys), heads
+        self.found: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args  # anything else is an error of Python's, with the place
-        arguments = {"dropout": kwargs.get("dropout_p"), "is_causal": bool(kwargs.get("is_causal", False))}
-        arguments["scaling"] = kwargs.get("scale")
-        with torch._C.DisableTorchFunction():
-            return observed(self.module, q, k, v, kwargs.get("attn_mask"), arguments, getattr(self.module, MARK))
+        if func is nn.functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func in (nn.functional.softmax, torch.softmax, Tensor.softmax) and self.found is None:
+            if out.dim() == 3 and self.heads:  # heads and rows in one
+                self.found = out.unflatten(0, (-1, self.heads))
+            elif out.dim() == 4 and (self.shape[0] is None or out.shape[-2:] == self.shape):
+                self.found = out
+        return out
 
-
-def _with_torchs(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _Torchs(module):
-        return plain(*args, **kwargs)
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scores = reference.wide(query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        a = scores.softmax(dim=-1).nan_to_num(0.0)  # a row that sees nothing gives 0, as torch's does
+        self.found = a if self.found is None else self.found
+        return nn.functional.dropout(a, dropout_p).to(query.dtype) @ value

@@ -51,7 +51,6 @@ class Probe:
         self._count = -1
         self._previous: list[str] = []  # the implementations that the configs named before
         self._configs: list[Any] = []
-        self._implementation = ""  # that they name while attached
         self._undo: list[Callable[[], None]] = []
         self._install()
 
@@ -91,8 +90,8 @@ class Probe:
         Layers 1..L-1 count; exactly 0 (with zero gradient) when no token does.
         """
         record = self._last("decorrelation")
-        if len(record.losses) < len(self._found.layers) - 1 or not record.losses:
-            raise RuntimeError("decorrelation_loss: the last forward did not end, or the model has one layer only")
+        if not record.losses:
+            raise RuntimeError("decorrelation_loss: expected a model of two layers or more that run, got one")
         if not record.anchored and not self._generates:
             raise RuntimeError("decorrelation_loss: attention is not causal, so the first token is no BOS")
         parts = [record.losses[i].to(torch.float32) for i in sorted(record.losses)]
@@ -138,6 +137,9 @@ class Probe:
         record.check()
         if not record.recorded:
             raise RuntimeError("activations: the last forward was skipped by stats_every")
+        without = [i for i in range(len(self._found.layers)) if i not in record.activations]
+        if without:
+            raise RuntimeError(f"activations: layers {without} did not run in the last forward")
         parts = [record.activations[i] for i in range(len(self._found.layers))]
         device = parts[0].max_abs.device  # layers on several devices come together here
         medians = [part.median.to(device) for part in parts if part.median is not None]
@@ -182,7 +184,7 @@ class Probe:
                 for module in modules:
                     delattr(module, hf_attention.MARK)
         for config, previous in zip(self._configs, self._previous, strict=True):
-            if config._attn_implementation == self._implementation:  # else it was changed since
+            if config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
                 config._attn_implementation_internal = previous
         self._configs, self._previous = [], []
 
@@ -192,13 +194,6 @@ class Probe:
         found, options = self._found, self._options
         if getattr(found.decoder, _PROBE, None) is not None:
             raise ValueError("model: a probe is attached already; detach it first")
-        direct = not own.use_interface(found.attentions)
-        taken = [module for modules in found.attentions for module in own.known(modules)] if direct else []
-        if options.attention and direct and not taken:
-            raise ValueError(
-                f"model: the attention of {type(found.decoder).__name__} does not go through transformers' "
-                "AttentionInterface; attention=False observes the model all the same"
-            )
         setattr(found.decoder, _PROBE, self)
         for index, modules in enumerate(found.attentions):
             for module in modules:
@@ -207,14 +202,14 @@ class Probe:
             self._undo += self._outputs.install(found.layers)
         self._undo.append(found.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._undo.append(found.decoder.register_forward_hook(self._end, always_call=True).remove)
-        if options.attention:
+        if options.attention and not own.uses_interface(found.attentions):
+            self._undo += [undo for modules in found.attentions for undo in own.watch(modules)]
+        elif options.attention:
             hf_attention.register()
-            self._undo += [own.take(module) for module in taken]
-            self._implementation = own.implementation(taken) if direct else hf_attention.IMPLEMENTATION
-            self._configs = found.configs if self._implementation else []
+            self._configs = found.configs
             self._previous = [config._attn_implementation for config in self._configs]
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
-                config._attn_implementation_internal = self._implementation
+                config._attn_implementation_internal = hf_attention.IMPLEMENTATION
 
     def _last(self, option: str | None) -> Record:
         if option and not getattr(self._options, option):
@@ -234,10 +229,11 @@ class Probe:
             past = None if not past else past[0]
         self._check_implementation()
         self._forwards.enter()
+        decoder: Any = self._found.decoder
         mine.outer, mine.full = masks.here.asking, past is None or int(past.get_seq_length()) == 0
         masks.here.asking = asking = masks.Asking(
-            self._configs if self._implementation == hf_attention.IMPLEMENTATION else [],
-            not getattr(self._found.decoder, "_supports_sdpa", True),
+            self._configs,
+            self._options.attention and (not self._configs or not getattr(decoder, "_supports_sdpa", True)),
             None,
             self._options.queries,
             self._options.validate,
@@ -284,7 +280,7 @@ class Probe:
 
     def _check_implementation(self) -> None:
         for config in self._configs:
-            if config._attn_implementation != self._implementation:
+            if config._attn_implementation != hf_attention.IMPLEMENTATION:
                 raise ValueError(
                     f"model: its attention implementation became {config._attn_implementation!r} while attached; "
                     "detach the probe first, or attach with attention=False"

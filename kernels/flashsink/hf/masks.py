@@ -23,7 +23,7 @@ from flashsink.hf.records import Record
 from flashsink.types import Layout
 
 # model types whose layers read the mask before attention does: they get it as the model makes it
-_READ_BY_LAYERS = {"deepseek_v4", "doge", "hy_v4"}
+_READ_BY_LAYERS = ("deepseek_v4", "doge", "hy_v4", "nllb-moe", "t5gemma2")
 _HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
@@ -199,6 +199,8 @@ def make_mask(
     wants = asking is not None and asking.additive
     if (asking is not None and record is None) or not _at_start(q_offset, kv_offset, q_length, kv_length):
         return additive(make(), dtype) if wants else make()  # a step of decoding
+    if mask_function is bidirectional_mask_function and q_length != kv_length:
+        return make()  # of cross-attention
     validate = asking is not None and asking.validate
     within = local_size is None or local_size >= q_length
     plain, sequence = _is_plain(mask_function, within and not use_vmap)
@@ -219,7 +221,7 @@ def make_mask(
         return additive(make(), dtype) if wants else make()
     if plain:
         return encode(layout, first)
-    if mask_function is bidirectional_mask_function:  # of an encoder, which may read its padding later, or to one
+    if mask_function is bidirectional_mask_function:  # of an encoder, which may read its padding later
         mask = make()
         if record is None:
             here.made.append((mask, layout))
@@ -241,7 +243,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _read_by_layers(config: Any) -> bool:
     """Indexers of sparse attention read the mask, and layers that add terms to it."""
-    return getattr(config, "model_type", None) in _READ_BY_LAYERS or bool(getattr(config, "index_topk", None))
+    return str(getattr(config, "model_type", "")).startswith(_READ_BY_LAYERS) or bool(
+        getattr(config, "index_topk", None)
+    )
 
 
 def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) -> None:

@@ -184,6 +184,7 @@ class Probe:
                 for module in modules:
                     delattr(module, hf_attention.MARK)
         for config, previous in zip(self._configs, self._previous, strict=True):
+            masks.before.pop(id(config), None)
             if config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
                 config._attn_implementation_internal = previous
         self._configs, self._previous = [], []
@@ -208,6 +209,7 @@ class Probe:
             hf_attention.register()
             self._configs = found.configs
             self._previous = [config._attn_implementation for config in self._configs]
+            masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
 

@@ -51,6 +51,13 @@ class SinkStats:
         if release is not None:
             release()
 
+    def of_first(self, tokens: int) -> SinkStats:
+        """The statistics of the first ``tokens`` keys, of which there may be more."""
+        received = self._received
+        if not isinstance(received, Tensor) or received.shape[-1] == tokens:
+            return self
+        return SinkStats(received[..., :tokens], self.queries[..., :tokens], self.lse)
+
     @property
     def mean_received(self) -> Tensor:
         """(B, H, Sk) float32: ``received`` divided by the number of counted queries; 0 where there are none."""

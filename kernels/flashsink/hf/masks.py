@@ -199,10 +199,10 @@ def make_mask(**given: Any) -> Tensor | None:
     first = asking.record.query_starts(asking.queries)
     if plain:
         return encode(layout, first)
-    mask, valid = whole()[..., :queries], layout.valid()[:, None, :, None]  # what a padded query sees does not matter
+    mask, valid = whole(), layout.valid()[:, None, :, None]  # what a padded query sees does not matter
     if check_values(mask.device, asking.validate):
-        causal = reference.visible(layout, queries, True)
-        if bool(((causal == mask) | ~valid).all()):  # as a window longer than the rows, and images where there are none
+        equal = reference.visible(layout, queries, True) == mask[..., :queries]
+        if bool((equal | ~valid).all()):  # as a window longer than the rows, and images where there are none
             return encode(layout, first)
     return mask & valid
 

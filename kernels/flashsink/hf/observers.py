@@ -55,6 +55,8 @@ class AttentionObserver:
         counted: list[Tensor | None] = []
         if record is not None and recorded:
             first = call.query_starts if call.encoded else record.query_starts(options.queries)
+            if first is not None and options.queries != "all":
+                first = first + (call.layout.tokens - record.places[0].tokens)  # the queries are the last positions
             counted.append(None if options.queries == "all" else first)
         calibrated = self._act.concerns(index)
         if record is not None and live and calibrated:
@@ -68,7 +70,7 @@ class AttentionObserver:
             record.attended = True
             if recorded:
                 self._once(record, index)
-                record.sinks[index] = stats[0]
+                record.sinks[index] = stats[0].of_first(record.places[0].tokens)
                 if not record.fused:
                     stats[0].wait_for_backward()
             if calibrated:

@@ -45,9 +45,8 @@ class Probe:
         self._attention = AttentionObserver(self._forwards, options, self._act, settle)
         self._outputs = OutputObserver(self._forwards, options, self._found.readers, settle)
         inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
-        self._generates = (
-            any(own.can_generate() for own in inner) and "input_ids" in self._parameters
-        )  # else it is an encoder, without BOS
+        generates = any(own.can_generate() for own in inner) and "input_ids" in self._parameters
+        self._generates = generates and module is None  # else it may be an encoder, without BOS
         self._count = -1
         self._previous: list[str] = []  # the implementations that the configs named before
         self._configs: list[Any] = []

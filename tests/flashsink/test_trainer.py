@@ -695,6 +695,10 @@ def test_setups_that_split_sequences_or_models_are_refused(tmp_path, tiny, monke
                 flashsink.hf.SinkCallback(trainer)
     with pytest.raises(ValueError, match="gradient_norm_steps: expected 0 with torch_compile, got 3"):
         trainers.make(tmp_path, model, sink={"gradient_norm_steps": 3}, torch_compile=True)
+    trainer.gradient_norm_steps = 3
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match="gradient_norm_steps: expected 0 with DeepSpeed, got 3"):
+        trainer_module._check_setup(trainer)
     prompted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(
         ValueError, match="model: expected PEFT without additional tokens, got prompt learning in adapter"

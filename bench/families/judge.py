@@ -225,8 +225,10 @@ def _forgive_the_compiler(model: nn.Module, tested: list[Cell], truths: dict[str
 
 def of_error(error: Exception) -> Verdict:
     """Refused where flashsink raised a ValueError or RuntimeError that names what it is about."""
+    import flashsink
+
     frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and "flashsink" in Path(frames[-1].filename).parts
+    ours = bool(frames) and Path(flashsink.__file__).parent in Path(frames[-1].filename).parents
     text = build.line(error)
     if ours and isinstance(error, (ValueError, RuntimeError)) and _NAMED.match(str(error)):
         return Verdict(REFUSED, text.split(": ", 1)[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.families import inputs
+from bench.families import inputs, media
 from bench.families.inputs import Arguments, Takes
 from bench.families.oracle import Sequences
 
@@ -54,8 +54,8 @@ def main_output(output: Any) -> Tensor | None:
         if isinstance(value, Tensor):
             return value
     values = output.values() if hasattr(output, "values") else output
-    found = (v for v in values if isinstance(v, Tensor) and v.dim() >= 3 and v.is_floating_point())
-    return next(found, None)
+    found = [v for v in values if isinstance(v, Tensor) and v.dim() >= 2 and v.is_floating_point()]
+    return max(found, key=lambda v: v.dim() == 3, default=None)
 
 
 def forward(model: nn.Module, given: Arguments) -> Outputs:
@@ -111,6 +111,8 @@ def cells(model: Any, form: Takes, *, compile: bool = True) -> Iterator[Cell]:
         yield from _positions(form)
         yield from _four_d(form)
     yield from _generation(model, form, masked=bool(masked))
+    for kind in ("image", "audio"):
+        yield from _media(model, form, kind)
     if compile and masked:
         given, sequences = inputs.padded(form, "left")
         yield Cell("compiled", given, compiled, sequences)
@@ -169,6 +171,18 @@ def _four_d(form: Takes) -> Iterator[Cell]:
         yield Cell(f"{name}, float", base | as_float, forward, where)
         if not blocks:  # eager adds a mask, whatever its dtype
             yield Cell(f"{name}, bool", base | {form.mask: seen}, forward, where, eager=base | as_float)
+
+
+def _media(model: Any, form: Takes, kind: str) -> Iterator[Cell]:
+    given = media.block(model, form, kind)
+    if given is None:
+        return
+    rows, tokens = given["input_ids"].shape
+    yield Cell(kind, given, forward, {tokens: Sequences.of_mask(torch.ones(rows, tokens))}, gradient=True)
+    padded = media.left_padded(given)
+    yield Cell(f"{kind}, left", padded, forward, {tokens: Sequences.of_mask(padded["attention_mask"])})
+    if model.can_generate():
+        yield Cell(f"{kind}, generate", padded, generate, observed=False)
 
 
 def _generation(model: Any, form: Takes, *, masked: bool) -> Iterator[Cell]:

@@ -104,23 +104,13 @@ def judge(
 
 
 def has_softmax(model: nn.Module, form: Takes) -> bool:
-    implementation(model, "eager")
+    build.implementation(model, "eager" if form.eager else build.default(model))
     try:
         with torch.no_grad(), oracle.Softmaxes() as softmaxes:
             model(**inputs.arguments(form))
     finally:
-        implementation(model, default(model))
+        build.implementation(model, build.default(model))
     return softmaxes.count > 0
-
-
-def default(model: Any) -> str:
-    """What users get."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-def implementation(model: Any, name: str) -> None:
-    with build.quiet():
-        model.set_attn_implementation(name)
 
 
 def implementations(model: nn.Module) -> dict[str, Any]:
@@ -186,14 +176,14 @@ def _truth(model: Any, cell: Cell) -> Truth | Verdict:
         if not bool(torch.isfinite(plain["logits"][plain_valid]).all()):
             return Verdict(NONE, "transformers: not finite")
     eager, record = None, Record()
-    implementation(model, "eager")
+    build.implementation(model, "eager")
     try:
         with build.quiet(), oracle.recording(model) as record:
             eager = action(model, cell.given | cell.eager)
     except Exception:
         record = Record()
     finally:
-        implementation(model, default(model))
+        build.implementation(model, build.default(model))
     return Truth(plain, eager, record)
 
 
@@ -235,8 +225,10 @@ def _forgive_the_compiler(model: nn.Module, tested: list[Cell], truths: dict[str
 
 def of_error(error: Exception) -> Verdict:
     """Refused where flashsink raised a ValueError or RuntimeError that names what it is about."""
+    import flashsink
+
     frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and "flashsink" in Path(frames[-1].filename).parts
+    ours = bool(frames) and Path(flashsink.__file__).parent in Path(frames[-1].filename).parents
     text = build.line(error)
     if ours and isinstance(error, (ValueError, RuntimeError)) and _NAMED.match(str(error)):
         return Verdict(REFUSED, text.split(": ", 1)[1])

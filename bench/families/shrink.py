@@ -28,11 +28,11 @@ _SIZES = (
     (
         LAYERS,
         "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers layers "
-        "decoder_num_hidden_layers",
+        "decoder_num_hidden_layers encoder_layers num_encoder_layers speech_encoder_layers encoder_num_hidden_layers",
     ),
     (
         2,
-        "encoder_layers depth num_encoder_layers encoder_num_hidden_layers num_blocks num_key_value_heads num_kv_heads "
+        "depth num_blocks num_key_value_heads num_kv_heads "
         "n_kv_heads num_experts_per_tok moe_k moe_topk moe_top_k top_k_experts num_experts_per_token "
         "linear_num_key_heads swa_num_key_value_heads decoder_num_key_value_heads encoder_num_key_value_heads "
         "num_ln_in_parallel_attn resampler_depth",
@@ -63,9 +63,45 @@ _SIZES = (
     (512, "max_position_embeddings n_positions n_ctx context_length max_seq_len"),
     (VOCABULARY, "vocab_size padded_vocab_size vocab_size_per_layer_input text_vocab_size"),
     (28, "image_size"),
+    (4, "mm_tokens_per_image"),
     (14, "patch_size"),
 )
 _VALUES = {name: value for value, names in _SIZES for name in names.split()}
+_PINPOINTS = {"image_grid_pinpoints": [[56, 56]]}
+# What no rule finds: sizes that depend on each other in one architecture's own way, by model type.
+_OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "n_mamba_heads": 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "longcat_flash": {"head_dim": 8, "num_layers": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX"},
+    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "aria": {"projector_patch_to_query_dict": {"4": 4}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "llama4_vision_model": {
+        "intermediate_size": 256,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    },
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision", "granite4_vision"), _PINPOINTS),
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * LAYERS, "local_attn_chunk_length": None},
+}
 _UPPER_BOUNDS = {"index_topk": 4, "max_source_positions": 30, "num_query_tokens": 4, "num_channels": 3}
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_types", "layers_block_type", "block_types")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -73,9 +109,9 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 Given = dict[str, Any]
 
 
-def shrunk(config: Any, overrides: Given | None = None) -> Given:
+def shrunk(config: Any) -> Given:
     """The keyword arguments that make ``config``'s class tiny."""
-    return _without_clashes(_shrink(config.to_dict())) | (overrides or {})
+    return _without_clashes(_shrink(config.to_dict()))
 
 
 def variants(given: Given) -> Iterator[Given]:
@@ -120,6 +156,7 @@ def _shrink(given: Given) -> Given:
             result[name] = small
     if "model_type" in given:
         result["model_type"] = given["model_type"]
+        result |= copy.deepcopy(_OWN.get(given["model_type"], {}))
     return result
 
 
@@ -131,6 +168,8 @@ def _small(name: str, value: Any, layers: int | None) -> Any:
         if name.isdigit() and layers is not None:
             return None
         return _shrink(value) if name.endswith("_config") or "model_type" in value else None
+    if value is None and name in ("image_token_id", "audio_token_id"):
+        value = VOCABULARY
     if name in _TOKENS:
         outside = value is None or isinstance(value, list) or value >= VOCABULARY
         return _TOKENS[name] if outside else value
@@ -168,9 +207,11 @@ def _rope(value: Given) -> Given:
 
 
 def _without_clashes(given: Given) -> Given:
-    """MLA computes head_dim from its parts."""
+    """MLA computes head_dim from its parts, and has a key for every head."""
     if "qk_rope_head_dim" in given:
-        given.pop("head_dim", None)
+        if given.get("head_dim") == HEAD_DIM:
+            del given["head_dim"]
+        given["num_key_value_heads"] = HEADS
     for value in given.values():
         if isinstance(value, dict):
             _without_clashes(value)

@@ -196,6 +196,10 @@ def default(model: Any) -> str:
 def implementation(model: Any, name: str) -> None:
     with quiet():
         model.set_attn_implementation(name)
+    for module in model.modules():  # also where transformers thinks that it cannot be changed, as Falcon's can
+        config = getattr(module, "config", None)
+        if not model._can_set_attn_implementation() and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = name
 
 
 @contextlib.contextmanager

@@ -193,12 +193,12 @@ def _judge_cell(model: Any, cell: Cell, truth: Truth, attached: Attached, result
             outputs = cell.action(model, cell.given)
     except Exception as error:
         return of_error(error)
-    reading = _read(attached) if cell.observed else Reading()
+    marked = any(bool(value.isnan().any()) for value in outputs.values() if value.is_floating_point())
+    reading = _read(attached) if cell.observed or marked else Reading()
     where = _sequences(cell, truth, attached, reading)
     wrong = _differences(outputs, truth, cell, where)
     for refusal in reading.errors:
         verdict = of_error(refusal)
-        marked = any(bool(value.isnan().any()) for value in outputs.values() if value.is_floating_point())
         if verdict.kind == CRASH or not wrong or marked:
             return verdict
     if not wrong and cell.observed:
@@ -240,17 +240,15 @@ def of_error(error: Exception) -> Verdict:
 
 def _read(attached: Attached) -> Reading:
     reading, probe = Reading(), attached.probe
-    wanted = [name for name in ("sinks", "decorrelation_loss", "activations") if hasattr(type(probe), name)]
+    wanted = [name for name in ("sinks_by_layer", "decorrelation_loss", "activations") if hasattr(type(probe), name)]
     if attached.options.get("decorrelation") is False:
         wanted.remove("decorrelation_loss")
     for name in wanted:
         try:
-            if name == "sinks":  # of the layers that have softmax attention
-                found = probe.sinks_by_layer.values()
-                reading.received = [sinks.received.detach().clone() for sinks in found]
-                continue
             value = getattr(probe, name)
-            if name == "decorrelation_loss":
+            if name == "sinks_by_layer":  # of the layers that have softmax attention
+                reading.received = [sinks.received.detach().clone() for sinks in value.values()]
+            elif name == "decorrelation_loss":
                 reading.loss = value
             else:
                 reading.largest = value.max_abs.detach().clone()

@@ -72,7 +72,7 @@ def test_family(entries, name):
     assert not result.unchecked
     assert {cell: result.verdicts[cell] for cell in FAMILIES[name] if result.verdicts[cell].kind != EXACT} == {}
     holes = [verdict.kind for cell, verdict in result.verdicts.items() if cell.endswith("hole")]
-    assert set(holes) <= {REFUSED}
+    assert set(holes) <= {REFUSED, EXACT}  # exact in audio, where it leaves no frame out
 
 
 # ---- the comparison itself
@@ -156,18 +156,18 @@ def misread(**changes):
             self.real = flashsink.attach(model)
             self.detach = self.real.detach
 
-    for name in ("sinks", "decorrelation_loss", "activations"):
+    for name in ("sinks_by_layer", "decorrelation_loss", "activations"):
         change = changes.get(name, lambda value: value)
         setattr(Misread, name, property(lambda self, name=name, change=change: change(getattr(self.real, name))))
     return Misread
 
 
 def scaled_layer(sinks):
-    return [types.SimpleNamespace(received=s.received * (1.01 if layer == 2 else 1)) for layer, s in enumerate(sinks)]
+    return {n: types.SimpleNamespace(received=s.received * (1.01 if n == 2 else 1)) for n, s in sinks.items()}
 
 
 READINGS = {
-    "received": {"sinks": scaled_layer},
+    "received": {"sinks_by_layer": scaled_layer},
     "decorrelation_loss": {"decorrelation_loss": lambda loss: loss + 3e-4},
     "activations": {"activations": lambda made: types.SimpleNamespace(max_abs=made.max_abs * 1.001)},
     "gradient": {"decorrelation_loss": lambda loss: loss.detach()},

@@ -526,7 +526,7 @@ def test_an_sft_trainer_packs_as_it_pads(tmp_path, tiny, tokenizer, prompted):
 
 @pytest.mark.integration
 def test_a_compiled_model_is_compiled_twice_for_twenty_lengths(tmp_path, tiny):
-    """Once for the first length, once for all others; evaluation of the same shapes adds its own."""
+    """Once for the first length, once for all others."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     dataset = [
@@ -535,7 +535,7 @@ def test_a_compiled_model_is_compiled_twice_for_twenty_lengths(tmp_path, tiny):
     ]
     found = []
     for compiled in (False, True):
-        model = tiny("llama")
+        model = tiny("llama", num_hidden_layers=2)
         given = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         given |= {"per_device_train_batch_size": 1, "max_steps": 20, "logging_steps": 5, "learning_rate": 1e-3}
         trainer = trainers.make(tmp_path, model, dataset=dataset, **given)
@@ -713,6 +713,7 @@ class Split:
     cp_enabled = True
 
 
+@pytest.mark.integration
 def test_names_are_imported_when_they_are_asked_for():
     from transformers import TrainerCallback
 

@@ -185,7 +185,9 @@ def _judge_model(
 
 def _attach(model: nn.Module, attach: Callable[..., Any]) -> Attached:
     try:
-        return Attached(attach(model), {})
+        # whose eager maps are those before the learned sink takes its share
+        options = {"learned_sinks": False} if re.match("Granite(Moe)?SWA", type(model).__name__) else {}
+        return Attached(attach(model, **options), options)
     except ValueError as error:
         if "decorrelation=False" not in str(error):
             raise
@@ -358,12 +360,13 @@ def _statistics(reading: Reading, truth: Truth, attached: Attached, where: dict[
 def _layers(truth: Truth, attached: Attached, reading: Reading) -> list[list[Tensor]] | None:
     """[the layers' outputs, and what the next layers and the norm read if a model adds something in between]."""
     largest = reading.largest
+    found: list[list[Tensor]] = []
     for name, stack in truth.record.layers.items():
         mine = attached.kind is None or oracle.list_of_attention(attached.kind) == name
         outputs = stack.outputs
         if mine and largest is not None and largest.shape == (len(outputs), *outputs[0].shape[:2]):
-            return [outputs, [*stack.inputs[1:], outputs[-1]]]
-    return None
+            found += [outputs, [*stack.inputs[1:], outputs[-1]]]
+    return found or None
 
 
 def _of_layers(reading: Reading, layers: list[list[Tensor]], sequences: Sequences) -> str:

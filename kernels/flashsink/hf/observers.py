@@ -62,6 +62,9 @@ class AttentionObserver:
         if record is not None and live and calibrated:
             counted += self._act.counted(record)
         out, stats = call.run(options.backend, counted)
+        if call.sink_logits is not None and counted and not options.learned_sinks:
+            with torch.no_grad():
+                stats = call._replace(sink_logits=None).run(options.backend, counted)[1]
         if record is not None and live and call.everything and not call.layout.full:
             out = whole.run(options.backend, [])[0]  # an encoder may read its padding later: it is computed too
         if record is not None and live:

@@ -320,6 +320,7 @@ def attach(
     queries: str = "all",
     validate: bool = False,
     backend: str | None = None,
+    learned_sinks: bool = True,
     module: str | None = None,
 ) -> Probe:
     """Observes a Hugging Face model: a decoder, an encoder, or the language decoder of a composite model, PEFT-wrapped
@@ -341,6 +342,8 @@ def attach(
         queries: "all", or "after_span": sinks count only the queries after the span (the text tokens).
         validate: check masks and spans on CUDA too, at the cost of a synchronization.
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+        learned_sinks: where the softmax has a learned sink (GPT-OSS), what it takes is missing from what the keys
+            receive; False leaves it out of the statistics, whose rows then sum to 1 (a second pass).
         module: the name of the submodule to observe instead of the language decoder, such as "audio_tower".
 
     Returns:
@@ -355,5 +358,7 @@ def attach(
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
-    options = Options(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend)
+    options = Options(
+        attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend, learned_sinks
+    )
     return Probe(model, options, module)

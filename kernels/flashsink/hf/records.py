@@ -30,6 +30,7 @@ class Options:
     queries: str
     validate: bool
     backend: str | None
+    learned_sinks: bool
 
 
 @dataclass(frozen=True)

@@ -137,12 +137,10 @@ def _configs(entry: Entry, model_class: Any, errors: list[str]) -> Iterator[Any]
             errors.append(line(error))
             continue
         for chosen, start in starts:
-            given = shrink.shrunk(start)
-            for variant in shrink.variants(given):
-                variant.pop("model_type", None)
+            for given in shrink.tiny(start):
                 try:
                     with quiet():
-                        config = chosen(**variant)
+                        config = chosen(**given)
                 except Exception as error:
                     errors.append(line(error))
                     continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Cell:
         observed: whether the probe is read.
         gradient: whether a gradient is compared too.
         maybe: sequences that the model may keep apart or not; its own attention tells.
+        variant: the config's, or None for the class as it is.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Cell:
     observed: bool = True
     gradient: bool = False
     maybe: Sequences | None = None
+    variant: str | None = None
 
 
 # ---- actions
@@ -123,7 +125,7 @@ def of_variant(model: Any, form: Takes, name: str) -> Iterator[Cell]:
     """Those of a window or chunk shorter than the sequence."""
     for cell in cells(model, form, compile=False):
         if cell.name in ("none", "left", "right", "generate", "in two"):
-            yield Cell(f"{name}: {cell.name}", cell.given, cell.action, cell.sequences, observed=cell.observed)
+            yield replace(cell, name=f"{name}: {cell.name}", variant=name, gradient=False)
 
 
 def _positions(form: Takes) -> Iterator[Cell]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def judge(
     result = Result()
     chosen = [cell for cell in cells.cells(model, form, compile=compile) if re.search(only, cell.name)]
     _judge_model(model, chosen, attach, result, phase)
-    for option, name in (("sliding_window", "window"), ("attention_chunk_size", "chunk")):
+    for option, name in cells.VARIANTS.items():
         try:
             other = build.variant(model, option, cells.SHORT)
         except Exception:
@@ -75,12 +76,8 @@ def judge(
 
 
 def has_softmax(model: nn.Module, form: Takes) -> bool:
-    build.implementation(model, "eager" if form.eager else build.default(model))
-    try:
-        with torch.no_grad(), oracle.Softmaxes() as softmaxes:
-            model(**inputs.arguments(form))
-    finally:
-        build.implementation(model, build.default(model))
+    with torch.no_grad(), oracle.Softmaxes() as softmaxes, build.eager(model) if form.eager else nullcontext():
+        model(**inputs.arguments(form))
     return softmaxes.count > 0
 
 
@@ -146,14 +143,11 @@ def _truth(model: Any, cell: Cell) -> Truth | Verdict:
         if not bool(torch.isfinite(plain["logits"][plain_valid]).all()):
             return Verdict(NONE, "transformers: not finite")
     eager, record = None, Record()
-    build.implementation(model, "eager")
     try:
-        with build.quiet(), oracle.recording(model) as record:
+        with build.quiet(), build.eager(model), oracle.recording(model) as record:
             eager = action(model, cell.given | cell.eager)
     except Exception:
         record = Record()
-    finally:
-        build.implementation(model, build.default(model))
     return Truth(plain, eager, record)
 
 

@@ -137,12 +137,10 @@ def _configs(entry: Entry, model_class: Any, errors: list[str]) -> Iterator[Any]
             errors.append(line(error))
             continue
         for chosen, start in starts:
-            given = shrink.shrunk(start)
-            for variant in shrink.variants(given):
-                variant.pop("model_type", None)
+            for given in shrink.tiny(start):
                 try:
                     with quiet():
-                        config = chosen(**variant)
+                        config = chosen(**given)
                 except Exception as error:
                     errors.append(line(error))
                     continue
@@ -157,6 +155,7 @@ def randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            turned = type(module).__name__ == "Conv1D"  # of GPT-2: (in, out)
             for weight in module.parameters(recurse=False):
                 if not weight.is_floating_point() or weight.is_meta:
                     continue
@@ -164,11 +163,8 @@ def randomise(model: nn.Module) -> None:
                 if weight.dim() < 2:
                     weight.add_(noise * 0.1)
                 else:
-                    fan = weight[0].numel() if convolves else weight.shape[-1]
-                    weight.copy_(noise * 1.2 / max(fan, HIDDEN_LEAST) ** 0.5)
-
-
-HIDDEN_LEAST = 16
+                    fan = weight[0].numel() if convolves else weight.shape[-2 if turned else -1]
+                    weight.copy_(noise * 1.2 / max(fan, 16) ** 0.5)
 
 
 def variant(model: Any, option: str, value: int) -> nn.Module | None:
@@ -188,18 +184,19 @@ def variant(model: Any, option: str, value: int) -> nn.Module | None:
     return from_config(type(model), config)
 
 
-def default(model: Any) -> str:
-    """The attention implementation that users get."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-def implementation(model: Any, name: str) -> None:
-    with quiet():
-        model.set_attn_implementation(name)
-    for module in model.modules():  # also where transformers thinks that it cannot be changed, as Falcon's can
-        config = getattr(module, "config", None)
-        if not model._can_set_attn_implementation() and hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = name
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Eager attention everywhere; also in the classes that ``set_attn_implementation`` leaves alone but that look at
+    their config."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from bench.families.oracle import Sequences
 NEW = 5  # tokens that generate() adds
 MAIN = ("none", "ones", "left", "right", "generate")  # a class is exact if these are, and no other cell is wrong
 SHORT = 7  # tokens of a window or chunk shorter than the sequence
+VARIANTS = {
+    "sliding_window": "window",
+    "local_attention": "window",  # ModernBERT
+    "window_size": "window",  # GPT-Neo
+    "attention_chunk_size": "chunk",
+}
 Outputs = dict[str, Tensor]
 
 
@@ -32,6 +38,7 @@ class Cell:
         observed: whether the probe is read.
         gradient: whether a gradient is compared too.
         maybe: sequences that the model may keep apart or not; its own attention tells.
+        variant: the config's, or None for the class as it is.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Cell:
     observed: bool = True
     gradient: bool = False
     maybe: Sequences | None = None
+    variant: str | None = None
 
 
 # ---- actions
@@ -123,7 +131,7 @@ def of_variant(model: Any, form: Takes, name: str) -> Iterator[Cell]:
     """Those of a window or chunk shorter than the sequence."""
     for cell in cells(model, form, compile=False):
         if cell.name in ("none", "left", "right", "generate", "in two"):
-            yield Cell(f"{name}: {cell.name}", cell.given, cell.action, cell.sequences, observed=cell.observed)
+            yield replace(cell, name=f"{name}: {cell.name}", variant=name, gradient=False)
 
 
 def _positions(form: Takes) -> Iterator[Cell]:
@@ -137,7 +145,7 @@ def _positions(form: Takes) -> Iterator[Cell]:
     repeated = torch.arange(tokens)[None] - (torch.arange(tokens) > tokens // 3).long()
     variants = {
         "packed": (flat, no_cache),
-        "packed, cache": (flat, {}),
+        "packed with cache": (flat, {}),
         "packed (3,1,S)": (flat.expand(3, 1, tokens), no_cache),
         "packed (4,1,S)": (flat.expand(4, 1, tokens), no_cache),
         "(3,1,S)": (_grid(tokens)[1:], no_cache),
@@ -168,9 +176,9 @@ def _four_d(form: Takes) -> Iterator[Cell]:
         seen, sequences = inputs.four_d(form, blocks=blocks)
         as_float = {form.mask: inputs.additive(seen)}
         where = {form.tokens: sequences}
-        yield Cell(f"{name}, float", base | as_float, forward, where)
+        yield Cell(f"{name} float", base | as_float, forward, where)
         if not blocks:  # eager adds a mask, whatever its dtype
-            yield Cell(f"{name}, bool", base | {form.mask: seen}, forward, where, eager=base | as_float)
+            yield Cell(f"{name} bool", base | {form.mask: seen}, forward, where, eager=base | as_float)
 
 
 def _media(model: Any, form: Takes, kind: str) -> Iterator[Cell]:
@@ -180,9 +188,9 @@ def _media(model: Any, form: Takes, kind: str) -> Iterator[Cell]:
     rows, tokens = given["input_ids"].shape
     yield Cell(kind, given, forward, {tokens: Sequences.of_mask(torch.ones(rows, tokens))}, gradient=True)
     padded = media.left_padded(given)
-    yield Cell(f"{kind}, left", padded, forward, {tokens: Sequences.of_mask(padded["attention_mask"])})
+    yield Cell(f"{kind} left", padded, forward, {tokens: Sequences.of_mask(padded["attention_mask"])})
     if model.can_generate():
-        yield Cell(f"{kind}, generate", padded, generate, observed=False)
+        yield Cell(f"{kind} generate", padded, generate, observed=False)
 
 
 def _generation(model: Any, form: Takes, *, masked: bool) -> Iterator[Cell]:

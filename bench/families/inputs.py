@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.families.build import LeftOut, NoInput, default, implementation, line, quiet
+from bench.families.build import LeftOut, NoInput, eager, line, quiet
 from bench.families.oracle import Sequences
 
 TOKENS, ENCODER_TOKENS, FRAMES, SAMPLES = 23, 19, 60, 4800
@@ -63,13 +63,10 @@ def takes(model: Any) -> Takes:
     """
     reasons = []
     for candidate in _candidates(model):
-        implementation(model, default(model))
         reason = failure(model, arguments(candidate))
         if not reason:
-            implementation(model, "eager")
-            eager = not failure(model, arguments(candidate))
-            implementation(model, default(model))
-            return replace(candidate, eager=eager)
+            with eager(model):
+                return replace(candidate, eager=not failure(model, arguments(candidate)))
         reasons.append(reason)
     if not reasons:
         raise NoInput("takes neither tokens nor audio")

@@ -81,7 +81,7 @@ def recording(model: nn.Module) -> Iterator[Record]:
 
     for name, module in model.named_modules():
         if name:
-            is_layer = re.fullmatch(r"\D*\.?\d+", name) is not None
+            is_layer = re.fullmatch(r"(\D*\.)?\d+", name) is not None
             undo.append(module.register_forward_hook(after(name, is_layer), with_kwargs=True))
     try:
         yield record

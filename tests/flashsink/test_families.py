@@ -19,8 +19,8 @@ TEXT = ("none", "ones", "right", "left", "generate")
 ENCODER = ("none", "ones", "right")
 WINDOW = ("window: none", "window: left", "window: generate")
 CHUNK = ("chunk: none", "chunk: left", "chunk: generate")
-IMAGE = ("image", "image, left", "image, generate")
-AUDIO = ("audio", "audio, left", "audio, generate")
+IMAGE = ("image", "image left", "image generate")
+AUDIO = ("audio", "audio left", "audio generate")
 
 # What must be exact; any other cell may be refused by name. A mask with a hole must be.
 FAMILIES = {

@@ -146,6 +146,25 @@ def narrowed(pattern: Pattern | None, tokens: int) -> Pattern | None:
     return pattern if pattern.named() else None
 
 
+class Pairs(NamedTuple):
+    """The anchors of every row and the tokens whose cosine with them the decorrelation loss squares.
+
+    Attributes:
+        own: (B, S, M) bool, whether an anchor is one of the token's own row or packed sequence.
+        counts: (B, S, M) bool, the pairs of a token and an anchor that count in the loss.
+        places: (B, M) int64, the anchors' positions; without meaning where no token is paired. None with ``states``.
+        states: (L, M, C), anchors that are constants of every layer, or None.
+    """
+
+    own: Tensor
+    counts: Tensor
+    places: Tensor | None
+    states: Tensor | None
+
+    def to(self, device: torch.device) -> Pairs:
+        return Pairs(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+
 class Layout(NamedTuple):
     """Which tokens are valid, resolved once per call. Either dense rows or one packed row.
 

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from flashsink import functional, versions
 from flashsink.hf import attention as hf_attention
-from flashsink.hf import masks, models, own
+from flashsink.hf import masks, models, own, report
 from flashsink.hf.act import Calibrator
 from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
@@ -175,6 +176,28 @@ class Probe:
             torch.cat(medians) if medians else None,
         )
 
+    def report(self, eps: float = report.EPS, min_queries: int = report.MIN_QUERIES) -> list[dict[str, Any]]:
+        """The tokens that stand out in the last full forward, ready for JSON, sorted by layer, row and token: in every
+        layer BOS, every sink (in any head, by :meth:`SinkStats.sink_rate`), and of every row or packed sequence the
+        largest activation and the largest other than BOS's.
+
+        Returns:
+            One dict for each: ``layer``, ``row``, ``token`` (from 0, padding counted), ``kind`` ("BOS" or "token"),
+            ``sink_rate``, ``mean_received`` (over heads), ``max_abs`` and ``feature`` of the largest activation,
+            ``ratio`` of it to the median. None: not recorded, or not a finite number.
+        """
+        return report.tokens(*self._seen(), eps, min_queries)
+
+    def plot(self, path: str | Path | None = None, *, row: int = 0) -> Any:
+        """A ``matplotlib.figure.Figure`` of one row: received attention and largest activation by layer (down) and
+        token (across), the strongest tokens named above. Saved as ``path``, .png or .svg.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: another kind of file, or no such row.
+        """
+        return report.picture(*self._seen(), len(self._found.layers), row, path)
+
     def calibrate(self, heads: Iterable[tuple[int, int]] | None, beta: float = 0.4, threshold: float = 0.1) -> None:
         """ACT in the given (layer, head) pairs, both from 0, from the next forward on; None switches it off.
 
@@ -239,6 +262,15 @@ class Probe:
             masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
+
+    def _seen(self) -> tuple[Record, dict[int, SinkStats], ActivationStats | None]:
+        record, options = self._last(None), self._options
+        if not options.attention and not options.activations:
+            raise RuntimeError("this probe was attached with attention=False and activations=False")
+        if not record.recorded:
+            raise RuntimeError("the last forward was skipped by stats_every")
+        sinks = self.sinks_by_layer if options.attention else {}
+        return record, sinks, self.activations if options.activations else None
 
     def _last(self, option: str | None) -> Record:
         if option and not getattr(self._options, option):

@@ -108,13 +108,9 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, doub
         raise ValueError(f"attention_mask: expected ({rows}, 1, {tokens}, {tokens}), got {tuple(mask.shape)}")
     seen = seen.expand(rows, -1, -1, -1)
     checked = check_values(mask.device, validate)
-    if checked and rows == 1:
-        alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
-        packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
-        if bool((reference.visible(packed, tokens, True) == seen).all()):
-            return (
-                packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
-            )
+    packed = _blocks(seen) if checked and rows == 1 else None
+    if packed is not None:
+        return packed if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
     layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, doubts)
     valid = layout.valid()
     # what padded queries see does not matter, but padding sees no padding unless it sees all
@@ -131,6 +127,13 @@ def _require(holds: Tensor, why: str, validate: bool, doubts: Doubts | None) -> 
             raise ValueError(why)
     elif doubts is not None:
         doubts.append((~holds.all(), why))
+
+
+def _blocks(seen: Tensor) -> Layout | None:
+    """The packed layout of a row in which (1, 1, S, S) is causal attention within sequences, or None."""
+    alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
+    packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
+    return packed if bool((reference.visible(packed, seen.shape[-1], True) == seen).all()) else None
 
 
 def _packed(sequence: Tensor) -> Layout:
@@ -175,11 +178,11 @@ def is_packed(mask: Any) -> bool:
 def make_mask(**given: Any) -> Tensor | None:
     """Called by transformers, or a model's code through it, for every kind of mask that a forward needs; by generate
     and multimodal models before they call the decoder, which then get what they got before the model was attached."""
-    from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     function, queries, keys = given["mask_function"], given["q_length"], given["kv_length"]
     asking, config = here.asking, given.get("config")
-    if asking is None or not any(config is own for own in asking.configs):
+    if asking is None or not _among(config, asking.configs):
         make = eager_mask if before.get(id(config)) == "eager" else sdpa_mask
         mask: Tensor | None = make(**given)
         if isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
@@ -188,7 +191,7 @@ def make_mask(**given: Any) -> Tensor | None:
         return mask
     make = eager_mask if asking.additive else sdpa_mask  # never left out
     whole = functools.partial(make, **given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    everything = function is bidirectional_mask_function
+    everything = _sees_all(function)
     if asking.record is None or not _at_start(given) or (everything and queries != keys):
         return whole()  # a step of decoding, or cross-attention
     layout, plain = _layout(given, asking.validate, asking.record.doubts, asking.record)
@@ -205,6 +208,13 @@ def make_mask(**given: Any) -> Tensor | None:
         if bool((equal | ~valid).all()):  # as a window longer than the rows, and images where there are none
             return encode(layout, first)
     return mask & valid
+
+
+def _among(config: Any, configs: list[Any]) -> bool:
+    for own in configs:  # noqa: SIM110 - dynamo cannot trace a generator here
+        if config is own:
+            return True
+    return False
 
 
 def _layout(given: dict[str, Any], validate: bool, doubts: Doubts, record: Record | None) -> tuple[Layout, bool]:
@@ -260,6 +270,14 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
     (rows, tokens), device, mask = states.shape[:2], states.device, record.padding
     if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
         raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
+    if seen is not None and rows == 1 and record.padding is None and check_values(device, validate):
+        packed = _blocks(seen)
+        if packed is not None and len(packed.starts) > 1:
+            record.settle(packed, validate)
+            return
+    if mask is None and seen is not None:  # keys that no query sees are padding
+        mask = seen.any(dim=-2)[:, 0].expand(rows, -1)
+        mask = None if check_values(device, validate) and bool(mask.all()) else mask
     layout = layout_of_mask(mask, rows, tokens, device, validate, record.doubts)
     positions = record.positions if record.packs else None
     if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:
@@ -368,6 +386,17 @@ def _is_plain(function: Any, local: bool) -> tuple[bool, Tensor | None]:
         elif part is not causal_mask_function:
             plain = False
     return plain, sequence
+
+
+def _sees_all(function: Any) -> bool:
+    """Whether a mask function is that of an encoder, within a window or not."""
+    from transformers.masking_utils import and_masks, bidirectional_mask_function
+
+    if function is bidirectional_mask_function or torch.compiler.is_compiling():
+        return function is bidirectional_mask_function
+    if getattr(function, "__code__", None) is not and_masks(bidirectional_mask_function).__code__:
+        return False
+    return any(_sees_all(part) for part in function.__closure__[0].cell_contents)
 
 
 def _remapped() -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ _RESTART = "position_ids: a compiled model cannot see that they restart; expecte
 Doubts = list[tuple[Tensor, str]]  # (bool: this must not be, why)
 
 
-class Asking(NamedTuple):
+@dataclass
+class Asking:
     """Who asks for masks: the attached decoder that this thread runs.
 
     Attributes:

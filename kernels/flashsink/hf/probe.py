@@ -50,6 +50,8 @@ class Probe:
         inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
         generates = any(own.can_generate() for own in inner) and "input_ids" in self._parameters
         self._generates = generates and module is None  # else it may be an encoder, without BOS
+        # whether the model makes its masks from position ids
+        self._packs = hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask")
         self._count = -1
         self._previous: list[str] = []  # the implementations that the configs named before
         self._configs: list[Any] = []
@@ -305,22 +307,22 @@ class Probe:
         if origin is None:
             self._count = (self._count + 1) % self._options.stats_every
         mask, positions = given.get("attention_mask"), given.get("position_ids")
+        # whether layers run again in the backward
+        again = module.training and any(getattr(own, "gradient_checkpointing", False) for own in self._found.layers)
         record = Record(
             recorded=self._count == 0 if origin is None else origin.recorded,
             trained=torch.is_grad_enabled(),
-            fused=not any(
-                module.training and getattr(layer, "gradient_checkpointing", False) for layer in self._found.layers
-            ),
+            fused=not again,
             given=self._selector.given(given.get("input_ids")) if origin is None else origin.given,
             calibration=self._act.calibration,
             layers=len(self._found.layers),
             padding=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             positions=positions if isinstance(positions, Tensor) else None,
-            packs=hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask"),
-            cached=past is not None or self._caches(given.get("use_cache")),
+            packs=self._packs,
+            cached=past is not None or (not again and self._caches(given.get("use_cache"))),
         )
         self._forwards.keep(record)
-        masks.here.asking = asking._replace(record=record)
+        asking.record = record
         inputs = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
         if not isinstance(inputs, Tensor):
             return None
@@ -335,10 +337,8 @@ class Probe:
 
     def _caches(self, asked: Any) -> bool:
         """Whether the decoder makes itself a cache, with which transformers packs no rows."""
-        decoder = self._found.decoder
-        if "past_key_values" not in self._parameters or (decoder.training and decoder.is_gradient_checkpointing):
-            return False
-        return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
+        usual = getattr(self._found.decoder.config, "use_cache", False)
+        return "past_key_values" in self._parameters and bool(usual if asked is None else asked)
 
     def _check_implementation(self) -> None:
         for config in self._configs:

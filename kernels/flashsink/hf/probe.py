@@ -21,6 +21,7 @@ from flashsink import functional, reference, versions
 from flashsink.hf import attention as hf_attention
 from flashsink.hf import masks, models, own, report
 from flashsink.hf.act import Calibrator
+from flashsink.hf.nonfinite import Finiteness, FinitenessObserver
 from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
 from flashsink.types import ActivationStats, SinkStats
@@ -45,6 +46,7 @@ class Probe:
         settle = functools.partial(masks.settle, validate=options.validate)
         self._attention = AttentionObserver(self._forwards, options, self._act, settle)
         self._outputs = OutputObserver(self._forwards, options, self._found.readers, settle)
+        self._finiteness = FinitenessObserver(self._forwards, settle)
         inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
         self._generates = (
             any(own.can_generate() for own in inner) and "input_ids" in self._parameters
@@ -160,7 +162,7 @@ class Probe:
             ``sink_rate``, ``mean_received`` (over heads), ``max_abs`` and ``feature`` of the largest activation,
             ``ratio`` of it to the median. None: not recorded, or not a finite number.
         """
-        return report.tokens(*self._seen(), eps, min_queries)
+        return report.tokens(*report.seen(self, self._options, self._last(None)), eps, min_queries)
 
     def plot(self, path: str | Path | None = None, *, row: int = 0) -> Any:
         """A ``matplotlib.figure.Figure`` of one row: received attention and largest activation by layer (down) and
@@ -170,7 +172,16 @@ class Probe:
             ImportError: matplotlib is not installed.
             ValueError: another kind of file, or no such row.
         """
-        return report.picture(*self._seen(), len(self._found.layers), row, path)
+        return report.picture(*report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
+
+    @property
+    def first_nonfinite(self) -> tuple[int, str, tuple[int, int], int, float] | None:
+        """(layer, block, (row, token), feature, value) where inf or NaN first appears in the last full forward, in the
+        order in which it runs; None where all is finite. ``block`` is a submodule of the layer ("mlp.down_proj", or
+        "self_attn" where its own code makes it), "input" or "residual": its own sums. Padding does not count."""
+        record = self._last("nonfinite")
+        record.check()
+        return record.finiteness.first(record.places[0])
 
     def calibrate(self, heads: Iterable[tuple[int, int]] | None, beta: float = 0.4, threshold: float = 0.1) -> None:
         """ACT in the given (layer, head) pairs, both from 0, from the next forward on; None switches it off.
@@ -223,6 +234,7 @@ class Probe:
                 setattr(module, hf_attention.MARK, Place(self._attention, index))
         if options.decorrelation or options.activations:
             self._undo += self._outputs.install(found.layers)
+        self._undo += self._finiteness.install(found.layers) if options.nonfinite else []
         self._undo.append(found.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._undo.append(found.decoder.register_forward_hook(self._end, always_call=True).remove)
         if options.attention and not own.uses_interface(found.attentions):
@@ -233,15 +245,6 @@ class Probe:
             self._previous = [config._attn_implementation for config in self._configs]
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
-
-    def _seen(self) -> tuple[Record, dict[int, SinkStats], ActivationStats | None]:
-        record, options = self._last(None), self._options
-        if not options.attention and not options.activations:
-            raise RuntimeError("this probe was attached with attention=False and activations=False")
-        if not record.recorded:
-            raise RuntimeError("the last forward was skipped by stats_every")
-        sinks = self.sinks_by_layer if options.attention else {}
-        return record, sinks, self.activations if options.activations else None
 
     def _last(self, option: str | None) -> Record:
         if option and not getattr(self._options, option):
@@ -284,6 +287,7 @@ class Probe:
             ),
             given=mine.spans if origin is None else origin.given,
             calibration=self._act.calibration,
+            finiteness=Finiteness(),
             padding=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             positions=positions if isinstance(positions, Tensor) else None,
             packs=hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask"),
@@ -352,6 +356,7 @@ def attach(
     validate: bool = False,
     backend: str | None = None,
     module: str | None = None,
+    nonfinite: bool = False,
 ) -> Probe:
     """Observes a Hugging Face model: a decoder, an encoder, or the language decoder of a composite model, PEFT-wrapped
     or not.
@@ -373,6 +378,8 @@ def attach(
         validate: check masks and spans on CUDA too, at the cost of a synchronization.
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
         module: the name of the submodule to observe instead of the language decoder, such as "audio_tower".
+        nonfinite: record :attr:`Probe.first_nonfinite`: a read of what every submodule of a layer gives, and a layer's
+            states kept until its end.
 
     Returns:
         The :class:`Probe`; ``probe.detach()`` undoes everything.
@@ -386,5 +393,7 @@ def attach(
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
-    options = Options(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend)
+    options = Options(
+        attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend, nonfinite
+    )
     return Probe(model, options, module)

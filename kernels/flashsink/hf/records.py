@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashsink import checks
+from flashsink.hf.nonfinite import Finiteness
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 
@@ -30,6 +31,7 @@ class Options:
     queries: str
     validate: bool
     backend: str | None
+    nonfinite: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Record:
     fused: bool  # whether norms may observe the layers' outputs
     given: Tensor | None  # the spans that were set
     calibration: Calibration | None
+    finiteness: Finiteness
     layout: Layout | None = None
     spans: Tensor | None = None
     calm: dict[int, Tensor] = field(default_factory=dict)  # the sinks that ACT scales, by layer

@@ -68,7 +68,7 @@ def _largest(max_abs: Tensor, layout: Layout) -> Tensor:
     """(L, B, S) bool: of every layer and row or packed sequence the token with the largest activation, BOS or not, and
     the largest other."""
     segment, offset = layout.segments(), layout.offsets()
-    size = max_abs.nan_to_num(nan=torch.inf)
+    size = max_abs.nan_to_num(nan=torch.inf, posinf=torch.inf)
     found = torch.zeros_like(size, dtype=torch.bool)
     for index in segment.unique().tolist():
         for own in (segment == index, (segment == index) & (offset > 0)):

@@ -5,7 +5,8 @@ import sys
 from flashsink import dispatch, versions
 from flashsink.dispatch import backends
 from flashsink.functional import activation_stats, attention, calibrated_attention, decorrelation_loss
-from flashsink.hf.probe import Probe, attach
+from flashsink.hf.attach import attach
+from flashsink.hf.probe import Probe
 from flashsink.hf.spans import bos_states
 from flashsink.types import ActivationStats, SinkStats
 

@@ -1,8 +1,10 @@
-"""``python -m flashsink``: what can run here, and a demonstration on a toy model. One function per subcommand."""
+"""``python -m flashsink``: what can run here, a demonstration on a toy model, and a model's sinks over a text. One
+function per subcommand."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import platform
 import sys
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import flashsink
 from flashsink import versions
+from flashsink.hf import analyze as analysis
 
 BOS, DELIMITER, VOCABULARY = 0, 1, 64
 ROWS, TOKENS, PLACE = 4, 40, 12  # PLACE: the delimiter's position
@@ -37,14 +40,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=backends)
 
     command = commands.add_parser("demo", help="measure and remove a planted sink in a toy model (10 s on a CPU)")
-    command.add_argument("--steps", type=_count, default=80, metavar="N", help="optimizer steps (default 80)")
+    command.add_argument(
+        "--steps",
+        type=functools.partial(_at_least, least=0),
+        default=80,
+        metavar="N",
+        help="optimizer steps (default 80)",
+    )
     command.add_argument("--weight", type=float, default=10.0, help="of the decorrelation loss (default 10)")
     command.set_defaults(run=demo)
+
+    command = commands.add_parser("analyze", help="sinks and largest activations of a Hugging Face model over a text")
+    command.add_argument("name", metavar="MODEL", help="a hub id or a folder: a causal language model or an encoder")
+    command.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    command.add_argument("--device", help="such as cuda:1 (default: cuda where there is one)")
+    command.add_argument("--dtype", choices=analysis.DTYPES, help="default: float32 on the CPU, else the file's own")
+    command.add_argument(
+        "--rows",
+        type=functools.partial(_at_least, least=1),
+        default=8,
+        metavar="N",
+        help="rows of text, at most (default 8)",
+    )
+    command.add_argument(
+        "--tokens",
+        type=functools.partial(_at_least, least=2),
+        default=512,
+        metavar="N",
+        help="tokens of a row (default 512)",
+    )
+    command.add_argument(
+        "--out",
+        type=_out,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=".json: all numbers; .png, .svg: the first row",
+    )
+    command.add_argument("--module", metavar="NAME", help="the submodule to observe, such as audio_tower")
+    command.set_defaults(run=analyze)
 
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except ImportError as error:
+    except (ImportError, analysis.Refused) as error:
         print(f"{parser.prog}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
 
@@ -87,6 +126,22 @@ def demo(arguments: argparse.Namespace) -> int:
         optimizer.step()
     _print_measures(f"after {arguments.steps} steps", *measure(model, probe, ids))
     probe.detach()
+    return 0
+
+
+def analyze(arguments: argparse.Namespace) -> int:
+    """Prints a row for every layer, from 0, and writes what ``--out`` names."""
+    given = {key: value for key, value in vars(arguments).items() if key != "run"}
+    held, rows = analysis.run(analysis.Options(**given | {"out": tuple(arguments.out)}))
+    _print_table(rows)
+    loss = held["decorrelation_loss"]
+    print(f"{held['rows']} rows, {held['tokens']} tokens; decorrelation loss {'-' if loss is None else f'{loss:.4f}'}")
+    if held["first_nonfinite"] is not None:
+        print(
+            "not finite: layer {layer}, {block}, row {row}, token {token}, feature {feature}: {value}".format(
+                **held["first_nonfinite"]
+            )
+        )
     return 0
 
 
@@ -135,10 +190,16 @@ def measure(model: Any, probe: flashsink.Probe, ids: Tensor) -> tuple[float, lis
     return float(probe.decorrelation_loss), rows
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number of {least} or more, got {text!r}")
     return int(text)
+
+
+def _out(text: str) -> str:
+    if not text.endswith((".json", *analysis.PICTURES)):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .json, .png or .svg, got {text!r}")
+    return text
 
 
 def _print_measures(when: str, loss: float, rows: Sequence[tuple[str, ...]]) -> None:

@@ -9,6 +9,7 @@ import transformers as hf
 
 import flashsink
 from flashsink.hf import attention as hf_attention
+from flashsink.hf import layouts as hf_layouts
 from flashsink.hf import masks as hf_masks
 
 SIZES = {
@@ -233,7 +234,8 @@ def test_a_forward_that_does_not_end(tiny):
 
 def without_reading(monkeypatch):
     """As on a GPU, where reading a value waits for it."""
-    monkeypatch.setattr(hf_masks, "check_values", lambda *_: False)
+    for module in (hf_masks, hf_layouts):
+        monkeypatch.setattr(module, "check_values", lambda *_: False)
     monkeypatch.setattr(hf_attention, "check_values", lambda *_: False)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashsink import checks, reference
 from flashsink.checks import check_values
 from flashsink.dispatch import implementation
-from flashsink.hf import masks, own
+from flashsink.hf import layouts, masks, own
 from flashsink.hf.own import MARK
 from flashsink.types import Layout, Pattern
 
@@ -203,7 +203,7 @@ def _read(
         causal = (not everything if causal is None else bool(causal)) and queries > 1 and not _was_eager(module)
         if causal and queries < keys:  # as torch's attention takes it: the first positions
             k, v = k[:, :, :queries], v[:, :, :queries]
-        return Call(q, k, v, masks.layout_of_mask(None, rows, k.shape[2], q.device), causal=causal, **terms)
+        return Call(q, k, v, layouts.of_mask(None, rows, k.shape[2], q.device), causal=causal, **terms)
     if (
         not isinstance(mask, Tensor)
         or mask.dim() != 4
@@ -215,7 +215,7 @@ def _read(
     seen = _seen(mask.to(q.device), record).expand(-1, -1, queries, keys)
     if record is not None and queries < keys and check_values(q.device) and not bool(seen[..., queries:].any()):
         seen, k, v = seen[..., :queries], k[:, :, :queries], v[:, :, :queries]  # the rest is of a static cache
-    layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
+    layout = layouts.of_mask(None, rows, k.shape[2], q.device)
     pattern = None if check_values(seen.device) and bool(seen.all()) else Pattern(mask=seen)
     return Call(q, k, v, layout, causal=False, pattern=pattern, **terms)
 

@@ -20,16 +20,14 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.checks import check_values
+from flashsink.hf import layouts
+from flashsink.hf.layouts import Doubts
 from flashsink.hf.records import Record
 from flashsink.types import Layout
 
 # model types whose layers read the mask before attention does: they get it as the model makes it
 _READ_BY_LAYERS = ("deepseek_v4", "doge", "hy_v4", "nllb-moe", "t5gemma2")
-_HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
-
-
-Doubts = list[tuple[Tensor, str]]  # (bool: this must not be, why)
 
 
 @dataclass
@@ -67,83 +65,6 @@ class _Here(threading.local):
 
 here = _Here()
 before: dict[int, str] = {}  # by the id of an attached model's config, the implementation that it named before
-
-
-def layout_of_mask(
-    mask: Tensor | None,
-    rows: int,
-    tokens: int,
-    device: torch.device,
-    validate: bool = False,
-    doubts: Doubts | None = None,
-) -> Layout:
-    """A 2-D padding mask (B, S), 1 = valid, as a layout.
-
-    Raises:
-        ValueError: another shape, or valid tokens with a gap between them; where values are not checked that is added
-            to ``doubts``.
-    """
-    if mask is None:
-        start = torch.zeros(rows, dtype=torch.long, device=device)
-        return Layout(start, start + tokens, rows, tokens, False, True)
-    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < tokens:
-        raise ValueError(f"attention_mask: expected a padding mask ({rows}, {tokens}), got {tuple(mask.shape)}")
-    keep = mask[:, :tokens].to(device=device, dtype=torch.bool)
-    length = keep.sum(dim=1)
-    start = torch.where(length > 0, keep.int().argmax(dim=1), 0)
-    layout = Layout(start, length, rows, tokens, False)
-    _require(layout.valid() == keep, _HOLES, validate, doubts)
-    return layout
-
-
-def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, doubts: Doubts) -> Layout:
-    """The layout that a 4-D mask of a full forward describes, boolean or additive: causal attention with padding or,
-    in a single row, over packed sequences.
-
-    Raises:
-        ValueError: it is another pattern; where values are not checked that is added to ``doubts``.
-    """
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"attention_mask: expected a bool or floating 4-D mask, got {mask.dtype}")
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, :1, :tokens, :tokens]
-    if seen.shape[-2:] != (tokens, tokens) or mask.shape[0] not in (1, rows):
-        raise ValueError(f"attention_mask: expected ({rows}, 1, {tokens}, {tokens}), got {tuple(mask.shape)}")
-    seen = seen.expand(rows, -1, -1, -1)
-    checked = check_values(mask.device, validate)
-    packed = _blocks(seen) if checked and rows == 1 else None
-    if packed is not None:
-        return packed if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
-    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, doubts)
-    valid = layout.valid()
-    # what padded queries see does not matter, but padding sees no padding unless it sees all
-    apart = ~(seen & ~valid[:, None, None, :]).any(dim=-1) | seen.all(dim=-1)
-    equal = (reference.visible(layout, tokens, True) == seen) | ~valid[:, None, :, None]
-    equal = equal & (apart | valid[:, None])[..., None]
-    _require(equal, "attention_mask: expected causal attention with padding, got another 4-D pattern", validate, doubts)
-    return layout
-
-
-def _require(holds: Tensor, why: str, validate: bool, doubts: Doubts | None) -> None:
-    if check_values(holds.device, validate):
-        if not bool(holds.all()):
-            raise ValueError(why)
-    elif doubts is not None:
-        doubts.append((~holds.all(), why))
-
-
-def _blocks(seen: Tensor) -> Layout | None:
-    """The packed layout of a row in which (1, 1, S, S) is causal attention within sequences, or None."""
-    alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
-    packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
-    return packed if bool((reference.visible(packed, seen.shape[-1], True) == seen).all()) else None
-
-
-def _packed(sequence: Tensor) -> Layout:
-    """The layout of a packed row, (S,) the number of every token's sequence."""
-    tokens = sequence.shape[0]
-    edges = sequence.diff().nonzero().squeeze(1) + 1
-    bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), tokens)])
-    return Layout(bounds[:-1], bounds.diff(), 1, tokens, True)
 
 
 # ---- masks as numbers
@@ -235,8 +156,8 @@ def _layout(given: dict[str, Any], validate: bool, doubts: Doubts, record: Recor
     if sequence is not None and bool((sequence != sequence[:, :1]).any()):
         if rows != 1:
             raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
-        return _packed(sequence[0]), plain
-    return layout_of_mask(given["attention_mask"], rows, queries, given["device"], validate, doubts), plain
+        return layouts.packed(sequence[0]), plain
+    return layouts.of_mask(given["attention_mask"], rows, queries, given["device"], validate, doubts), plain
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -273,14 +194,14 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
     if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
         raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
     if seen is not None and rows == 1 and record.padding is None and check_values(device, validate):
-        packed = _blocks(seen)
+        packed = layouts.blocks(seen)
         if packed is not None and len(packed.starts) > 1:
             record.settle(packed, validate)
             return
     if mask is None and seen is not None:  # keys that no query sees are padding
         mask = seen.any(dim=-2)[:, 0].expand(rows, -1)
         mask = None if check_values(device, validate) and bool(mask.all()) else mask
-    layout = layout_of_mask(mask, rows, tokens, device, validate, record.doubts)
+    layout = layouts.of_mask(mask, rows, tokens, device, validate, record.doubts)
     positions = record.positions if record.packs else None
     if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:
         from transformers.masking_utils import find_packed_sequence_indices
@@ -293,7 +214,7 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
         if sequence is not None:
             if rows != 1:
                 raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
-            packed = _packed(sequence[0])
+            packed = layouts.packed(sequence[0])
             if seen is None or not bool((seen & ~reference.visible(packed, tokens, False)).any()):
                 layout = packed
     record.settle(layout, validate)
@@ -320,7 +241,7 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
             made = next((made for made in here.made if made.mask is own), None)
             record.doubts += [] if made is None else made.doubts
             record.settle(
-                layout_of_pattern(own, rows, tokens, asking.validate, record.doubts) if made is None else made.layout,
+                layouts.of_pattern(own, rows, tokens, asking.validate, record.doubts) if made is None else made.layout,
                 asking.validate,
             )
     if not known or not asking.configs or asking.additive or any(reads(config) for config in asking.configs):

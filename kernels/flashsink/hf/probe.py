@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashsink import functional, versions
 from flashsink.hf import attention as hf_attention
 from flashsink.hf import masks, models, own, report
 from flashsink.hf.act import Calibrator
+from flashsink.hf.nonfinite import Finiteness, FinitenessObserver
 from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
 from flashsink.hf.spans import Anchors, Selector
@@ -47,6 +47,7 @@ class Probe:
         settle = functools.partial(masks.settle, validate=options.validate)
         self._attention = AttentionObserver(self._forwards, options, self._act, settle)
         self._outputs = OutputObserver(self._forwards, options, self._found.readers, settle)
+        self._finiteness = FinitenessObserver(self._forwards, settle)
         inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
         generates = any(own.can_generate() for own in inner) and "input_ids" in self._parameters
         self._generates = generates and module is None  # else it may be an encoder, without BOS
@@ -188,7 +189,7 @@ class Probe:
             ``sink_rate``, ``mean_received`` (over heads), ``max_abs`` and ``feature`` of the largest activation,
             ``ratio`` of it to the median. None: not recorded, or not a finite number.
         """
-        return report.tokens(*self._seen(), eps, min_queries)
+        return report.tokens(*report.seen(self, self._options, self._last(None)), eps, min_queries)
 
     def plot(self, path: str | Path | None = None, *, row: int = 0) -> Any:
         """A ``matplotlib.figure.Figure`` of one row: received attention and largest activation by layer (down) and
@@ -198,7 +199,16 @@ class Probe:
             ImportError: matplotlib is not installed.
             ValueError: another kind of file, or no such row.
         """
-        return report.picture(*self._seen(), len(self._found.layers), row, path)
+        return report.picture(*report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
+
+    @property
+    def first_nonfinite(self) -> tuple[int, str, tuple[int, int], int, float] | None:
+        """(layer, block, (row, token), feature, value) where inf or NaN first appears in the last full forward, in the
+        order in which it runs; None where all is finite. ``block`` is a submodule of the layer ("mlp.down_proj", or
+        "self_attn" where its own code makes it), "input" or "residual": its own sums. Padding does not count."""
+        record = self._last("nonfinite")
+        record.check()
+        return record.finiteness.first(record.places[0])
 
     def calibrate(self, heads: Iterable[tuple[int, int]] | None, beta: float = 0.4, threshold: float = 0.1) -> None:
         """ACT in the given (layer, head) pairs, both from 0, from the next forward on; None switches it off.
@@ -253,6 +263,7 @@ class Probe:
                 setattr(module, hf_attention.MARK, Place(self._attention, index))
         if options.decorrelation or options.activations or options.cosines:
             self._undo += self._outputs.install(found.layers)
+        self._undo += self._finiteness.install(found.layers) if options.nonfinite else []
         self._undo.append(found.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._undo.append(found.decoder.register_forward_hook(self._end, always_call=True).remove)
         if options.attention and not own.uses_interface(found.attentions):
@@ -264,15 +275,6 @@ class Probe:
             masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
-
-    def _seen(self) -> tuple[Record, dict[int, SinkStats], ActivationStats | None]:
-        record, options = self._last(None), self._options
-        if not options.attention and not options.activations:
-            raise RuntimeError("this probe was attached with attention=False and activations=False")
-        if not record.recorded:
-            raise RuntimeError("the last forward was skipped by stats_every")
-        sinks = self.sinks_by_layer if options.attention else {}
-        return record, sinks, self.activations if options.activations else None
 
     def _last(self, option: str | None) -> Record:
         if option and not getattr(self._options, option):
@@ -316,6 +318,7 @@ class Probe:
             given=self._selector.given(given.get("input_ids")) if origin is None else origin.given,
             calibration=self._act.calibration,
             layers=len(self._found.layers),
+            finiteness=Finiteness(),
             padding=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             positions=positions if isinstance(positions, Tensor) else None,
             packs=self._packs,
@@ -367,65 +370,3 @@ class Probe:
                     )
         finally:
             self._forwards.leave()
-
-
-def attach(
-    model: nn.Module,
-    *,
-    attention: bool = True,
-    decorrelation: bool = True,
-    activations: bool = True,
-    margin: float = 0.0,
-    stats_every: int = 1,
-    median: bool = False,
-    queries: str = "all",
-    validate: bool = False,
-    backend: str | None = None,
-    learned_sinks: bool = True,
-    module: str | None = None,
-    cosines: bool = False,
-    anchors: Anchors | None = None,
-) -> Probe:
-    """Observes a Hugging Face model: a decoder, an encoder, or the language decoder of a composite model, PEFT-wrapped
-    or not.
-
-    The model gives the logits that it gives without, or a forward raises ``ValueError`` with the reason; what cannot be
-    checked without a stop (on CUDA, compiled) gives NaN, and the next read of the probe raises. Packed sequences
-    (``position_ids`` that restart in a single row) want ``use_cache=False``, without which transformers does not keep
-    them apart. One thread at a time may be inside a forward; each reads what its own last one left.
-
-    Args:
-        model: its layers run attention through ``AttentionInterface``.
-        attention: run attention through flashsink and record :attr:`Probe.sinks`.
-        decorrelation: compute :attr:`Probe.decorrelation_loss` in every full forward.
-        activations: record :attr:`Probe.activations`.
-        margin: of the decorrelation loss.
-        stats_every: record sinks and activations in every n-th full forward only.
-        median: also record the median of |h| of every row and layer.
-        queries: "all", or "after_span": sinks count only the queries after the span (the text tokens).
-        validate: check masks and spans on CUDA too, at the cost of a synchronization.
-        backend: a name of :func:`flashsink.backends`, or None for the table's choice.
-        learned_sinks: where the softmax has a learned sink (GPT-OSS), what it takes is missing from what the keys
-            receive; False leaves it out of the statistics, whose rows then sum to 1 (a second pass).
-        module: the name of the submodule to observe instead of the language decoder, such as "audio_tower".
-        cosines: record :attr:`Probe.cosines`.
-        anchors: of the loss, token ids or constants of the layers as in :meth:`Probe.spans`; default BOS.
-
-    Returns:
-        The :class:`Probe`; ``probe.detach()`` undoes everything.
-
-    Raises:
-        ValueError: the model is not such a model, or an option is out of range.
-    """
-    versions.warn("transformers")
-    functional.check_margin(margin)
-    if stats_every < 1:
-        raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
-    if queries not in ("all", "after_span"):
-        raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
-    options = Options(
-        *(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend),
-        learned_sinks=learned_sinks,
-        cosines=cosines,
-    )
-    return Probe(model, options, module, anchors)

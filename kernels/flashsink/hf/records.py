@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashsink import reference
+from flashsink.hf.nonfinite import Finiteness
 from flashsink.hf.spans import Choice, Given
 from flashsink.types import ActivationStats, Layout, Pairs, SinkStats
 
@@ -33,6 +34,7 @@ class Options:
     backend: str | None
     learned_sinks: bool
     cosines: bool
+    nonfinite: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Record:
     given: Given | None  # the spans and anchors that were set
     calibration: Calibration | None
     layers: int
+    finiteness: Finiteness
     layout: Layout | None = None
     spans: Tensor | None = None
     pairs: Pairs | None = None  # of the loss, where it counts other tokens or anchors than lengths and BOS say

@@ -12,13 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink.hf.records import Record
+from flashsink.hf.records import Options, Record
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 EPS, MIN_QUERIES = 0.3, 8  # of a sink
 _CELLS = 256  # columns of a picture: more would be narrower than one sees
 _MARKS, _APART = 6, 0.06  # tokens that a picture names, and how much of its width lies between them;
 _WEAK = 0.1  # they have at least this share of the strongest
+
+
+Seen = tuple[Record, dict[int, SinkStats], ActivationStats | None]
+
+
+def seen(probe: Any, options: Options, record: Record) -> Seen:
+    """What ``probe`` recorded in the forward of ``record``.
+
+    Raises:
+        RuntimeError: nothing.
+    """
+    if not options.attention and not options.activations:
+        raise RuntimeError("this probe was attached with attention=False and activations=False")
+    if not record.recorded:
+        raise RuntimeError("the last forward was skipped by stats_every")
+    sinks = probe.sinks_by_layer if options.attention else {}
+    return record, sinks, probe.activations if options.activations else None
 
 
 def tokens(
@@ -51,7 +68,7 @@ def _largest(max_abs: Tensor, layout: Layout) -> Tensor:
     """(L, B, S) bool: of every layer and row or packed sequence the token with the largest activation, BOS or not, and
     the largest other."""
     segment, offset = layout.segments(), layout.offsets()
-    size = max_abs.nan_to_num(nan=torch.inf)
+    size = max_abs.nan_to_num(nan=torch.inf, posinf=torch.inf)
     found = torch.zeros_like(size, dtype=torch.bool)
     for index in segment.unique().tolist():
         for own in (segment == index, (segment == index) & (offset > 0)):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flashsink.hf import trainer_terms as terms
-from flashsink.hf.probe import Probe, attach
+from flashsink.hf.attach import attach
+from flashsink.hf.probe import Probe
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

@@ -90,7 +90,7 @@ def _in_float64(model: Any, chosen: list[Cell], attach: Callable[..., Any], resu
     except Exception:
         return  # a class that knows float32 only
     for cell in small:
-        if again.verdicts[cell.name].kind == EXACT:
+        if again.verdicts[cell.name].kind == EXACT and not again.unchecked:
             result.verdicts[cell.name] = Verdict(EXACT, "in float64")
 
 

@@ -33,7 +33,8 @@ class Norm(nn.Module):
             return (normed * (1.0 + self.weight.float())).to(h.dtype)
         if self.form == "none":  # Liger's: no rounding before the weight
             return (normed * self.weight.float()).to(h.dtype)
-        return self.weight * (wide - wide.mean(-1, keepdim=True)).to(h.dtype)
+        centered = wide - wide.mean(-1, keepdim=True)
+        return self.weight * (centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + self.eps)).to(h.dtype)
 
 
 def measured(form, dtype, fresh=False):

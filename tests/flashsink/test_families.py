@@ -69,7 +69,7 @@ def test_family(entries, name):
     result = judge.judge(entries[name], compile="compiled" in FAMILIES[name])
     found = {cell: verdict for cell, verdict in result.verdicts.items() if verdict.kind in (WRONG, CRASH)}
     assert not found
-    assert not result.unchecked
+    assert result.unchecked <= {"statistics, since eager attention does something else"}  # as with a bool 4-D mask
     assert {cell: result.verdicts[cell] for cell in FAMILIES[name] if result.verdicts[cell].kind != EXACT} == {}
     holes = [verdict.kind for cell, verdict in result.verdicts.items() if cell.endswith("hole")]
     assert set(holes) <= {REFUSED, EXACT}  # exact in audio, where it leaves no frame out

@@ -37,7 +37,8 @@ def test_attach_works(tmp_path):
 
     found = run("-c", "import transformers; print(transformers.__version__)")
     assert found.stdout.startswith(f"{oldest}."), found.stderr
-    files = sorted(str(path) for path in (ROOT / "tests" / "flashsink").glob("test_attach*.py"))
+    folder = ROOT / "tests" / "flashsink"
+    files = sorted(str(path) for name in ("attach*", "families", "trainer") for path in folder.glob(f"test_{name}.py"))
     done = run("-m", "pytest", "-q", "-x", "-m", "not slow", *files)
     assert done.returncode == 0, done.stdout[-5000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 100

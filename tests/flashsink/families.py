@@ -136,7 +136,8 @@ def build(name, **overrides):
         ):
             if hasattr(own, key):
                 setattr(own, key, 0.0)
-    if name.startswith("falcon"):  # which cannot change it later
+    # Falcon cannot change it later, and old releases leave Gemma-2's softcap out in torch's attention
+    if name.startswith(("falcon", "gemma2")):
         made._attn_implementation = "eager"
     torch.manual_seed(0)
     return getattr(hf, model)(made).eval()

@@ -83,6 +83,8 @@ def test_dropout(name):
 @torch.no_grad()
 def test_relative_positions_of_a_decoder_with_an_encoder():
     """T5's, whose cross-attention is left alone; and ``module`` chooses the encoder."""
+    if hf.__version__ < "5.20":
+        pytest.skip("this release of transformers does not return all attentions")
     sizes = {
         "d_model": 32,
         "d_kv": 8,

@@ -206,7 +206,7 @@ class Selector:
                     f"anchors: expected token ids, or floating (L, C) or (L, n, C), in {where}, got positions"
                 )
             return Choice(spans, anchors)
-        own = [anchors] if isinstance(anchors, int | str) else list(anchors)
+        own = [anchors] if isinstance(anchors, int | str) or not isinstance(anchors, Sequence) else list(anchors)
         names = tuple(part for part in own if isinstance(part, str))
         unknown = [name for name in names if name not in self._segments]
         if unknown:

@@ -78,11 +78,11 @@ class Given:
         if spans is None:
             spans = layout.lengths
         elif self.by_ids:
-            spans = _fitting(spans, layout) & layout.valid()
+            spans = _fitting(spans, layout)
         else:
             spans = checks.check_counted(spans, layout, validate)
         if self.anchored is not None:
-            anchors = _places(_fitting(self.anchored.to(device), layout) & layout.valid())
+            anchors = _places(_fitting(self.anchored.to(device), layout))
         else:
             anchors = checks.check_anchors(anchors, layout, layers, validate)
         if anchors is None and spans.dtype != torch.bool:

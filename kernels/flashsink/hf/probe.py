@@ -73,8 +73,8 @@ class Probe:
 
     @property
     def fused(self) -> list[int]:
-        """The layers whose output the last full forward observed in the norm that reads it; the others are read
-        once more."""
+        """The layers whose output the last full forward observed in the norm that reads it; the others are read once
+        more, and for a loss over a token mask or anchors all are."""
         return sorted(self._last(None).read_by.values())
 
     def spans(self, spans: Tensor | None = None, anchors: Anchors | None = None) -> AbstractContextManager[None]:

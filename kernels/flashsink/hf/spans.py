@@ -78,11 +78,11 @@ class Given:
         if spans is None:
             spans = layout.lengths
         elif self.by_ids:
-            spans = _fitting(spans, layout) & layout.valid()
+            spans = _fitting(spans, layout)
         else:
             spans = checks.check_counted(spans, layout, validate)
         if self.anchored is not None:
-            anchors = _places(_fitting(self.anchored.to(device), layout) & layout.valid())
+            anchors = _places(_fitting(self.anchored.to(device), layout))
         else:
             anchors = checks.check_anchors(anchors, layout, layers, validate)
         if anchors is None and spans.dtype != torch.bool:
@@ -206,7 +206,7 @@ class Selector:
                     f"anchors: expected token ids, or floating (L, C) or (L, n, C), in {where}, got positions"
                 )
             return Choice(spans, anchors)
-        own = [anchors] if isinstance(anchors, int | str) else list(anchors)
+        own = [anchors] if isinstance(anchors, int | str) or not isinstance(anchors, Sequence) else list(anchors)
         names = tuple(part for part in own if isinstance(part, str))
         unknown = [name for name in names if name not in self._segments]
         if unknown:

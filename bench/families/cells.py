@@ -34,6 +34,7 @@ class Cell:
         given: the arguments.
         action: what is done with the model.
         sequences: where sequences are, by the number of tokens; a stream of another length is whole.
+        keep: (B, S) bool, the tokens to compare where they are no sequences in one piece.
         eager: arguments that eager attention, whose weights are the oracle, wants instead.
         observed: whether the probe is read.
         gradient: whether a gradient is compared too.
@@ -45,6 +46,7 @@ class Cell:
     given: Arguments
     action: Callable[[nn.Module, Arguments], Outputs]
     sequences: dict[int, Sequences] = field(default_factory=dict)
+    keep: Tensor | None = None
     eager: Arguments = field(default_factory=dict)
     observed: bool = True
     gradient: bool = False
@@ -112,7 +114,7 @@ def cells(model: Any, form: Takes, *, compile: bool = True) -> Iterator[Cell]:
     for side in ("ones", "right", "left", "hole") if masked else ():
         given, sequences = inputs.padded(form, side)
         if side == "hole":  # no sequence in one piece: exact logits or a refusal
-            yield Cell(side, given, forward, {}, observed=False)
+            yield Cell(side, given, forward, keep=_keep(form), observed=False)
         else:
             yield Cell(side, given, forward, sequences, gradient=side == "left")
     if form.text:
@@ -124,7 +126,11 @@ def cells(model: Any, form: Takes, *, compile: bool = True) -> Iterator[Cell]:
     if compile and masked:
         given, sequences = inputs.padded(form, "left")
         yield Cell("compiled", given, compiled, sequences)
-        yield Cell("compiled: hole", inputs.padded(form, "hole")[0], compiled, {}, observed=False)
+        yield Cell("compiled: hole", inputs.padded(form, "hole")[0], compiled, keep=_keep(form), observed=False)
+
+
+def _keep(form: Takes) -> Tensor | None:
+    return inputs.padding("hole", form.tokens).bool() if form.text else None
 
 
 def of_variant(model: Any, form: Takes, name: str) -> Iterator[Cell]:

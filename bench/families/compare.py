@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.families import inputs, oracle
+from bench.families import oracle
 from bench.families.cells import Cell, Outputs
 from bench.families.oracle import Record, Sequences
 
@@ -81,6 +81,10 @@ def sequences_of(cell: Cell, truth: Truth, attached: Attached, reading: Reading)
         weights = [a for stack in truth.record.attention.values() for a in stack.attention if a.shape[-2] == end]
         if weights and all(not bool(a[:, :, cut:, :cut].any()) for a in weights):
             where[end] = cell.maybe
+    for others in truth.record.attention.values():  # of audio, whose padding the model counts in its own frames
+        first = others.attention[0].detach()
+        if first.shape[2] == first.shape[3]:
+            where.setdefault(first.shape[2], _inferred(first))
     return where
 
 
@@ -220,8 +224,8 @@ def valid(logits: Tensor, cell: Cell, where: dict[int, Sequences] | None = None)
     """Which values of (B, S, ...) are of valid tokens, bool in the same shape."""
     known = where if where is not None else cell.sequences
     sequences = known.get(logits.shape[1]) if logits.dim() >= 3 else None
-    if cell.name.endswith("hole"):
-        keep = inputs.padding("hole", logits.shape[1]).bool()
+    if cell.keep is not None and cell.keep.shape == logits.shape[:2]:
+        keep = cell.keep
     elif sequences is None:
         return torch.ones_like(logits, dtype=torch.bool)
     else:

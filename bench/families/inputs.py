@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bench.families.build import LeftOut, NoInput, eager, line, quiet
 from bench.families.oracle import Sequences
 
-TOKENS, ENCODER_TOKENS, FRAMES, SAMPLES = 23, 19, 60, 4800
+TOKENS, ENCODER_TOKENS = 23, 19
+FRAMES, SAMPLES = (60, 100), 4800  # of spectrograms; of sound
 BOS, LOWEST, HIGHEST = 1, 3, 280  # ordinary tokens are in between
 Arguments = dict[str, Any]
 
@@ -145,7 +146,7 @@ def audio(config: Any) -> dict[str, list[Tensor]]:
             if isinstance(value, int) and 8 <= value <= 256:
                 sizes.append(value)
     features: list[Tensor] = []
-    for frames in (FRAMES, 100):
+    for frames in FRAMES:
         for size in dict.fromkeys([*sizes, 80, 128]):
             noise = torch.randn(2, frames, size, generator=generator)
             features += [noise.mT.contiguous(), noise]
@@ -169,7 +170,7 @@ def images(config: Any) -> list[Tensor]:
 
 
 def padding(side: str, tokens: int) -> Tensor:
-    """(2, S): the first row whole, the second short by a quarter at ``side``; "none" leaves it whole."""
+    """(2, S): the first row whole, the second short by a quarter at ``side``, "left" or "right", or with a "hole"."""
     mask = torch.ones(2, tokens, dtype=torch.long)
     short = tokens // 4 + 1
     if side == "right":
@@ -194,7 +195,7 @@ def padded(form: Takes, side: str) -> tuple[Arguments, dict[int, Sequences]]:
         made["input_ids"], made["attention_mask"] = _with_bos(made["input_ids"], mask), mask
         sequences[ENCODER_TOKENS] = Sequences.of_mask(mask)
     elif form.encoder and not form.text:
-        size = max(made[form.encoder].shape[1:])
+        size = next(size for size in made[form.encoder].shape[1:] if size in (*FRAMES, SAMPLES))
         made["attention_mask"] = padding(side, size)
     return made, sequences
 

@@ -137,7 +137,8 @@ class Softmaxes(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
-        self.count += name == "scaled_dot_product_attention" or (name == "softmax" and _over_keys(result))
+        whole = ("scaled_dot_product_attention", "multi_head_attention_forward")
+        self.count += name in whole or (name == "softmax" and _over_keys(result))
         return result
 
 

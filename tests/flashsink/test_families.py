@@ -6,12 +6,14 @@ The cells, and what "exact" means, are those of ``bench.families``;
 
 from __future__ import annotations
 
+import sys
 import types
 
 import pytest
 import torch
 
 import flashsink
+from bench.families import __main__ as command
 from bench.families import build, judge, store, work
 from bench.families.judge import CRASH, EXACT, NONE, REFUSED, WRONG
 
@@ -22,7 +24,8 @@ CHUNK = ("chunk: none", "chunk: left", "chunk: generate")
 IMAGE = ("image", "image left", "image generate")
 AUDIO = ("audio", "audio left", "audio generate")
 
-# What must be exact; any other cell may be refused by name. A mask with a hole must be.
+# What must be exact; any other cell may be refused by name. A mask with a hole must be, but where the model makes
+# lengths of it.
 FAMILIES = {
     "LlamaForCausalLM": (*TEXT, "packed", "beams", "static cache", "in two", "compiled"),
     "Qwen2ForCausalLM": (*TEXT, *WINDOW, "packed"),
@@ -67,12 +70,17 @@ def quiet_and_fresh():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(entries, name):
     result = judge.judge(entries[name], compile="compiled" in FAMILIES[name])
-    found = {cell: verdict for cell, verdict in result.verdicts.items() if verdict.kind in (WRONG, CRASH)}
-    assert not found
+    allowed = {cell: (EXACT,) for cell in FAMILIES[name]}
+    if name != "Wav2Vec2Model":
+        allowed |= {cell: (REFUSED,) for cell in ("hole", "compiled: hole")}
+    faults = [
+        f"{cell}: {verdict.kind} {verdict.note}"
+        for cell, verdict in result.verdicts.items()
+        if verdict.kind not in allowed.get(cell, (EXACT, REFUSED, NONE))
+    ]
+    assert not faults, "\n".join(faults)
+    assert result.verdicts.keys() >= set(FAMILIES[name])
     assert result.unchecked <= {"statistics, since eager attention does something else"}  # as with a bool 4-D mask
-    assert {cell: result.verdicts[cell] for cell in FAMILIES[name] if result.verdicts[cell].kind != EXACT} == {}
-    holes = [verdict.kind for cell, verdict in result.verdicts.items() if cell.endswith("hole")]
-    assert set(holes) <= {REFUSED, EXACT}  # exact in audio, where it leaves no frame out
 
 
 # ---- the comparison itself
@@ -258,3 +266,32 @@ def test_a_class_that_takes_too_long_is_left_out_and_the_next_one_has_its_turn(e
     assert rows["LlamaForCausalLM"]["verdict"] == store.LEFT_OUT
     assert rows["LlamaForCausalLM"]["reason"].startswith("no answer in 0 s")
     assert rows["NoSuchModel"]["verdict"] == store.LEFT_OUT
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def rows(entries, *options):
+        for entry in entries:
+            done.append(entry.name)
+            yield entry, {"verdict": EXACT, "reason": "", "cells": {EXACT: {"": ["none"]}}}
+
+    monkeypatch.setattr(work, "rows", rows)
+
+    def run(*more):
+        done.clear()
+        arguments = ["families", "--classes", "^(Llama|Mistral)ForCausalLM$", "--out", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert command.main() == 0
+        return done
+
+    assert run("--limit", "1") == ["LlamaForCausalLM"]
+    assert run() == ["MistralForCausalLM"]
+    assert run() == [] and run("--again") == []
+    monkeypatch.setattr(store, "source_hash", lambda: "changed")
+    assert run() == []
+    assert "2 rows are of other sources" in (tmp_path / "families.md").read_text()
+    assert run("--again") == ["LlamaForCausalLM", "MistralForCausalLM"]
+    table = (tmp_path / "families.md").read_text()
+    assert "| causal | 0 | 2 | 2 | 0 | 0 | 0 | 100.0% |" in table and "other sources" not in table
+    assert len((tmp_path / "families.jsonl").read_text().splitlines()) == 2

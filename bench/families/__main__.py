@@ -65,8 +65,9 @@ def _show(entry: Entry, only: str, compile: bool) -> None:
     print(
         f"  observed: {result.observed or 'nothing'}; not checked: {', '.join(sorted(result.unchecked)) or 'nothing'}"
     )
-    for name, verdict in result.verdicts.items():
-        print(f"  {name:24s} {verdict.kind:8s} {verdict.note}", flush=True)
+    for verdict, reasons in store.row_of(result)["cells"].items():
+        for why, names in reasons.items():
+            print(f"  {verdict:8s} {', '.join(names)}{': ' * bool(why)}{why}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,12 +7,15 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bench.families import shrink
+
+if TYPE_CHECKING:
+    from bench.families.inputs import Takes
 
 MAPPINGS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING",),
@@ -25,15 +28,13 @@ MAPPINGS = {
 _ENCODERS = ("MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_TEXT_ENCODING_MAPPING")
 LARGEST = 40_000_000  # parameters
 
-# What no rule finds: sizes that depend on each other in ways of one architecture.
-OVERRIDES: dict[str, shrink.Given] = {}
-
-
-Form = TypeVar("Form")
-
 
 class LeftOut(Exception):
     """Why a class is not in the denominator."""
+
+
+class NoInput(LeftOut):
+    """It takes something else than the sweep has."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,17 @@ def entries() -> list[Entry]:
         for kind, name in (pair for mapping in mappings for pair in names(mapping)):
             if group == "auto" and kind in covered - encoders:
                 continue
-            found.setdefault(name, Entry(group, name, configs[kind]))
+            # image and text models are in the mapping of causal ones too
+            if name not in found or (group == "multimodal" and not name.endswith("ForCausalLM")):
+                found[name] = Entry(group, name, configs[kind])
         if group != "auto":
             covered |= {kind for mapping in mappings for kind, _ in names(mapping)}
     return list(found.values())
 
 
-def build(entry: Entry, form: Callable[[nn.Module], Form | None]) -> tuple[nn.Module, Form]:
-    """(a model with random weights in eval mode, how it is called, which ``form`` finds).
+def build(entry: Entry, form: Callable[[nn.Module], Takes]) -> tuple[nn.Module, Takes]:
+    """(a model with random weights in eval mode, how it is called, which ``form`` finds), if possible one that runs
+    with eager attention too.
 
     Raises:
         LeftOut: no shrunk config makes one that runs.
@@ -80,20 +84,25 @@ def build(entry: Entry, form: Callable[[nn.Module], Form | None]) -> tuple[nn.Mo
 
     model_class = getattr(transformers, entry.name)
     errors: list[str] = []
-    built = False
+    reasons: list[str] = []
+    second: tuple[nn.Module, Takes] | None = None
     for config in _configs(entry, model_class, errors):
         try:
             model = from_config(model_class, config)
+            found = form(model)
+        except NoInput:
+            raise
+        except LeftOut as reason:
+            reasons.append(str(reason))
         except Exception as error:
             errors.append(line(error))
-            continue
-        built = True
-        found = form(model)
-        if found is not None:
-            return model, found
-    if built:
-        raise LeftOut("does not run on the inputs tried")
-    raise LeftOut("does not build: " + (errors[0] if errors else "no config"))
+        else:
+            if found.eager:
+                return model, found
+            second = second or (model, found)
+    if second:
+        return second
+    raise LeftOut(reasons[0] if reasons else "does not build: " + (errors[0] if errors else "no config"))
 
 
 def from_config(model_class: Any, config: Any) -> nn.Module:
@@ -128,12 +137,10 @@ def _configs(entry: Entry, model_class: Any, errors: list[str]) -> Iterator[Any]
             errors.append(line(error))
             continue
         for chosen, start in starts:
-            given = shrink.shrunk(start, OVERRIDES.get(chosen.__name__))
-            for variant in shrink.variants(given):
-                variant.pop("model_type", None)
+            for given in shrink.tiny(start):
                 try:
                     with quiet():
-                        config = chosen(**variant)
+                        config = chosen(**given)
                 except Exception as error:
                     errors.append(line(error))
                     continue
@@ -148,6 +155,7 @@ def randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            turned = type(module).__name__ == "Conv1D"  # of GPT-2: (in, out)
             for weight in module.parameters(recurse=False):
                 if not weight.is_floating_point() or weight.is_meta:
                     continue
@@ -155,11 +163,8 @@ def randomise(model: nn.Module) -> None:
                 if weight.dim() < 2:
                     weight.add_(noise * 0.1)
                 else:
-                    fan = weight[0].numel() if convolves else weight.shape[-1]
-                    weight.copy_(noise * 1.2 / max(fan, HIDDEN_LEAST) ** 0.5)
-
-
-HIDDEN_LEAST = 16
+                    fan = weight[0].numel() if convolves else weight.shape[-2 if turned else -1]
+                    weight.copy_(noise * 1.2 / max(fan, 16) ** 0.5)
 
 
 def variant(model: Any, option: str, value: int) -> nn.Module | None:
@@ -177,6 +182,21 @@ def variant(model: Any, option: str, value: int) -> nn.Module | None:
     if kinds and option == "sliding_window" and "sliding_attention" not in kinds and set(kinds) == {"full_attention"}:
         text.layer_types = ["sliding_attention" if i % 2 == 0 else kind for i, kind in enumerate(kinds)]
     return from_config(type(model), config)
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Eager attention everywhere; also in the classes that ``set_attn_implementation`` leaves alone but that look at
+    their config."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
 
 
 @contextlib.contextmanager

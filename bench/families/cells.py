@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.families import inputs
+from bench.families import inputs, media
 from bench.families.inputs import Arguments, Takes
 from bench.families.oracle import Sequences
 
 NEW = 5  # tokens that generate() adds
 MAIN = ("none", "ones", "left", "right", "generate")  # a class is exact if these are, and no other cell is wrong
 SHORT = 7  # tokens of a window or chunk shorter than the sequence
+VARIANTS = {
+    "sliding_window": "window",
+    "local_attention": "window",  # ModernBERT
+    "window_size": "window",  # GPT-Neo
+    "attention_chunk_size": "chunk",
+}
 Outputs = dict[str, Tensor]
 
 
@@ -32,6 +38,7 @@ class Cell:
         observed: whether the probe is read.
         gradient: whether a gradient is compared too.
         maybe: sequences that the model may keep apart or not; its own attention tells.
+        variant: the config's, or None for the class as it is.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Cell:
     observed: bool = True
     gradient: bool = False
     maybe: Sequences | None = None
+    variant: str | None = None
 
 
 # ---- actions
@@ -54,8 +62,8 @@ def main_output(output: Any) -> Tensor | None:
         if isinstance(value, Tensor):
             return value
     values = output.values() if hasattr(output, "values") else output
-    found = (v for v in values if isinstance(v, Tensor) and v.dim() >= 3 and v.is_floating_point())
-    return next(found, None)
+    found = [v for v in values if isinstance(v, Tensor) and v.dim() >= 2 and v.is_floating_point()]
+    return max(found, key=lambda v: v.dim() == 3, default=None)
 
 
 def forward(model: nn.Module, given: Arguments) -> Outputs:
@@ -111,6 +119,8 @@ def cells(model: Any, form: Takes, *, compile: bool = True) -> Iterator[Cell]:
         yield from _positions(form)
         yield from _four_d(form)
     yield from _generation(model, form, masked=bool(masked))
+    for kind in ("image", "audio"):
+        yield from _media(model, form, kind)
     if compile and masked:
         given, sequences = inputs.padded(form, "left")
         yield Cell("compiled", given, compiled, sequences)
@@ -121,7 +131,7 @@ def of_variant(model: Any, form: Takes, name: str) -> Iterator[Cell]:
     """Those of a window or chunk shorter than the sequence."""
     for cell in cells(model, form, compile=False):
         if cell.name in ("none", "left", "right", "generate", "in two"):
-            yield Cell(f"{name}: {cell.name}", cell.given, cell.action, cell.sequences, observed=cell.observed)
+            yield replace(cell, name=f"{name}: {cell.name}", variant=name, gradient=False)
 
 
 def _positions(form: Takes) -> Iterator[Cell]:
@@ -135,7 +145,7 @@ def _positions(form: Takes) -> Iterator[Cell]:
     repeated = torch.arange(tokens)[None] - (torch.arange(tokens) > tokens // 3).long()
     variants = {
         "packed": (flat, no_cache),
-        "packed, cache": (flat, {}),
+        "packed with cache": (flat, {}),
         "packed (3,1,S)": (flat.expand(3, 1, tokens), no_cache),
         "packed (4,1,S)": (flat.expand(4, 1, tokens), no_cache),
         "(3,1,S)": (_grid(tokens)[1:], no_cache),
@@ -166,9 +176,21 @@ def _four_d(form: Takes) -> Iterator[Cell]:
         seen, sequences = inputs.four_d(form, blocks=blocks)
         as_float = {form.mask: inputs.additive(seen)}
         where = {form.tokens: sequences}
-        yield Cell(f"{name}, float", base | as_float, forward, where)
+        yield Cell(f"{name} float", base | as_float, forward, where)
         if not blocks:  # eager adds a mask, whatever its dtype
-            yield Cell(f"{name}, bool", base | {form.mask: seen}, forward, where, eager=base | as_float)
+            yield Cell(f"{name} bool", base | {form.mask: seen}, forward, where, eager=base | as_float)
+
+
+def _media(model: Any, form: Takes, kind: str) -> Iterator[Cell]:
+    given = media.block(model, form, kind)
+    if given is None:
+        return
+    rows, tokens = given["input_ids"].shape
+    yield Cell(kind, given, forward, {tokens: Sequences.of_mask(torch.ones(rows, tokens))}, gradient=True)
+    padded = media.left_padded(given)
+    yield Cell(f"{kind} left", padded, forward, {tokens: Sequences.of_mask(padded["attention_mask"])})
+    if model.can_generate():
+        yield Cell(f"{kind} generate", padded, generate, observed=False)
 
 
 def _generation(model: Any, form: Takes, *, masked: bool) -> Iterator[Cell]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.families.build import quiet
+from bench.families.build import LeftOut, NoInput, eager, line, quiet
 from bench.families.oracle import Sequences
 
 TOKENS, ENCODER_TOKENS, FRAMES, SAMPLES = 23, 19, 60, 4800
@@ -28,6 +28,8 @@ class Takes:
         encoder: the argument of an encoder beside a decoder, or "".
         names: what ``forward`` accepts; empty if it accepts anything.
         extra: whether ``forward`` accepts further keywords.
+        tokens: S.
+        eager: whether eager attention runs too.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Takes:
     names: frozenset[str] = frozenset()
     extra: bool = False
     tokens: int = TOKENS
+    eager: bool = True
 
     def accepts(self, name: str) -> bool:
         return self.extra or name in self.names
@@ -52,12 +55,22 @@ def ids(rows: int, tokens: int, seed: int = 0) -> Tensor:
     return made
 
 
-def takes(model: Any) -> Takes | None:
-    """The first way of calling ``model`` that works, or None."""
+def takes(model: Any) -> Takes:
+    """The first way of calling ``model`` that works.
+
+    Raises:
+        build.LeftOut: none does; with the error of the likeliest.
+    """
+    reasons = []
     for candidate in _candidates(model):
-        if works(model, arguments(candidate)):
-            return candidate
-    return None
+        reason = failure(model, arguments(candidate))
+        if not reason:
+            with eager(model):
+                return replace(candidate, eager=not failure(model, arguments(candidate)))
+        reasons.append(reason)
+    if not reasons:
+        raise NoInput("takes neither tokens nor audio")
+    raise LeftOut(f"does not run: {reasons[0]}")
 
 
 def arguments(form: Takes, rows: int = 2) -> Arguments:
@@ -68,15 +81,18 @@ def arguments(form: Takes, rows: int = 2) -> Arguments:
     return made
 
 
-def works(model: nn.Module, given: Arguments) -> bool:
+def failure(model: nn.Module, given: Arguments) -> str:
+    """Why ``model`` does not run, or ""."""
     from bench.families.cells import main_output
 
     try:
         with torch.no_grad(), quiet():
             output = main_output(model(**given))
-    except Exception:
-        return False
-    return output is not None and bool(torch.isfinite(output).all())
+    except Exception as error:
+        return line(error)
+    if output is None:
+        return "no output of three dimensions"
+    return "" if bool(torch.isfinite(output).all()) else "its output is not finite"
 
 
 def _candidates(model: Any) -> Iterator[Takes]:
@@ -85,11 +101,11 @@ def _candidates(model: Any) -> Iterator[Takes]:
     extra = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     base = Takes("input_ids", names=names, extra=extra)
     config = model.config
-    audio = {name: shapes for name, shapes in _audio(config).items() if name in names}
+    sounds = {name: shapes for name, shapes in audio(config).items() if name in names}
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", True):
         decoder = replace(base, text="decoder_input_ids")
-        for name in audio:
-            for value in audio[name]:
+        for name in sounds:
+            for value in sounds[name]:
                 yield replace(decoder, others={name: value}, encoder=name)
         if "input_ids" in names:
             yield replace(decoder, others={"input_ids": ids(2, ENCODER_TOKENS, 1)}, encoder="input_ids")
@@ -102,29 +118,37 @@ def _candidates(model: Any) -> Iterator[Takes]:
         if "pixel_values" in names:
             for value in images(config):
                 yield replace(base, others={"pixel_values": value})
-        for name in audio:
-            for value in audio[name]:
+        for name in sounds:
+            for value in sounds[name]:
                 yield replace(base, others={name: value})
         if "bbox" in names:
             yield replace(base, others={"bbox": torch.zeros(2, TOKENS, 4, dtype=torch.long)})
-    for name in audio:
-        for value in audio[name]:
+    for name in sounds:
+        for value in sounds[name]:
             yield replace(base, text="", others={name: value}, encoder=name)
 
 
-def _audio(config: Any) -> dict[str, list[Tensor]]:
+def audio(config: Any) -> dict[str, list[Tensor]]:
     generator = torch.Generator().manual_seed(2)
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     sizes: list[int] = []
     for part in parts:
-        for name in ("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_bins", "input_dim"):
+        for name in (
+            "num_mel_bins",
+            "feature_size",
+            "input_feat_per_channel",
+            "mel_bins",
+            "input_dim",
+            "feature_projection_input_dim",
+        ):
             value = getattr(part, name, None)
             if isinstance(value, int) and 8 <= value <= 256:
                 sizes.append(value)
     features: list[Tensor] = []
-    for size in dict.fromkeys([*sizes, 80, 128]):
-        noise = torch.randn(2, FRAMES, size, generator=generator)
-        features += [noise.mT.contiguous(), noise]
+    for frames in (FRAMES, 100):
+        for size in dict.fromkeys([*sizes, 80, 128]):
+            noise = torch.randn(2, frames, size, generator=generator)
+            features += [noise.mT.contiguous(), noise]
     values = [torch.randn(2, SAMPLES, generator=generator)]
     return {"input_features": features, "input_values": [*values, values[0][:, None], *features]}
 

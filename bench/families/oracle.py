@@ -81,7 +81,7 @@ def recording(model: nn.Module) -> Iterator[Record]:
 
     for name, module in model.named_modules():
         if name:
-            is_layer = re.fullmatch(r"\D*\.?\d+", name) is not None
+            is_layer = re.fullmatch(r"(\D*\.)?\d+", name) is not None
             undo.append(module.register_forward_hook(after(name, is_layer), with_kwargs=True))
     try:
         yield record
@@ -137,8 +137,12 @@ class Softmaxes(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
-        if name == "scaled_dot_product_attention" or (
-            name == "softmax" and isinstance(result, Tensor) and result.dim() >= 4 and result.shape[-1] > 1
-        ):
-            self.count += 1
+        self.count += name == "scaled_dot_product_attention" or (name == "softmax" and _over_keys(result))
         return result
+
+
+def _over_keys(result: Any) -> bool:
+    """(B, H, Sq, Sk), or (B * H, S, S): not a router's over experts."""
+    if not isinstance(result, Tensor) or result.shape[-1] < 2:
+        return False
+    return result.dim() >= 4 or (result.dim() == 3 and result.shape[1] == result.shape[2])

@@ -28,11 +28,11 @@ _SIZES = (
     (
         LAYERS,
         "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers layers "
-        "decoder_num_hidden_layers",
+        "decoder_num_hidden_layers encoder_layers num_encoder_layers speech_encoder_layers encoder_num_hidden_layers",
     ),
     (
         2,
-        "encoder_layers depth num_encoder_layers encoder_num_hidden_layers num_blocks num_key_value_heads num_kv_heads "
+        "depth num_blocks num_key_value_heads num_kv_heads "
         "n_kv_heads num_experts_per_tok moe_k moe_topk moe_top_k top_k_experts num_experts_per_token "
         "linear_num_key_heads swa_num_key_value_heads decoder_num_key_value_heads encoder_num_key_value_heads "
         "num_ln_in_parallel_attn resampler_depth",
@@ -55,17 +55,97 @@ _SIZES = (
     (24, "qk_head_dim"),
     (
         1,
-        "n_group topk_group num_expert_groups mamba_n_groups n_groups n_shared_experts num_shared_experts "
-        "moe_num_shared_experts first_k_dense_replace moe_layer_start_index num_conv_pos_embedding_groups "
-        "num_nextn_predict_layers",
+        "n_group topk_group num_expert_groups num_expert_group mamba_n_groups n_groups n_shared_experts "
+        "num_shared_experts moe_num_shared_experts first_k_dense_replace moe_layer_start_index "
+        "num_conv_pos_embedding_groups num_nextn_predict_layers",
     ),
     (0, "num_kv_shared_layers"),
     (512, "max_position_embeddings n_positions n_ctx context_length max_seq_len"),
     (VOCABULARY, "vocab_size padded_vocab_size vocab_size_per_layer_input text_vocab_size"),
     (28, "image_size"),
+    (4, "mm_tokens_per_image"),
     (14, "patch_size"),
 )
 _VALUES = {name: value for value, names in _SIZES for name in names.split()}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_PINPOINTS = {"image_grid_pinpoints": [[56, 56]]}
+_MAMBA = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+# What no rule finds: sizes that depend on each other in one architecture's own way, by model type.
+_OWN: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {"4": 4}},
+    "bailing_hybrid": {"layer_group_size": 2, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8},
+    "chameleon": {"vocabulary_map": {"<image>": 299}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+    "dots3_note_text": {"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 8, "head_dim": 24},
+    "emu3": {"vocabulary_map": {"<image>": 299, "<|extra_200|>": 298}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "florence_vision": {
+        "embed_dim": [16, 32, 64, 64],
+        "num_heads": [1, 2, 4, 4],
+        "num_groups": [1, 2, 4, 4],
+        "depths": [1, 1, 1, 1],
+    },
+    "glm4v_moe_text": {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "glm5_next_text": {"index_topk": 16},
+    "granite4_vision": _PINPOINTS | {"deepstack_layer_map": []},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "janus_vqgan": {"base_channels": 32, "embed_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_vision_model": {
+        "intermediate_size": 256,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    },
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _PINPOINTS),
+    "longcat_flash": {"head_dim": 8, "num_layers": 2},
+    "mistral4": {"rope_parameters": _ROPE | {"partial_rotary_factor": 1 / 3}},
+    "molmo2_adapter": {"vision_feature_layer": [3, 2]},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {
+        "axial_pos_embds": False,
+        "attn_layers": ["local"] * LAYERS,
+        "local_attn_chunk_length": 4,
+        "attention_head_size": HEAD_DIM,
+    },
+    "step3p5": {"sliding_window": 128},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": _MAMBA,
+        "n_mamba_heads": 2,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
+    "zamba2": {
+        "layers_block_type": _MAMBA,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+# left to the class if it says None, else given
+_OFTEN_NONE = {
+    *("head_dim", "num_key_value_heads", "num_experts", "n_routed_experts", "n_shared_experts"),
+    *("num_experts_per_tok", "top_k_experts", "moe_intermediate_size"),
+}
 _UPPER_BOUNDS = {"index_topk": 4, "max_source_positions": 30, "num_query_tokens": 4, "num_channels": 3}
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_types", "layers_block_type", "block_types")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -73,9 +153,20 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 Given = dict[str, Any]
 
 
-def shrunk(config: Any, overrides: Given | None = None) -> Given:
-    """The keyword arguments that make ``config``'s class tiny."""
-    return _without_clashes(_shrink(config.to_dict())) | (overrides or {})
+def shrunk(config: Any, fill: bool = False) -> Given:
+    """The keyword arguments that make ``config``'s class tiny; with ``fill`` also some of those that say None."""
+    return _without_clashes(_shrink(config.to_dict(), fill))
+
+
+def tiny(config: Any) -> Iterator[Given]:
+    """Keyword arguments that may make ``config``'s class tiny, the likeliest first."""
+    seen = []
+    for fill in (False, True):
+        for given in variants(shrunk(config, fill)):
+            given.pop("model_type", None)
+            if given not in seen:
+                seen.append(given)
+                yield copy.deepcopy(given)
 
 
 def variants(given: Given) -> Iterator[Given]:
@@ -111,26 +202,31 @@ def _everywhere(given: Given, change: Callable[[Given], Given]) -> Given:
     return change(copy.deepcopy(inner))
 
 
-def _shrink(given: Given) -> Given:
+def _shrink(given: Given, fill: bool) -> Given:
     layers = next((given[k] for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if given.get(k)), None)
     result: Given = {}
     for name, value in given.items():
-        small = _small(name, value, layers)
+        if value is None and fill and name in _OFTEN_NONE:
+            value = _VALUES[name]
+        small = _small(name, value, layers, fill)
         if small is not None:
             result[name] = small
     if "model_type" in given:
         result["model_type"] = given["model_type"]
+        result |= copy.deepcopy(_OWN.get(given["model_type"], {}))
     return result
 
 
-def _small(name: str, value: Any, layers: int | None) -> Any:
+def _small(name: str, value: Any, layers: int | None, fill: bool) -> Any:
     """The tiny value, or None to leave it to the class."""
     if isinstance(value, dict):
         if name in ("rope_parameters", "rope_scaling"):
             return _rope(value)
         if name.isdigit() and layers is not None:
             return None
-        return _shrink(value) if name.endswith("_config") or "model_type" in value else None
+        return _shrink(value, fill) if name.endswith("_config") or "model_type" in value else None
+    if value is None and name in ("image_token_id", "audio_token_id"):
+        value = VOCABULARY
     if name in _TOKENS:
         outside = value is None or isinstance(value, list) or value >= VOCABULARY
         return _TOKENS[name] if outside else value
@@ -168,9 +264,11 @@ def _rope(value: Given) -> Given:
 
 
 def _without_clashes(given: Given) -> Given:
-    """MLA computes head_dim from its parts."""
+    """MLA computes head_dim from its parts, and has a key for every head."""
     if "qk_rope_head_dim" in given:
-        given.pop("head_dim", None)
+        if given.get("head_dim") == HEAD_DIM:
+            del given["head_dim"]
+        given["num_key_value_heads"] = HEADS
     for value in given.values():
         if isinstance(value, dict):
             _without_clashes(value)

@@ -6,6 +6,7 @@ from flashsink import dispatch, versions
 from flashsink.dispatch import backends
 from flashsink.functional import activation_stats, attention, calibrated_attention, decorrelation_loss
 from flashsink.hf.probe import Probe, attach
+from flashsink.hf.spans import bos_states
 from flashsink.types import ActivationStats, SinkStats
 
 __version__ = "0.2.0"
@@ -18,6 +19,7 @@ __all__ = [
     "attach",
     "attention",
     "backends",
+    "bos_states",
     "calibrated_attention",
     "decorrelation_loss",
 ]

@@ -192,6 +192,48 @@ def check_spans(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor
     return _counts("spans", spans, layout, validate)
 
 
+def check_counted(spans: Tensor, layout: Layout, validate: bool = False) -> Tensor:
+    """Spans as :func:`check_spans`, or a mask (B, S) bool of the tokens that count."""
+    if not isinstance(spans, Tensor) or spans.dtype != torch.bool:
+        return check_spans(spans, layout, validate)
+    if tuple(spans.shape) != (layout.rows, layout.tokens):
+        raise ValueError(f"spans: expected a mask ({layout.rows}, {layout.tokens}), got {_shape(spans)}")
+    if spans.device != layout.starts.device:
+        raise ValueError(f"spans: expected a tensor on {layout.starts.device}, got {spans.device}")
+    valid = layout.valid()
+    if check_values(spans.device, validate) and bool((spans & ~valid).any()):
+        raise ValueError("spans: expected a mask of valid tokens, got True at padding")
+    return spans & valid
+
+
+def check_anchors(anchors: Tensor | None, layout: Layout, layers: int, validate: bool = False) -> Tensor | None:
+    """Anchors as :func:`flashsink.reference.pairs` takes them: None, (B, n) int64 or (L, n, C) floating."""
+    if isinstance(anchors, Tensor) and anchors.dtype in FLOATS:
+        return check_constants(anchors, layers)
+    if anchors is None:
+        return None
+    if not isinstance(anchors, Tensor) or anchors.dtype not in INTEGERS or anchors.dim() != 2:
+        raise ValueError(f"anchors: expected integers (B, n), or floating (L, C) or (L, n, C), got {_shape(anchors)}")
+    if anchors.shape[0] != layout.rows or not anchors.shape[1]:
+        raise ValueError(f"anchors: expected {layout.rows} rows of at least one position, got {_shape(anchors)}")
+    if anchors.device != layout.starts.device:
+        raise ValueError(f"anchors: expected a tensor on {layout.starts.device}, got {anchors.device}")
+    places, tokens = anchors.long(), layout.tokens
+    known = (places >= 0) & (places < tokens)
+    if tokens:
+        known = known & layout.valid().gather(1, places.clamp(0, tokens - 1))
+    if check_values(anchors.device, validate) and bool((~known & (places != -1)).any()):
+        raise ValueError(f"anchors: expected positions of valid tokens, or -1 for none, got {anchors.tolist()}")
+    return torch.where(known, places, -1)
+
+
+def check_constants(anchors: Tensor, layers: int) -> Tensor:
+    """(L, C) or (L, n, C) as (L, n, C) without a graph."""
+    if anchors.dim() not in (2, 3) or anchors.shape[0] != layers or not anchors.numel():
+        raise ValueError(f"anchors: expected ({layers}, C) or ({layers}, n, C), got {_shape(anchors)}")
+    return (anchors if anchors.dim() == 3 else anchors[:, None]).detach()
+
+
 def _counts(name: str, value: Tensor, layout: Layout, validate: bool = False) -> Tensor:
     """Numbers of leading tokens, one for every row or packed sequence."""
     value = index_vector(name, value, layout.lengths.shape[0], layout.lengths.device)

@@ -72,7 +72,8 @@ class Backend(Protocol):
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
-_GENERAL = ("reference", "cpu")  # take patterns, softcap and values of another head dim than the keys'
+# take patterns, softcap, values of another head dim than the keys', and any tokens and anchors of the loss
+_GENERAL = ("reference", "cpu")
 
 
 def backends() -> dict[str, str]:
@@ -135,6 +136,17 @@ def select(
         if not torch.compiler.is_compiling():
             _log_once(device_type, name, reason)
     return "reference"
+
+
+def require_general(backend: str | None) -> None:
+    """Raises:
+    ValueError: the named backend has no decorrelation loss over token masks and anchors.
+    """
+    if backend in NAMES and backend not in _GENERAL:
+        raise ValueError(
+            f"backend: {backend!r} cannot be used: its decorrelation loss takes no token mask and no anchors; "
+            f"expected {' or '.join(_GENERAL)}, or None for the reference"
+        )
 
 
 def _refusal(name: str, q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None) -> str:

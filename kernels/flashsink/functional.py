@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashsink import checks, reference
-from flashsink.dispatch import implementation
+from flashsink.dispatch import implementation, require_general
 from flashsink.types import ActivationStats, Layout, SinkStats
 
 
@@ -187,6 +187,7 @@ def decorrelation_loss(
     margin: float = 0.0,
     starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    anchors: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mean squared cosine between BOS and the tokens of the prompt (arXiv 2510.22603).
@@ -194,14 +195,24 @@ def decorrelation_loss(
     loss = mean over layers of [sum over rows and 1 <= s < span of max(cos^2(h[BOS], h[s]) - margin, 0)
     / sum over rows of max(span - 1, 0)], 0 when nothing is counted. The gradient flows into BOS too.
 
+    With other tokens or anchors: mean over layers of [sum of max(cos^2(a, h[s]) - margin, 0) / number of terms], over
+    every counted token s and every anchor a of its row or packed sequence, but an anchor not with itself. Where rows
+    count equal numbers of tokens and anchors this is the mean over the anchors of the loss of each.
+
     Args:
         hidden_states: (L, B, S, C) or a sequence of (B, S, C), any floating dtype. The paper takes the outputs
             of decoder layers 1..L-1 of an L-layer model: neither the embeddings nor the last layer.
-        spans: (B,) or, packed, (N,) integers: number of leading tokens (BOS, speech and prompt) of a row.
+        spans: (B,) or, packed, (N,) integers: number of leading tokens (BOS, speech and prompt) of a row. Or a mask
+            (B, S) bool of the tokens that count, none of them padding.
         margin: only states with cos^2 above it are pushed; 0 is the paper's loss.
         starts: (B,) integers, position of BOS in a row; default 0.
         cu_seqlens: (N + 1,) integers, bounds of the packed sequences.
-        backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+        anchors: default BOS. (B, n) integers: the tokens at these positions 0..S-1, -1 for none; the gradient flows
+            into them, and BOS is then a token like others. (L, C) or (L, n, C) floating: directions of every layer that
+            stay as they are, such as :func:`flashsink.bos_states`; the first ``span`` tokens but BOS count, or what
+            the mask says.
+        backend: a name of :func:`flashsink.backends`, or None for the table's choice. A mask or anchors are computed
+            in PyTorch, the same on "reference" and "cpu"; others are refused by name.
 
     Returns:
         float32 scalar with its graph.
@@ -210,13 +221,22 @@ def decorrelation_loss(
         ValueError: wrong shape, dtype, device or (on CPU) values, naming the argument.
     """
     layers = checks.check_hidden_states(hidden_states)
-    (rows, tokens, _), device = layers[0].shape, layers[0].device
+    (rows, tokens, features), device = layers[0].shape, layers[0].device
     layout = checks.resolve_layout(rows, tokens, device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
     chosen = implementation(backend, device.type)
-    spans = checks.check_spans(spans, layout)
-    total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
-    return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
+    spans = checks.check_counted(spans, layout)
+    if anchors is None and spans.dtype != torch.bool:
+        total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
+        return (total / reference.decorrelation_count(spans).clamp(min=1)).float()
+    require_general(backend)
+    anchors = checks.check_anchors(anchors, layout, len(layers))
+    constant = anchors is not None and anchors.is_floating_point()
+    if anchors is not None and constant and (anchors.device != device or anchors.shape[2] != features):
+        got = f"{tuple(anchors.shape)} on {anchors.device}"
+        raise ValueError(f"anchors: expected {features} features on {device}, got {got}")
+    pairs = reference.pairs(layout, spans, anchors)
+    return (reference.pair_sums(layers, pairs, margin).mean() / pairs.counts.sum().clamp(min=1)).float()
 
 
 def activation_stats(

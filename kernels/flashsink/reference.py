@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pairs, Pattern, SinkStats
 
 
 def refusal(q: Tensor) -> str:
@@ -178,6 +178,67 @@ def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, 
 def decorrelation_count(spans: Tensor) -> Tensor:
     """Number of counted tokens, sum of max(span - 1, 0): int64 scalar."""
     return (spans - 1).clamp(min=0).sum()
+
+
+def pairs(layout: Layout, spans: Tensor, anchors: Tensor | None) -> Pairs:
+    """Which tokens and anchors the loss pairs: every counted token with every anchor of its own row or packed sequence,
+    but an anchor not with itself.
+
+    Args:
+        spans: (N,) int64, the first ``span`` tokens of a row or packed sequence count; or (B, S) bool, these do.
+        anchors: None: BOS. (B, n) int64: the tokens at these positions, -1 for none. (L, n, C) floating: constants of
+            the layers, in BOS's place, so that with lengths the first token does not count; with a mask it may.
+    """
+    segment, offset = layout.segments(), layout.offsets()
+    valid, lengths = segment >= 0, spans.dtype != torch.bool
+    counted = valid & (offset < spans[segment.clamp(min=0)] if lengths else spans)
+    if anchors is not None and anchors.is_floating_point():
+        counted = counted & (offset > 0) if lengths else counted
+        shape = (-1, -1, anchors.shape[1])
+        return Pairs(valid[..., None].expand(shape), counted[..., None].expand(shape), None, anchors.detach())
+    if anchors is None:
+        anchors = torch.where(layout.lengths > 0, layout.starts, -1)
+        anchors = anchors[None] if layout.packed else anchors[:, None]
+    anchors = anchors[:, : layout.tokens * anchors.shape[1]]  # none where there are no tokens
+    places = anchors.clamp(min=0)
+    theirs = segment.gather(1, places).masked_fill(anchors < 0, -1)
+    own = valid[..., None] & (segment[..., None] == theirs[:, None])
+    itself = torch.arange(layout.tokens, device=segment.device)[:, None] == places[:, None]
+    return Pairs(own, counted[..., None] & own & ~itself, places, None)
+
+
+def squared_cosines(layer: Tensor, pairs: Pairs, among: Tensor, constants: Tensor | None) -> Tensor:
+    """(B, S, M) float64: cos^2 of the states (B, S, C) with their anchors, 0 outside ``among`` (B, S, M) bool, as
+    :func:`decorrelation_sums` has it. ``constants`` (M, C): this layer's, where the anchors are such."""
+    used = among.any(dim=-1)
+    if pairs.places is not None:
+        position = torch.arange(layer.shape[1], device=layer.device)[:, None]
+        used = used | ((position == pairs.places[:, None]) & among.any(dim=1)[:, None]).any(dim=-1)
+    h = layer.masked_fill(~used[..., None], 0.0).double()  # what is not used may be NaN
+    if pairs.places is not None:
+        a = h.gather(1, pairs.places[..., None].expand(-1, -1, h.shape[-1]))
+    else:
+        assert constants is not None
+        a = constants.detach().to(layer.device).double().expand(h.shape[0], -1, -1)
+    norms = (h * h).sum(dim=-1)[..., None].clamp(min=1e-24), (a * a).sum(dim=-1)[:, None].clamp(min=1e-24)
+    dot = h @ a.mT
+    return ((dot / norms[0]) * (dot / norms[1])).masked_fill(~among, 0.0)
+
+
+def pair_sums(layers: Sequence[Tensor], pairs: Pairs, margin: float) -> Tensor:
+    """:func:`decorrelation_sums` over ``pairs``: (L,), of every layer the sum of max(cos^2 - margin, 0)."""
+    sums = []
+    for index, layer in enumerate(layers):
+        cos2 = squared_cosines(layer, pairs, pairs.counts, None if pairs.states is None else pairs.states[index])
+        sums.append((cos2 - margin).clamp(min=0.0).sum().to(torch.promote_types(layer.dtype, torch.float32)))
+    return torch.stack(sums)
+
+
+def mean_squared_cosines(layer: Tensor, pairs: Pairs, constants: Tensor | None) -> Tensor:
+    """(B, S) float32 without a graph: of every valid token cos^2 with the anchors of its row or sequence, the mean over
+    them, itself included where it is one (1); 0 at padding and without anchors."""
+    total = squared_cosines(layer.detach(), pairs, pairs.own, constants).sum(dim=-1)
+    return (total / pairs.own.sum(dim=-1).clamp(min=1)).float()
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:

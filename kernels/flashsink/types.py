@@ -51,6 +51,13 @@ class SinkStats:
         if release is not None:
             release()
 
+    def of_first(self, tokens: int) -> SinkStats:
+        """The statistics of the first ``tokens`` keys, of which there may be more."""
+        received = self._received
+        if not isinstance(received, Tensor) or received.shape[-1] == tokens:
+            return self
+        return SinkStats(received[..., :tokens], self.queries[..., :tokens], self.lse)
+
     @property
     def mean_received(self) -> Tensor:
         """(B, H, Sk) float32: ``received`` divided by the number of counted queries; 0 where there are none."""
@@ -137,6 +144,25 @@ def narrowed(pattern: Pattern | None, tokens: int) -> Pattern | None:
     window, chunk = (None if x is None or x >= tokens else x for x in (pattern.window, pattern.chunk))
     pattern = pattern._replace(window=window, chunk=chunk)
     return pattern if pattern.named() else None
+
+
+class Pairs(NamedTuple):
+    """The anchors of every row and the tokens whose cosine with them the decorrelation loss squares.
+
+    Attributes:
+        own: (B, S, M) bool, whether an anchor is one of the token's own row or packed sequence.
+        counts: (B, S, M) bool, the pairs of a token and an anchor that count in the loss.
+        places: (B, M) int64, the anchors' positions; without meaning where no token is paired. None with ``states``.
+        states: (L, M, C), anchors that are constants of every layer, or None.
+    """
+
+    own: Tensor
+    counts: Tensor
+    places: Tensor | None
+    states: Tensor | None
+
+    def to(self, device: torch.device) -> Pairs:
+        return Pairs(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
 class Layout(NamedTuple):

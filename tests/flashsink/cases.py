@@ -86,7 +86,7 @@ class Backend:
                 monkeypatch.setattr(short, "LONGEST", -1)
             if self.cut:
                 monkeypatch.setattr(tiled, "TILE", 7)
-                monkeypatch.setattr(tiled, "PRODUCTS", 3000)
+                monkeypatch.setattr(tiled, "PRODUCTS", 1000)
             if self.level is not None:
                 if native.library().flashsink_limit_isa(self.level) != self.level:
                     pytest.skip("this processor does not have these instructions")

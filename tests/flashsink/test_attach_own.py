@@ -130,3 +130,16 @@ def test_attention_that_flashsink_cannot_see_is_said(tiny):
     probe.calibrate([(1, 0)])
     with pytest.raises(ValueError, match=r"calibrate: layers \[1\] have no softmax attention"):
         model(input_ids=ids())
+
+
+@torch.no_grad()
+def test_statistics_with_and_without_a_learned_sink():
+    model = families.build("gpt_oss")
+    model.set_attn_implementation("eager")
+    maps = model(input_ids=ids(), output_attentions=True).attentions  # without the sink's column
+    for learned, rows in ((True, maps), (False, [a / a.sum(-1, keepdim=True) for a in maps])):
+        probe = flashsink.attach(model, learned_sinks=learned)
+        model(input_ids=ids())
+        for stats, a in zip(probe.sinks, rows, strict=True):
+            torch.testing.assert_close(stats.received, a.sum(dim=2), rtol=1e-4, atol=1e-5)
+        probe.detach()

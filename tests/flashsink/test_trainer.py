@@ -526,7 +526,7 @@ def test_an_sft_trainer_packs_as_it_pads(tmp_path, tiny, tokenizer, prompted):
 
 @pytest.mark.integration
 def test_a_compiled_model_is_compiled_twice_for_twenty_lengths(tmp_path, tiny):
-    """Once for the first length, once for all others; evaluation of the same shapes adds its own."""
+    """Once for the first length, once for all others."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     dataset = [
@@ -535,7 +535,7 @@ def test_a_compiled_model_is_compiled_twice_for_twenty_lengths(tmp_path, tiny):
     ]
     found = []
     for compiled in (False, True):
-        model = tiny("llama")
+        model = tiny("llama", num_hidden_layers=2)
         given = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
         given |= {"per_device_train_batch_size": 1, "max_steps": 20, "logging_steps": 5, "learning_rate": 1e-3}
         trainer = trainers.make(tmp_path, model, dataset=dataset, **given)
@@ -695,6 +695,10 @@ def test_setups_that_split_sequences_or_models_are_refused(tmp_path, tiny, monke
                 flashsink.hf.SinkCallback(trainer)
     with pytest.raises(ValueError, match="gradient_norm_steps: expected 0 with torch_compile, got 3"):
         trainers.make(tmp_path, model, sink={"gradient_norm_steps": 3}, torch_compile=True)
+    trainer.gradient_norm_steps = 3
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match="gradient_norm_steps: expected 0 with DeepSpeed, got 3"):
+        trainer_module._check_setup(trainer)
     prompted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(
         ValueError, match="model: expected PEFT without additional tokens, got prompt learning in adapter"
@@ -709,6 +713,7 @@ class Split:
     cp_enabled = True
 
 
+@pytest.mark.integration
 def test_names_are_imported_when_they_are_asked_for():
     from transformers import TrainerCallback
 

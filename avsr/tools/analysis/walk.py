@@ -19,7 +19,7 @@ from avsr.tools.analysis.subject import Subject
 if TYPE_CHECKING:
     from avsr.models.rows import Assembled
 
-_NAME, _TAP = "avsr_tapped", "_avsr_tap"
+_TAP = "_avsr_tap"
 _OUTPUTS = {"output": "", "attention": "self_attn", "mlp": "mlp", "gate": "mlp.gate_proj", "up": "mlp.up_proj"}
 _INPUTS = {"input": "", "product": "mlp.down_proj"}
 
@@ -108,29 +108,26 @@ def _at_output(see: Callable[[Tensor], Any], module: Any, args: Any, output: Any
 
 @contextmanager
 def _tapped_attention(decoder: Any, layers: dict[int, Any], see: Callable[[int, QKV], Any]) -> Iterator[None]:
-    """Puts ``see`` before the attention function that is in force."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    """Puts ``see`` before the attention function that is in force, under its name: the model keeps its
+    implementation."""
+    from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = decoder.config._attn_implementation
-    AttentionInterface.register(_NAME, _attend)
-    AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[before])  # or there would be no mask
-    for number, layer in enumerate(decoder.layers):
-        own = functools.partial(see, number) if number in layers else None
-        setattr(layer.self_attn, _TAP, (own, ALL_ATTENTION_FUNCTIONS[before]))
-    decoder.set_attn_implementation(_NAME)
+    name = decoder.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS[name]
+    for number, layer in layers.items():
+        setattr(layer.self_attn, _TAP, functools.partial(see, number))
+    AttentionInterface.register(name, functools.partial(_attend, attention))
     try:
         yield
     finally:
-        decoder.set_attn_implementation(before)
-        for layer in decoder.layers:
+        AttentionInterface.register(name, attention)
+        for layer in layers.values():
             delattr(layer.self_attn, _TAP)
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
-    see, attention = getattr(module, _TAP)
-    scaling = options.get("scaling")
+def _attend(attention: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    see, scaling = getattr(module, _TAP, None), options.get("scaling")
     if see is not None:
         see(QKV(q, k, v, q.shape[-1] ** -0.5 if scaling is None else float(scaling)))
     return attention(module, q, k, v, mask, **options)

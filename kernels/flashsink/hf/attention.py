@@ -171,12 +171,16 @@ def _elsewhere(
     """Attention that is not observed: to other states (cross-attention), or of an encoder that shares the config."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if any(arguments.get(name) is not None for name in ("s_aux", "softcap")):  # torch's attention has none
+    if _was_eager(module) or any(arguments.get(name) is not None for name in ("s_aux", "softcap")):
         return own.eager(module, q, k, v, mask, arguments)
     if masks.is_encoded(mask):
         layout, _ = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
         mask = reference.visible(layout, q.shape[2], True)
     return sdpa_attention_forward(module, q, k, v, mask, **arguments)
+
+
+def _was_eager(module: nn.Module) -> bool:
+    return masks.before.get(id(getattr(module, "config", None))) == "eager"
 
 
 def _read(
@@ -195,16 +199,22 @@ def _read(
         k, v = k[:, :, :queries], v[:, :, :queries]  # the rest of a static cache
         return Call(q, k, v, layout, causal=True, query_starts=first, encoded=True, **terms)
     if mask is None:
-        causal = (not everything if causal is None else bool(causal)) and queries > 1
+        # eager attention knows masks only
+        causal = (not everything if causal is None else bool(causal)) and queries > 1 and not _was_eager(module)
         if causal and queries < keys:  # as torch's attention takes it: the first positions
             k, v = k[:, :, :queries], v[:, :, :queries]
         return Call(q, k, v, masks.layout_of_mask(None, rows, k.shape[2], q.device), causal=causal, **terms)
-    fits = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] in (1, queries)
-    if not fits or mask.shape[3] < min(queries, keys):
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 4
+        or mask.shape[2] not in (1, queries)
+        or mask.shape[3] not in (1, keys)
+    ):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected ({rows}, 1, {queries}, {keys}), got {got}{_ELSE}")
-    seen = _seen(mask.to(q.device), record)[..., :keys].expand(-1, -1, queries, -1)
-    k, v = k[:, :, : seen.shape[-1]], v[:, :, : seen.shape[-1]]
+    seen = _seen(mask.to(q.device), record).expand(-1, -1, queries, keys)
+    if record is not None and queries < keys and check_values(q.device) and not bool(seen[..., queries:].any()):
+        seen, k, v = seen[..., :queries], k[:, :, :queries], v[:, :, :queries]  # the rest is of a static cache
     layout = masks.layout_of_mask(None, rows, k.shape[2], q.device)
     pattern = None if check_values(seen.device) and bool(seen.all()) else Pattern(mask=seen)
     return Call(q, k, v, layout, causal=False, pattern=pattern, **terms)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,11 @@ _HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
 
-class Asking(NamedTuple):
+Doubts = list[tuple[Tensor, str]]  # (bool: this must not be, why)
+
+
+@dataclass
+class Asking:
     """Who asks for masks: the attached decoder that this thread runs.
 
     Attributes:
@@ -45,13 +50,23 @@ class Asking(NamedTuple):
     validate: bool
 
 
+class Made(NamedTuple):
+    """A mask that was made before its decoder was called."""
+
+    mask: Tensor
+    layout: Layout
+    plain: bool  # no more than causal
+    doubts: Doubts
+
+
 class _Here(threading.local):
     def __init__(self) -> None:
         self.asking: Asking | None = None
-        self.made: list[tuple[Tensor, Layout]] = []  # masks that no decoder has got yet
+        self.made: list[Made] = []
 
 
 here = _Here()
+before: dict[int, str] = {}  # by the id of an attached model's config, the implementation that it named before
 
 
 def layout_of_mask(
@@ -60,13 +75,13 @@ def layout_of_mask(
     tokens: int,
     device: torch.device,
     validate: bool = False,
-    record: Record | None = None,
+    doubts: Doubts | None = None,
 ) -> Layout:
     """A 2-D padding mask (B, S), 1 = valid, as a layout.
 
     Raises:
-        ValueError: another shape, or valid tokens with a gap between them. Where values are not checked the gap is a
-            doubt of ``record``.
+        ValueError: another shape, or valid tokens with a gap between them; where values are not checked that is added
+            to ``doubts``.
     """
     if mask is None:
         start = torch.zeros(rows, dtype=torch.long, device=device)
@@ -77,16 +92,16 @@ def layout_of_mask(
     length = keep.sum(dim=1)
     start = torch.where(length > 0, keep.int().argmax(dim=1), 0)
     layout = Layout(start, length, rows, tokens, False)
-    _require(layout.valid() == keep, _HOLES, validate, record)
+    _require(layout.valid() == keep, _HOLES, validate, doubts)
     return layout
 
 
-def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, record: Record | None = None) -> Layout:
+def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, doubts: Doubts) -> Layout:
     """The layout that a 4-D mask of a full forward describes, boolean or additive: causal attention with padding or,
     in a single row, over packed sequences.
 
     Raises:
-        ValueError: it is another pattern. Where values are not checked that is a doubt of ``record``.
+        ValueError: it is another pattern; where values are not checked that is added to ``doubts``.
     """
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attention_mask: expected a bool or floating 4-D mask, got {mask.dtype}")
@@ -95,29 +110,32 @@ def layout_of_pattern(mask: Tensor, rows: int, tokens: int, validate: bool, reco
         raise ValueError(f"attention_mask: expected ({rows}, 1, {tokens}, {tokens}), got {tuple(mask.shape)}")
     seen = seen.expand(rows, -1, -1, -1)
     checked = check_values(mask.device, validate)
-    if checked and rows == 1:
-        alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
-        packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
-        if bool((reference.visible(packed, tokens, True) == seen).all()):
-            return (
-                packed._replace(packed=True) if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
-            )
-    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, record)
+    packed = _blocks(seen) if checked and rows == 1 else None
+    if packed is not None:
+        return packed if len(packed.starts) > 1 else layout_of_mask(None, 1, tokens, mask.device)
+    layout = layout_of_mask(seen[:, 0, tokens - 1], rows, tokens, mask.device, validate, doubts)
     valid = layout.valid()
     # what padded queries see does not matter, but padding sees no padding unless it sees all
     apart = ~(seen & ~valid[:, None, None, :]).any(dim=-1) | seen.all(dim=-1)
     equal = (reference.visible(layout, tokens, True) == seen) | ~valid[:, None, :, None]
     equal = equal & (apart | valid[:, None])[..., None]
-    _require(equal, "attention_mask: expected causal attention with padding, got another 4-D pattern", validate, record)
+    _require(equal, "attention_mask: expected causal attention with padding, got another 4-D pattern", validate, doubts)
     return layout
 
 
-def _require(holds: Tensor, why: str, validate: bool, record: Record | None) -> None:
+def _require(holds: Tensor, why: str, validate: bool, doubts: Doubts | None) -> None:
     if check_values(holds.device, validate):
         if not bool(holds.all()):
             raise ValueError(why)
-    elif record is not None:
-        record.doubts.append((~holds.all(), why))
+    elif doubts is not None:
+        doubts.append((~holds.all(), why))
+
+
+def _blocks(seen: Tensor) -> Layout | None:
+    """The packed layout of a row in which (1, 1, S, S) is causal attention within sequences, or None."""
+    alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
+    packed = _packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
+    return packed if bool((reference.visible(packed, seen.shape[-1], True) == seen).all()) else None
 
 
 def _packed(sequence: Tensor) -> Layout:
@@ -159,93 +177,85 @@ def is_packed(mask: Any) -> bool:
 # ---- the mask function
 
 
-def make_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Any,
-    attention_mask: Tensor | None,
-    device: torch.device,
-    config: Any = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    allow_is_causal_skip: bool = True,
-    dtype: torch.dtype = torch.float32,
-    **_: Any,
-) -> Tensor:
+def make_mask(**given: Any) -> Tensor | None:
     """Called by transformers, or a model's code through it, for every kind of mask that a forward needs; by generate
-    and multimodal models before they call the decoder."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+    and multimodal models before they call the decoder, which then get what they got before the model was attached."""
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    asking = here.asking if here.asking is not None and any(config is own for own in here.asking.configs) else None
-    record = None if asking is None else asking.record
-    make = functools.partial(  # the model's mask as transformers makes it, (B, 1, Sq, Sk) bool, never left out
-        sdpa_mask,
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
-    wants = asking is not None and asking.additive
-    if (asking is not None and record is None) or not _at_start(q_offset, kv_offset, q_length, kv_length):
-        return additive(make(), dtype) if wants else make()  # a step of decoding
-    if mask_function is bidirectional_mask_function and q_length != kv_length:
-        return make()  # of cross-attention
-    validate = asking is not None and asking.validate
-    within = local_size is None or local_size >= q_length
-    plain, sequence = _is_plain(mask_function, within and not use_vmap)
-    if plain and mask_function is not causal_mask_function and record is not None:
-        _doubt_positions(record)
-    if sequence is not None and bool((sequence != sequence[:, :1]).any()):
-        if batch_size != 1:
-            raise ValueError(f"position_ids: expected packed sequences in a single row, got {batch_size} rows")
-        layout = _packed(sequence[0])
-    else:
-        layout = layout_of_mask(attention_mask, batch_size, q_length, device, validate, record)
-    first = None
-    if asking is not None and record is not None:
-        record.settle(layout, validate)
-        first = record.query_starts(asking.queries)
-    read = mask_function is causal_mask_function and not allow_is_causal_skip  # by a layer, before attention gets it
-    if read or wants or _read_by_layers(config):
-        return additive(make(), dtype) if wants else make()
+    function, queries, keys = given["mask_function"], given["q_length"], given["kv_length"]
+    asking, config = here.asking, given.get("config")
+    if asking is None or not _among(config, asking.configs):
+        make = eager_mask if before.get(id(config)) == "eager" else sdpa_mask
+        mask: Tensor | None = make(**given)
+        if isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
+            doubts: Doubts = []
+            here.made.append(Made(mask, *_layout(given, False, doubts, None), doubts))
+        return mask
+    make = eager_mask if asking.additive else sdpa_mask  # never left out
+    whole = functools.partial(make, **given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    everything = _sees_all(function)
+    if asking.record is None or not _at_start(given) or (everything and queries != keys):
+        return whole()  # a step of decoding, or cross-attention
+    layout, plain = _layout(given, asking.validate, asking.record.doubts, asking.record)
+    asking.record.settle(layout, asking.validate)
+    asking.record.anchored = asking.record.anchored and not everything
+    if asking.additive or everything or _read_by_layers(given):
+        return whole()  # what an encoder's padding sees is left, since it may be read later
+    first = asking.record.query_starts(asking.queries)
     if plain:
         return encode(layout, first)
-    if mask_function is bidirectional_mask_function:  # of an encoder, which may read its padding later
-        mask = make()
-        if record is None:
-            here.made.append((mask, layout))
-        return mask
-    mask, valid = make()[..., :q_length], layout.valid()[:, None, :, None]  # what a padded query sees does not matter
-    if check_values(device, validate):
-        causal = reference.visible(layout, q_length, True)
-        if bool(((causal == mask) | ~valid).all()):  # as a window longer than the rows, and images where there are none
+    mask, valid = whole(), layout.valid()[:, None, :, None]  # what a padded query sees does not matter
+    if check_values(mask.device, asking.validate):
+        equal = reference.visible(layout, queries, True) == mask[..., :queries]
+        if bool((equal | ~valid).all()):  # as a window longer than the rows, and images where there are none
             return encode(layout, first)
-    mask = mask & valid
-    if record is None:
-        here.made.append((mask, layout))
-    return mask
+    return mask & valid
+
+
+def _among(config: Any, configs: list[Any]) -> bool:
+    for own in configs:  # noqa: SIM110 - dynamo cannot trace a generator here
+        if config is own:
+            return True
+    return False
+
+
+def _layout(given: dict[str, Any], validate: bool, doubts: Doubts, record: Record | None) -> tuple[Layout, bool]:
+    """(the rows' layout, whether the mask is no more than causal) of a mask that is asked for.
+
+    Raises:
+        ValueError: the mask has holes, or there are several rows of packed sequences.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    function, rows, queries = given["mask_function"], given["batch_size"], given["q_length"]
+    local = given.get("local_size")
+    plain, sequence = _is_plain(function, not given.get("use_vmap") and (local is None or local >= queries))
+    if plain and function is not causal_mask_function and record is not None:
+        _doubt_positions(record)
+    if sequence is not None and bool((sequence != sequence[:, :1]).any()):
+        if rows != 1:
+            raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
+        return _packed(sequence[0]), plain
+    return layout_of_mask(given["attention_mask"], rows, queries, given["device"], validate, doubts), plain
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _read_by_layers(config: Any) -> bool:
-    """Indexers of sparse attention read the mask, and layers that add terms to it."""
-    return str(getattr(config, "model_type", "")).startswith(_READ_BY_LAYERS) or bool(
-        getattr(config, "index_topk", None)
-    )
+def _read_by_layers(given: dict[str, Any]) -> bool:
+    """Whether layers read the mask: indexers of sparse attention, layers that add terms to it, and those that ask for
+    a causal mask in any case."""
+    from transformers.masking_utils import causal_mask_function
+
+    asked = given["mask_function"] is causal_mask_function and not given.get("allow_is_causal_skip", True)
+    return asked or reads(given["config"])
+
+
+def reads(config: Any) -> bool:
+    """Whether the model's layers read the mask before attention does."""
+    named = str(getattr(config, "model_type", "")).startswith(_READ_BY_LAYERS)
+    return named or bool(getattr(config, "index_topk", None))
 
 
 def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) -> None:
@@ -262,7 +272,15 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
     (rows, tokens), device, mask = states.shape[:2], states.device, record.padding
     if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
         raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
-    layout = layout_of_mask(mask, rows, tokens, device, validate, record)
+    if seen is not None and rows == 1 and record.padding is None and check_values(device, validate):
+        packed = _blocks(seen)
+        if packed is not None and len(packed.starts) > 1:
+            record.settle(packed, validate)
+            return
+    if mask is None and seen is not None:  # keys that no query sees are padding
+        mask = seen.any(dim=-2)[:, 0].expand(rows, -1)
+        mask = None if check_values(device, validate) and bool(mask.all()) else mask
+    layout = layout_of_mask(mask, rows, tokens, device, validate, record.doubts)
     positions = record.positions if record.packs else None
     if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:
         from transformers.masking_utils import find_packed_sequence_indices
@@ -299,30 +317,34 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
         if is_encoded(own):
             record.settle(decode(own, rows, tokens)[0], asking.validate)
         else:
-            layout = next((layout for made, layout in here.made if made is own), None)
-            if layout is None:
-                layout = layout_of_pattern(own, rows, tokens, asking.validate, record)
-            record.settle(layout, asking.validate)
-    if not known or not asking.configs or any(_read_by_layers(config) for config in asking.configs):
+            made = next((made for made in here.made if made.mask is own), None)
+            record.doubts += [] if made is None else made.doubts
+            record.settle(
+                layout_of_pattern(own, rows, tokens, asking.validate, record.doubts) if made is None else made.layout,
+                asking.validate,
+            )
+    if not known or not asking.configs or asking.additive or any(reads(config) for config in asking.configs):
         return mask
     layout, _ = record.places
     first = record.query_starts(asking.queries)
 
     def given(own: Any) -> Any:
-        if not isinstance(own, Tensor) or own.dim() != 4 or any(made is own for made, _ in here.made):
+        made = next((made for made in here.made if made.mask is own), None)
+        if not isinstance(own, Tensor) or own.dim() != 4 or (made is not None and not made.plain):
             return own
         return encode(layout, first).to(own.device)
 
     return {kind: given(own) for kind, own in mask.items()} if isinstance(mask, dict) else given(mask)
 
 
-def _at_start(q_offset: Any, kv_offset: Any, queries: int, keys: int) -> bool:
+def _at_start(given: dict[str, Any]) -> bool:
     """Whether the queries are the first positions. Static caches count in tensors, which a compiler cannot read."""
-    if queries > keys or not isinstance(kv_offset, int) or kv_offset != 0:
+    queries, start, other = given["q_length"], given.get("q_offset", 0), given.get("kv_offset", 0)
+    if queries > given["kv_length"] or not isinstance(other, int) or other != 0:
         return False
-    if isinstance(q_offset, Tensor):
-        return queries > 1 and not torch.compiler.is_compiling() and int(q_offset) == 0
-    return int(q_offset) == 0
+    if isinstance(start, Tensor):
+        return queries > 1 and not torch.compiler.is_compiling() and int(start) == 0
+    return int(start) == 0
 
 
 def _is_plain(function: Any, local: bool) -> tuple[bool, Tensor | None]:
@@ -366,6 +388,17 @@ def _is_plain(function: Any, local: bool) -> tuple[bool, Tensor | None]:
         elif part is not causal_mask_function:
             plain = False
     return plain, sequence
+
+
+def _sees_all(function: Any) -> bool:
+    """Whether a mask function is that of an encoder, within a window or not."""
+    from transformers.masking_utils import and_masks, bidirectional_mask_function
+
+    if function is bidirectional_mask_function or torch.compiler.is_compiling():
+        return function is bidirectional_mask_function
+    if getattr(function, "__code__", None) is not and_masks(bidirectional_mask_function).__code__:
+        return False
+    return any(_sees_all(part) for part in function.__closure__[0].cell_contents)
 
 
 def _remapped() -> Any:

@@ -22,6 +22,7 @@ _TOWERS = re.compile(
     r"|\w*tower|\w*projector|qformer|depth_decoder|mtp\w*|dit|\w+_encoder|embed_tokens_extend)(\.|$)"
 )
 _ENCODERS = re.compile(r"(^|\.)encoder(\.|$)")
+PROBE = "_flashsink_probe"  # the attribute of an attached decoder; a copy of the model has one of its own
 _INSIDE = ("thinker",)  # the part of a composite model that is one with a language decoder
 
 

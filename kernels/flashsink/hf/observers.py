@@ -2,7 +2,8 @@
 
 The loss and the largest activations ride along in the norms that read the layers' outputs anyway. Where a layer is
 checkpointed its norms run again in the backward, so there the outputs are read once more at the layers' boundary, all
-layers together; likewise where no norm reads an output or it is not RMSNorm.
+layers together; likewise where no norm reads an output or it is not RMSNorm, and for a loss over other tokens and
+anchors than lengths and BOS.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flashsink.hf import norms
 from flashsink.hf.act import Calibrator
 from flashsink.hf.attention import Call
 from flashsink.hf.records import Forwards, Options, Record
-from flashsink.types import ActivationStats, Layout, SinkStats
+from flashsink.types import ActivationStats, Layout, Pairs, SinkStats
 
 # makes the layout known from what a layer gets or gives, (B, S, ...), and what attention sees
 Settle = Callable[[Record, Tensor, Tensor | None], None]
@@ -55,11 +56,16 @@ class AttentionObserver:
         counted: list[Tensor | None] = []
         if record is not None and recorded:
             first = call.query_starts if call.encoded else record.query_starts(options.queries)
+            if first is not None and options.queries != "all":
+                first = first + (call.layout.tokens - record.places[0].tokens)  # the queries are the last positions
             counted.append(None if options.queries == "all" else first)
         calibrated = self._act.concerns(index)
         if record is not None and live and calibrated:
             counted += self._act.counted(record)
         out, stats = call.run(options.backend, counted)
+        if call.sink_logits is not None and counted and not options.learned_sinks:
+            with torch.no_grad():
+                stats = call._replace(sink_logits=None).run(options.backend, counted)[1]
         if record is not None and live and call.everything and not call.layout.full:
             out = whole.run(options.backend, [])[0]  # an encoder may read its padding later: it is computed too
         if record is not None and live:
@@ -68,7 +74,7 @@ class AttentionObserver:
             record.attended = True
             if recorded:
                 self._once(record, index)
-                record.sinks[index] = stats[0]
+                record.sinks[index] = stats[0].of_first(record.places[0].tokens)
                 if not record.fused:
                     stats[0].wait_for_backward()
             if calibrated:
@@ -146,6 +152,11 @@ class OutputObserver:
         states, mine.states = mine.states, {}
         if states:
             layers = list(states.values())
+            if record.pairs is not None:
+                for index, own in states.items():
+                    pairs = _of_layer(record.pairs, index, own)
+                    record.losses[index] = reference.pair_sums([own], pairs, self._options.margin)[0]
+                return
             layout, spans = record.places
             if any(own.device != layers[0].device for own in layers):  # layers on several devices: each on its own
                 for index, own in states.items():
@@ -176,6 +187,13 @@ class OutputObserver:
             expected = f"({layout.rows}, {layout.tokens}, C)"
             raise ValueError(f"model: expected states {expected} from layer {index}, got {tuple(states.shape)}")
         self._flush(record)
+        if self._options.cosines and record.recorded and index < len(self._readers) - 1:
+            with torch.no_grad():
+                pairs = record.pairs or reference.pairs(layout, record.places[1], None)
+                pairs = _of_layer(pairs, index, states)
+                record.cosines[index] = reference.mean_squared_cosines(
+                    states, pairs, None if pairs.states is None else pairs.states[0]
+                )
         if record.fused and self._patched:
             mine.waiting = Waiting(index, states)
         else:
@@ -221,6 +239,10 @@ class OutputObserver:
         assert form is not None
         mine.waiting = None
         counts = self._counts(index)
+        if counts and record.pairs is not None:  # which only a pass of its own knows
+            counts = False
+            if live:
+                mine.states[index] = states
         if not counts and not (options.activations and record.recorded):
             return plain(states)
         layout, spans = record.places
@@ -242,6 +264,16 @@ class OutputObserver:
         if place not in self._forms and not torch.compiler.is_compiling():
             self._forms[place] = norms.form_of(norm, plain)
         return self._forms.get(place) is not None
+
+
+def _of_layer(pairs: Pairs, index: int, states: Tensor) -> Pairs:
+    """``pairs`` for the output of one layer, where it is."""
+    if pairs.states is not None:
+        if pairs.states.shape[2] != states.shape[2]:
+            got = tuple(pairs.states.shape)
+            raise ValueError(f"anchors: expected (L, C) or (L, n, C) of {states.shape[2]} features, got {got}")
+        pairs = pairs._replace(states=pairs.states[index : index + 1])
+    return pairs.to(states.device)
 
 
 def _on(layout: Layout, device: torch.device) -> Layout:

@@ -9,24 +9,23 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashsink import functional, reference, versions
+from flashsink import functional, versions
 from flashsink.hf import attention as hf_attention
 from flashsink.hf import masks, models, own, report
 from flashsink.hf.act import Calibrator
 from flashsink.hf.nonfinite import Finiteness, FinitenessObserver
 from flashsink.hf.observers import AttentionObserver, OutputObserver, Place
 from flashsink.hf.records import Forwards, Options, Record, in_backward
+from flashsink.hf.spans import Anchors, Selector
 from flashsink.types import ActivationStats, SinkStats
-
-_PROBE = "_flashsink_probe"  # the attribute of an attached decoder; a copy of the model has one of its own
 
 
 class Probe:
@@ -37,20 +36,24 @@ class Probe:
     inside one is refused. L layers, B rows, S tokens.
     """
 
-    def __init__(self, model: nn.Module, options: Options, module: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, module: str | None = None, anchors: Anchors | None = None
+    ) -> None:
         self._options = options
         self._found = models.find(model, module)
         self._parameters = list(inspect.signature(self._found.decoder.forward).parameters)
         self._forwards = Forwards()
+        self._selector = Selector(self._forwards, model, self._found, anchors, options.backend)
         self._act = Calibrator(self._forwards, len(self._found.layers))
         settle = functools.partial(masks.settle, validate=options.validate)
         self._attention = AttentionObserver(self._forwards, options, self._act, settle)
         self._outputs = OutputObserver(self._forwards, options, self._found.readers, settle)
         self._finiteness = FinitenessObserver(self._forwards, settle)
         inner: list[Any] = [own for own in model.modules() if hasattr(own, "can_generate")]
-        self._generates = (
-            any(own.can_generate() for own in inner) and "input_ids" in self._parameters
-        )  # else it is an encoder, without BOS
+        generates = any(own.can_generate() for own in inner) and "input_ids" in self._parameters
+        self._generates = generates and module is None  # else it may be an encoder, without BOS
+        # whether the model makes its masks from position ids
+        self._packs = hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask")
         self._count = -1
         self._previous: list[str] = []  # the implementations that the configs named before
         self._configs: list[Any] = []
@@ -75,16 +78,41 @@ class Probe:
         once more."""
         return sorted(self._last(None).read_by.values())
 
-    @contextmanager
-    def spans(self, spans: Tensor) -> Iterator[None]:
-        """Sets the number of leading prompt tokens of every row, (B,) or packed (N,) integers, for the forwards
-        of this thread inside. Without it every valid token counts."""
-        mine = self._forwards.mine
-        before, mine.spans = mine.spans, spans
-        try:
-            yield
-        finally:
-            mine.spans = before
+    def spans(self, spans: Tensor | None = None, anchors: Anchors | None = None) -> AbstractContextManager[None]:
+        """Inside, the forwards of this thread count these tokens in the loss, against these anchors.
+
+        Args:
+            spans: (B,) or packed (N,) integers, the number of leading prompt tokens of every row; or a mask (B, S) bool
+                of the tokens that count, none of them padding. Default: what :meth:`segments` says, else every valid
+                token. What comes after the last of them is after the span, for ACT and ``queries="after_span"``.
+            anchors: (B, n) integers, positions 0..S-1 in the row (packed (1, n), each for its own sequence), -1 for
+                none; (L, C) or (L, n, C) floating, constants of the L layers; or token ids and names of segments, one
+                or a list. Default: those of :meth:`segments`, else of :func:`attach`, else BOS.
+                :func:`flashsink.decorrelation_loss` says what is then counted.
+        """
+        return self._selector.spans(spans, anchors)
+
+    def segments(self, ids: Mapping[str, int | Sequence[int]] | None, anchors: Anchors | None = None) -> None:
+        """Counts tokens by their ids, from the next forward on and in all threads; None switches it off.
+
+        It stays, as the ids of a model do; :meth:`spans` inside says otherwise. The ids are those that the decoder, or
+        the model around it, gets as ``input_ids``: a forward without raises ValueError. A row that has none of them
+        counts nothing, nor does one without an anchor; a batch without is logged once. Padding never counts.
+
+        Args:
+            ids: the token id, or list of ids, of every segment, such as ``{"audio": 151646, "prompt": [5, 7]}``.
+            anchors: as in :meth:`spans`, but no positions. A segment that is named here is anchor alone: its own tokens
+                do not count.
+
+        Raises:
+            ValueError: no ids, an unknown name, or no segment but anchors.
+        """
+        self._selector.segments(ids, anchors)
+
+    @property
+    def segment_masks(self) -> dict[str, Tensor]:
+        """(B, S) bool of every segment in the last full forward; empty where none were asked for."""
+        return self._last(None).segment_masks
 
     @property
     def decorrelation_loss(self) -> Tensor:
@@ -92,20 +120,20 @@ class Probe:
 
         Layers 1..L-1 count; exactly 0 (with zero gradient) when no token does.
         """
-        record = self._last("decorrelation")
-        if not record.losses:
-            raise RuntimeError("decorrelation_loss: expected a model of two layers or more that run, got one")
-        if not record.anchored and not self._generates:
-            raise RuntimeError("decorrelation_loss: attention is not causal, so the first token is no BOS")
-        parts = [record.losses[i].to(torch.float32) for i in sorted(record.losses)]
-        spans = record.places[1].to(parts[0].device)
-        total = torch.stack([part.to(parts[0].device) for part in parts]).mean()
-        return record.poison(total / reference.decorrelation_count(spans).clamp(min=1))
+        return self._last("decorrelation").loss(self._generates)
 
     @property
     def decorrelation_count(self) -> Tensor:
-        """int64 scalar: tokens that count in :attr:`decorrelation_loss`, for averages over batches."""
-        return reference.decorrelation_count(self._last("decorrelation").places[1])
+        """int64 scalar: what :attr:`decorrelation_loss` is a mean over, for averages over batches: its tokens, or with
+        several anchors the pairs of a token and an anchor."""
+        return self._last("decorrelation").count
+
+    @property
+    def cosines(self) -> Tensor:
+        """(L-1, B, S) float32 without a graph, with ``attach(..., cosines=True)``: cos^2 of every valid token with its
+        anchors in the outputs of layers 1..L-1, the mean over its anchors; exactly 0 at padding. An anchor has 1 with
+        itself."""
+        return self._last("cosines").stacked_cosines(self._generates)
 
     @property
     def sinks(self) -> list[SinkStats]:
@@ -160,9 +188,9 @@ class Probe:
         Returns:
             One dict for each: ``layer``, ``row``, ``token`` (from 0, padding counted), ``kind`` ("BOS" or "token"),
             ``sink_rate``, ``mean_received`` (over heads), ``max_abs`` and ``feature`` of the largest activation,
-            ``ratio`` of it to the median. None: not recorded, or not a finite number.
+            ``ratio`` of it to the median, ``cos2`` to the anchors. None: not recorded, or not a finite number.
         """
-        return report.tokens(*report.seen(self, self._options, self._last(None)), eps, min_queries)
+        return report.tokens(report.seen(self, self._options, self._last(None)), eps, min_queries)
 
     def plot(self, path: str | Path | None = None, *, row: int = 0) -> Any:
         """A ``matplotlib.figure.Figure`` of one row: received attention and largest activation by layer (down) and
@@ -172,7 +200,7 @@ class Probe:
             ImportError: matplotlib is not installed.
             ValueError: another kind of file, or no such row.
         """
-        return report.picture(*report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
+        return report.picture(report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
 
     @property
     def first_nonfinite(self) -> tuple[int, str, tuple[int, int], int, float] | None:
@@ -212,12 +240,14 @@ class Probe:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        if getattr(self._found.decoder, _PROBE, None) is self:
-            delattr(self._found.decoder, _PROBE)
+        self._selector.detach()
+        if getattr(self._found.decoder, models.PROBE, None) is self:
+            delattr(self._found.decoder, models.PROBE)
             for modules in self._found.attentions:
                 for module in modules:
                     delattr(module, hf_attention.MARK)
         for config, previous in zip(self._configs, self._previous, strict=True):
+            masks.before.pop(id(config), None)
             if config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
                 config._attn_implementation_internal = previous
         self._configs, self._previous = [], []
@@ -226,13 +256,13 @@ class Probe:
 
     def _install(self) -> None:
         found, options = self._found, self._options
-        if getattr(found.decoder, _PROBE, None) is not None:
+        if getattr(found.decoder, models.PROBE, None) is not None:
             raise ValueError("model: a probe is attached already; detach it first")
-        setattr(found.decoder, _PROBE, self)
+        setattr(found.decoder, models.PROBE, self)
         for index, modules in enumerate(found.attentions):
             for module in modules:
                 setattr(module, hf_attention.MARK, Place(self._attention, index))
-        if options.decorrelation or options.activations:
+        if options.decorrelation or options.activations or options.cosines:
             self._undo += self._outputs.install(found.layers)
         self._undo += self._finiteness.install(found.layers) if options.nonfinite else []
         self._undo.append(found.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -243,6 +273,7 @@ class Probe:
             hf_attention.register()
             self._configs = found.configs
             self._previous = [config._attn_implementation for config in self._configs]
+            masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
 
@@ -279,22 +310,23 @@ class Probe:
         if origin is None:
             self._count = (self._count + 1) % self._options.stats_every
         mask, positions = given.get("attention_mask"), given.get("position_ids")
+        # whether layers run again in the backward
+        again = module.training and any(getattr(own, "gradient_checkpointing", False) for own in self._found.layers)
         record = Record(
             recorded=self._count == 0 if origin is None else origin.recorded,
             trained=torch.is_grad_enabled(),
-            fused=not any(
-                module.training and getattr(layer, "gradient_checkpointing", False) for layer in self._found.layers
-            ),
-            given=mine.spans if origin is None else origin.given,
+            fused=not again,
+            given=self._selector.given(given.get("input_ids")) if origin is None else origin.given,
             calibration=self._act.calibration,
             finiteness=Finiteness(),
+            layers=len(self._found.layers),
             padding=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             positions=positions if isinstance(positions, Tensor) else None,
-            packs=hasattr(sys.modules.get(type(self._found.decoder).__module__), "create_causal_mask"),
-            cached=past is not None or self._caches(given.get("use_cache")),
+            packs=self._packs,
+            cached=past is not None or (not again and self._caches(given.get("use_cache"))),
         )
         self._forwards.keep(record)
-        masks.here.asking = asking._replace(record=record)
+        asking.record = record
         inputs = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
         if not isinstance(inputs, Tensor):
             return None
@@ -309,10 +341,8 @@ class Probe:
 
     def _caches(self, asked: Any) -> bool:
         """Whether the decoder makes itself a cache, with which transformers packs no rows."""
-        decoder = self._found.decoder
-        if "past_key_values" not in self._parameters or (decoder.training and decoder.is_gradient_checkpointing):
-            return False
-        return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
+        usual = getattr(self._found.decoder.config, "use_cache", False)
+        return "past_key_values" in self._parameters and bool(usual if asked is None else asked)
 
     def _check_implementation(self) -> None:
         for config in self._configs:
@@ -355,8 +385,11 @@ def attach(
     queries: str = "all",
     validate: bool = False,
     backend: str | None = None,
+    learned_sinks: bool = True,
     module: str | None = None,
     nonfinite: bool = False,
+    cosines: bool = False,
+    anchors: Anchors | None = None,
 ) -> Probe:
     """Observes a Hugging Face model: a decoder, an encoder, or the language decoder of a composite model, PEFT-wrapped
     or not.
@@ -377,9 +410,13 @@ def attach(
         queries: "all", or "after_span": sinks count only the queries after the span (the text tokens).
         validate: check masks and spans on CUDA too, at the cost of a synchronization.
         backend: a name of :func:`flashsink.backends`, or None for the table's choice.
+        learned_sinks: where the softmax has a learned sink (GPT-OSS), what it takes is missing from what the keys
+            receive; False leaves it out of the statistics, whose rows then sum to 1 (a second pass).
         module: the name of the submodule to observe instead of the language decoder, such as "audio_tower".
         nonfinite: record :attr:`Probe.first_nonfinite`: a read of what every submodule of a layer gives, and a layer's
             states kept until its end.
+        cosines: record :attr:`Probe.cosines`.
+        anchors: of the loss, token ids or constants of the layers as in :meth:`Probe.spans`; default BOS.
 
     Returns:
         The :class:`Probe`; ``probe.detach()`` undoes everything.
@@ -394,6 +431,9 @@ def attach(
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
     options = Options(
-        attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend, nonfinite
+        *(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend),
+        learned_sinks=learned_sinks,
+        cosines=cosines,
+        nonfinite=nonfinite,
     )
-    return Probe(model, options, module)
+    return Probe(model, options, module, anchors)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink import checks
+from flashsink import reference
 from flashsink.hf.nonfinite import Finiteness
-from flashsink.types import ActivationStats, Layout, SinkStats
+from flashsink.hf.spans import Choice, Given
+from flashsink.types import ActivationStats, Layout, Pairs, SinkStats
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Options:
     queries: str
     validate: bool
     backend: str | None
-    nonfinite: bool = False
+    learned_sinks: bool
+    cosines: bool
+    nonfinite: bool
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,18 @@ class Record:
     recorded: bool  # whether sinks and activations are
     trained: bool  # whether a backward may follow
     fused: bool  # whether norms may observe the layers' outputs
-    given: Tensor | None  # the spans that were set
+    given: Given | None  # the spans and anchors that were set
     calibration: Calibration | None
     finiteness: Finiteness
+    layers: int
     layout: Layout | None = None
     spans: Tensor | None = None
+    pairs: Pairs | None = None  # of the loss, where it counts other tokens or anchors than lengths and BOS say
     calm: dict[int, Tensor] = field(default_factory=dict)  # the sinks that ACT scales, by layer
     sinks: dict[int, SinkStats] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     activations: dict[int, ActivationStats] = field(default_factory=dict)
+    cosines: dict[int, Tensor] = field(default_factory=dict)
     read_by: dict[int, int] = field(default_factory=dict)  # norm -> the layer whose output it observed
     ran: set[int] = field(default_factory=set)  # layers
     padding: Tensor | None = None  # the 2-D mask of the call
@@ -78,7 +84,7 @@ class Record:
             return
         self.spans = layout.lengths
         if self.given is not None:
-            self.spans = checks.check_spans(self.given.to(layout.lengths.device), layout, validate)
+            self.spans, self.pairs = self.given.settle(layout, self.layers, validate)
         self.layout = layout
 
     @property
@@ -88,6 +94,45 @@ class Record:
             raise RuntimeError("model: a layer ran before the decoder said which tokens are valid")
         return self.layout, self.spans
 
+    @property
+    def count(self) -> Tensor:
+        """int64 scalar: what the loss is a mean over."""
+        return reference.decorrelation_count(self.places[1]) if self.pairs is None else self.pairs.counts.sum()
+
+    def loss(self, generates: bool) -> Tensor:
+        """The decorrelation loss; ``generates``: whether the model has a BOS however it attends.
+
+        Raises:
+            RuntimeError: no layer counts, or no anchor is known.
+        """
+        if not self.losses:
+            raise RuntimeError("decorrelation_loss: expected a model of two layers or more that run, got one")
+        self._require_anchor("decorrelation_loss", generates)
+        parts = [self.losses[i].to(torch.float32) for i in sorted(self.losses)]
+        total = torch.stack([part.to(parts[0].device) for part in parts]).mean()
+        return self.poison(total / self.count.to(total.device).clamp(min=1))
+
+    def stacked_cosines(self, generates: bool) -> Tensor:
+        """(L-1, B, S) float32; errors as :meth:`loss` and :meth:`check` have them."""
+        self.check()
+        self._require_anchor("cosines", generates)
+        parts = [self.cosines[i] for i in sorted(self.cosines)]
+        if not parts or len(parts) < self.layers - 1:
+            raise RuntimeError("cosines: expected two layers or more that run, in a forward that stats_every records")
+        return torch.stack([part.to(parts[0].device) for part in parts])
+
+    def _require_anchor(self, name: str, generates: bool) -> None:
+        named = self.given is not None and self.given.names_anchors
+        if not named and not self.anchored and not generates:
+            raise RuntimeError(f"{name}: attention is not causal, so the first token is no BOS; expected anchors=")
+
+    @property
+    def segment_masks(self) -> dict[str, Tensor]:
+        """(B, S) bool of the valid tokens of every segment."""
+        valid = self.places[0].valid()
+        masks = {} if self.given is None else self.given.masks
+        return {name: mask.to(valid.device) & valid for name, mask in masks.items()}
+
     def query_starts(self, queries: str) -> Tensor | None:
         """The positions from which queries count, or None for all."""
         layout, spans = self.places
@@ -96,7 +141,7 @@ class Record:
     @property
     def span_ends(self) -> Tensor | None:
         """The first positions after the spans that were set, one a row or packed sequence."""
-        if self.given is None:
+        if self.given is None or self.given.spans is None:
             return None
         layout, spans = self.places
         return layout.starts + spans
@@ -120,7 +165,8 @@ class _Mine(threading.local):
     """What each thread that runs the model keeps to itself. A copy of the model starts without."""
 
     def __init__(self) -> None:
-        self.spans: Tensor | None = None
+        self.spans: Choice | None = None
+        self.ids: list[tuple[Any, Tensor | None]] = []  # of the modules around the decoder that run, outermost first
         self.current: Record | None = None  # its last full forward
         self.before: Record | None = None  # what to restore when a checkpoint's recomputation ends
         self.again = False  # whether such a recomputation is running

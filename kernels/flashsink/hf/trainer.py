@@ -90,6 +90,13 @@ class SinkTrainerMixin(_Trainer):
         options = {"margin": decorrelation_margin, **(attach_options or {})}
         if not options.setdefault("decorrelation", True):
             raise ValueError("attach_options: expected decorrelation=True; SinkCallback logs without the loss")
+        anchors = options.get("anchors")
+        if anchors is not None and not (
+            isinstance(anchors, Tensor) and anchors.is_floating_point() and anchors.dim() == 2
+        ):
+            raise ValueError(
+                "attach_options: expected anchors (L, C), one pair a token, which is what batches are counted by"
+            )
         self.decorrelation_weight, self.decorrelation_spans = float(decorrelation_weight), spans
         self.gradient_norm_steps, self._sink_options = int(gradient_norm_steps), options
         self._probe: Probe | None = None

@@ -22,7 +22,7 @@ def planted():
     model = toy_model()
     batch = torch.randint(2, 64, (ROWS, TOKENS))
     batch[:, 0], batch[:, PLACE] = BOS, DELIMITER
-    probe = flashsink.attach(model, median=True)
+    probe = flashsink.attach(model, median=True, cosines=True)
     with torch.no_grad():
         model(input_ids=batch)
     return probe
@@ -45,6 +45,7 @@ def test_a_planted_sink_is_reported_in_every_layer_and_row(planted):
         assert entry["max_abs"] == float(activations.max_abs[layer, row, token])
         assert entry["feature"] == int(activations.feature[layer, row, token])
         assert entry["ratio"] == pytest.approx(entry["max_abs"] / float(activations.median[layer, row]))
+        assert entry["cos2"] == (float(planted.cosines[layer, row, token]) if layer < 3 else None)
         assert entry["feature"] == FEATURE or token not in (0, PLACE)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -87,7 +88,8 @@ def test_what_is_not_recorded_is_none():
     probe = flashsink.attach(model, activations=False)
     model(input_ids=ids(2, 12))
     for entry in probe.report():
-        assert entry["max_abs"] is entry["feature"] is entry["ratio"] is None and entry["sink_rate"] is not None
+        assert entry["max_abs"] is entry["feature"] is entry["ratio"] is None
+        assert entry["sink_rate"] is not None and entry["cos2"] is None
     probe.detach()
     probe = flashsink.attach(model, attention=False, stats_every=2)
     model(input_ids=ids(2, 12))

@@ -187,9 +187,9 @@ class Probe:
         Returns:
             One dict for each: ``layer``, ``row``, ``token`` (from 0, padding counted), ``kind`` ("BOS" or "token"),
             ``sink_rate``, ``mean_received`` (over heads), ``max_abs`` and ``feature`` of the largest activation,
-            ``ratio`` of it to the median. None: not recorded, or not a finite number.
+            ``ratio`` of it to the median, ``cos2`` to the anchors. None: not recorded, or not a finite number.
         """
-        return report.tokens(*report.seen(self, self._options, self._last(None)), eps, min_queries)
+        return report.tokens(report.seen(self, self._options, self._last(None)), eps, min_queries)
 
     def plot(self, path: str | Path | None = None, *, row: int = 0) -> Any:
         """A ``matplotlib.figure.Figure`` of one row: received attention and largest activation by layer (down) and
@@ -199,7 +199,7 @@ class Probe:
             ImportError: matplotlib is not installed.
             ValueError: another kind of file, or no such row.
         """
-        return report.picture(*report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
+        return report.picture(report.seen(self, self._options, self._last(None)), len(self._found.layers), row, path)
 
     @property
     def first_nonfinite(self) -> tuple[int, str, tuple[int, int], int, float] | None:

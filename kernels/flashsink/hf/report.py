@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +21,33 @@ _MARKS, _APART = 6, 0.06  # tokens that a picture names, and how much of its wid
 _WEAK = 0.1  # they have at least this share of the strongest
 
 
-Seen = tuple[Record, dict[int, SinkStats], ActivationStats | None]
+class Seen(NamedTuple):
+    """What a probe recorded in one forward; None or nothing where it was not asked to."""
+
+    record: Record
+    sinks: dict[int, SinkStats]
+    activations: ActivationStats | None
+    cosines: Tensor | None  # (L-1, B, S)
 
 
 def seen(probe: Any, options: Options, record: Record) -> Seen:
     """What ``probe`` recorded in the forward of ``record``.
 
     Raises:
-        RuntimeError: nothing.
+        RuntimeError: that is nothing.
     """
     if not options.attention and not options.activations:
         raise RuntimeError("this probe was attached with attention=False and activations=False")
     if not record.recorded:
         raise RuntimeError("the last forward was skipped by stats_every")
     sinks = probe.sinks_by_layer if options.attention else {}
-    return record, sinks, probe.activations if options.activations else None
+    activations = probe.activations if options.activations else None
+    return Seen(record, sinks, activations, probe.cosines.cpu() if options.cosines else None)
 
 
-def tokens(
-    record: Record, sinks: dict[int, SinkStats], activations: ActivationStats | None, eps: float, min_queries: int
-) -> list[dict[str, Any]]:
+def tokens(seen: Seen, eps: float, min_queries: int) -> list[dict[str, Any]]:
     """What :meth:`flashsink.Probe.report` returns."""
+    record, sinks, activations, cosines = seen
     layout = _on_cpu(record.places[0])
     first = (layout.offsets() == 0) & record.anchored
     layers = range(len(activations.max_abs)) if activations is not None else sorted(sinks)
@@ -60,7 +66,9 @@ def tokens(
             entry = {"layer": layer, "row": row, "token": token, "kind": "BOS" if first[row, token] else "token"}
             entry["sink_rate"] = None if rate is None else _number(rate[row, token])
             entry["mean_received"] = None if mean is None else _number(mean[row, token])
-            found.append(entry | _activation(activations, layer, row, token))
+            own = None if cosines is None or layer == len(cosines) else _number(cosines[layer, row, token])
+            entry |= _activation(activations, layer, row, token)
+            found.append(entry | {"cos2": own})
     return found
 
 
@@ -98,15 +106,9 @@ def _on_cpu(layout: Layout) -> Layout:
     return layout._replace(starts=layout.starts.cpu(), lengths=layout.lengths.cpu())
 
 
-def picture(
-    record: Record,
-    sinks: dict[int, SinkStats],
-    activations: ActivationStats | None,
-    layers: int,
-    row: int,
-    path: str | Path | None,
-) -> Any:
+def picture(seen: Seen, layers: int, row: int, path: str | Path | None) -> Any:
     """What :meth:`flashsink.Probe.plot` returns."""
+    record, sinks, activations, _ = seen
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ to ``forward``. Anything not known to be harmless is refused by name.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +29,13 @@ _HARMLESS = {
     *(
         "cache_position",
         "deterministic",
+        "ignore_index",
         "image_sizes",
         "labels",
         "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
+        "shift_labels",
     ),
     *("output_hidden_states", "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache"),
 }
@@ -134,10 +137,11 @@ def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     place: Any = getattr(module, MARK, None)
     if place is None:
-        return _elsewhere(module, query, key, value, attention_mask, arguments)
+        known = id(getattr(module, "config", None)) in masks.before
+        return (_elsewhere if known else _alone)(module, query, key, value, attention_mask, arguments)
     if query.dim() != 4 or query.shape[0] != key.shape[0]:
         raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(query.shape)}{_ELSE}")
     record = place.observer.forwards.live
@@ -145,6 +149,7 @@ def _attend(
         record.anchored = False  # where all are seen there is no BOS
     try:
         _check_call(module, attention_mask, arguments)
+        _check_weights(module, arguments)
         call = _read(module, query, key, value, attention_mask, arguments, record)
     except _BeyondError as why:
         return _by_itself(module, query, key, value, attention_mask, arguments, why)
@@ -154,15 +159,44 @@ def _attend(
 
 def _by_itself(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any], why: ValueError
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """The module's own eager attention, with the sinks of its probabilities."""
     place: Any = getattr(module, MARK)
     if place.observer.calibrates(place.layer):
         raise why
-    out, weights = own.eager(module, q, k, v, mask, arguments)
-    if weights is not None:
-        place.observer.note(place.layer, weights)
-    return out, None
+    out, weights, a = own.eager(module, q, k, v, mask, arguments)
+    if a is not None:
+        place.observer.note(place.layer, a)
+    return out, weights if _was_eager(module) else None
+
+
+def _check_weights(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Weights that were asked for: of eager attention they come as before, of others there were none."""
+    if not arguments.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+        return
+    if _was_eager(module):
+        raise _BeyondError(f"output_attentions: expected None or False, got True{_ELSE}")
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "output_attentions: flashsink's attention returns no weights; probe.sinks has what each key receives, and "
+            "a model loaded with attn_implementation='eager' returns them while attached",
+            stacklevel=2,
+        )
+
+
+def _alone(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """Attention of a model whose config names flashsink's, without a probe: nothing is recorded, and what the operators
+    do not compute torch's attention does."""
+    if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        try:
+            _check_call(module, mask, arguments)
+            call = _read(module, q, k, v, mask, arguments, None)
+            return call.run(None, [])[0].transpose(1, 2).contiguous(), None
+        except ValueError:
+            pass
+    return _elsewhere(module, q, k, v, mask, arguments)
 
 
 def _elsewhere(
@@ -172,7 +206,7 @@ def _elsewhere(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if _was_eager(module) or any(arguments.get(name) is not None for name in ("s_aux", "softcap")):
-        return own.eager(module, q, k, v, mask, arguments)
+        return own.eager(module, q, k, v, mask, arguments)[:2]
     if masks.is_encoded(mask):
         layout, _ = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
         mask = reference.visible(layout, q.shape[2], True)

@@ -10,8 +10,10 @@ model's own functions make of it, (B, 1, Sq, Sk) bool.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,7 +62,7 @@ class Made(NamedTuple):
 class _Here(threading.local):
     def __init__(self) -> None:
         self.asking: Asking | None = None
-        self.made: list[Made] = []
+        self.made: deque[Made] = deque(maxlen=8)  # more than a forward has kinds of masks
 
 
 here = _Here()
@@ -108,9 +110,10 @@ def make_mask(**given: Any) -> Tensor | None:
     if asking is None or not _among(config, asking.configs):
         make = eager_mask if before.get(id(config)) == "eager" else sdpa_mask
         mask: Tensor | None = make(**given)
-        if isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
+        if before and isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
             doubts: Doubts = []
-            here.made.append(Made(mask, *_layout(given, False, doubts, None), doubts))
+            with contextlib.suppress(ValueError):  # a decoder that is attached reads the mask itself then
+                here.made.append(Made(mask, *_layout(given, False, doubts, None), doubts))
         return mask
     make = eager_mask if asking.additive else sdpa_mask  # never left out
     whole = functools.partial(make, **given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})

@@ -58,9 +58,9 @@ def _eager(module: nn.Module) -> Any:
 
 def eager(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """(out (B, Sq, H, Dv), probabilities (B, H, Sq, Sk) before dropout, or None where they were not seen) of the
-    module's eager attention.
+) -> tuple[Tensor, Any, Tensor | None]:
+    """(out (B, Sq, H, Dv), the weights that it returns, probabilities (B, H, Sq, Sk) before dropout, or None where they
+    were not seen) of the module's eager attention.
 
     Raises:
         ValueError: there is no such function.
@@ -80,8 +80,8 @@ def eager(
             mask = nn.functional.pad(mask, (0, keys - mask.shape[-1]), value=torch.finfo(q.dtype).min)
     with _Watch(queries, keys) as watch:
         out, weights = _eager(module)(module, q, k, v, mask, **arguments)
-    weights = watch.found if watch.found is not None else weights
-    return out, weights if isinstance(weights, Tensor) and weights.shape[-2:] == (queries, keys) else None
+    a = watch.found if watch.found is not None else weights
+    return out, weights, a if isinstance(a, Tensor) and a.shape[-2:] == (queries, keys) else None
 
 
 def watch(modules: list[nn.Module]) -> list[Callable[[], None]]:

@@ -143,7 +143,8 @@ def test_a_window_of_zero_in_the_call_is_none(tiny):
 def test_what_changes_nothing_passes(tiny):
     model = tiny("llama")
     harmless = {"output_attentions": False, "output_hidden_states": True, "num_items_in_batch": torch.tensor(3)}
-    check_exact(model, input_ids=ids(), **harmless, logits_to_keep=0, position_bias=None, sinks=None)
+    labels = {"labels": ids(), "shift_labels": ids(), "ignore_index": 7}
+    check_exact(model, input_ids=ids(), **harmless, **labels, logits_to_keep=0, position_bias=None, sinks=None)
 
 
 @torch.no_grad()

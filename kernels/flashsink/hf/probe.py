@@ -63,6 +63,7 @@ class Probe:
         """A saved model may be loaded by a process that has attached nothing yet."""
         hf_attention.register()
         self.__dict__.update(state)
+        masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
 
     # ---- what a user reads
 

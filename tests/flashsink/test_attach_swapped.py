@@ -84,8 +84,10 @@ def test_an_encoder_without_a_probe(tiny, ran):
 
 
 @torch.no_grad()
-def test_what_the_operators_do_not_compute_torch_does(tiny, ran):
+@pytest.mark.parametrize("read", [True, False])
+def test_what_the_operators_do_not_compute_torch_does(tiny, ran, monkeypatch, read):
     """Dropout, terms that a mask adds, arguments that nothing reads."""
+    monkeypatch.setattr(attention, "check_values", lambda *_: read)
     model = tiny("llama", attention_dropout=0.5).train()
     eager = tiny("llama", attn_implementation="eager")
     bias = torch.randn(2, 1, 12, 12)

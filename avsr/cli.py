@@ -100,12 +100,16 @@ def _act_search(arguments: argparse.Namespace) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
+    from avsr.tools.analysis.composite import AUDIO, IMAGE, Media
     from avsr.tools.analyze import analyze
 
     targets, overrides = _split(arguments.targets)
     if not targets:
         raise UserError("analyze: no run or model given")
-    print(analyze(targets, overrides, arguments.out, arguments.text))
+    given = [(kind, file) for kind in (AUDIO, IMAGE) if (file := getattr(arguments, kind)) is not None]
+    if len(given) > 1:
+        raise UserError("analyze: expected --audio or --image, got both")
+    print(analyze(targets, overrides, arguments.out, arguments.text, Media(*given[0]) if given else None))
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -227,6 +231,8 @@ _COMMANDS = {
                 "model.llm.eos_token=TOKEN, limit=N",
             ),
             _argument("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
+            _argument("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
+            _argument("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
             _argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
         ],
     ),

@@ -19,10 +19,17 @@ from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.collect import collect
+from avsr.tools.analysis.composite import ASKED, Media, load_media_subject
 from avsr.tools.analysis.example import examine_row
 from avsr.tools.analysis.features import feature_sets
 from avsr.tools.analysis.figures import Run
-from avsr.tools.analysis.inputs import load_text_subject, parse_model_options, read_texts, speech_subject
+from avsr.tools.analysis.inputs import (
+    check_attention,
+    load_text_subject,
+    parse_model_options,
+    read_texts,
+    speech_subject,
+)
 from avsr.tools.analysis.origin import Untraceable, trace_origin
 from avsr.tools.analysis.report import write_report
 from avsr.tools.analysis.statistics import measure_tokens
@@ -35,7 +42,13 @@ TRACED, TURNED = 32, 16  # rows of all lengths in which causes are traced, and i
 MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
 
 
-def analyze(targets: list[str], overrides: list[str], out: str | None = None, text: str | None = None) -> Path:
+def analyze(
+    targets: list[str],
+    overrides: list[str],
+    out: str | None = None,
+    text: str | None = None,
+    media: Media | None = None,
+) -> Path:
     """Analyzes one target or several side by side; returns the report's path.
 
     Args:
@@ -45,6 +58,7 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
             ``limit``).
         out: folder of both files; by default the first run's, or ``runs/analysis/NAME`` of a model.
         text: a file with one text a line, for models.
+        media: a file that a speech or vision language model reads instead, in its own chat template.
 
     Raises:
         UserError: a target is neither, cannot be analyzed, or cannot be compared with the first.
@@ -57,12 +71,19 @@ def analyze(targets: list[str], overrides: list[str], out: str | None = None, te
     if len(kinds) > 1:
         raise UserError("a run and a language model cannot be compared: one reads speech, the other plain text")
     kind = kinds.pop()
+    if kind == RUN and media is not None:
+        raise UserError(f"--{media.kind} {media.file}: runs read their test set; such a file is for language models")
+    if media is not None and (text is not None or overrides):
+        raise UserError(f"--{media.kind} {media.file}: expected neither --text nor key=value beside it")
     if kind == RUN and text is not None:
         raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
     analyses: list[Run] = []
     for target in targets:
         label = run_label(target, targets)
-        identity, measure = _open_run(target, overrides) if kind == RUN else _open_model(target, overrides, text)
+        if media is not None:
+            identity, measure = _open_media(target, media)
+        else:
+            identity, measure = _open_run(target, overrides) if kind == RUN else _open_model(target, overrides, text)
         if analyses:
             refuse_unlike(analyses[0], (label, identity))
         analyses.append((label, measure()))
@@ -169,6 +190,15 @@ def _open_model(name: str, overrides: list[str], file: str | None) -> tuple[dict
     subject = load_text_subject(name, texts, options, pick_device())
     source = file or "100 fixed sentences"
     identity = _identity(subject, "plain text", "none", source, texts)
+    return identity, lambda: {"identity": identity} | analyze_subject(subject)
+
+
+def _open_media(name: str, media: Media) -> tuple[dict[str, Any], Measure]:
+    """The same of a speech or vision language model over a file."""
+    subject = load_media_subject(name, media, pick_device())
+    check_attention(name, subject)
+    digest = hashlib.sha256(Path(media.file).read_bytes()).hexdigest()
+    identity = _identity(subject, media.kind, "none", media.file, [digest, ASKED[media.kind]])
     return identity, lambda: {"identity": identity} | analyze_subject(subject)
 
 

@@ -7,29 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BOS, SPEECH, TEXT, PROMPT = "BOS", "speech", "text", "prompt "
+BOS, SPEECH, IMAGE, TEXT, PROMPT = "BOS", "speech", "image", "text", "prompt "
+STREAMS = {"a": SPEECH, "v": SPEECH, "f": SPEECH, "i": IMAGE}  # by the first letter of a token's name
 
 
-def is_speech(name: str) -> bool:
-    """Whether a token before the text is called as audio (a0), video (v0) and fused (f0) tokens are."""
-    return name[:1] in ("a", "v", "f") and name[1:].isdigit()
+def stream_of(name: str) -> str | None:
+    """What a token before the text belongs to that is called as audio (a0), video (v0), fused (f0) and image (i0)
+    tokens are."""
+    return STREAMS.get(name[:1]) if name[1:].isdigit() else None
 
 
 def group_of(name: str, position: int, span: int, words: bool) -> str:
-    """The group of a token: BOS, a delimiter ``<audio>``, ``prompt NAME`` or ``speech``; after the span ``text``, or
-    with ``words`` the token itself in quotes."""
+    """The group of a token: BOS, a delimiter ``<audio>``, ``prompt NAME``, ``speech`` or ``image``; after the span
+    ``text``, or with ``words`` the token itself in quotes."""
     if position >= span:
         return repr(name) if words else TEXT
     if name == BOS or name.startswith("<") or position == 0:
         return name
-    return SPEECH if is_speech(name) else f"{PROMPT}{name.strip() or name!r}"
+    return stream_of(name) or f"{PROMPT}{name.strip() or name!r}"
 
 
 def label(name: str, position: int, span: int) -> str:
-    """The name of a single token: BOS, delimiters and speech tokens as they are, ``prompt NAME`` and ``text NAME``."""
+    """The name of a single token: BOS, delimiters, speech and image tokens as they are, else ``prompt NAME`` or ``text
+    NAME``."""
     if position == 0:
         return BOS
-    if position < span and (name.startswith("<") or is_speech(name)):
+    if position < span and (name.startswith("<") or stream_of(name)):
         return name
     return f"{PROMPT if position < span else 'text '}{name.strip() or repr(name)}"
 

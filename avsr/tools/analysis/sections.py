@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from avsr.tools.analysis import figures, plots
 from avsr.tools.analysis.figures import Run
-from avsr.tools.analysis.groups import BOS, SPEECH, TEXT
+from avsr.tools.analysis.groups import BOS, IMAGE, SPEECH, TEXT
 
 Runs = Sequence[Run]
 # Tables: headings with the formats of their cells.
@@ -47,9 +47,9 @@ def escape(text: object) -> str:
 
 
 def named(runs: Runs) -> list[str]:
-    """What figures draw: the shown groups of all runs, in the order of the rows, text and speech last."""
+    """What figures draw: the shown groups of all runs, in the order of the rows, text, speech and images last."""
     groups = list(dict.fromkeys(group for _, analysis in runs for group in analysis["shown"]))
-    return sorted(groups, key=lambda group: group in (SPEECH, TEXT))
+    return sorted(groups, key=lambda group: group in (SPEECH, IMAGE, TEXT))
 
 
 def _grid(pictures: Sequence[str], names: Sequence[str] = (), wide: bool = False) -> str:

@@ -6,7 +6,7 @@ B rows, S tokens, C hidden size, L layers. Rows are padded on the right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,22 +20,24 @@ class Subject:
     """A model with its input.
 
     Attributes:
-        lm: Hugging Face causal LM, PEFT-wrapped or not; what ``flashsink.attach`` takes.
+        lm: Hugging Face causal LM, PEFT-wrapped or not, or its decoder alone; what ``flashsink.attach`` takes.
         count: number of rows in all batches.
         batches: starts the batches anew; every row of one has its token names, ``names[b][0]`` being "BOS".
         opener: name of the token that is examined along with BOS: the first delimiter of a run, "" for plain text.
+        inputs: what else the decoder gets in every forward, of a subject with a single row.
     """
 
     lm: Any
     count: int
     batches: Callable[[], Iterator[Assembled]]
     opener: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def decoder(self) -> Any:
         """The module with the layers and the final norm."""
         lm = self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
-        return lm.model
+        return getattr(lm, "model", lm)
 
     @property
     def layers(self) -> int:
@@ -57,7 +59,7 @@ class Subject:
     def forward(self, rows: Assembled, **options: Any) -> Tensor:
         """(B, S, C) states after the final norm; ``options`` go to the decoder."""
         call = {"inputs_embeds": rows.embeddings, "attention_mask": rows.mask, "use_cache": False}
-        return self.decoder(**call, **options).last_hidden_state
+        return self.decoder(**call | self.inputs, **options).last_hidden_state
 
 
 def select_rows(rows: Assembled, places: list[int]) -> Assembled:

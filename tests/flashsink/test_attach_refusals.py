@@ -223,7 +223,7 @@ def test_a_forward_that_does_not_end(tiny):
     with pytest.raises(ZeroDivisionError):
         model(input_ids=ids())
     for name in ("sinks", "activations", "decorrelation_loss", "decorrelation_count", "fused"):
-        with pytest.raises(RuntimeError, match="the last forward of the attached model did not end"):
+        with pytest.raises(RuntimeError, match="model: its last forward did not end"):
             getattr(probe, name)
     handle.remove()
     model(input_ids=ids())

@@ -28,7 +28,7 @@ from flashsink.hf.records import Record
 from flashsink.types import Layout
 
 # model types whose layers read the mask before attention does: they get it as the model makes it
-_READ_BY_LAYERS = ("deepseek_v4", "doge", "hy_v4", "nllb-moe", "t5gemma2")
+_READ_BY_LAYERS = ("deepseek_v4", "doge", "hy_v4", "nllb-moe", "qwen4_exp", "t5gemma2")
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
 
@@ -201,9 +201,12 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
         if packed is not None and len(packed.starts) > 1:
             record.settle(packed, validate)
             return
-    if mask is None and seen is not None:  # keys that no query sees are padding
-        mask = seen.any(dim=-2)[:, 0].expand(rows, -1)
-        mask = None if check_values(device, validate) and bool(mask.all()) else mask
+    if mask is None and seen is not None and check_values(device, validate):
+        keep = seen.any(dim=-2)[:, 0].expand(
+            rows, -1
+        )  # keys that no query sees are padding, where they are at the ends
+        ends = keep.cummax(-1).values & keep.flip(-1).cummax(-1).values.flip(-1)
+        mask = keep if torch.equal(ends, keep) and not bool(keep.all()) else None
     layout = layouts.of_mask(mask, rows, tokens, device, validate, record.doubts)
     positions = record.positions if record.packs else None
     if mask is None and not record.cached and positions is not None and positions.shape[-1] == tokens:

@@ -283,9 +283,9 @@ class Probe:
         record = self._forwards.mine.current
         if record is None:
             where = " in this thread, and what other threads have is theirs" if self._forwards.any_yet else " yet"
-            raise RuntimeError(f"the attached model has had no full forward{where}")
+            raise RuntimeError(f"model: it has had no full forward{where} while attached")
         if not record.ended:
-            raise RuntimeError("the last forward of the attached model did not end")
+            raise RuntimeError("model: its last forward did not end")
         return record
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -268,7 +268,9 @@ def gradients(
     direction = torch.randn(truth.eager["logits"].shape, generator=generator) * keep / keep.sum()
     layers = _layers(truth, attached, reading)
     counted = reading.loss is not None and layers is not None
-    total = (outputs["logits"].masked_fill(~keep, 0) * direction).sum() + (reading.loss if counted else 0)
+    total = (outputs["logits"].masked_fill(~keep, 0) * direction).sum()
+    if reading.loss is not None and counted:
+        total = total + reading.loss
     got = torch.autograd.grad(total, weight, allow_unused=True, materialize_grads=True)[0]
     errors = []
     # they differ where rows that see nothing are read later, by recurrent layers

@@ -202,9 +202,7 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
             record.settle(packed, validate)
             return
     if mask is None and seen is not None and check_values(device, validate):
-        keep = seen.any(dim=-2)[:, 0].expand(
-            rows, -1
-        )  # keys that no query sees are padding, where they are at the ends
+        keep = seen.any(dim=-2)[:, 0].expand(rows, -1)  # keys that no query sees are padding, at a row's ends
         ends = keep.cummax(-1).values & keep.flip(-1).cummax(-1).values.flip(-1)
         mask = keep if torch.equal(ends, keep) and not bool(keep.all()) else None
     layout = layouts.of_mask(mask, rows, tokens, device, validate, record.doubts)

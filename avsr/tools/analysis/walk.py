@@ -15,6 +15,7 @@ from torch import Tensor
 
 import flashsink
 from avsr.tools.analysis.subject import Subject
+from flashsink.hf.masks import is_encoded
 
 if TYPE_CHECKING:
     from avsr.models.rows import Assembled
@@ -129,5 +130,19 @@ def _tapped_attention(decoder: Any, layers: dict[int, Any], see: Callable[[int, 
 def _attend(attention: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
     see, scaling = getattr(module, _TAP, None), options.get("scaling")
     if see is not None:
+        _check_plain(mask, options)
         see(QKV(q, k, v, q.shape[-1] ** -0.5 if scaling is None else float(scaling)))
     return attention(module, q, k, v, mask, **options)
+
+
+def _check_plain(mask: Any, options: dict[str, Any]) -> None:
+    """Refuses what :class:`QKV` does not say.
+
+    Raises:
+        ValueError: the scores have more terms, or a query sees other keys than all before it.
+    """
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: the analysis computes attention from queries and keys alone")
+    if mask is not None and not is_encoded(mask):
+        raise ValueError("attention_mask: the analysis expects causal attention, without windows, chunks or prefixes")

@@ -126,6 +126,10 @@ def test_decoders_whose_attention_cannot_be_observed(tiny_llm: Path, tmp_path: P
     loaded = LoadedLLM(lm, AutoTokenizer.from_pretrained(str(tiny_llm)), 1, 2)
     with pytest.raises(UserError, match="gemma: its attention cannot be observed: softcap"):
         check_attention("gemma", text_subject(loaded, ["a text"]))
+    lm = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4)).eval()
+    loaded = LoadedLLM(lm, AutoTokenizer.from_pretrained(str(tiny_llm)), 1, 2)
+    with pytest.raises(UserError, match="gemma: its attention cannot be observed: attention_mask: .* windows"):
+        check_attention("gemma", text_subject(loaded, ["a text"]))
 
 
 @pytest.mark.parametrize(

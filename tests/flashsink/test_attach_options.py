@@ -179,6 +179,8 @@ def test_wrong_spans_are_refused_and_the_probe_goes_on(tiny, spans):
         ("margin", {"margin": -0.5}),
         ("stats_every", {"stats_every": 0}),
         ("queries", {"queries": "some"}),
+        ("backend", {"backend": "cuda"}),
+        ("module", {"module": "no_such_tower"}),
     ],
 )
 def test_wrong_options(tiny, argument, options):

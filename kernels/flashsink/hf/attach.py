@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flashsink import functional, versions
+from flashsink.dispatch import select
 from flashsink.hf.probe import Probe
 from flashsink.hf.records import Options
 from flashsink.hf.spans import Anchors
@@ -67,6 +68,8 @@ def attach(
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
+    if backend is not None:
+        select(backend, next((own.device.type for own in model.parameters()), "cpu"))
     options = Options(
         *(attention, decorrelation, activations, margin, stats_every, median, queries, validate, backend),
         learned_sinks=learned_sinks,

@@ -28,6 +28,7 @@ IMPLEMENTATION = "sink_capture"
 _HARMLESS = {
     *(
         "cache_position",
+        "decoder_attention_mask",
         "deterministic",
         "ignore_index",
         "image_sizes",

@@ -194,7 +194,10 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
     if record.layout is not None:
         return
     (rows, tokens), device, mask = states.shape[:2], states.device, record.padding
-    if mask is not None and mask.shape[1] != tokens and not (record.cached and mask.shape[1] > tokens):
+    fits = mask is None or mask.shape[1] == tokens or (record.cached and mask.shape[1] > tokens)
+    if mask is not None and not fits and seen is not None and check_values(device, validate):
+        mask = None  # it is of what the model makes these tokens from, as sound; attention says what is padding
+    elif mask is not None and not fits:
         raise ValueError(f"attention_mask: expected one for the layers' {tokens} tokens, got {tuple(mask.shape)}")
     if seen is not None and rows == 1 and record.padding is None and check_values(device, validate):
         packed = layouts.blocks(seen)

@@ -92,7 +92,9 @@ class AttentionObserver:
         a = a.detach()[..., : a.shape[2]]  # without the rest of a static cache
         seen = a.amax(dim=1, keepdim=True) > 0
         record.attended = True
-        self._settle(record, a.transpose(1, 2), seen)
+        # a row in which everything is masked gives all keys the same, and says nothing of them
+        blind = ((a.amax(dim=-1) - a.amin(dim=-1)) < 1e-7).all(dim=1)[:, None, :, None]
+        self._settle(record, a.transpose(1, 2), seen & (~blind | blind.all()))
         layout = _on(record.places[0], a.device)
         if not record.recorded or a.shape[2] != layout.tokens or a.shape[3] != layout.tokens:
             return

@@ -11,6 +11,8 @@ import torch
 from flashsink.__main__ import FEATURE, main, toy_model
 from flashsink.hf import analyze
 
+pytestmark = pytest.mark.integration
+
 TEXT = "bin blue at f two now. " * 6
 LETTERS = string.ascii_lowercase + string.digits + " .,"
 

@@ -13,6 +13,8 @@ from decoders import ids
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 
 def cos2(a, h):
     return (a * h).sum() ** 2 / (oracle.norm(a) * oracle.norm(h)) ** 2

@@ -11,6 +11,8 @@ from test_attach_patterns import check_exact, ids, padding
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 
 def model_of(config, kind=hf.AutoModelForCausalLM):
     torch.manual_seed(0)

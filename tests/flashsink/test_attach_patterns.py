@@ -12,6 +12,8 @@ import transformers as hf
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 BACKENDS = ("cpu", "reference")
 
 

@@ -8,6 +8,8 @@ from decoders import ids
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 
 @torch.no_grad()
 def test_bos_states_are_those_of_the_base_model(tiny):

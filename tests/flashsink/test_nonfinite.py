@@ -12,6 +12,8 @@ from torch import nn
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 TOKEN = 5
 
 

@@ -19,6 +19,8 @@ import flashsink.hf
 from flashsink.hf import trainer as trainer_module
 from flashsink.hf import trainer_terms as terms
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("transformers")
 
 WEIGHT = trainers.WEIGHT

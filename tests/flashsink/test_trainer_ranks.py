@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.integration, pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).parent
 SCRIPT = """

@@ -21,7 +21,7 @@ import flashsink
 from bench.workloads.peers import reference_decorrelation
 from bench.workloads.shapes import Model, random_llm
 from flashsink.dispatch import implementation
-from flashsink.hf import models as hf_models
+from flashsink.hf import models, norms
 from flashsink.types import Layout
 
 RANK = 16
@@ -235,7 +235,7 @@ def fast_kernels(model: Any, device: torch.device) -> None:
         return
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            hf_models.patch(module, functools.partial(_torch_norm, module))
+            norms.patch(module, functools.partial(_torch_norm, module))
 
 
 def _torch_norm(norm: Any, h: Tensor) -> Tensor:
@@ -248,13 +248,12 @@ def our_norms(model: Any, setting: Setting) -> None:
     starts = torch.zeros(rows, dtype=torch.long, device=setting.device)
     layout = Layout(starts, starts + tokens, rows, tokens, False)
     run = implementation(None, setting.device.type)
-    decoder, layers = hf_models.find_decoder(model)
-    for norm in hf_models.norms_of_outputs(decoder, layers)[:-1]:  # the last layer's output has no loss
+    for norm in models.find(model).readers[:-1]:  # the last layer's output has no loss
 
         def forward(h: Tensor, norm: Any = norm) -> Tensor:
             return run.rms_norm(h, norm.weight, norm.variance_epsilon, layout, None, 0.0).out
 
-        hf_models.patch(norm, forward)
+        norms.patch(norm, forward)
 
 
 def _apply_liger(model: Any) -> None:

@@ -128,6 +128,26 @@ def test_a_norm_whose_weight_is_elsewhere_is_known_at_its_first_forward():
     torch.testing.assert_close(probe.decorrelation_loss, want.decorrelation_loss)
 
 
+def test_hooks_that_pass_the_states_through_autograd():
+    """As ZeRO-3's do: another tensor over the same memory."""
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    model = families.build("llama")
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda m, args: (Through.apply(args[0]), *args[1:]))
+    probe = flashsink.attach(model)
+    model(input_ids=IDS)
+    assert probe.fused == [0, 1, 2, 3]
+
+
 def test_a_norm_that_reads_something_else_is_left_alone():
     """The states that it gets, not its place, say whose output it reads."""
     model = families.build("llama")

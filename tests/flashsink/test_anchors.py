@@ -9,6 +9,8 @@ from cases import relative
 
 import flashsink
 
+pytestmark = pytest.mark.integration
+
 NAN = float("nan")
 TOKENS, FEATURES = 9, 7
 # name: (rows, options of the layout, lengths, mask, positions); x in the mask counts, . does not

@@ -20,6 +20,8 @@ from flashsink.cpu import tiled
 from flashsink.triton import attention as triton_attention
 from flashsink.types import Layout, Pattern
 
+pytestmark = pytest.mark.integration
+
 TAKE = [b for b in BACKENDS if isinstance(b, Backend) and b.name in ("reference", "cpu")]
 CPU = [b for b in TAKE if b.name == "cpu"]
 CUT = [*TAKE, *(Backend("cpu", cut=True) for _ in CPU)]

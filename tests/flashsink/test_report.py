@@ -12,6 +12,8 @@ from decoders import LAYERS, build, ids, padded
 import flashsink
 from flashsink.__main__ import BOS, DELIMITER, FEATURE, toy_model
 
+pytestmark = pytest.mark.integration
+
 ROWS, TOKENS, PLACE = 2, 40, 12
 
 

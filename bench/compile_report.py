@@ -150,8 +150,8 @@ def _backend(capability: int) -> Any:
     return make_backend(GPUTarget("cuda", capability, 32))
 
 
-def compile_job(job: Job) -> Row:
-    """Compiles one kernel and reads its numbers: a row without case, variant and tile."""
+def made_from(job: Job) -> Any:
+    """Triton's compiled kernel: its code in all stages under ``asm``, and ``metadata``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -159,9 +159,16 @@ def compile_job(job: Job) -> Row:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     attributes = {path: [list(pair) for pair in value] for path, value in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
+    return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
+
+
+def compile_job(job: Job) -> Row:
+    """Compiles one kernel and reads its numbers: a row without case, variant and tile."""
+    import triton
+
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
+        made = made_from(job)
     text = made.asm["ptx"]
     registers, spills = read_log(ptxas_log(text, job.capability, printed.getvalue()))
     return {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cases import ATTENTION, KERNELS, LONG, Problem, compare, exact, on, run, sink_logits
+from cases import ATTENTION, BACKENDS, HALF, KERNELS, LONG, Problem, compare, exact, on, run, sink_logits
 
 import flashsink
 
 FEW = ["17 tokens, GQA 3", "both", "packed with empty sequences and a tail"]
 
 
-@on(KERNELS)
+@on(KERNELS + HALF)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("case", ATTENTION | LONG)
 def test_out_statistics_and_gradients(backend, case, causal):
@@ -55,7 +55,7 @@ def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(backend, ca
     compare(found, want, dtype, 4.0)
 
 
-@on(KERNELS)
+@on(KERNELS + HALF)
 @pytest.mark.parametrize("scale", [2.5, -0.5, 0.0])
 @pytest.mark.parametrize("case", ["odd D", "300 tokens", "264 features"])
 def test_scale(backend, case, scale):
@@ -65,11 +65,12 @@ def test_scale(backend, case, scale):
     if scale > 1.0 and case in LONG:
         pytest.skip("scores so large that float32 is not exact enough")
     for causal in (True, False) if scale <= 0.0 else (True,):
-        found = run(backend, Problem(case), scale=scale, causal=causal)
-        compare(found, exact(case, causal, scale=scale), torch.float32, 10.0)
+        found = run(backend, Problem(case, backend.dtype), scale=scale, causal=causal)
+        want = exact(case, causal, backend.dtype, scale=scale)
+        compare(found, want, backend.dtype, 10.0 if backend.dtype == torch.float32 else 1.0)
 
 
-@on(KERNELS)
+@on(KERNELS + HALF)
 @pytest.mark.parametrize("size", [-3.0, 4.0])
 @pytest.mark.parametrize("case", FEW)
 def test_sink_logits_and_their_gradient(backend, case, size):
@@ -137,6 +138,7 @@ def test_large_scores_and_an_extreme_loss_scale(backend):
         torch.testing.assert_close(scaled / 65536.0, plain, rtol=1e-6, atol=1e-30)
 
 
+@on(BACKENDS + HALF)
 @pytest.mark.parametrize("case", ["odd D", "packed"])
 def test_twice_is_the_same_bits_with_or_without_statistics(backend, case):
     problem = Problem(case, backend.dtype, device=backend.device)

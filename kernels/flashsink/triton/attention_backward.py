@@ -36,7 +36,7 @@ from flashsink.triton.device import (
     store_rows,
     visible,
 )
-from flashsink.triton.launch import Tile, launch, strides
+from flashsink.triton.launch import VARYING, Tile, launch, strides
 from flashsink.triton.received import forward as statistics_pass
 from flashsink.types import Layout
 
@@ -44,7 +44,7 @@ CAPTURED_HEAD_DIM = 128  # beyond it dK and dV fill the registers, and the stati
 DELTA = Tile({"BLOCK_M": 16}, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     do, out,  # (B, H, seqlen_q, D)
     delta,  # (B, H, seqlen_q) float32, contiguous
@@ -129,7 +129,7 @@ def _clear(received, offs_n, inside, seqlen_k, GROUP: tl.constexpr, BLOCK_N: tl.
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_kv_kernel(
     q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
@@ -209,7 +209,7 @@ def _q_step(
     return dq + product(ds.to(k_tile.dtype), k_tile, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_q_kernel(
     q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous

@@ -34,7 +34,7 @@ from flashsink.triton.device import (
     store_rows,
     visible,
 )
-from flashsink.triton.launch import launch, strides
+from flashsink.triton.launch import VARYING, launch, strides
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _forward_step(
     return acc, l_i * alpha + tl.sum(p, 1), m_ij
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q,  # (B, H, seqlen_q, D)
     k,  # (B, Hk, seqlen_k, D)

@@ -18,6 +18,14 @@ from torch import Tensor
 # triton.jit looks at it when a kernel is defined, so a later change has no effect
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Arguments of kernels that change from batch to batch, for ``triton.jit(do_not_specialize=...)``: else numbers that are
+# 1 or divisible by 16 and pointers that are aligned make kernels of their own, and a run compiles again and again, its
+# ranks at different steps. Strides are not among them: what they say of alignment makes loads wide, and they keep it.
+VARYING = (
+    *("starts", "lengths", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
+    *("sequences", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
+)
+
 
 @dataclass(frozen=True)
 class Tile:

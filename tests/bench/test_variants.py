@@ -1,4 +1,4 @@
-"""Batches of other sizes start kernels that are compiled already. In a process of its own: see test_compile_report.py."""
+"""Batches of other sizes start compiled kernels. In a process of its own: see test_compile_report.py."""
 
 from __future__ import annotations
 

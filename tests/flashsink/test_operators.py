@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from cases import BACKENDS, KERNELS, TRITON, Backend, on
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashsink
 from flashsink.types import Layout
@@ -277,6 +278,37 @@ def test_only_what_is_asked_for_is_returned(backend):
     out, lse = torch.ops.flashsink.attention(q, k, v, *rest)
     assert not lse.requires_grad
     assert torch.autograd.grad(out.sum(), v)[0].shape == v.shape
+
+
+class Fills(TorchDispatchMode):
+    """The names of what fills a tensor inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "full", "full_like", "new_full"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@on(TRITON)
+def test_unused_outputs_cost_no_fill(backend):
+    """Autograd would make zeros for each: the norm has seven that no gradient reaches."""
+    q, k, v = (normal(B, n, S, D).to(backend.device).requires_grad_() for n in (H, HK, HK))
+    h, weight = (x.to(backend.device).requires_grad_() for x in (normal(B, S, C), normal(C)))
+    layout = Layout(column(0, 1).to(backend.device), column(5, 4).to(backend.device), B, S, False)
+    leaves = (q, k, v, h, weight)
+    normed = backend.module.rms_norm(h, weight, 1e-5, layout, layout.lengths, 0.0)
+    out, _ = backend.module.attention(q, k, v, layout, causal=True, scale=0.3, counted=[None])
+    sums = backend.module.decorrelation_sums([h, 2.0 * h], layout.lengths, layout, 0.0)
+    for outputs in ([out], [normed.out, normed.total], [normed.out], [sums]):
+        ups = [torch.randn_like(x) for x in outputs]
+        with Fills() as fills:
+            torch.autograd.grad(outputs, leaves, ups, allow_unused=True, retain_graph=True)
+        assert not fills.seen, fills.seen
 
 
 def attend(backend, tokens):

@@ -292,7 +292,9 @@ def _common(h: Tensor, weight: Tensor, starts: Tensor, spans: Tensor | None, pac
     }  # fmt: skip
 
 
-def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def backward_like(
+    dout: Tensor | None, dtotal: Tensor | None, h: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(h.shape, dtype=h.dtype, device=h.device),
         torch.empty(weight.shape if rest[-1] else (0,), dtype=weight.dtype, device=h.device),
@@ -300,8 +302,8 @@ def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest
 
 
 def backward(
-    dout: Tensor,
-    dtotal: Tensor,
+    dout: Tensor | None,
+    dtotal: Tensor | None,
     h: Tensor,
     weight: Tensor,
     starts: Tensor,
@@ -313,18 +315,25 @@ def backward(
     dbos: Tensor,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed)."""
+    """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed).
+
+    ``dout`` and ``dtotal`` are None where nothing depends on that output; then the loss costs nothing.
+    """
+    if dout is None:  # of the loss alone, which no model asks for: not worth a kernel of its own
+        dout = torch.zeros(h.shape, dtype=torch.promote_types(h.dtype, weight.dtype), device=h.device)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     rows, tokens, features = h.shape
     tile = _norm_tile(features)
     # BOS stays in registers except where the compile report has spills with it
     tile.blocks["HOLD"] = h.element_size() == 2 or features not in (4096, 8192)
     chunks = triton.cdiv(tokens, _chunk(rows, tokens))
+    spans = None if dtotal is None else spans
     loss = spans is not None
     dweight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)
     launch(
         norm_backward, (chunks, rows), tile,
-        **_common(h, weight, starts, spans, packed), dout=dout.contiguous(), dtotal=dtotal.float() if loss else None,
+        **_common(h, weight, starts, spans, packed), dout=dout.contiguous(),
+        dtotal=None if dtotal is None or spans is None else dtotal.float(),
         rstd=rstd.contiguous(), ws=ws.contiguous() if loss else None, ps=ps.contiguous() if loss else None,
         dbos=dbos.contiguous() if loss else None, dh=dh, dweight=dweight if need_weight else None,
         LOSS=loss, WEIGHT=need_weight,

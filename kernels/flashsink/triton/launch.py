@@ -93,9 +93,19 @@ def available() -> str:
     """``"usable"``, or what is missing besides triton itself."""
     if INTERPRETED:
         return "usable"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"it needs compute capability 8.0 or higher, this device has {major}.{minor}"
-    return "usable"
+    reason = unsupported_gpu()
+    if reason or torch.cuda.is_available():
+        return reason or "usable"
+    why = "there is no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+    return f"{why} (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+
+
+def unsupported_gpu() -> str:
+    """Why torch's GPUs, if there are any, are none that flashsink knows, or ""."""
+    if torch.version.hip:  # such GPUs pass for CUDA devices, of a capability that means something else
+        return "ROCm is not supported: kernels and tiles are made for NVIDIA's GPUs"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"it needs compute capability 8.0 or higher, this device has {major}.{minor}"
+    return ""

@@ -36,16 +36,19 @@ class Packed:
 
     embeddings: Tensor  # (1, T, C)
     positions: Tensor  # (1, T) int64, from 0 in every row
+    bounds: Tensor  # (B + 1,) int64, where the rows begin, and T
     starts: Sequence[int]
     spans: Tensor  # (B,) int64
 
     def decoder_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the decoder."""
-        return {"inputs_embeds": self.embeddings, "position_ids": self.positions}
+        # with the bounds nobody has to find where the positions restart, which would wait for the device
+        return {"inputs_embeds": self.embeddings, "position_ids": self.positions, "cu_seq_lens_q": self.bounds}
 
 
 def pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
     """Concatenates rows (S_b, C) with the prompt lengths (B,)."""
-    counts = [len(row) for row in rows]
-    positions = torch.cat([torch.arange(count, device=spans.device) for count in counts])
-    return Packed(torch.cat(list(rows))[None], positions[None], [0, *accumulate(counts[:-1])], spans)
+    starts = [0, *accumulate(len(row) for row in rows)]
+    embeddings, bounds = torch.cat(list(rows))[None], torch.tensor(starts, device=spans.device)
+    positions = torch.cat([torch.arange(len(row), device=spans.device) for row in rows])
+    return Packed(embeddings, positions[None], bounds, starts[:-1], spans)

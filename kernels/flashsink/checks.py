@@ -42,11 +42,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: expected at most as many queries as keys ({k.shape[2]}), got {q.shape[2]}")
 
 
-def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and a positive scale, exactly: vendors' kernels mask with -inf before they
-    multiply, which a scale of 0 or below turns into NaN or into the largest score."""
+def check_scale(scale: float | None, q: Tensor) -> float:
+    """The factor on the scores; None: D ** -0.5."""
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    return scale
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same products and a positive scale, exactly: kernels of torch and other vendors mask with
+    -inf before they multiply, which a scale of 0 or below turns into NaN or into the largest score."""
     if scale > 0.0:
         return q, scale
     return (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)

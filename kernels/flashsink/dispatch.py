@@ -84,7 +84,7 @@ def backends() -> dict[str, str]:
 @torch.compiler.assume_constant_result
 def _state(name: str) -> str:
     if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
-        return _USABLE
+        return (name == "sdpa" and launch.unsupported_gpu()) or _USABLE
     return triton.available() if name == "triton" else library.available()
 
 
@@ -121,6 +121,8 @@ def select(
             raise ValueError(f"backend: {backend!r} cannot be used: {state[backend]}")
         if backend == "cpu" and device_type != "cpu":
             raise ValueError(f"backend: 'cpu' takes tensors on the CPU, got {device_type}")
+        if backend in ("sdpa", "triton") and device_type not in ("cpu", "cuda"):
+            raise ValueError(f"backend: {backend!r} takes tensors on CUDA, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
         reason = _refusal(backend, q, v, pattern, softcap)

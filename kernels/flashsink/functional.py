@@ -126,7 +126,7 @@ def attention(
         query_starts = checks.index_vector("query_starts", query_starts, q.shape[0], q.device)
     if sink_logits is not None:
         checks.check_sink_logits(sink_logits, q)
-    q, scale = checks.positive_scale(q, _scale(q, scale))
+    scale = checks.check_scale(scale, q)
     out, stats = chosen.attention(
         q,
         k,
@@ -177,7 +177,7 @@ def calibrated_attention(
         raise ValueError(f"sinks: expected a tensor on {q.device}, got {sinks.device}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected 0..1, got {beta}")
-    return chosen.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=_scale(q, None))
+    return chosen.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=checks.check_scale(None, q))
 
 
 def decorrelation_loss(
@@ -274,7 +274,3 @@ def _attention_layout(
     return checks.resolve_layout(
         k.shape[0], k.shape[2], k.device, lengths=lengths, starts=starts, cu_seqlens=cu_seqlens
     )
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -22,7 +22,7 @@ class Gradient:
         operator: the name of the operator that computes it, which is not differentiable itself.
         takes: its arguments in order: an input or output of the forward, ``grad:out`` for the gradient of output
             ``out``, ``needs:q`` for whether the gradient of input ``q`` is needed. Outputs without ``grad:`` are not
-            differentiable.
+            differentiable. A gradient is None where nothing depends on the output, if there are several.
         gives: the inputs whose gradients are its results, in order.
     """
 
@@ -70,6 +70,7 @@ def _differentiate(name: str, arguments_and_results: str, gradient: Gradient) ->
     kept = [x for x in takes if ":" not in x]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # or every unused output costs a fill in every backward
         values = dict(zip(arguments, inputs, strict=True)) | dict(zip(outputs, output, strict=True))
         ctx.mark_non_differentiable(*(values[x] for x in outputs if f"grad:{x}" not in takes))
         leaves, ctx.tree = pytree.tree_flatten([values[x] for x in kept])
@@ -77,6 +78,8 @@ def _differentiate(name: str, arguments_and_results: str, gradient: Gradient) ->
         ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in leaves))
 
     def derive(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(arguments)
         leaves = [x if saved is None else saved for x, saved in zip(ctx.plain, ctx.saved_tensors, strict=True)]
         values = dict(zip(kept, pytree.tree_unflatten(leaves, ctx.tree), strict=True))
         values |= {f"grad:{x}": grad for x, grad in zip(outputs, grads, strict=True)}

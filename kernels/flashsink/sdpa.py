@@ -76,6 +76,7 @@ def attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D), lse (B, H, Sq) float32 without a graph), 0 at padded queries."""
+    q, scale = checks.positive_scale(q, scale)
     b, h, queries, d = q.shape
     name = os.environ.get(VENDOR_VARIABLE, "torch")
     if name != "cudnn" and name not in VENDORS:

@@ -56,18 +56,33 @@ def test_half_precision_error_is_at_most_twice_that_of_plain_pytorch(backend, ca
 
 
 @on(KERNELS + HALF)
-@pytest.mark.parametrize("scale", [2.5, -0.5, 0.0])
-@pytest.mark.parametrize("case", ["odd D", "300 tokens", "264 features"])
+@pytest.mark.parametrize("scale", [2.5, -0.5, 0.0, 1e-30, -1e-30])
+@pytest.mark.parametrize("case", ["odd D", "both", "300 tokens", "264 features"])
 def test_scale(backend, case, scale):
     """With 0 every visible key gets the same; with a negative scale the order of the scores is reversed."""
     if backend.level is not None or backend.device != "cpu" or (backend.interpreted and case in LONG):
         pytest.skip("where the scale comes in is covered by the others")
     if scale > 1.0 and case in LONG:
         pytest.skip("scores so large that float32 is not exact enough")
-    for causal in (True, False) if scale <= 0.0 else (True,):
+    for causal in (True, False) if scale < 1.0 else (True,):
         found = run(backend, Problem(case, backend.dtype), scale=scale, causal=causal)
         want = exact(case, causal, backend.dtype, scale=scale)
         compare(found, want, backend.dtype, 10.0 if backend.dtype == torch.float32 else 1.0)
+
+
+@on(KERNELS)
+@pytest.mark.parametrize("scale", [1e3, -1e3])
+@pytest.mark.parametrize("case", ["both", "packed", "queries at the end"])
+def test_scores_of_ten_thousand(backend, case, scale):
+    """Float32 then knows a score to a thousandth: so exact are the probabilities, and the gradients of the scores."""
+    if backend.level is not None or backend.device != "cpu":
+        pytest.skip("where the scale comes in is covered by the others")
+    for causal in (True, False):
+        found, want = run(backend, Problem(case), scale=scale, causal=causal), exact(case, causal, scale=scale)
+        for name in ("dq", "dk"):
+            error = (found.pop(name) - want[name]).abs().max()
+            assert error < 1e-2 * abs(scale), name  # also where it is NaN
+        compare(found, want, torch.float32, 1e3)
 
 
 @on(KERNELS + HALF)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashsink.checks import positive_scale
 from flashsink.cpu import short
 from flashsink.cpu.library import library
 from flashsink.cpu.packed import buckets, like
@@ -26,6 +27,7 @@ LEAST = torch.finfo(torch.float32).min
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D), lse (B, H, Sq)) of torch's kernel, which needs as many key heads as query heads. Its causal
     mask begins at the first key, so ``causal`` serves only as many queries as keys."""
+    q, scale = positive_scale(q, scale)
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))

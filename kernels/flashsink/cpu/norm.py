@@ -83,13 +83,15 @@ def forward(
     return results
 
 
-def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def backward_like(
+    dout: Tensor | None, dtotal: Tensor | None, h: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), weight.new_empty(weight.shape if rest[-1] else (0,))
 
 
 def backward(
-    dout: Tensor,
-    dtotal: Tensor,
+    dout: Tensor | None,
+    dtotal: Tensor | None,
     h: Tensor,
     weight: Tensor,
     starts: Tensor,
@@ -100,8 +102,14 @@ def backward(
     dbos: Tensor,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of h (B, S, C), of weight (C,) or, where it is not needed, (0,)), in the dtype of ``h``."""
+    """(gradient of h (B, S, C), of weight (C,) or, where it is not needed, (0,)), in the dtype of ``h``.
+
+    ``dout`` and ``dtotal`` are None where nothing depends on that output.
+    """
     _check(h, weight, starts, spans)
+    spans = None if dtotal is None else spans
+    dout = torch.zeros_like(h) if dout is None else dout
+    dtotal = h.new_zeros(()) if dtotal is None else dtotal
     dh = h.new_empty(h.shape)
     dweight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
     dtotal, dout, rstd, scalars, dbos = (x.contiguous() for x in (dtotal.float(), dout, rstd, scalars, dbos))

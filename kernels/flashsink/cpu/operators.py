@@ -97,7 +97,7 @@ OPERATORS = (
     ),
     Operator(
         "rms_norm_backward",
-        "(Tensor grad, Tensor upstream, Tensor h, Tensor weight, Tensor starts, Tensor? spans, bool packed,"
+        "(Tensor? grad, Tensor? upstream, Tensor h, Tensor weight, Tensor starts, Tensor? spans, bool packed,"
         " Tensor rstd, Tensor scalars, Tensor bos_gradient, bool need_weight) -> (Tensor, Tensor)",
         norm.backward,
         norm.backward_like,

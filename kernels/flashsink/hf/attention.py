@@ -224,7 +224,7 @@ def _read(
     """What a call and its mask say."""
     scaling, causal = arguments.get("scaling"), arguments.get("is_causal")
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast rotary embeddings leave them in float32
-    q, scale = checks.positive_scale(q, q.shape[-1] ** -0.5 if scaling is None else float(scaling))
+    scale = checks.check_scale(scaling, q)
     rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     everything = not getattr(module, "is_causal", True)
     terms: dict[str, Any] = {"scale": scale, "softcap": arguments.get("softcap"), "sink_logits": arguments.get("s_aux")}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashsink import reference
+from flashsink import checks, reference
 from flashsink.checks import check_values
 from flashsink.types import Layout
 
 Doubts = list[tuple[Tensor, str]]  # (bool: this must not be, why)
+_ELSEWHERE = "cu_seq_lens_q: expected the places where position_ids restart"
 _HOLES = "attention_mask: expected the valid tokens of a row in one piece, got a mask with holes"
 
 
@@ -80,6 +81,22 @@ def blocks(seen: Tensor) -> Layout | None:
     alone = ~seen[0, 0].diagonal(-1)  # tokens that do not see the one before begin a sequence
     found = packed(torch.cat([alone.new_zeros(1), alone]).long().cumsum(0))
     return found if bool((reference.visible(found, seen.shape[-1], True) == seen).all()) else None
+
+
+def of_bounds(bounds: Tensor, positions: Tensor, tokens: int, validate: bool, doubts: Doubts) -> Layout:
+    """The packed layout with ``bounds`` (N + 1,), where ``positions`` (1, S) restart, without a look at their values.
+
+    Raises:
+        ValueError: no such bounds, or the positions restart elsewhere; where values are not checked that is added to
+            ``doubts``.
+    """
+    try:
+        layout = checks.resolve_layout(1, tokens, positions.device, cu_seqlens=bounds, validate=validate)
+    except ValueError as error:
+        raise ValueError(str(error).replace("cu_seqlens", "cu_seq_lens_q")) from None
+    restarts = positions.diff(dim=-1) != 1
+    _require(restarts == (layout.segments().diff(dim=-1) != 0), _ELSEWHERE, validate, doubts)
+    return layout
 
 
 def packed(sequence: Tensor) -> Layout:

@@ -121,6 +121,8 @@ def make_mask(**given: Any) -> Tensor | None:
     if asking.record is None or not _at_start(given) or (everything and queries != keys):
         return whole()  # a step of decoding, or cross-attention
     layout, plain = _layout(given, asking.validate, asking.record.doubts, asking.record)
+    if asking.record.bounds is not None and (not plain or everything or _read_by_layers(given)):
+        raise ValueError("cu_seq_lens_q: expected a model that wants no more than a causal mask")
     asking.record.settle(layout, asking.validate)
     asking.record.anchored = asking.record.anchored and not everything
     if asking.additive or everything or _read_by_layers(given):
@@ -154,6 +156,8 @@ def _layout(given: dict[str, Any], validate: bool, doubts: Doubts, record: Recor
     function, rows, queries = given["mask_function"], given["batch_size"], given["q_length"]
     local = given.get("local_size")
     plain, sequence = _is_plain(function, not given.get("use_vmap") and (local is None or local >= queries))
+    if record is not None and record.bounds is not None:
+        return layouts.of_bounds(*record.bounds, queries, validate, record.doubts), plain
     if plain and function is not causal_mask_function and record is not None:
         _doubt_positions(record)
     if sequence is not None and bool((sequence != sequence[:, :1]).any()):
@@ -192,6 +196,9 @@ def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) 
         ValueError: the mask is not one of these tokens.
     """
     if record.layout is not None:
+        return
+    if record.bounds is not None:
+        record.settle(layouts.of_bounds(*record.bounds, states.shape[1], validate, record.doubts), validate)
         return
     (rows, tokens), device, mask = states.shape[:2], states.device, record.padding
     fits = mask is None or mask.shape[1] == tokens or (record.cached and mask.shape[1] > tokens)
@@ -232,6 +239,26 @@ def _doubt_positions(record: Record) -> None:
     positions = record.positions
     if torch.compiler.is_compiling() and positions is not None and record.padding is None and not record.cached:
         record.doubts.append(((positions.diff(dim=-1) != 1).any(), _RESTART))
+
+
+def of_bounds(bounds: Any, inputs: Tensor, record: Record, asking: Asking) -> bool:
+    """Whether packed sequences of a call are known by ``bounds`` (N + 1,), without a look at its positions: of models
+    that want no more than a causal mask."""
+    positions = record.positions
+    if not isinstance(bounds, Tensor) or positions is None or positions.shape != inputs.shape[:2]:
+        return False
+    if len(inputs) != 1 or record.cached or asking.additive or not asking.configs:
+        return False
+    if not all(map(_only_causal, asking.configs)):
+        return False
+    record.bounds = (bounds, positions)
+    return True
+
+
+def _only_causal(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    others = ("sliding_window", "attention_chunk_size")
+    return {*kinds} == {"full_attention"} and not reads(config) and not any(getattr(config, x, None) for x in others)
 
 
 def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -> Any:

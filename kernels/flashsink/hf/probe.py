@@ -296,7 +296,8 @@ class Probe:
         self._check_implementation()
         self._forwards.enter()
         decoder: Any = self._found.decoder
-        mine.outer, mine.full = masks.here.asking, past is None or int(past.get_seq_length()) == 0
+        inputs = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
+        mine.outer, mine.full = masks.here.asking, past is None or _is_empty(past, inputs)
         masks.here.asking = asking = masks.Asking(
             self._configs,
             self._options.attention and (not self._configs or not getattr(decoder, "_supports_sdpa", True)),
@@ -327,15 +328,17 @@ class Probe:
         )
         self._forwards.keep(record)
         asking.record = record
-        inputs = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
         if not isinstance(inputs, Tensor):
             return None
         new = masks.of_call(mask, inputs.shape[0], inputs.shape[1], record, masks.here.asking)
+        if mask is None and masks.of_bounds(given.get("cu_seq_lens_q"), inputs, record, masks.here.asking):
+            # with a mask transformers does not look at the positions, which would wait for the device
+            new = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         masks.here.made.clear()
         if new is mask:
             return None
         place = self._parameters.index("attention_mask")
-        if "attention_mask" in kwargs:
+        if "attention_mask" in kwargs or len(args) <= place:
             return args, {**kwargs, "attention_mask": new}
         return (*args[:place], new, *args[place + 1 :]), kwargs
 
@@ -371,3 +374,12 @@ class Probe:
                     )
         finally:
             self._forwards.leave()
+
+
+def _is_empty(past: Any, inputs: Any) -> bool:
+    """Whether a cache holds nothing yet. Static ones count on the device, so a single token there is a step of
+    decoding: to ask would be to wait, in every step."""
+    length = past.get_seq_length()
+    if isinstance(length, Tensor) and isinstance(inputs, Tensor) and inputs.shape[1] == 1:
+        return False
+    return int(length) == 0

@@ -67,6 +67,7 @@ class Record:
     ran: set[int] = field(default_factory=set)  # layers
     padding: Tensor | None = None  # the 2-D mask of the call
     positions: Tensor | None = None  # the position ids of the call, and
+    bounds: tuple[Tensor, Tensor] | None = None  # of its packed sequences, and the positions, where no other mask is
     cached: bool = False  # whether it has a cache
     packs: bool = True  # whether the model may pack rows by them
     attended: bool = False  # whether a layer has called attention
@@ -147,10 +148,12 @@ class Record:
         return layout.starts + spans
 
     def poison(self, x: Tensor) -> Tensor:
-        """``x``, or NaN where a doubt turns out to be right."""
-        for wrong, _ in self.doubts:
-            x = x.masked_fill(wrong.to(x.device), torch.nan)
-        return x
+        """``x``, or NaN where a doubt turns out to be right. A sum, which keeps nothing for the backward: a layer that
+        is checkpointed must keep as much when it runs again, and then nobody doubts."""
+        if not self.doubts:
+            return x
+        wrong = torch.stack([wrong.to(x.device) for wrong, _ in self.doubts]).any()
+        return x + torch.where(wrong, torch.nan, 0.0).to(x.dtype)
 
     def check(self) -> None:
         """Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.triton.decorrelation import alike, bounds, check_features, row_tile, select
-from flashsink.triton.launch import launch
+from flashsink.triton.launch import VARYING, launch
 from flashsink.types import ActivationStats, Layout
 
 
@@ -53,7 +53,7 @@ def valid_range(starts, lengths, row, sequences, tokens, PACKED: tl.constexpr):
         return start, start + count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def activation_max(
     layers,  # a tuple of (B, S, C)
     starts, lengths,  # (N,) int64

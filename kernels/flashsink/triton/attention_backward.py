@@ -4,10 +4,9 @@ With P = exp(S - lse), S = scale Q K^T, dP = dO V^T and delta = rowsum(dO * O):
 
     dV = P^T dO      dS = P * (dP - delta)      dK = scale dS^T Q      dQ = scale dS K      received = colsum(P)
 
-A sink logit z has no value, so dz = -sum over rows of exp(z - lse) delta. One kernel owns keys and another queries: no
-atomics, the same bits every time. The first recomputes P exactly with a block of keys resident, so its column sums
-cost one addition an element. Dimensions: B rows, H query and Hk key heads, GROUP = H / Hk, N sequences (N = B in dense
-layout).
+A sink logit z has no value, so dz = -sum over rows of exp(z - lse) delta. One kernel owns keys and another queries: the
+same bits every time. The first recomputes P exactly with a block of keys resident, so its column sums cost one addition
+an element. Dimensions: B rows, H query and Hk key heads, GROUP = H / Hk, N sequences (N = B in dense layout).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from flashsink.triton.device import (
     store_rows,
     visible,
 )
-from flashsink.triton.launch import Tile, launch, strides
+from flashsink.triton.launch import VARYING, Tile, launch, strides
 from flashsink.triton.received import forward as statistics_pass
 from flashsink.types import Layout
 
@@ -44,7 +43,7 @@ CAPTURED_HEAD_DIM = 128  # beyond it dK and dV fill the registers, and the stati
 DELTA = Tile({"BLOCK_M": 16}, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     do, out,  # (B, H, seqlen_q, D)
     delta,  # (B, H, seqlen_q) float32, contiguous
@@ -113,8 +112,10 @@ def _kv_blocks(
         )  # fmt: skip
         if received is not None:  # noqa: SIM102  known when the kernel is compiled, the next is not
             if (i + 1) % blocks == 0:
+                # threads may hold copies of a column: an atomic adds one of them. The program owns its columns and adds
+                # twice at most to what it has cleared, so the order of the sums does not matter
                 columns = received + member * seqlen_k + offs_n
-                tl.store(columns, tl.load(columns, mask=valid, other=0.0) + col_sum, mask=valid)
+                tl.atomic_add(columns, col_sum, mask=valid, sem="relaxed", scope="cta")
                 col_sum = tl.zeros([BLOCK_N], tl.float32)
     return dk, dv
 
@@ -129,7 +130,7 @@ def _clear(received, offs_n, inside, seqlen_k, GROUP: tl.constexpr, BLOCK_N: tl.
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_kv_kernel(
     q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
@@ -177,8 +178,6 @@ def gradient_kv_kernel(
             received, offset, end, query_start, seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh, stride_dom,
             scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, True, query_starts is not None, PRECISION,
         )  # fmt: skip
-        if received is not None:
-            tl.debug_barrier()  # the second half adds to what the first has stored
     if BLOCK_D <= 128 or not CAUSAL:
         dk_acc, dv_acc = _kv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, offs_n, valid, full, tl.cdiv(tl.maximum(end - full, 0), BLOCK_M), q, do,
@@ -209,7 +208,7 @@ def _q_step(
     return dq + product(ds.to(k_tile.dtype), k_tile, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_q_kernel(
     q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous

@@ -34,7 +34,7 @@ from flashsink.triton.device import (
     store_rows,
     visible,
 )
-from flashsink.triton.launch import launch, strides
+from flashsink.triton.launch import VARYING, launch, strides
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _forward_step(
     return acc, l_i * alpha + tl.sum(p, 1), m_ij
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q,  # (B, H, seqlen_q, D)
     k,  # (B, Hk, seqlen_k, D)
@@ -115,9 +115,8 @@ def forward_kernel(
     acc = tl.where(valid[:, None], acc / l_i[:, None], 0.0)
     out_rows = out + off_b * stride_ob + off_h.to(tl.int64)[:, None] * stride_oh
     store_rows(out_rows, offs_m, stride_om, acc, inside, D, BLOCK_D)
-    heads = tl.num_programs(1) * GROUP
-    lse_rows = (off_b * heads + off_h) * seqlen_q + offs_m
-    tl.store(lse + lse_rows, tl.where(valid, (m_i + tl.log2(l_i)) * LN2, 0.0), mask=inside)
+    lse += (off_b * tl.num_programs(1) + off_hk) * GROUP * seqlen_q
+    tl.store(lse + member * seqlen_q + offs_m, tl.where(valid, (m_i + tl.log2(l_i)) * LN2, 0.0), mask=inside)
 
 
 def forward(

@@ -31,7 +31,7 @@ from flashsink.triton.device import (
     query_tile,
     store_rows,
 )
-from flashsink.triton.launch import launch, strides
+from flashsink.triton.launch import VARYING, launch, strides
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _columns(
     return tl.sum(p, 1), product(p.to(v_tile.dtype), v_tile, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def calibrate_kernel(
     q, k, v,  # (B, H or Hk, seqlen_q or seqlen_k, D)
     out,  # (B, H, seqlen_q, D), attention's

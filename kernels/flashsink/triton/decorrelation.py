@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink import reference
-from flashsink.triton.launch import Tile, launch
+from flashsink.triton.launch import VARYING, Tile, launch
 from flashsink.types import Layout
 
 MAX_FEATURES = 8192  # a row is held in the registers of one program
@@ -80,7 +80,7 @@ def dcos2(w, p, h, a):
 # ---- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decorrelation_forward(
     layers,  # a tuple of (B, S, C)
     starts, spans,  # (N,) int64
@@ -117,7 +117,7 @@ def decorrelation_forward(
     tl.store(dbos_parts + slot * FEATURES + offs_c, dbos, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decorrelation_backward(
     layers, dlayers,  # tuples of (B, S, C), the second contiguous
     dsums,  # (L,) float32

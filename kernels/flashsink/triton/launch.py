@@ -18,6 +18,14 @@ from torch import Tensor
 # triton.jit looks at it when a kernel is defined, so a later change has no effect
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Arguments of kernels that change from batch to batch, for ``triton.jit(do_not_specialize=...)``: else numbers that are
+# 1 or divisible by 16 and pointers that are aligned make kernels of their own, and a run compiles again and again, its
+# ranks at different steps. Strides are not among them: what they say of alignment makes loads wide, and they keep it.
+VARYING = (
+    *("starts", "lengths", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
+    *("sequences", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
+)
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -85,9 +93,19 @@ def available() -> str:
     """``"usable"``, or what is missing besides triton itself."""
     if INTERPRETED:
         return "usable"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"it needs compute capability 8.0 or higher, this device has {major}.{minor}"
-    return "usable"
+    reason = unsupported_gpu()
+    if reason or torch.cuda.is_available():
+        return reason or "usable"
+    why = "there is no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+    return f"{why} (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+
+
+def unsupported_gpu() -> str:
+    """Why torch's GPUs, if there are any, are none that flashsink knows, or ""."""
+    if torch.version.hip:  # such GPUs pass for CUDA devices, of a capability that means something else
+        return "ROCm is not supported: kernels and tiles are made for NVIDIA's GPUs"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"it needs compute capability 8.0 or higher, this device has {major}.{minor}"
+    return ""

@@ -27,7 +27,7 @@ from torch import Tensor
 from flashsink import reference
 from flashsink.triton.activations import largest, valid_range
 from flashsink.triton.decorrelation import alike, bounds, check_features, cosine, dcos2, row_tile
-from flashsink.triton.launch import Tile, launch
+from flashsink.triton.launch import VARYING, Tile, launch
 from flashsink.types import Layout, Normed
 
 _PROGRAMS = 512  # about two programs for every multiprocessor of a large GPU
@@ -67,21 +67,21 @@ def piece(starts, n, first, last, begin, end):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_forward(
     h, weight,  # (B, S, C), (C,)
     starts, lengths, spans,  # (N,) int64
     out,  # (B, S, C) contiguous
     rstd, max_abs, feature, terms, ws, ps,  # (B, S)
     dbos_parts,  # (slots, C) float32
-    eps, margin, stride_hb, stride_hs, tokens, sequences,
-    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
+    eps, margin, stride_hb, stride_hs, tokens, sequences, size,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B)."""
+    """Grid (chunks, B), chunks of ``size`` tokens."""
     chunk, row = tl.program_id(0), tl.program_id(1)
-    begin = chunk * CHUNK
-    end = tl.minimum(begin + CHUNK, tokens)
+    begin = chunk * size
+    end = tl.minimum(begin + size, tokens)
     offs_c = tl.arange(0, BLOCK_C)
     inside = offs_c < FEATURES
     h += tl.cast(row, tl.int64) * stride_hb
@@ -124,19 +124,19 @@ def norm_forward(
             tl.store(dbos_parts + tl.cast(slot, tl.int64) * FEATURES + offs_c, dbos, mask=inside & some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def bos_gradient(
     starts, spans,  # (N,) int64
     dbos_parts, dbos,  # (slots, C), (N, C) float32
-    tokens, chunks,
-    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    tokens, chunks, size,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of features, N): adds the parts of every sequence in order."""
     n = tl.program_id(1)
     start, span = bounds(starts, spans, n, tokens)
     counted = tl.maximum(span - 1, 0)
-    first = (start + 1) // CHUNK
-    count = tl.where(counted > 0, (start + counted) // CHUNK + 1 - first, 0)
+    first = (start + 1) // size
+    count = tl.where(counted > 0, (start + counted) // size + 1 - first, 0)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     dbos_parts += tl.cast(first + (n if PACKED else n * chunks), tl.int64) * FEATURES + offs_c
     acc = tl.zeros((SLOTS, BLOCK_C), tl.float32)
@@ -148,19 +148,19 @@ def bos_gradient(
     tl.store(dbos + tl.cast(n, tl.int64) * FEATURES + offs_c, acc, mask=offs_c < FEATURES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_backward(
     dout, dtotal,  # (B, S, C) contiguous, () float32
     h, weight, starts, spans, rstd, ws, ps, dbos,
     dh, dweight,  # (B, S, C) contiguous, (B, chunks, C) float32
-    stride_hb, stride_hs, tokens, sequences,
-    FEATURES: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, WEIGHT: tl.constexpr,
+    stride_hb, stride_hs, tokens, sequences, size,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, LOSS: tl.constexpr, WEIGHT: tl.constexpr,
     HOLD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B). HOLD: BOS stays in registers, else every token loads it."""
+    """Grid (chunks, B), as in the forward. HOLD: BOS stays in registers, else every token loads it."""
     chunk, row = tl.program_id(0), tl.program_id(1)
-    begin = chunk * CHUNK
-    end = tl.minimum(begin + CHUNK, tokens)
+    begin = chunk * size
+    end = tl.minimum(begin + size, tokens)
     offs_c = tl.arange(0, BLOCK_C)
     inside = offs_c < FEATURES
     h += tl.cast(row, tl.int64) * stride_hb
@@ -205,11 +205,15 @@ def norm_backward(
         tl.store(dweight + slot * FEATURES + offs_c, dgamma, mask=inside)
 
 
-def _norm_tile(rows: int, tokens: int, features: int) -> Tile:
-    """Chunks that make enough programs, yet no shorter than 16 tokens: each writes a row of float32."""
+def _chunk(rows: int, tokens: int) -> int:
+    """Tokens of a chunk: enough chunks for all programs, yet none shorter than 16 tokens: each writes a row of float32.
+    No constant of the kernels, which would be compiled again for batches of another size."""
+    return min(max(triton.next_power_of_2(rows * tokens // _PROGRAMS), 16), 64)
+
+
+def _norm_tile(features: int) -> Tile:
     tile = row_tile(features)
-    chunk = min(max(triton.next_power_of_2(rows * tokens // _PROGRAMS), 16), 64)
-    return Tile(tile.blocks | {"CHUNK": chunk, "BLOCK_N": _BLOCK_N}, tile.warps, tile.stages)
+    return Tile(tile.blocks | {"BLOCK_N": _BLOCK_N}, tile.warps, tile.stages)
 
 
 # ---- launchers
@@ -248,8 +252,8 @@ def forward(
     outputs = forward_like(h, weight, starts, lengths, spans)
     out, _, max_abs, feature, rstd, ws, ps, dbos = outputs
     rows, tokens, features = h.shape
-    tile = _norm_tile(rows, tokens, features)
-    chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
+    size = _chunk(rows, tokens)
+    chunks = triton.cdiv(tokens, size)
     loss = spans is not None
     terms = torch.empty_like(ws)
     dbos_parts = torch.empty(
@@ -259,7 +263,7 @@ def forward(
     )
     common = _common(h, weight, starts, spans, packed)
     launch(
-        norm_forward, (chunks, rows), tile,
+        norm_forward, (chunks, rows), _norm_tile(features),
         **common, lengths=lengths.contiguous(), out=out, rstd=rstd, max_abs=max_abs, feature=feature,
         terms=terms if loss else None, ws=ws if loss else None, ps=ps if loss else None,
         dbos_parts=dbos_parts if loss else None, eps=eps, margin=margin, LOSS=loss,
@@ -268,9 +272,9 @@ def forward(
         return out, torch.zeros((), dtype=torch.float32, device=h.device), *outputs[2:]
     launch(
         bos_gradient, (triton.cdiv(features, 128), len(starts)),
-        Tile({"SLOTS": 8, "BLOCK_C": 128, "CHUNK": tile.blocks["CHUNK"]}, warps=4, stages=2),
+        Tile({"SLOTS": 8, "BLOCK_C": 128}, warps=4, stages=2),
         starts=common["starts"], spans=common["spans"], dbos_parts=dbos_parts, dbos=dbos, tokens=tokens,
-        FEATURES=features, chunks=chunks, PACKED=packed,
+        size=size, FEATURES=features, chunks=chunks, PACKED=packed,
     )  # fmt: skip
     return out, terms.sum(), *outputs[2:]
 
@@ -279,15 +283,18 @@ def _common(h: Tensor, weight: Tensor, starts: Tensor, spans: Tensor | None, pac
     """The arguments that both kernels have."""
     (h,) = alike([h])
     stride_hb, stride_hs, _ = h.stride()
-    _, tokens, features = h.shape
+    rows, tokens, features = h.shape
     return {
         "h": h, "weight": weight.contiguous(), "starts": starts.contiguous(),
         "spans": None if spans is None else spans.contiguous(), "stride_hb": stride_hb, "stride_hs": stride_hs,
-        "tokens": tokens, "sequences": len(starts), "FEATURES": features, "PACKED": packed,
+        "tokens": tokens, "sequences": len(starts), "size": _chunk(rows, tokens),
+        "FEATURES": features, "PACKED": packed,
     }  # fmt: skip
 
 
-def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def backward_like(
+    dout: Tensor | None, dtotal: Tensor | None, h: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(h.shape, dtype=h.dtype, device=h.device),
         torch.empty(weight.shape if rest[-1] else (0,), dtype=weight.dtype, device=h.device),
@@ -295,8 +302,8 @@ def backward_like(dout: Tensor, dtotal: Tensor, h: Tensor, weight: Tensor, *rest
 
 
 def backward(
-    dout: Tensor,
-    dtotal: Tensor,
+    dout: Tensor | None,
+    dtotal: Tensor | None,
     h: Tensor,
     weight: Tensor,
     starts: Tensor,
@@ -308,18 +315,25 @@ def backward(
     dbos: Tensor,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed)."""
+    """(gradient of h (B, S, C), contiguous; of weight (C,), or empty where it is not needed).
+
+    ``dout`` and ``dtotal`` are None where nothing depends on that output; then the loss costs nothing.
+    """
+    if dout is None:  # of the loss alone, which no model asks for: not worth a kernel of its own
+        dout = torch.zeros(h.shape, dtype=torch.promote_types(h.dtype, weight.dtype), device=h.device)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     rows, tokens, features = h.shape
-    tile = _norm_tile(rows, tokens, features)
+    tile = _norm_tile(features)
     # BOS stays in registers except where the compile report has spills with it
     tile.blocks["HOLD"] = h.element_size() == 2 or features not in (4096, 8192)
-    chunks = triton.cdiv(tokens, tile.blocks["CHUNK"])
+    chunks = triton.cdiv(tokens, _chunk(rows, tokens))
+    spans = None if dtotal is None else spans
     loss = spans is not None
     dweight = torch.empty((rows, chunks, features) if need_weight else (0,), dtype=torch.float32, device=h.device)
     launch(
         norm_backward, (chunks, rows), tile,
-        **_common(h, weight, starts, spans, packed), dout=dout.contiguous(), dtotal=dtotal.float() if loss else None,
+        **_common(h, weight, starts, spans, packed), dout=dout.contiguous(),
+        dtotal=None if dtotal is None or spans is None else dtotal.float(),
         rstd=rstd.contiguous(), ws=ws.contiguous() if loss else None, ps=ps.contiguous() if loss else None,
         dbos=dbos.contiguous() if loss else None, dh=dh, dweight=dweight if need_weight else None,
         LOSS=loss, WEIGHT=need_weight,

@@ -88,7 +88,7 @@ OPERATORS = (
     ),
     Operator(
         "triton_rms_norm_backward",
-        "(Tensor upstream, Tensor of_total, Tensor h, Tensor weight, Tensor starts, Tensor? spans, bool packed,"
+        "(Tensor? upstream, Tensor? of_total, Tensor h, Tensor weight, Tensor starts, Tensor? spans, bool packed,"
         " Tensor rstd, Tensor weights, Tensor ratios, Tensor bos, bool need_weight) -> (Tensor, Tensor)",
         norm.backward,
         norm.backward_like,

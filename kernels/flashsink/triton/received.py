@@ -27,7 +27,7 @@ from flashsink.triton.device import (
     query_range,
     slots,
 )
-from flashsink.triton.launch import launch, strides
+from flashsink.triton.launch import VARYING, launch, strides
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _received_step(
     return received + tl.sum(p_t, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def received_kernel(
     q,  # (B, H, seqlen_q, D)
     k,  # (B, Hk, seqlen_k, D)

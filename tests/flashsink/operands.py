@@ -1,0 +1,94 @@
+"""Arguments for the operators, called directly."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from cases import KERNELS, TRITON, Backend
+
+OPERATORS = [b for b in KERNELS if isinstance(b, Backend) and b.name == "cpu" and b.level is None] + TRITON
+B, H, HK, S, D, C = 2, 4, 2, 5, 16, 12
+
+
+def normal(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + len(shape))).to(device)
+
+
+def column(*values):
+    return torch.tensor([[x, 10**6] for x in values])[:, 0]
+
+
+def layout_of(packed, device="cpu"):
+    """(rows, starts, lengths, first counted queries, spans): vectors with a stride."""
+    if packed:
+        found = column(0, 2), column(2, 3), column(1, 3), column(2, 2)
+    else:
+        found = column(0, 1), column(4, 4), column(1, 2), column(2, 3)
+    return (1 if packed else B, *(x.to(device) for x in found))
+
+
+def native(packed=False, dtype=torch.float32):
+    """name -> (operator, its arguments); what comes first feeds what follows."""
+    ops, tail, (b, starts, lengths, first, spans) = torch.ops.flashsink, (packed, True, 0.3), layout_of(packed)
+    q, k, v, up = normal(b, H, S, D), normal(b, HK, S, D), normal(b, HK, S, D, seed=1), normal(b, H, S, D, seed=2)
+    wide, sink, blocks = normal(b, HK, S, 9), normal(H), torch.tensor([[0, 1, 0, -1, 2]]).expand(b, S)
+    pattern = (starts, lengths, *tail, 2.0, 3, 4, spans, blocks, None)
+    tiled = ops.tiled_attention(q, k, wide, sink, None, *pattern)[:2]
+    h, weight, where = normal(b, S, C).to(dtype), normal(C).to(dtype), (starts, spans, packed)
+    out, lse = ops.attention(q, k, v, starts, lengths, *tail)
+    _, *kept = ops.decorrelation_sums([h, h + 1], *where, 0.0)
+    normed = ops.rms_norm(h, weight, 1e-5, starts, lengths, spans, packed, 0.0)[4:]
+    norm_up = (normal(b, S, C, seed=3).to(dtype), normal(1)[0])
+    return {
+        "attention": (q, k, v, starts, lengths, *tail),
+        "attention_backward": (up, q, k, v, out, lse, starts, lengths, *tail),
+        "received": (q, k, lse, starts, lengths, first, *tail),
+        "tiled_attention": (q, k, wide, sink, torch.stack([first, starts]), *pattern),
+        "tiled_attention_backward": (normal(b, H, S, 9), q, k, wide, sink, *tiled, *pattern),
+        "activation_max": (h, starts, lengths, packed),
+        "decorrelation_sums": ([h, h + 1], *where, 0.1),
+        "decorrelation_sums_backward": (normal(2), [h, h + 1], *where, *kept),
+        "rms_norm": (h, weight, 1e-5, starts, lengths, spans, packed, 0.1),
+        "rms_norm_backward": (*norm_up, h, weight, starts, spans, packed, *normed, True),
+    }
+
+
+def kernels(packed=False, features=160, device="cpu"):
+    """As :func:`native`; with 160 features what a key receives is counted by a pass of its own."""
+
+    draw = functools.partial(normal, device=device)
+    ops, tail, (b, starts, lengths, first, spans) = torch.ops.flashsink, (packed, True, 0.3), layout_of(packed, device)
+    h, weight, where = draw(b, S, C), draw(C), (starts, spans, packed)
+    sink, capture = draw(H), torch.zeros(b, H, S, device=device)
+    q, k, v, up = (draw(b, n, S, features, seed=seed).half() for seed, n in enumerate((H, HK, HK, H)))
+    out, lse = ops.triton_attention(q, k, v, sink, capture, starts, lengths, first, *tail)
+    _, *kept = ops.triton_decorrelation_sums([h, h + 1], *where, 0.0)
+    normed = ops.triton_rms_norm(h, weight, starts, lengths, spans, packed, 1e-5, 0.0)[4:]
+    norm_up = (draw(b, S, C, seed=3), draw(1)[0])
+    found = {
+        "triton_attention": (q, k, v, sink, capture, starts, lengths, first, *tail),
+        "triton_attention_backward": (up, q, k, v, out, lse, sink, starts, lengths, first, *tail, True),
+        "triton_received": (q, k, lse, starts, lengths, first, *tail),
+        "triton_calibrate": (q, k, v, out, lse, draw(b, H, S) > 0.5, starts, lengths, 0.4, 0.3),
+        "triton_activation_max": ([h, h + 1], starts, lengths, packed),
+        "triton_decorrelation_sums": ([h, h + 1], *where, 0.1),
+        "triton_decorrelation_sums_backward": (draw(2), [h, h + 1], *where, *kept),
+        "triton_rms_norm": (h, weight, starts, lengths, spans, packed, 1e-5, 0.1),
+        "triton_rms_norm_backward": (*norm_up, h, weight, starts, spans, packed, *normed, True),
+    }
+    if packed:
+        del found["triton_calibrate"]
+    return found
+
+
+def operators(backend, packed=False, **options):
+    if backend.name == "cpu":
+        return native(packed, **options)
+    return kernels(packed, device=backend.device, **options)
+
+
+def leaves(arguments):
+    """The arguments with a gradient asked for wherever there can be one."""
+    learn = lambda x: x.detach().clone().requires_grad_() if getattr(x, "is_floating_point", bool)() else x  # noqa: E731
+    return tuple([learn(y) for y in x] if isinstance(x, list) else learn(x) for x in arguments)

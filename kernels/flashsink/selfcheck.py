@@ -226,14 +226,16 @@ def _lose(name: str, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor
 
 def _normalize(name: str, loss: bool, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
     (h,), spans, layout = _states(kernel, name, place, 1, False)
-    weight = place(torch.linspace(0.5, 1.5, kernel.size).to(kernel.dtype)).requires_grad_(loss)
+    learned = loss != layout.packed  # kernels with a gradient of the weight are others
+    weight = place(torch.linspace(0.5, 1.5, kernel.size).to(kernel.dtype)).requires_grad_(learned)
     upstream = place(torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(kernel.dtype))
-    normed = run.rms_norm(h, weight, 1e-5, layout, spans if loss else None, 0.1)
+    normed = run.rms_norm(h, weight, 0.5, layout, spans if loss else None, 0.1)
     value = (normed.out * upstream).sum(dtype=torch.float64)
     (value + 3.0 * normed.total if loss else value).backward()
     found = {"the output": normed.out, "the gradient of h": h.grad}
     found |= {"the largest activation": normed.max_abs, "its feature": normed.feature}
-    return found | ({"the sum": normed.total[None], "the gradient of the weight": weight.grad} if loss else {})
+    found |= {"the sum": normed.total[None]} if loss else {}
+    return found | ({"the gradient of the weight": weight.grad} if learned else {})
 
 
 def _measure(name: str, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:

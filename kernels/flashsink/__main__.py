@@ -152,7 +152,7 @@ def _checked(name: str) -> Iterator[dict[str, Any]]:
         try:
             reason = selfcheck.wrong(run, kernel, device)
             if name == "triton":
-                verdicts.remember(device, {kernel: reason})
+                verdicts.remember(device, kernel, reason)
         except RuntimeError as error:
             reason = f"not checked: {str(error).splitlines()[0]}"
         seconds = round(time.monotonic() - began, 2)

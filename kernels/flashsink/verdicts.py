@@ -72,7 +72,7 @@ def _verdict(x: Tensor, kernel: Kernel) -> str:
     if key in _verdicts:
         return _verdicts[key]
     if _unable(x):
-        return _known(x.device).get(kernel, "")
+        return _known(x.device, kernel)
     with _lock:
         if key not in _verdicts:
             _in_a_thread(x.device, kernel)
@@ -91,16 +91,23 @@ def _unable(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _failed(device: torch.device, dtype: torch.dtype, families: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
     """Sizes, of which the caller's may be symbolic, at which kernels are known to fail, and why."""
-    known = _known(device).items()
-    return tuple((k.size, reason) for k, reason in known if reason and k.dtype == dtype and k.family in families)
+    kernels = {kernel for where, kernel in _verdicts if where == device}
+    for family in families:
+        path = place(device, Kernel(family, dtype, 0))
+        names = path.parent.glob(path.name.replace("0.json", "*.json")) if path is not None else []
+        kernels |= {Kernel(family, dtype, int(name.stem.rpartition("-")[2])) for name in names}
+    wanted = [kernel for kernel in kernels if kernel.dtype == dtype and kernel.family in families]
+    return tuple((kernel.size, reason) for kernel in wanted if (reason := _known(device, kernel)))
 
 
-def _known(device: torch.device) -> dict[Kernel, str]:
-    """The verdicts of earlier checks, of this process or another."""
-    for kernel, reason in remembered(device).items():
-        if (device, kernel) not in _verdicts:
-            _accept(device, kernel, reason)
-    return {kernel: reason for (where, kernel), reason in _verdicts.items() if where == device}
+def _known(device: torch.device, kernel: Kernel) -> str:
+    """The verdict of an earlier check, of this process or another; "" without one."""
+    if (device, kernel) not in _verdicts:
+        reason = remembered(device, kernel)
+        if reason is None:
+            return ""
+        _accept(device, kernel, reason)
+    return _verdicts[device, kernel]
 
 
 def _in_a_thread(device: torch.device, kernel: Kernel) -> None:
@@ -123,19 +130,17 @@ def _in_a_thread(device: torch.device, kernel: Kernel) -> None:
 
 def _settle(device: torch.device, kernel: Kernel) -> None:
     """Makes the verdict known: another process's, else one's own."""
-    reason = remembered(device).get(kernel)
-    if reason is None:
-        with _alone(device):
-            reason = remembered(device).get(kernel)  # of the process that was waited for
-            if reason is None:
-                logger.info("checking the Triton kernels: %s; once on this machine", kernel)
-                began = time.monotonic()
-                try:
-                    reason = selfcheck.wrong(triton, kernel, device)
-                except torch.OutOfMemoryError:
-                    return  # says nothing of the kernels: the next use tries again
-                logger.info("checked in %.1f s: %s", time.monotonic() - began, kernel)
-                remember(device, {kernel: reason})
+    with _alone(device, kernel):
+        reason = remembered(device, kernel)
+        if reason is None:
+            logger.info("checking the Triton kernels: %s; once on this machine", kernel)
+            began = time.monotonic()
+            try:
+                reason = selfcheck.wrong(triton, kernel, device)
+            except torch.OutOfMemoryError:
+                return  # says nothing of the kernels: the next use tries again
+            logger.info("checked in %.1f s: %s", time.monotonic() - began, kernel)
+            remember(device, kernel, reason)
     _accept(device, kernel, reason)
 
 
@@ -146,45 +151,40 @@ def _accept(device: torch.device, kernel: Kernel, reason: str) -> None:
     _verdicts[device, kernel] = reason
 
 
-# ---- on disk
+# ---- on disk: a file for every kernel, so that processes that check different ones neither wait nor overwrite
 
 
-def remember(device: torch.device, found: dict[Kernel, str]) -> None:
-    """Adds verdicts to those of ``device``. A folder that cannot be written to keeps none."""
-    path = place(device)
+def remember(device: torch.device, kernel: Kernel, reason: str) -> None:
+    """Writes a verdict. A folder that cannot be written to keeps none."""
+    path = place(device, kernel)
     if path is None:
         return
-    known = remembered(device) | found
-    checks = [[k.family, str(k.dtype).removeprefix("torch."), k.size, reason] for k, reason in known.items()]
     part = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"environment": environment(device), "checks": checks}, indent=1), encoding="utf-8")
+        part.write_text(json.dumps({**environment(device), "kernel": str(kernel), "wrong": reason}), encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        logger.debug("verdicts are not kept: %s", error)
+        logger.debug("a verdict is not kept: %s", error)
 
 
-def remembered(device: torch.device) -> dict[Kernel, str]:
-    """The verdicts on disk; none where the file is missing, damaged or another environment's."""
-    path = place(device)
-    if path is None:
-        return {}
+def remembered(device: torch.device, kernel: Kernel) -> str | None:
+    """The verdict on disk; None where the file is missing, damaged or another environment's."""
+    path = place(device, kernel)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["environment"] != environment(device):
-            return {}
-        checks = content["checks"]
-        return {Kernel(family, getattr(torch, dtype), int(size)): str(reason) for family, dtype, size, reason in checks}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+    except (OSError, ValueError):
+        return None
+    expected = {**environment(device), "kernel": str(kernel)}
+    reason = content.pop("wrong", None) if isinstance(content, dict) else None
+    return reason if isinstance(reason, str) and content == expected else None
 
 
 @contextlib.contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
-    """Holds the lock of this device's verdicts, which ends with the process that holds it. Where there can be none, or
-    not within :data:`WAIT`, every process checks for itself."""
-    path, lock = place(device), None
+def _alone(device: torch.device, kernel: Kernel) -> Iterator[None]:
+    """Holds the lock of a verdict, which ends with the process that holds it. Where there can be none, or not within
+    :data:`WAIT`, every process checks for itself."""
+    path, lock = place(device, kernel), None
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,14 +199,14 @@ def _alone(device: torch.device) -> Iterator[None]:
             lock.release()
 
 
-def place(device: torch.device) -> Path | None:
-    """The file of this device's verdicts, or None where there is no home."""
+def place(device: torch.device, kernel: Kernel) -> Path | None:
+    """The file of a verdict, or None where there is no home."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashsink"
     except RuntimeError:
         return None
     digest = hashlib.sha256(json.dumps(environment(device), sort_keys=True).encode()).hexdigest()
-    return folder / f"check-{digest[:16]}.json"
+    return folder / f"check-{digest[:16]}" / f"{kernel.family}-{kernel.dtype}-{kernel.size}.json"
 
 
 @functools.cache

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 QKV = tuple(torch.randn(2, h, 9, 16, generator=torch.Generator().manual_seed(h)).half() for h in (4, 2, 2))
 H = torch.randn(2, 2, 9, 24, generator=torch.Generator().manual_seed(0)).half()
 SPANS = torch.tensor([4, 3])
+LOSS = Kernel("loss", torch.float16, 24)
 
 
 class Checks:
@@ -128,43 +129,37 @@ def test_a_kernel_that_raises_fails(folder):
 
     with launch.observe(refuse):
         assert chosen("loss") == "reference"
-    reason = verdicts.remembered(CPU)[Kernel("loss", torch.float16, 24)]
+    reason = verdicts.remembered(CPU, LOSS)
     assert reason == "padded rows: it raises RuntimeError: out of resource: shared memory"
 
 
 def test_verdicts_are_written_and_read(checks, folder):
     checks.wrong["loss"] = "no good"
     assert (chosen(), chosen("loss")) == ("triton", "reference")
-    (path,) = folder.glob("*.json")
-    content = json.loads(path.read_text())
-    assert ["loss", "float16", 24, "no good"] in content["checks"] and content["environment"][
-        "torch"
-    ] == torch.__version__
+    assert len(list(folder.glob("check-*/*.json"))) == 3
+    content = json.loads(verdicts.place(CPU, LOSS).read_text())
+    assert (content["wrong"], content["kernel"]) == ("no good", "loss of float16, 24 features")
+    assert content["torch"] == torch.__version__
     forget()
     assert (chosen(), chosen("loss"), len(checks.asked)) == ("triton", "reference", 3)
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '"x"', "\0", '{"environment": {}, "checks": []}', "of another machine", "of another kind"],
+    "text", ["", "{", "[]", "{}", '"x"', "\0", '{"wrong": ""}', "of another machine", "of another kernel", "a number"]
 )
 def test_a_file_that_is_not_ours_is_ignored_and_replaced(checks, folder, text):
-    path = verdicts.place(CPU)
-    path.parent.mkdir()
-    if text.startswith("of another"):
-        chosen("loss")
-        content = json.loads(path.read_text())
-        if text.endswith("kind"):
-            content["checks"] = [["loss", "float99", 24, ""], ["loss"]]
-        else:
-            content["environment"]["driver"] = "1"
-        text = json.dumps(content)
-        forget()
-        checks.asked.clear()
-    path.write_text(text)
+    path = verdicts.place(CPU, LOSS)
+    path.parent.mkdir(parents=True)
+    right = verdicts.environment(CPU) | {"kernel": str(LOSS), "wrong": ""}
+    others = {
+        "of another machine": {"driver": "1"},
+        "of another kernel": {"kernel": "loss of float16, 25 features"},
+        "a number": {"wrong": 0},
+    }
+    path.write_text(json.dumps(right | others[text]) if text in others else text)
     assert chosen("loss") == "triton" and checks.asked == ["loss"]
-    assert verdicts.remembered(CPU) == {Kernel("loss", torch.float16, 24): ""}
+    assert json.loads(path.read_text()) == right
 
 
 @pytest.mark.parametrize("how", ["file", "no home"])
@@ -196,7 +191,7 @@ def test_the_variable_skips_it(checks, monkeypatch):
 def test_no_memory_says_nothing_of_the_kernels(checks):
     checks.wrong["loss"] = torch.OutOfMemoryError("CUDA out of memory")
     assert chosen("loss") == chosen("loss") == "triton"
-    assert checks.asked == ["loss", "loss"] and not verdicts.remembered(CPU)
+    assert checks.asked == ["loss", "loss"] and verdicts.remembered(CPU, LOSS) is None
     checks.wrong["loss"] = RuntimeError("the device was lost before")
     with pytest.raises(RuntimeError, match="lost before"):
         chosen("loss")
@@ -214,13 +209,15 @@ def test_not_while_compiling_where_only_known_verdicts_count(checks):
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(H), flashsink.decorrelation_loss(H, SPANS, backend="reference"))
     assert checks.asked == []
-    verdicts.remember(CPU, {Kernel("loss", torch.float16, 24): "no good"})
+    verdicts.remember(CPU, LOSS, "no good")
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no good"):
         torch.compile(loss, fullgraph=True, backend="eager")(H)
     torch._dynamo.reset()
     dynamic = torch.compile(loss, fullgraph=True, backend="eager", dynamic=True)
     assert dynamic(H[..., :20]).isfinite()  # another number of features
+    with pytest.raises(Exception, match="no good"):
+        dynamic(H)
     assert checks.asked == []
 
 
@@ -239,7 +236,7 @@ def test_not_while_a_graph_is_captured(checks, monkeypatch):
     monkeypatch.setattr(verdicts, "environment", lambda device: {"device": str(device)})
     monkeypatch.setattr(torch._guards, "detect_fake_mode", lambda _: None)
     assert verdicts.refusal("loss", x) == "" and checks.asked == []
-    verdicts.remember(x.device, {Kernel("loss", torch.float16, 24): "no good"})
+    verdicts.remember(x.device, LOSS, "no good")
     assert "no good" in verdicts.refusal("loss", x) and checks.asked == []
 
 
@@ -280,14 +277,17 @@ def test_the_callers_modes_do_not_reach_the_check(folder):
         torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
     ):
         assert [chosen(family) for family in selfcheck.FAMILIES] == ["triton"] * len(selfcheck.FAMILIES)
-    assert set(verdicts.remembered(CPU).values()) == {""} and not saved
+    assert set(verdicts._verdicts.values()) == {""} and not saved
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- several at once
 
 
-def test_threads_wait_for_the_one_that_checks(checks):
+@pytest.mark.parametrize("cache", [True, False])
+def test_threads_wait_for_the_one_that_checks(checks, folder, cache):
+    if not cache:
+        folder.write_text("in the way of the folder")
     checks.seconds = 0.3
     found = []
     threads = [threading.Thread(target=lambda: found.append(chosen("loss"))) for _ in range(4)]

@@ -91,7 +91,7 @@ class Call(NamedTuple):
     def calibrated(self, backend: str | None, sinks: Tensor, beta: float) -> Tensor:
         """The output with ACT on the columns ``sinks`` (B, H, Sk)."""
         q, pattern = self.q, self.pattern
-        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap)
+        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap, "ACT")
         return chosen.calibrated_attention(
             q,
             self.k,

@@ -67,7 +67,8 @@ def test_scale(backend, case, scale):
     for causal in (True, False) if scale < 1.0 else (True,):
         found = run(backend, Problem(case, backend.dtype), scale=scale, causal=causal)
         want = exact(case, causal, backend.dtype, scale=scale)
-        compare(found, want, backend.dtype, 10.0 if backend.dtype == torch.float32 else 1.0)
+        # a score is rounded with the scale, and so is the gradient that goes back to it
+        compare(found, want, backend.dtype, 10.0 if backend.dtype == torch.float32 else max(1.0, scale**2))
 
 
 @on(KERNELS)

@@ -1,6 +1,6 @@
 """bfloat16 in Triton's interpreter, which holds its 16 bits in numpy's uint16 and would compute on them as integers.
 
-Here operands are widened to float32, which is exact, and results rounded to nearest even, as compiled kernels do.
+Here operands are widened to float32, which is exact, and results rounded to nearest even.
 What only moves values moves their bits. Whatever else takes bfloat16 is refused, so that nothing is silently wrong.
 """
 

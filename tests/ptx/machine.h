@@ -50,6 +50,7 @@ struct Mark {
   uint32_t fence = 0;                          // fences between proxies before it was written
   uint16_t in_flight = 0;                      // matrix instructions that may still read it
   bool copying = false, known = false;         // cp.async may still write it; it was written at all
+  bool atomic = false;                         // by an atomic operation, which other ones may follow
   int cta = -1, reader_cta = -1;               // of global memory: who wrote and read it in this launch
 };
 
@@ -145,9 +146,9 @@ Handler matrix(Instruction& i);
 Handler tensor(Instruction& i);
 
 // memory.cpp
-// stored: what will be written, or nullptr for a load
+// stored: what will be written, or nullptr for a load; atomic: by an atomic operation
 void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, int bytes, int thread,
-           const uint8_t* stored);
+           const uint8_t* stored, bool atomic = false);
 void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight);
 void release(Machine& m, const Flight& flight, bool by_warpgroup);
 

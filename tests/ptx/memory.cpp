@@ -31,7 +31,7 @@ void Machine::fault(const Instruction& i, const std::string& what) const {
 }
 
 void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, int bytes, int thread,
-           const uint8_t* stored) {
+           const uint8_t* stored, bool atomic) {
   const bool write = stored != nullptr;
   const bool outside = address + uint64_t(bytes) > where.size || address > where.size ||
                        (where.owner && (!where.owner[address] || where.owner[address] != where.owner[address + uint64_t(bytes) - 1]));
@@ -41,19 +41,20 @@ void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, in
   const uint16_t sync = m.syncs[size_t(thread) / 32];
   for (uint64_t at = address / 2; at <= (address + uint64_t(bytes) - 1) / 2; ++at) {
     Mark& mark = where.marks[at];
-    if (where.global) between_ctas(m, i, mark, write);
+    const bool both = atomic && mark.atomic;
+    if (where.global && !both) between_ctas(m, i, mark, write);
     else if (!write && !mark.known) m.race(i, "reads shared memory that nobody wrote");
     if (mark.copying) m.race(i, write ? "overwrites what cp.async may still write" : "reads what cp.async may still write");
     if (write && mark.in_flight) m.race(i, "overwrites an operand of a matrix instruction in flight");
     const bool now = mark.cta == m.number || !where.global, seen = mark.reader_cta == m.number || !where.global;
     const bool same = write && bytes > 1 && !memcmp(where.data + at * 2, stored + (at * 2 - address), 2);
-    if (!same && now && mark.written == m.epoch && apart(mark.writer, mark.writer_sync, m, thread))
+    if (!same && !both && now && mark.written == m.epoch && apart(mark.writer, mark.writer_sync, m, thread))
       m.race(i, write ? "two threads write without a barrier between" : "reads without a barrier after the write");
     if (write && seen && mark.read == m.epoch && apart(mark.reader, mark.reader_sync, m, thread))
       m.race(i, "writes without a barrier after the read");
     if (write) {
       mark.written = m.epoch, mark.writer = uint16_t(thread), mark.writer_sync = sync;
-      mark.known = true, mark.fence = m.fences;
+      mark.known = true, mark.fence = m.fences, mark.atomic = atomic;
     } else {
       const bool again = mark.read == m.epoch && mark.reader != NOBODY && mark.reader != thread;
       const bool other = again && (mark.reader == MANY || mark.reader / 32 != thread / 32);
@@ -141,12 +142,9 @@ void add_atomically(Machine& m, const Instruction& i) {
   for (int t = 0; t < m.threads; ++t) {
     if (!m.active(t)) continue;
     const uint64_t at = address(m, i.args[first], i.args[first + 1], t);
-    const bool checks = m.checks;
-    m.checks = false;
-    check(m, i, space(m, i), at, i.b, t, nullptr);
-    m.checks = checks;
     uint8_t* where = space(m, i).data + at;
-    uint32_t old, add = m.at<uint32_t>(i.args[first + 2])[t], made;
+    uint32_t old = 0, add = m.at<uint32_t>(i.args[first + 2])[t], made;
+    check(m, i, space(m, i), at, i.b, t, reinterpret_cast<const uint8_t*>(&add), true);
     memcpy(&old, where, 4);
     if (i.has("f32")) {
       float x, y;

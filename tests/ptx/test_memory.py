@@ -199,5 +199,8 @@ def test_ctas_must_not_write_the_same_memory():
 
 def test_atomic_additions_are_no_races():
     total = torch.zeros(1, dtype=torch.float32)
-    assert not grid_of("mov.b32 %r4, 0f3F800000; red.global.add.f32 [%d0], %r4;", total, ctas=3)
+    add = "mov.b32 %r4, 0f3F800000; red.global.add.f32 [%d0], %r4;"
+    assert not grid_of(add, total, ctas=3)
     assert total.item() == 96.0
+    for ctas in (1, 2):  # a plain store among them is one
+        assert grid_of(f"setp.eq.u32 %p1, %r0, 5; {add} @%p1 st.global.b32 [%d0], %r0;", total, ctas=ctas)

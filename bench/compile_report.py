@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("results") / "compile_table.csv"
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 FIELDS = ["case", "kernel", "variant", "tile", "sm", "registers", "spills", "shared", "wgmma", "mma", "tcgen05"]
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may use
+# bytes that one block may use
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 Row = dict[str, str]
 

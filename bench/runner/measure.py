@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,10 @@ class Bench:
     Attributes:
         seconds: spent on the rounds of one comparison.
         emit: gets every finished row at once.
-        deadline: of ``time.monotonic``; later comparisons are skipped.
+        deadline: of ``time.monotonic``; later comparisons are skipped, and then ``late`` is set.
         layers: cuts the models whose whole steps are measured; 0 = the claim's default.
+        done: keys of comparisons that are not measured again; ``finished`` gets those that are added.
+        rehearsal: measure the GPU set, whatever the device.
     """
 
     device: torch.device
@@ -110,6 +113,10 @@ class Bench:
     deadline: float = float("inf")
     least_rounds: int = 5
     layers: int = 0
+    done: set[str] = field(default_factory=set)
+    finished: Callable[[str], None] | None = None
+    rehearsal: bool = False
+    late: bool = False
 
     def __post_init__(self) -> None:
         self._origin = origin(self.device)
@@ -119,15 +126,36 @@ class Bench:
         return self.device.type == "cuda"
 
     @property
+    def large(self) -> bool:
+        """Whether the set for GPUs is measured."""
+        return self.cuda or self.rehearsal
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of kernels: bfloat16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.cuda else torch.float32
 
     def compare(self, comparison: Comparison) -> None:
         """Measures and reports one comparison; whatever fails becomes a row with the error."""
+        key = self.key(comparison)
+        if key in self.done:
+            return
         if time.monotonic() > self.deadline:
             self.row(comparison, "all", verdict="no time left")
+            self.late = True
             return
+        self._compare(comparison)
+        self.done.add(key)
+        if self.finished is not None:
+            self.finished(key)
+
+    def key(self, comparison: Comparison) -> str:
+        """What distinguishes a comparison from the others."""
+        names = [provider.name for provider in comparison.providers]
+        graph, dtype = comparison.graph and self.cuda, str(comparison.dtype)
+        return json.dumps([comparison.claim, comparison.shape, dtype, comparison.metric, comparison.note, graph, names])
+
+    def _compare(self, comparison: Comparison) -> None:
         if comparison.measure is not None:
             try:
                 self.row(comparison, "flashsink, loss", **comparison.measure())
@@ -163,7 +191,7 @@ class Bench:
                 made = provider.make()
                 before, step = made if isinstance(made, tuple) else (None, made)
                 runner = Runner(before, step)
-                runner.warm(self.device, 3 if self.cuda else 1)
+                runner.warm(self.device, 3 if self.cuda else 0 if self.rehearsal else 1)
                 runner.peak = peak_memory(runner, self.device)
                 if comparison.graph and self.cuda:
                     runner.capture()

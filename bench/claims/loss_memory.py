@@ -11,7 +11,8 @@ from torch import Tensor
 from bench.claims import Claim
 from bench.runner import rehearsal
 from bench.runner.ledger import Row, verdict
-from bench.runner.measure import Bench, Comparison, peak_memory
+from bench.runner.measure import Bench, Comparison
+from bench.runner.memory import peak_memory
 from bench.workloads.llm_steps import NEVER, Setting, Variant, make_step, norm_name
 from bench.workloads.shapes import MODELS
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.runner.ledger import HOST_BOUND, Row, origin, quantiles, verdict
+from bench.runner.memory import peak_memory, synchronize
 
 Step = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
@@ -195,7 +196,10 @@ class Bench:
                 runner.peak = peak_memory(runner, self.device)
                 if comparison.graph and self.cuda:
                     runner.capture()
-                runner.estimate(self.device)
+                if self.rehearsal:
+                    runner.seconds = SHORTEST_SAMPLE  # a sample is one step
+                else:
+                    runner.estimate(self.device)
             except Absent as reason:
                 self.row(comparison, provider.name, verdict=f"absent: {reason}")
             except Exception as error:
@@ -370,32 +374,6 @@ def _ratio(comparison: Comparison, own: Sample, other: Sample, is_ours: bool) ->
     upper, lower = (own, other) if is_ours == (comparison.upper == "ours") else (other, own)
     paired = [comparison.factor * a / b for a, b in zip(upper.times, lower.times, strict=True)]
     return dict(zip(("ratio_p20", "ratio", "ratio_p80"), (f"{x:.4g}" for x in quantiles(paired)), strict=True))
-
-
-def peak_memory(step: Step, device: torch.device) -> float:
-    """Peak of the bytes that one call allocates beyond what was there before."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        step()
-    recorded = profile.profiler.kineto_results.events()
-    now = peak = 0
-    for _, size in sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"):
-        now += size
-        peak = max(peak, now)
-    return float(peak)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def one_line(error: BaseException) -> str:

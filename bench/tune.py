@@ -158,7 +158,8 @@ def times(kernel: str, problem: Problem, given: list[Tile], seconds: float, end:
 
 
 def in_use(kernel: str, problem: Problem) -> Tile:
-    return tiles.choose(kernel, problem.model.dim, problem.dtype.itemsize, problem.device)
+    model = problem.model
+    return tiles.choose(kernel, model.dim, problem.dtype.itemsize, problem.device, model.heads // model.kv_heads)
 
 
 def tiled(step: Step, kernel: str, tile: Tile) -> Step:

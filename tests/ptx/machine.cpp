@@ -81,8 +81,8 @@ void begin(Machine& m) {
   m.busy = 0, m.fenced = 0, m.count = 0, m.tensor_columns = 0;
   m.epoch = 1, m.fences = 1;
   m.tensor.assign(128 * 512, 0x7fc00000);
-  m.tensor_busy.assign(512, 0), m.tensor_pending.assign(512, 0);
-  m.tensor_stored.assign(512, 0), m.tensor_read.assign(512, 0);
+  m.tensor_busy.assign(1024, 0), m.tensor_pending.assign(1024, 0);
+  m.tensor_stored.assign(1024, 0), m.tensor_read.assign(1024, 0);
 }
 
 // The threads whose program counter is the least run next, but those that wait; groups that have met become one.

@@ -71,7 +71,7 @@ struct Chunk {
 // What matrix instructions in flight read and write until they are waited for.
 struct Flight {
   std::vector<Chunk> operands;
-  std::vector<int> registers, columns;
+  std::vector<int> registers, columns;  // halves of them
 };
 
 struct Barrier {
@@ -123,7 +123,8 @@ struct Machine {
   uint64_t fenced = 0;                         // when the last wgmma.fence ran
   std::map<uint32_t, Barrier> barriers;
   std::vector<uint32_t> tensor;                // [column][lane] of tensor memory
-  // of its columns: products in flight, stores not waited for, and when they were stored to and loaded from last
+  // of both halves of its columns: products in flight, stores not waited for, and when they were stored to and loaded
+  // from last
   std::vector<uint8_t> tensor_busy, tensor_pending;
   std::vector<uint32_t> tensor_stored, tensor_read;
   int tensor_columns = 0;

@@ -1,7 +1,8 @@
 // Loads and stores, with what they are checked for: bounds, alignment, bytes that nobody wrote, races.
 //
 // A race is an access that no barrier orders after another thread's access to the same bytes, one of them a write that
-// changes them: within a CTA between two bar.sync (for threads of one warp, between two bar.warp.sync), in global memory between any
+// changes them: within a CTA between two bar.sync (for threads of one warp, between two bar.warp.sync), in global memory
+// between any
 // two CTAs. cp.async writes from its issue until the wait, matrix instructions read until theirs.
 #include <cstring>
 
@@ -33,18 +34,20 @@ void Machine::fault(const Instruction& i, const std::string& what) const {
 void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, int bytes, int thread,
            const uint8_t* stored, bool atomic) {
   const bool write = stored != nullptr;
-  const bool outside = address + uint64_t(bytes) > where.size || address > where.size ||
-                       (where.owner && (!where.owner[address] || where.owner[address] != where.owner[address + uint64_t(bytes) - 1]));
+  const uint64_t last = address + uint64_t(bytes) - 1;
+  const bool outside = last >= where.size || last < address ||
+                       (where.owner && (!where.owner[address] || where.owner[address] != where.owner[last]));
   if (outside) m.fault(i, std::string("out of bounds of ") + where.name + " memory, thread " + std::to_string(thread));
   if (address % uint64_t(bytes)) m.fault(i, std::string("misaligned access to ") + where.name + " memory");
   if (!m.checks) return;
   const uint16_t sync = m.syncs[size_t(thread) / 32];
-  for (uint64_t at = address / 2; at <= (address + uint64_t(bytes) - 1) / 2; ++at) {
+  for (uint64_t at = address / 2; at <= last / 2; ++at) {
     Mark& mark = where.marks[at];
     const bool both = atomic && mark.atomic;
     if (where.global && !both) between_ctas(m, i, mark, write);
     else if (!write && !mark.known) m.race(i, "reads shared memory that nobody wrote");
-    if (mark.copying) m.race(i, write ? "overwrites what cp.async may still write" : "reads what cp.async may still write");
+    if (mark.copying)
+      m.race(i, write ? "overwrites what cp.async may still write" : "reads what cp.async may still write");
     if (write && mark.in_flight) m.race(i, "overwrites an operand of a matrix instruction in flight");
     const bool now = mark.cta == m.number || !where.global, seen = mark.reader_cta == m.number || !where.global;
     const bool same = write && bytes > 1 && !memcmp(where.data + at * 2, stored + (at * 2 - address), 2);
@@ -132,8 +135,9 @@ void store(Machine& m, const Instruction& i) {
 void load_parameter(Machine& m, const Instruction& i) {
   const int width = BYTES[i.args[0].kind];
   uint8_t* d = m.at<uint8_t>(i.args[0]);
+  const uint8_t* s = reinterpret_cast<const uint8_t*>(m.parameters) + i.args[1].value;
   for (int t = 0; t < m.threads; ++t)
-    if (m.active(t)) memcpy(d + t * width, reinterpret_cast<const uint8_t*>(m.parameters) + i.args[1].value, size_t(width));
+    if (m.active(t)) memcpy(d + t * width, s, size_t(width));
 }
 
 // atom and red: additions that other threads and CTAs may make at the same time

@@ -1,7 +1,7 @@
 // Blackwell's tensor memory: tcgen05 for one CTA, and the mbarriers that its products are waited for with.
 //
-// Tensor memory is 128 lanes of 512 columns of 32 bits; an address is lane << 16 | column. A product of 128 rows has row
-// r in lane r, one of 64 rows in lane 32 (r / 16) + r % 16, or 16 lanes further.
+// Tensor memory is 128 lanes of 512 columns of 32 bits; an address is lane << 16 | column. A product of 128 rows has
+// row r in lane r, one of 64 rows in lane 32 (r / 16) + r % 16, or 16 lanes further.
 #include <algorithm>
 #include <cstring>
 
@@ -16,6 +16,9 @@ uint32_t& cell(Machine& m, const Instruction& i, int lane, int column) {
   if (lane >= LANES || column >= m.tensor_columns) m.fault(i, "outside of the tensor memory that is allocated");
   return m.tensor[size_t(column * LANES + lane)];
 }
+
+// What happens to a column is noted for each half of the lanes of a warp: two products of 64 rows may share columns.
+size_t half(int lane, int column) { return size_t(column) * 2 + size_t(lane % 32 >= 16); }
 
 uint32_t base(Machine& m, const Operand& x, const Operand& offset, int thread) {
   return m.at<uint32_t>(x)[thread] + uint32_t(offset.value);
@@ -60,12 +63,13 @@ void move(Machine& m, const Instruction& i) {
     if (lane / 32 != t / 32 % 4 || lane % (i.b ? 16 : 32)) m.fault(i, "lanes that belong to another warp");
     for (int k = 0; k < i.a; ++k) {
       const int c = column + k + (i.b && t % 32 >= 16 ? split : 0);
-      uint32_t& x = cell(m, i, lane + (i.b ? t % 16 : t % 32), c);
-      if (m.checks && m.tensor_busy[size_t(c)]) m.race(i, "tensor memory of a product in flight");
+      const int l = lane + (i.b ? t % 16 : t % 32);
+      uint32_t& x = cell(m, i, l, c);
+      if (m.checks && m.tensor_busy[half(l, c)]) m.race(i, "tensor memory of a product in flight");
       uint32_t& word = m.at<uint32_t>(i.args[first + size_t(k)])[t];
       loads ? word = x : x = word;
-      if (loads) m.tensor_read[size_t(c)] = m.epoch;
-      else m.tensor_stored[size_t(c)] = m.epoch, m.tensor_pending[size_t(c)] = 1;
+      if (loads) m.tensor_read[half(l, c)] = m.epoch;
+      else m.tensor_stored[half(l, c)] = m.epoch, m.tensor_pending[half(l, c)] = 1;
     }
   }
 }
@@ -82,13 +86,20 @@ void read_matrix(Machine& m, const Instruction& i, uint64_t x, int rows, bool tr
          transposed, m.flight, out);
 }
 
-void use(Machine& m, const Instruction& i, int column, bool writes) {
-  const size_t c = size_t(column);
+void use(Machine& m, const Instruction& i, size_t c, bool writes) {
   if (m.tensor_pending[c]) m.race(i, "tensor memory that is still stored to");
   if (m.tensor_stored[c] == m.epoch) m.race(i, "tensor memory: no barrier after the store");
   if (writes && m.tensor_read[c] == m.epoch) m.race(i, "tensor memory: no barrier after the load");
   ++m.tensor_busy[c];
-  m.flight.columns.push_back(column);
+  m.flight.columns.push_back(int(c));
+}
+
+// of a product of some rows, from an address on: a column's halves
+void use_column(Machine& m, const Instruction& i, uint32_t from, int k, int rows, bool writes) {
+  const int column = int(from & 0xffff) + k;
+  if (!m.checks) return;
+  use(m, i, half(int(from >> 16), column), writes);
+  if (rows == LANES) use(m, i, half(16, column), writes);
 }
 
 // args: D and its offset; A: its descriptor, or an address and its offset; B; the instruction's descriptor; keeps D
@@ -111,7 +122,7 @@ void multiply(Machine& m, const Instruction& i) {
         const uint32_t two = cell(m, i, lane(from, r), int(from & 0xffff) + k);
         a[size_t(r * 16 + 2 * k)] = uint16_t(two), a[size_t(r * 16 + 2 * k + 1)] = uint16_t(two >> 16);
       }
-      if (m.checks) use(m, i, int(from & 0xffff) + k, false);
+      use_column(m, i, from, k, rows, false);
     }
   } else {
     read_matrix(m, i, m.at<uint64_t>(i.args[2])[t], rows, transposed_a, a.data());
@@ -132,7 +143,7 @@ void multiply(Machine& m, const Instruction& i) {
       x = float((keeps ? double(x) : 0.0) + sums[size_t(n)]);
     }
   }
-  for (int n = 0; n < columns && m.checks; ++n) use(m, i, int(d & 0xffff) + n, true);
+  for (int n = 0; n < columns; ++n) use_column(m, i, d, n, rows, true);
 }
 
 // ---- mbarriers: 64 bits of shared memory whose phase ends when all expected arrivals have come

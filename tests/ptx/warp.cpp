@@ -28,7 +28,8 @@ void shuffle(Machine& m, const Instruction& i) {
     if (!m.active(t)) continue;
     int lane = t & 31, clamp = int(c[t] & 31), segment = int(c[t] >> 8 & 31), n = int(b[t] & 31);
     int most = (lane & segment) | (clamp & ~segment), least = lane & segment;
-    int source = mode == "bfly" ? lane ^ n : mode == "up" ? lane - n : mode == "down" ? lane + n : least | (n & ~segment);
+    int source = mode == "bfly" ? lane ^ n : mode == "up" ? lane - n : lane + n;
+    if (mode == "idx") source = least | (n & ~segment);
     bool inside = mode == "up" ? source >= most : source <= most;
     d[t] = a[size_t((t & ~31) + (inside ? source : lane))];
     if (ok) ok[t] = inside;

@@ -27,6 +27,7 @@ from flashsink.triton.device import (
     load_all,
     load_rows,
     locate,
+    multiples,
     precision,
     product,
     query_range,
@@ -48,9 +49,11 @@ def delta_kernel(
     do, out,  # (B, H, seqlen_q, D)
     delta,  # (B, H, seqlen_q) float32, contiguous
     seqlen_q, stride_dob, stride_doh, stride_dom, stride_ob, stride_oh, stride_om,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H, B): delta = rowsum(dO * O). Padded rows may hold anything; nothing reads theirs."""
+    stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
+    stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     off_h, off_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < seqlen_q
@@ -141,10 +144,16 @@ def gradient_kv_kernel(
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_dom, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes dk, dv and received of BLOCK_N keys, walking over the queries."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
+    stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
+    stride_dkb, stride_dkh, stride_dkn = multiples(stride_dkb, stride_dkh, stride_dkn, UNIT)
+    stride_dvb, stride_dvh, stride_dvn = multiples(stride_dvb, stride_dvh, stride_dvn, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
         tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
@@ -217,10 +226,15 @@ def gradient_q_kernel(
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B), as in the forward: a program computes dq of BLOCK_M rows, walking over the keys."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
+    stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
+    stride_dqb, stride_dqh, stride_dqm = multiples(stride_dqb, stride_dqh, stride_dqm, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, _, tile = locate(
         tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
@@ -282,31 +296,32 @@ def backward(
     query_starts = None if query_starts is None else query_starts.contiguous()
     b, h, seqlen_q, d = q.shape
     heads_k, seqlen_k = k.shape[1], k.shape[2]
+    group = h // heads_k
     in_pass = capture and d > CAPTURED_HEAD_DIM
     dq, dk, dv, _, received = backward_like(do, q, k, v, out, lse, None, capture and not in_pass)
     delta = torch.empty_like(lse)
     block_d = max(16, triton.next_power_of_2(d))
     launch(
         delta_kernel, (triton.cdiv(seqlen_q, DELTA.blocks["BLOCK_M"]), h, b), DELTA,
-        do=do, out=out, delta=delta, seqlen_q=seqlen_q, **strides("bhm", do=do, o=out), D=d, BLOCK_D=block_d,
+        do=do, out=out, delta=delta, seqlen_q=seqlen_q, **strides({"bhm": {"do": do, "o": out}}), D=d, BLOCK_D=block_d,
     )  # fmt: skip
     common: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "starts": starts, "lengths": lengths,
         "sequences": len(starts), "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "scale": scale,
-        **strides("bhm", q=q, do=do), **strides("bhn", k=k, v=v),
-        "GROUP": h // heads_k, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
+        "GROUP": group, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
         "PRECISION": precision(d),
     }  # fmt: skip
-    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device)
+    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device, group)
     launch(
         gradient_kv_kernel, (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b), tile,
         **common, dk=dk, dv=dv, received=received if capture and not in_pass else None,
-        query_starts=query_starts if capture and not in_pass else None, **strides("bhn", dk=dk, dv=dv),
+        query_starts=query_starts if capture and not in_pass else None,
+        **strides({"bhm": {"q": q, "do": do}, "bhn": {"k": k, "v": v, "dk": dk, "dv": dv}}),
     )  # fmt: skip
-    tile = tiles.choose("gradient_q", d, q.element_size(), q.device)
+    tile = tiles.choose("gradient_q", d, q.element_size(), q.device, group)
     launch(
-        gradient_q_kernel, (slots(seqlen_q, len(starts), h // heads_k, tile.blocks["BLOCK_M"], packed), heads_k, b),
-        tile, **common, dq=dq, **strides("bhm", dq=dq),
+        gradient_q_kernel, (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
+        tile, **common, dq=dq, **strides({"bhm": {"q": q, "do": do, "dq": dq}, "bhn": {"k": k, "v": v}}),
     )  # fmt: skip
     if in_pass:
         received = statistics_pass(q, k, lse, starts, lengths, query_starts, packed, causal, scale)

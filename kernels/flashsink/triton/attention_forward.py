@@ -27,6 +27,7 @@ from flashsink.triton.device import (
     load_all,
     load_rows,
     locate,
+    multiples,
     precision,
     product,
     query_tile,
@@ -70,12 +71,16 @@ def forward_kernel(
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes BLOCK_M rows, the GROUP query heads of neighboring queries, against one
     key head: a group of short sequences fills a tile, and keys and values are loaded once for the group. Blocks of
     keys that all rows see whole run without a mask."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
+    stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, _, tile = locate(
         tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
@@ -145,14 +150,14 @@ def forward(
     heads_k, seqlen_k = k.shape[1], k.shape[2]
     out, lse = forward_like(q)
     group = h // heads_k
-    tile = tiles.choose("forward", d, q.element_size(), q.device)
+    tile = tiles.choose("forward", d, q.element_size(), q.device, group)
     launch(
         forward_kernel,
         (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
         tile,
         q=q, k=k, v=v, sink_logits=sink_logits, out=out, lse=lse, starts=starts, lengths=lengths,
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
-        **strides("bhm", q=q, o=out), **strides("bhn", k=k, v=v),
+        **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
         PRECISION=precision(d),
     )  # fmt: skip

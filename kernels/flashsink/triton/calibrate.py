@@ -26,6 +26,7 @@ from flashsink.triton.device import (
     load_all,
     load_rows,
     locate,
+    multiples,
     precision,
     product,
     query_tile,
@@ -64,10 +65,15 @@ def calibrate_kernel(
     seqlen_q, seqlen_k, scale, beta, least,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_rb, stride_rh, stride_rm,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H, B). A row with all its mass on sinks stays as it is."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
+    stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
+    stride_rb, stride_rh, stride_rm = multiples(stride_rb, stride_rh, stride_rm, UNIT)
     off_h = tl.program_id(1).to(tl.int64)
     batch, origin, count, start, end, _, tile = locate(
         tl.program_id(0), tl.program_id(2), starts, lengths, tl.num_programs(2), seqlen_q, seqlen_k, 1, BLOCK_M, False
@@ -132,8 +138,8 @@ def forward(
     # the kernel takes vectors as contiguous: those that a mask carries are not
     lse, starts, lengths = lse.contiguous(), starts.contiguous(), lengths.contiguous()
     b, h, seqlen_q, d = q.shape
-    result = out_like(q)
-    tile = tiles.choose("calibrate", d, q.element_size(), q.device)
+    result, group = out_like(q), h // k.shape[1]
+    tile = tiles.choose("calibrate", d, q.element_size(), q.device, group)
     launch(
         calibrate_kernel,
         (triton.cdiv(seqlen_q, tile.blocks["BLOCK_M"]), h, b),
@@ -141,8 +147,8 @@ def forward(
         q=q, k=k, v=v, out=out, result=result, lse=lse, sinks=sinks.contiguous().view(torch.uint8),
         starts=starts, lengths=lengths, seqlen_q=seqlen_q, seqlen_k=k.shape[2], scale=scale, beta=beta,
         least=torch.finfo(torch.float32).tiny ** 0.5,
-        **strides("bhm", q=q, o=out, r=result), **strides("bhn", k=k, v=v),
-        GROUP=h // k.shape[1], D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(d),
+        **strides({"bhm": {"q": q, "o": out, "r": result}, "bhn": {"k": k, "v": v}}),
+        GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PRECISION=precision(d),
     )  # fmt: skip
     return result
 

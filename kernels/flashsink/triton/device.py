@@ -29,6 +29,15 @@ def precision(head_dim: int) -> str:
 
 
 @triton.jit
+def multiples(stride_b, stride_h, stride_s, UNIT: tl.constexpr):
+    """A tensor's strides, known to the compiler to be multiples of UNIT; it knows those of 16 by itself."""
+    if UNIT == 8:
+        return stride_b // 8 * 8, stride_h // 8 * 8, stride_s // 8 * 8
+    else:
+        return stride_b, stride_h, stride_s
+
+
+@triton.jit
 def _bounds(starts, lengths, n, seqlen):
     """[start, end) of sequence n, clamped to the tensor: values on a GPU are not checked on the host."""
     start = tl.minimum(tl.maximum(tl.load(starts + n).to(tl.int32), 0), seqlen)

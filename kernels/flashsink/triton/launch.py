@@ -7,6 +7,7 @@ ran; the compile report, to compile without a GPU exactly what would be launched
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,13 +81,22 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> 
         kernel[grid](**arguments, **tile.blocks, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def strides(dimensions: str, **tensors: Tensor) -> dict[str, int]:
-    """Kernel arguments stride_<tensor><dimension> of the leading dimensions, one letter each."""
-    return {
-        f"stride_{name}{dimension}": x.stride(i)
-        for name, x in tensors.items()
+def strides(tensors: dict[str, dict[str, Tensor]]) -> dict[str, int]:
+    """Kernel arguments stride_<tensor><dimension> of the leading dimensions, one letter each, and UNIT, what all of
+    them are multiples of: 16, which Triton finds out by itself, 8 (rows of 72 features are whole vectors of 16 bytes,
+    too) or 1.
+
+    Args:
+        tensors: by the letters of their dimensions, by name.
+    """
+    found = {
+        f"stride_{name}{dimension}": x.stride(i) if x.shape[i] > 1 else 0
+        for dimensions, named in tensors.items()
+        for name, x in named.items()
         for i, dimension in enumerate(dimensions)
     }
+    common = math.gcd(*found.values(), 16)
+    return found | {"UNIT": common if common >= 8 else 1}
 
 
 def available() -> str:

@@ -22,6 +22,7 @@ from flashsink.triton.device import (
     load_all,
     load_rows,
     locate,
+    multiples,
     precision,
     product,
     query_range,
@@ -56,10 +57,12 @@ def received_kernel(
     starts, lengths,  # (N,) int64
     query_starts,  # (N,) int64, position of the first query that counts; or None
     sequences, seqlen_q, seqlen_k, scale, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program holds BLOCK_N keys and walks over the queries that see them, head by head."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
         tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
@@ -115,16 +118,16 @@ def forward(
     query_starts = None if query_starts is None else query_starts.contiguous()
     b, h, seqlen_q, d = q.shape
     heads_k, seqlen_k = k.shape[1], k.shape[2]
-    result = forward_like(q, k)
-    tile = tiles.choose("received", d, q.element_size(), q.device)
+    result, group = forward_like(q, k), h // heads_k
+    tile = tiles.choose("received", d, q.element_size(), q.device, group)
     launch(
         received_kernel,
         (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b),
         tile,
         q=q, k=k, lse=lse, received=result, starts=starts, lengths=lengths, query_starts=query_starts,
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
-        **strides("bhm", q=q), **strides("bhn", k=k),
-        GROUP=h // heads_k, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
+        **strides({"bhm": {"q": q}, "bhn": {"k": k}}),
+        GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
         PRECISION=precision(d),
     )  # fmt: skip
     return result

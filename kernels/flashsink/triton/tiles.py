@@ -35,7 +35,10 @@ HALF: dict[str, dict[int, Entries]] = {
     "gradient_kv": {
         80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
         90: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))],
-        100: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(32, 64, 8, 2))],
+        100: [
+            *((64, _tile(64, 128, 8, 2)), (127, _tile(32, 64, 8, 2))),
+            *((128, _tile(32, 128, 8, 2)), (256, _tile(32, 64, 8, 2))),
+        ],
     },
     "gradient_q": {
         80: [(64, _tile(128, 32, 8, 2)), (128, _tile(64, 32, 4, 2)), (256, _tile(64, 32, 8, 1))],
@@ -43,19 +46,26 @@ HALF: dict[str, dict[int, Entries]] = {
         100: [(64, _tile(128, 64, 8, 2)), (128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 1))],
     },
     "received": {
-        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(32, 64, 4, 2)), (256, _tile(64, 64, 8, 2))],
+        80: [(64, _tile(64, 128, 8, 3)), (128, _tile(32, 32, 4, 2)), (256, _tile(32, 64, 8, 2))],
         90: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 128, 8, 2))],
-        100: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 128, 8, 3)), (256, _tile(64, 64, 8, 2))],
+        100: [(64, _tile(64, 128, 8, 3)), (128, _tile(64, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
     },
     "calibrate": {
         80: [(64, _tile(64, 32, 4, 1)), (128, _tile(32, 16, 4, 1)), (256, _tile(32, 16, 8, 1))],
-        90: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
+        90: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(32, 32, 8, 1))],
         100: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
     },
 }
 
+# Instead of these where the heads of a group are no power of two: dividing by their number takes registers.
+ODD_GROUP: dict[tuple[str, int], Entries] = {
+    ("forward", 80): [(64, _tile(128, 32, 8, 3)), (128, _tile(64, 32, 4, 3))],
+    ("gradient_q", 100): [(64, _tile(128, 64, 8, 2)), (128, _tile(64, 64, 8, 2))],
+}
+
 # float32, the same everywhere (device.precision says how it is multiplied)
 SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
+SINGLE_GRADIENT_Q: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]
 
 # What make gpu-tune tries, for two-byte elements.
 CANDIDATES: dict[str, list[Tile]] = {
@@ -69,11 +79,16 @@ _overrides: dict[str, Tile] = {}
 _target: list[int] = []
 
 
-def choose(kernel: str, head_dim: int, element_size: int, device: torch.device) -> Tile:
-    """The tile that ``kernel`` is launched with on ``device``."""
+def choose(kernel: str, head_dim: int, element_size: int, device: torch.device, group: int) -> Tile:
+    """The tile that ``kernel`` is launched with on ``device``, for ``group`` query heads to a key head."""
     if kernel in _overrides:
         return _overrides[kernel]
-    entries = HALF[kernel][architecture(device)] if element_size == 2 else SINGLE
+    if element_size == 4:
+        entries = SINGLE_GRADIENT_Q if kernel == "gradient_q" else SINGLE
+    else:
+        name = architecture(device)
+        odd = ODD_GROUP.get((kernel, name), []) if group & (group - 1) else []
+        entries = odd + HALF[kernel][name]
     return next(tile for largest, tile in entries if head_dim <= largest)
 
 

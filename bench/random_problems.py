@@ -207,7 +207,11 @@ def states(draw: random.Random, backend: str, device: str) -> None:
     exact, exact_scale = h.double().requires_grad_(), weight.double().requires_grad_()
     count = int((spans - 1).clamp(min=0).sum())
     ranges = {n: x for n, x in layout.items() if n != "lengths"}
-    total = oracle.decorrelation([exact], spans.tolist(), margin=margin, **ranges) * count
+    mean = oracle.decorrelation([exact], spans.tolist(), margin=margin, **ranges)
+    given = {n: integers(draw, x).to(device) for n, x in (ranges | {"spans": spans}).items()}
+    loss = flashsink.decorrelation_loss([leaf, 2.0 * leaf], **given, margin=margin, backend=backend)
+    _close("loss", loss, mean, 5e-5, 1e-7)
+    total = mean * count
     out = oracle.rms_norm(exact, exact_scale, 1e-5)
     wanted = [torch.autograd.grad(4.0 * total, exact, retain_graph=True)[0]]
     wanted += torch.autograd.grad(out.square().sum() + 3.0 * total, (exact, exact_scale))

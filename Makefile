@@ -80,8 +80,9 @@ bench: dev
 # from the source tree: needs only torch, triton, transformers, numpy and pytest of PYTHON
 FROM_SOURCE = cd '$(CURDIR)' && PYTHONPATH='$(CURDIR)/kernels:$(CURDIR)' $(PYTHON)
 
+# make gpu [BUDGET=240]: so many seconds; the next call goes on
 gpu:
-	@$(FROM_SOURCE) -m bench.gpu
+	@$(FROM_SOURCE) -m bench.gpu $(if $(BUDGET),--seconds $(BUDGET))
 
 gpu-tune:
 	@$(FROM_SOURCE) -m bench.tune

@@ -1,34 +1,53 @@
-"""Every configuration that flashsink's launchers choose, as cases of the compile report.
+"""Configurations of flashsink's launchers as cases of the compile report.
 
-Shapes are small, since nothing runs, but with the properties of real ones: sizes divisible by 16, unit last strides,
-tokens before heads in memory.
+Attention has too many to compile them all: every two values of its options occur together in some case (architecture,
+head dim, heads of a group, dtype, causal or not, layout, options), and combinations that once spilled are kept. Shapes
+are small, since nothing runs, but with the properties of real ones: sizes divisible by 16, unit last strides, tokens
+before heads in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.compile_report import Case
-from flashsink.triton import activations, attention, decorrelation, norm
+from bench.compile_report import CAPABILITIES, Case
+from flashsink.triton import activations, attention, decorrelation, norm, tiles
 from flashsink.types import Layout
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 FEATURES = (576, 2048, 3072, 4096)  # SmolLM2, Llama 3.2 1B and 3B, 3.1 8B
 MATRIX = ("forward_kernel", "gradient_kv_kernel", "gradient_q_kernel", "received_kernel")
-TOKENS, ROWS, GROUP = 256, 2, 4
+TOKENS, ROWS = 256, 2
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# options of attention and their values
+OPTIONS: dict[str, Sequence[Any]] = {
+    "capability": CAPABILITIES,
+    "dim": (32, 64, 72, 80, 96, 128, 192, 256),
+    "group": (1, 2, 3, 4, 7, 8, 9),
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "causal": (True, False),
+    "packed": (True, False),
+    "extras": (True, False),
+}
+# that spilled before
+KNOWN = [
+    *({"capability": sm, "dim": 72, "group": 2, "causal": True, "packed": True} for sm in (80, 90, 100)),
+    {"capability": 100, "dim": 128, "group": 3, "causal": False, "packed": False},
+    {"capability": 80, "dim": 192, "group": 4, "causal": True, "packed": False},
+]
 
 
 def cases() -> Iterator[Case]:
     yield from attention_cases()
     for name, call in (("decorrelation", loss), ("norm", rms_norm), ("activations", statistics)):
         for features in FEATURES:
-            yield hidden_case(name, call, features, torch.bfloat16, False)
-        yield hidden_case(name, call, 3072, torch.bfloat16, True)
-        yield hidden_case(name, call, 3072, torch.float32, False)
+            yield hidden_case(name, call, features, torch.bfloat16, False, (80, 90, 100))
+        yield hidden_case(name, call, 3072, torch.bfloat16, True, (89, 90))
+        yield hidden_case(name, call, 3072, torch.float32, False, (90, 120))
 
 
 def layout(packed: bool) -> Layout:
@@ -42,52 +61,82 @@ def layout(packed: bool) -> Layout:
 
 
 def attention_cases() -> Iterator[Case]:
-    """All head dims in bf16; the other dtypes and the packed layout where the table of tiles has other entries."""
-    for dim in HEAD_DIMS:
-        yield attention_case(dim, torch.bfloat16)
-    for dim in (64, 128):
-        yield attention_case(dim, torch.bfloat16, packed=True)
-        yield attention_case(dim, torch.bfloat16, options=True)
-    yield attention_case(128, torch.float16)
-    for dim in (64, 128):
-        yield attention_case(dim, torch.float32)
-    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)):
+    for known in KNOWN:
+        yield attention_case(**known, dtype=torch.bfloat16, extras=False)
+    for chosen in pairwise(OPTIONS, _exists):
+        yield attention_case(**chosen)
+    for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (192, torch.float16), (128, torch.float32)):
         yield calibrated_case(dim, dtype)
 
 
-def attention_case(dim: int, dtype: torch.dtype, packed: bool = False, options: bool = False) -> Case:
-    """Forward, statistics pass and backward with capture; with ``options`` a sink logit, counted queries and
-    no capture."""
-    name = f"attention D{dim} {SHORT[dtype]} {'packed' if packed else 'dense'}{' options' if options else ''}"
+def _exists(chosen: dict[str, Any]) -> bool:
+    size = torch.empty(0, dtype=chosen["dtype"]).element_size() if "dtype" in chosen else 2
+    return chosen.get("dim", 0) <= tiles.LARGEST_HEAD_DIM[size]
+
+
+def pairwise(options: dict[str, Sequence[Any]], exists: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+    """Combinations in which every pair of values of two options occurs that ``exists``, chosen greedily."""
+    names = list(options)
+    missing = {
+        ((a, x), (b, y)): None
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(options[a], options[b])
+        if exists({a: x, b: y})
+    }
+    while missing:
+        chosen = dict(next(iter(missing)))
+        for name in names:
+            if name in chosen:
+                continue
+            known = list(chosen.items())
+            possible = [value for value in options[name] if exists({**chosen, name: value})]
+            gains = [sum(_pair(names, one, (name, value)) in missing for one in known) for value in possible]
+            chosen[name] = possible[gains.index(max(gains))]
+        for one, other in itertools.combinations(chosen.items(), 2):
+            missing.pop(_pair(names, one, other), None)
+        yield chosen
+
+
+def _pair(names: list[str], one: tuple[str, Any], other: tuple[str, Any]) -> Any:
+    return (one, other) if names.index(one[0]) < names.index(other[0]) else (other, one)
+
+
+def attention_case(
+    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: bool
+) -> Case:
+    """Forward, statistics pass and backward with capture; with ``extras`` a sink logit, counted queries and no
+    capture."""
+    parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
+    parts += [name for name, on in (("full", not causal), ("extras", extras)) if on]
 
     def call() -> None:
         where = layout(packed)
-        q, k, v = projections(dim, dtype, where.rows)
-        extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if options else {}
-        counted = [where.starts + 1 if options else None]
+        q, k, v = projections(dim, dtype, where.rows, group)
+        extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if extras else {}
+        counted = [where.starts + 1 if extras else None]
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                asked = [] if options and grad else counted
-                out, _ = attention.attention(q, k, v, where, causal=True, scale=0.1, counted=asked, **extra)
+                asked = [] if extras and grad else counted
+                out, _ = attention.attention(q, k, v, where, causal=causal, scale=0.1, counted=asked, **extra)
             if grad:
                 out.backward(torch.zeros_like(out))
 
-    return Case(name, call, MATRIX if dtype != torch.float32 else ())
+    return Case(" ".join(parts), call, MATRIX if dtype != torch.float32 else (), (capability,))
 
 
 def calibrated_case(dim: int, dtype: torch.dtype) -> Case:
     def call() -> None:
         where = layout(False)
-        q, k, v = (x.detach() for x in projections(dim, dtype, where.rows))
+        q, k, v = (x.detach() for x in projections(dim, dtype, where.rows, 4))
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
         attention.calibrated_attention(q, k, v, sinks, where, beta=0.4, scale=0.1)
 
-    return Case(f"calibrated attention D{dim} {SHORT[dtype]}", call)
+    return Case(f"calibrated attention D{dim} {SHORT[dtype]}", call, capabilities=(80, 90, 100, 120))
 
 
-def projections(dim: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
+def projections(dim: int, dtype: torch.dtype, rows: int, group: int) -> tuple[Tensor, ...]:
     """q, k, v (B, heads, S, D), laid out as a decoder's projections leave them."""
-    made = [torch.zeros(rows, TOKENS, heads, dim, dtype=dtype).transpose(1, 2) for heads in (2 * GROUP, 2, 2)]
+    made = [torch.zeros(rows, TOKENS, heads, dim, dtype=dtype).transpose(1, 2) for heads in (2 * group, 2, 2)]
     return tuple(x.requires_grad_() for x in made)
 
 
@@ -95,10 +144,15 @@ def projections(dim: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
 
 
 def hidden_case(
-    name: str, call: Callable[[int, torch.dtype, Layout], None], features: int, dtype: torch.dtype, packed: bool
+    name: str,
+    call: Callable[[int, torch.dtype, Layout], None],
+    features: int,
+    dtype: torch.dtype,
+    packed: bool,
+    capabilities: tuple[int, ...],
 ) -> Case:
     label = f"{name} C{features} {SHORT[dtype]} {'packed' if packed else 'dense'}"
-    return Case(label, lambda: call(features, dtype, layout(packed)))
+    return Case(label, lambda: call(features, dtype, layout(packed)), capabilities=capabilities)
 
 
 def states(features: int, dtype: torch.dtype, where: Layout, layers: int) -> list[Tensor]:

@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("results") / "compile_table.csv"
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 FIELDS = ["case", "kernel", "variant", "tile", "sm", "registers", "spills", "shared", "wgmma", "mma", "tcgen05"]
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may use
+# bytes that one block may use
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 Row = dict[str, str]
 
@@ -150,8 +151,8 @@ def _backend(capability: int) -> Any:
     return make_backend(GPUTarget("cuda", capability, 32))
 
 
-def compile_job(job: Job) -> Row:
-    """Compiles one kernel and reads its numbers: a row without case, variant and tile."""
+def made_from(job: Job) -> Any:
+    """Triton's compiled kernel: its code in all stages under ``asm``, and ``metadata``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -159,9 +160,16 @@ def compile_job(job: Job) -> Row:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     attributes = {path: [list(pair) for pair in value] for path, value in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
+    return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
+
+
+def compile_job(job: Job) -> Row:
+    """Compiles one kernel and reads its numbers: a row without case, variant and tile."""
+    import triton
+
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=dict(job.options))
+        made = made_from(job)
     text = made.asm["ptx"]
     registers, spills = read_log(ptxas_log(text, job.capability, printed.getvalue()))
     return {

@@ -1,5 +1,6 @@
-"""``python -m bench.random_problems``: random attention, decorrelation and norm problems against the float64 oracle of
-the tests, on the Triton kernels (a GPU, else the interpreter) and on the cpu backend.
+"""``python -m bench.random_problems``: random attention, decorrelation and norm problems in float32, float16 and
+bfloat16 against the float64 oracle of the tests, on the Triton kernels (a GPU, else the interpreter) and on the cpu
+backend.
 
 Progress is kept in a JSON-lines file: a second start continues after the last problem that passed. The exit status is
 1 where a problem fails; its seed is printed, and ``--seed`` with it runs that problem alone first.
@@ -33,13 +34,18 @@ from flashsink.triton.launch import INTERPRETED, Tile
 
 sys.path.insert(0, str(ROOT / "tests" / "flashsink"))
 
+import bf16_interpreter
 import oracle
 
 from bench.random_edges import KINDS as EDGES
 from bench.random_edges import integers, normal
 
+if INTERPRETED:
+    bf16_interpreter.install()
+
 Tensors = dict[str, torch.Tensor]
 Check = Callable[[random.Random, str, str], None]  # (draws, backend, device); raises AssertionError
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EVERY = 20  # problems between two notes of progress
 INTEGERS = ("lengths", "starts", "cu_seqlens", "query_starts", "prefix", "blocks")
 ATTENTION_KERNELS = ("forward", "gradient_kv", "gradient_q", "received", "calibrate")
@@ -113,7 +119,7 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
         queries = draw.choice([keys, draw.randint(1, keys)])
         layout = _dense(draw, rows, keys)
     q, k, v = (normal(draw, rows, h, n, d) for h, n in ((group * heads, queries), (heads, keys), (heads, keys)))
-    size = draw.choice([1.0, 1.0, 1.0, 8.0, 25.0])  # of q and k: scores of up to ten thousand
+    size, dtype = draw.choice([1.0, 1.0, 1.0, 8.0, 25.0]), draw.choice(DTYPES)  # size 25: scores of ten thousand
     q, k = q * size, k * size
     options: dict[str, Any] = {"causal": draw.random() < 0.5, "scale": draw.choice([0.4, 0.4, 0.4, -0.4, 0.0, 1e-6])}
     if "starts" in layout and draw.random() < 0.5:
@@ -124,7 +130,8 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
         v = normal(draw, rows, heads, keys, draw.choice([d, 9]))
         options |= _pattern(draw, rows, keys, layout)
     valid = _valid(rows, keys, layout)[:, None, :, None]
-    inputs = [x.masked_fill(~valid[:, :, keys - x.shape[2] :], float("nan")) for x in (q, k, v)]
+    upstream = normal(draw, *q.shape[:3], v.shape[3]).to(dtype)
+    inputs = [x.to(dtype).masked_fill(~valid[:, :, keys - x.shape[2] :], float("nan")) for x in (q, k, v)]
     with _tiles(draw, backend):
         leaves = [x.to(device).requires_grad_() for x in inputs]
         given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in (layout | options).items()}
@@ -132,22 +139,47 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
         with torch.no_grad():
             early = flashsink.attention(*leaves, **given, backend=backend, return_stats=True)[1].received
         out, stats = flashsink.attention(*leaves, **given, backend=backend, return_stats=True)
-        gradients = torch.autograd.grad(out.sin().sum(), leaves)
+        gradients = torch.autograd.grad(out, leaves, upstream.to(device))
     exact = [x.double().requires_grad_() for x in inputs]
     want = oracle.Attention(*exact, **layout, **options)
-    total = want.out.sin().sum() + sum((x.nan_to_num() * 0.0).sum() for x in exact)
-    wanted = [want.out, want.lse, want.received, want.received, *torch.autograd.grad(total, exact)]
-    # float32 knows a score to its last digits, and so a probability; gradients are sums of such, of any sign
-    error = 2e-5 * max(1.0, float(want.lse.abs().max()) / 20.0)
-    of_scores = error * max(1.0, size * d * keys / 100.0) if size > 1.0 else error
-    for name, got, expected, bound in zip(
-        ("out", "lse", "received", "pass", "dq", "dk", "dv"),
-        (out, stats.lse, stats.received, early, *gradients),
-        wanted,
-        (error, error, error, error, of_scores, of_scores, error),
-        strict=True,
-    ):
-        _close(name, got, expected, bound, bound)
+    total = (want.out * upstream).sum() + sum((x.nan_to_num() * 0.0).sum() for x in exact)
+    wanted = [want.out, *torch.autograd.grad(total, exact)]
+    error = 2e-5 * max(1.0, _reach(exact, options["scale"]) / 10.0)
+    for name, got in {"lse": stats.lse, "received": stats.received, "pass": early}.items():
+        expected = want.lse if name == "lse" else want.received
+        _close(name, got, expected, error * (1.0 + expected.abs()))
+    steps = _steps(want.probs, exact, upstream, abs(options["scale"]))
+    share = _eps(dtype) + (error if size > 1.0 else 0.0)
+    for name, got, expected, own in zip(("out", "dq", "dk", "dv"), (out, *gradients), wanted, steps, strict=True):
+        _close(name, got, expected, error * (1.0 + expected.abs()) + share * own)
+
+
+def _reach(exact: list[torch.Tensor], scale: float) -> float:
+    """The largest sum that a score may be what is left of: float32 knows it, and so a probability, to some digits."""
+    q, k, _ = (x.detach().nan_to_num(0.0).abs() for x in exact)
+    return abs(scale) * float((q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).max())
+
+
+def _eps(dtype: torch.dtype) -> float:
+    """What rounding to half precision adds to the error of float32."""
+    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def _steps(probs: torch.Tensor, exact: list[torch.Tensor], upstream: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """How many eps out, dq, dk and dv may be off where P, dS and results are rounded to nearest, half an eps each.
+
+    With M = P |v| |dO| >= |delta|, the error of delta is at most eps M (P's and out's rounding), that of dS then
+    eps P (3/2 M + 1/2 |dO| |v|), and dQ's own rounding is at most eps / 2 scale P (M + |dO| |v|) |k|.
+    """
+    q, k, v = (x.nan_to_num(0.0).abs() for x in exact)
+    do = upstream.double().abs()
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = probs @ v
+    ds = scale * probs * (2.0 * (out * do).sum(-1, keepdim=True) + do @ v.mT)
+    of_keys = [(x.mT @ y).unflatten(1, (heads, group)).sum(2) for x, y in ((ds, q), (probs, do))]
+    return [out, ds @ k, *of_keys]
 
 
 def _pattern(draw: random.Random, rows: int, keys: int, layout: Tensors) -> dict[str, Any]:
@@ -193,15 +225,17 @@ def states(draw: random.Random, backend: str, device: str) -> None:
     spans = torch.tensor([draw.randint(0, n) for n in sizes])
     margin, features = draw.choice([0.0, 0.3]), draw.randint(2, 33)
     h = normal(draw, rows, tokens, features) + draw.choice([0.0, 1.0])  # directions at random, or all alike
-    h = h.masked_fill(~_valid(rows, tokens, layout)[..., None], 7.0)
-    weight = torch.linspace(0.5, 1.5, features)
+    dtype = draw.choice(DTYPES)
+    h = h.to(dtype).masked_fill(~_valid(rows, tokens, layout)[..., None], 7.0)
+    weight = torch.linspace(0.5, 1.5, features, dtype=draw.choice([torch.float32, dtype]))
 
     module = dispatch.implementation(backend, device)
     where = resolve_layout(rows, tokens, torch.device(device), **{n: x.to(device) for n, x in layout.items()})
     leaf, scale = h.to(device).requires_grad_(), weight.to(device).requires_grad_()
     sums = module.decorrelation_sums([leaf, 2.0 * leaf], spans.to(device), where, margin)
     normed = module.rms_norm(leaf, scale, 1e-5, where, spans.to(device), margin)
-    value = normed.out.square().sum() + 3.0 * normed.total
+    upstream = (16.0 * normal(draw, *h.shape)).round() / 16.0  # exact in half precision
+    value = (normed.out * upstream.to(device)).sum() + 3.0 * normed.total
     gradients = [*torch.autograd.grad(sums[0] + 3.0 * sums[1], leaf), *torch.autograd.grad(value, (leaf, scale))]
 
     exact, exact_scale = h.double().requires_grad_(), weight.double().requires_grad_()
@@ -210,17 +244,23 @@ def states(draw: random.Random, backend: str, device: str) -> None:
     mean = oracle.decorrelation([exact], spans.tolist(), margin=margin, **ranges)
     given = {n: integers(draw, x).to(device) for n, x in (ranges | {"spans": spans}).items()}
     loss = flashsink.decorrelation_loss([leaf, 2.0 * leaf], **given, margin=margin, backend=backend)
-    _close("loss", loss, mean, 5e-5, 1e-7)
+    _close("loss", loss, mean, 5e-5 * mean.abs() + 1e-7)
     total = mean * count
     out = oracle.rms_norm(exact, exact_scale, 1e-5)
     wanted = [torch.autograd.grad(4.0 * total, exact, retain_graph=True)[0]]
-    wanted += torch.autograd.grad(out.square().sum() + 3.0 * total, (exact, exact_scale))
+    wanted += torch.autograd.grad((out * upstream).sum() + 3.0 * total, (exact, exact_scale))
     names = ("sums", "out", "total", "gradient of the sums", "dh", "dweight")
     found = (sums.sum(), normed.out, normed.total, *gradients)
+    # what dweight adds up cancels: each normalized number of it was rounded
+    terms = (upstream * out / exact_scale).abs().sum((0, 1))
     for name, got, expected in zip(names, found, (2.0 * total, out, total, *wanted), strict=True):
-        _close(name, got, expected, 5e-5, 5e-5 * float(expected.abs().max()) + 1e-9)
+        size = expected.abs().max()
+        allowed = 5e-5 * (expected.abs() + size) + 1e-9
+        if name not in ("sums", "total"):  # those are float32
+            allowed = allowed + 2.0 * _eps(dtype) * (terms if name == "dweight" else size)
+        _close(name, got, expected, allowed)
     stats = module.activation_stats([leaf], where, False)
-    top = torch.where(where.valid().cpu(), h.abs().amax(-1), 0.0)
+    top = torch.where(where.valid().cpu(), h.float().abs().amax(-1), 0.0)
     for got in (normed.max_abs, stats.max_abs[0]):
         assert torch.equal(got.cpu(), top), "max_abs"
     assert torch.equal(normed.feature, stats.feature[0]), "feature"
@@ -240,10 +280,11 @@ def _valid(rows: int, tokens: int, layout: Tensors) -> torch.Tensor:
     return valid
 
 
-def _close(name: str, got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float) -> None:
-    torch.testing.assert_close(
-        got.detach().cpu().double(), want.detach().double(), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}"
-    )
+def _close(name: str, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> None:
+    """``allowed`` is the error of each number."""
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, not {tuple(want.shape)}"
+    share = (got.detach().cpu().double() - want.detach()).abs() / allowed.detach()
+    assert (share <= 1.0).all(), f"{name}: off by {share.max():.1f} times what is allowed"
 
 
 KINDS: dict[str, Check] = {"attention": attention, "states": states, **EDGES}

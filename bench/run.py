@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.claims import MODULES
-from bench.runner import ledger
+from bench.runner import ledger, rehearsal
 from bench.runner.ledger import Row
 from bench.runner.measure import Bench, Comparison, DeviceLost, one_line
 
@@ -31,11 +31,13 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--layers", type=int, default=0, help="of the models whose steps are measured; 0 = all")
     parser.add_argument("--dry", action="store_true", help="print, but leave the ledger alone")
-    parser.add_argument("--rows", type=Path, help="also append started modules and rows to this file, as JSON lines")
+    parser.add_argument("--rows", type=Path, help="append what is measured to this JSON-lines file, and go on after it")
+    parser.add_argument("--in-order", action="store_true", help="of what time is left, half is for the next module")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(MODULES)
     if unknown:
         parser.error(f"NAME: expected some of {', '.join(MODULES)}, got {', '.join(sorted(unknown))}")
+    rehearsal.prefer_triton()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
 
@@ -50,24 +52,45 @@ def main() -> int:
         keep(row)
 
     seconds = arguments.seconds or (0.25 if device.type == "cuda" else 1.5)
-    bench = Bench(device, seconds, emit, layers=arguments.layers)
-    lost = measure(bench, arguments.names or list(MODULES), arguments.budget, lambda name: keep({"started": name}))
+    bench = Bench(device, seconds, emit, layers=arguments.layers, rehearsal=rehearsal.ON)
+    bench.done = {entry["done"] for entry in entries(arguments.rows) if "done" in entry}
+    bench.finished = lambda key: keep({"done": key})
+    if rehearsal.ON:
+        bench.seconds, bench.least_rounds = 0.0, 1
+    names, share = arguments.names or list(MODULES), 0.5 if arguments.in_order else 0.0
+    lost = measure(bench, names, arguments.budget, keep, share)
     if not arguments.dry:
         ledger.append(rows)
     return 3 if lost else 0
 
 
-def measure(bench: Bench, names: list[str], budget: float, started: Callable[[str], None]) -> bool:
-    """Measures the modules one after another, each with its share of the remaining time; calls ``started`` before
-    each. Returns whether the device was lost, which ends the run. A module that fails becomes a row that says so."""
+def entries(path: Path | None) -> list[dict[str, str]]:
+    """What a run has written so far: rows, and what it ``started``, has ``done`` and ``finished``. A killed process may
+    leave half a line."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def measure(
+    bench: Bench, names: list[str], budget: float, keep: Callable[[dict[str, str]], None], least: float = 0.0
+) -> bool:
+    """Measures the modules one after another, each with its share of the remaining time, ``least`` or more; tells
+    ``keep`` which it has started and finished. Returns whether the device was lost, which ends the run. A module that
+    fails becomes a row that says so."""
     end = time.monotonic() + budget
     for index, name in enumerate(names):
         weights = [WEIGHTS.get(other, 1.0) for other in names[index:]]
         now = time.monotonic()
-        bench.deadline = now + max(end - now, 0.0) * weights[0] / sum(weights)
+        bench.deadline = now + max(end - now, 0.0) * max(weights[0] / sum(weights), least)
+        bench.late = False
         module = importlib.import_module(f"bench.claims.{name}")
         whole = Comparison(module.CLAIMS[0].name, "all", bench.dtype)
-        started(name)
+        keep({"started": name})
         print(f"--- {name}: {(module.__doc__ or name).splitlines()[0]}", flush=True)
         if bench.deadline <= now:
             bench.row(whole, "all", verdict="no time left")
@@ -80,6 +103,8 @@ def measure(bench: Bench, names: list[str], budget: float, started: Callable[[st
             return True
         except Exception as error:
             bench.row(whole, "all", verdict=f"error: {one_line(error)}")
+        if not bench.late:
+            keep({"finished": name})
         bench.clean()
     return False
 

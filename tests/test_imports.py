@@ -19,6 +19,8 @@ LAYERS = {
         "types versions operators",
         "checks reference",
         "cpu triton",
+        "selfcheck",
+        "verdicts",
         "sdpa",
         "dispatch",
         "functional",

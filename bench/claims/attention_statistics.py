@@ -19,7 +19,7 @@ CAPTURED, PASS = ("captured", "<= 1.03"), ("pass", "<= 1.15")
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         for model, rows, tokens in (("smollm2-135m", 8, 256), ("smollm2-135m", 4, 512), ("llama-3.2-3b", 1, 512)):
             yield with_and_without(dense(bench, model, tokens, rows), "cpu", "captured", "<= 1.25")
         return

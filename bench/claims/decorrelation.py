@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flashsink
 from bench.claims import Claim
+from bench.runner import rehearsal
 from bench.runner.measure import Bench, Comparison, Provider, Step
 from bench.workloads.peers import reference_decorrelation
 from bench.workloads.shapes import MODELS
@@ -29,7 +30,7 @@ Shape = tuple[int, int, int, int]  # layers, rows, tokens, features
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         small, large = (4, 4, 128, 576), (15, 4, 512, 2048)
         yield against(EAGER, small, torch.float32, bench, ">= 3", "in cache")
         yield against(EAGER, small, torch.bfloat16, bench, ">= 3", "in cache")
@@ -38,11 +39,13 @@ def comparisons(bench: Bench) -> Iterator[Comparison]:
         return
     for model, tokens in (("llama-3.2-3b", 4096), ("llama-3.2-3b", 16384), ("llama-3.1-8b", 4096)):
         # rows of 512 tokens; half of the layers, so that eager fits in memory as well
-        shape = (min(MODELS[model].layers - 1, 15), tokens // 512, 512, MODELS[model].hidden)
+        rows, length = rehearsal.cut(tokens // 512, 2), rehearsal.cut(512, 16)
+        shape = (min(MODELS[model].layers - 1, 15), rows, length, MODELS[model].hidden)
         for graph in (False, True):
             yield against(EAGER, shape, torch.bfloat16, bench, ">= 5", graph=graph)
         yield copy_bandwidth(shape, bench.device)
-    yield against(COMPILED, (15, 8, 512, 3072), torch.bfloat16, bench, ">= 2")
+    compiled = (rehearsal.cut(15, 2), rehearsal.cut(8, 2), rehearsal.cut(512, 16), MODELS["llama-3.2-3b"].hidden)
+    yield against(COMPILED, compiled, torch.bfloat16, bench, ">= 2")
 
 
 def against(

@@ -20,8 +20,8 @@ GPU = (("llama-3.2-3b", 16, 512), ("llama-3.2-3b", 4, 1500), ("llama-3.2-1b", 4,
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    backends = usable("triton", "sdpa") if bench.cuda else ["cpu"]
-    for model, rows, tokens in GPU if bench.cuda else CPU:
+    backends = usable("triton", "sdpa") if bench.large else ["cpu"]
+    for model, rows, tokens in GPU if bench.large else CPU:
         problem = dense(bench, model, tokens, rows)
         for backward, how, note in ((True, "captured", "fwd+bwd"), (False, "pass", "forward only")):
             yield comparison(
@@ -30,7 +30,7 @@ def comparisons(bench: Bench) -> Iterator[Comparison]:
                 eager(problem, backward=backward),
                 *(ours(problem, backend, how, backward=backward) for backend in backends),
                 upper="peer",
-                target=">= 5" if bench.cuda else ">= 2",
+                target=">= 5" if bench.large else ">= 2",
                 memory=">= 10" if tokens == 1500 else "",
                 note=note,
             )

@@ -19,7 +19,7 @@ CLAIMS = (CLAIM,)
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         problem = dense(bench, "smollm2-135m", 512, rows=4)
         name = "cpu forward, then the sums by blocks of keys"
         theirs = provider(name, problem, lambda: cpu_method, backward=False)

@@ -18,7 +18,7 @@ CLAIMS = (CLAIM,)
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         for model, rows, tokens in (("smollm2-135m", 8, 256), ("llama-3.2-3b", 1, 512)):
             yield with_and_without(dense(bench, model, tokens, rows), "cpu", "<= 1.8")
         return

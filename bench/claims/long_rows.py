@@ -18,7 +18,7 @@ CLAIMS = (CLAIM,)
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         return
     for model, target in (("llama-3.2-1b", "<= 1.0"), ("llama-3.2-3b", "<= 1.15")):
         for tokens in (1024, 2048, 4096, 8192):

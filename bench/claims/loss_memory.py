@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.claims import Claim
+from bench.runner import rehearsal
 from bench.runner.ledger import Row, verdict
-from bench.runner.measure import Bench, Comparison, peak_memory
+from bench.runner.measure import Bench, Comparison
+from bench.runner.memory import peak_memory
 from bench.workloads.llm_steps import NEVER, Setting, Variant, make_step, norm_name
 from bench.workloads.shapes import MODELS
 
@@ -23,9 +25,16 @@ WITHOUT = dataclasses.replace(WITH, probe={**(WITH.probe or {}), "decorrelation"
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if bench.cuda:
+    if bench.large:
         model = MODELS["llama-3.2-3b"]
-        setting = Setting(model, bench.layers or model.layers, (512,) * 8, False, bench.device, torch.bfloat16)
+        setting = Setting(
+            model,
+            bench.layers or model.layers,
+            (rehearsal.cut(512, 16),) * rehearsal.cut(8, 2),
+            False,
+            bench.device,
+            torch.bfloat16,
+        )
     else:
         model = MODELS["smollm2-135m"]
         setting = Setting(model, bench.layers or CPU_LAYERS, (256,) * 2, False, bench.device, torch.float32)
@@ -51,6 +60,6 @@ def measured(bench: Bench, setting: Setting) -> Row:
         "peak_mib": f"{peaks[1] / 2**20:.2f}",
         "ratio": f"{ratio:.4g}",
         "target": target,
-        "verdict": verdict(target, ratio) if ratio >= 0 else "error: less memory with the loss than without it",
+        "verdict": verdict(target, ratio) if ratio >= 0 else "unclear: less memory with the loss than without it",
         "note": f"more at the peak / {states / 2**20:.1f} MiB of states",
     }

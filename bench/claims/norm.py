@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.claims import Claim
+from bench.runner import rehearsal
 from bench.runner.measure import Bench, Comparison, Provider, Step
 from bench.workloads.peers import plain_rms_norm
 from bench.workloads.shapes import MODELS
@@ -24,13 +25,14 @@ CPU = (
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         for model, *size, dtype in CPU:
             yield against_plain(bench.device, (*size, MODELS[model].hidden), dtype, "<= 1.15")
         return
     for model in ("llama-3.2-3b", "llama-3.1-8b", "llama-3.2-1b"):
+        size = (rehearsal.cut(32, 2), rehearsal.cut(512, 16), MODELS[model].hidden)
         for graph in (False, True):
-            yield against_plain(bench.device, (32, 512, MODELS[model].hidden), torch.bfloat16, "<= 1.05", graph)
+            yield against_plain(bench.device, size, torch.bfloat16, "<= 1.05", graph)
 
 
 def against_plain(

@@ -40,7 +40,7 @@ OPTIONS = (
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
     """On a CPU the demo's batch and model, on a GPU 8,192 tokens and the 3B model."""
-    if bench.cuda:
+    if bench.large:
         model, rows, dtype = MODELS["llama-3.2-3b"], neighbours(8192), torch.bfloat16
     else:
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -58,9 +58,9 @@ def comparisons(bench: Bench) -> Iterator[Comparison]:
     step = functools.partial(Comparison, shape=setting.shape, dtype=setting.dtype, flush=False, after=rates)
     packed = provider(f"flashsink, {NAME}", Variant(), True)
     for claim, name, variant, target in PEERS:
-        target = target if bench.cuda or claim == "step_packed" else ""
+        target = target if bench.large or claim == "step_packed" else ""
         yield step(claim, providers=(provider(name, variant), packed), upper="peer", target=target, memory="")
     for claim, option, variant, target, memory in OPTIONS:
         providers = (provider(NAME, Variant()), provider(f"flashsink, {NAME}, {option}", variant, True))
-        target, memory = (target, memory) if bench.cuda else ("", "")
+        target, memory = (target, memory) if bench.large else ("", "")
         yield step(claim, providers=providers, target=target, memory=memory)

@@ -15,7 +15,7 @@ CLAIMS = (CLAIM,)
 
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
-    if not bench.cuda:
+    if not bench.large:
         problem = packed(bench, "smollm2-135m", 1024)
         yield comparison(CLAIM.name, problem, sdpa_apart(problem), ours(problem, "cpu", "captured"))
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.claims import Claim
+from bench.runner import rehearsal
 from bench.runner.ledger import verdict
 from bench.runner.measure import Bench, Comparison, Provider, Sample
 from bench.workloads import llm_steps
@@ -35,12 +36,12 @@ NOTE = "memory beyond what is there before the step: weights, optimizer states a
 
 def comparisons(bench: Bench) -> Iterator[Comparison]:
     norm = llm_steps.norm_name(bench.device)
-    if bench.cuda:
+    if bench.large:
         model = MODELS["llama-3.2-3b"]
-        layers, lengths = bench.layers or model.layers, tuple(utterances(8192))
+        layers, lengths = bench.layers or model.layers, tuple(utterances(rehearsal.cut(8192, 24)))
         setting = Setting(model, layers, lengths, True, bench.device, torch.bfloat16)
         # a smaller batch for the reference, whose logits of all tokens would not fit
-        short = dataclasses.replace(setting, lengths=tuple(utterances(4096)))
+        short = dataclasses.replace(setting, lengths=tuple(utterances(rehearsal.cut(4096, 12))))
         parts = ["HF", *filter(None, [llm_steps.liger()]), "varlen flash", "packing", "label-only logits", norm]
         public, name = Variant("varlen"), " + ".join(parts)
         targets = ("<= 1.02", "<= 1.02", ">= 3", ">= 2")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.runner.ledger import HOST_BOUND, Row, origin, quantiles, verdict
+from bench.runner.memory import peak_memory, synchronize
 
 Step = Callable[[], object]
 FLUSH_BYTES = 256 * 2**20  # more than any L2
@@ -100,8 +102,10 @@ class Bench:
     Attributes:
         seconds: spent on the rounds of one comparison.
         emit: gets every finished row at once.
-        deadline: of ``time.monotonic``; later comparisons are skipped.
+        deadline: of ``time.monotonic``; later comparisons are skipped, and then ``late`` is set.
         layers: cuts the models whose whole steps are measured; 0 = the claim's default.
+        done: keys of comparisons that are not measured again; ``finished`` gets those that are added.
+        rehearsal: measure the GPU set, whatever the device.
     """
 
     device: torch.device
@@ -110,6 +114,10 @@ class Bench:
     deadline: float = float("inf")
     least_rounds: int = 5
     layers: int = 0
+    done: set[str] = field(default_factory=set)
+    finished: Callable[[str], None] | None = None
+    rehearsal: bool = False
+    late: bool = False
 
     def __post_init__(self) -> None:
         self._origin = origin(self.device)
@@ -119,15 +127,36 @@ class Bench:
         return self.device.type == "cuda"
 
     @property
+    def large(self) -> bool:
+        """Whether the set for GPUs is measured."""
+        return self.cuda or self.rehearsal
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of kernels: bfloat16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.cuda else torch.float32
 
     def compare(self, comparison: Comparison) -> None:
         """Measures and reports one comparison; whatever fails becomes a row with the error."""
+        key = self.key(comparison)
+        if key in self.done:
+            return
         if time.monotonic() > self.deadline:
             self.row(comparison, "all", verdict="no time left")
+            self.late = True
             return
+        self._compare(comparison)
+        self.done.add(key)
+        if self.finished is not None:
+            self.finished(key)
+
+    def key(self, comparison: Comparison) -> str:
+        """What distinguishes a comparison from the others."""
+        names = [provider.name for provider in comparison.providers]
+        graph, dtype = comparison.graph and self.cuda, str(comparison.dtype)
+        return json.dumps([comparison.claim, comparison.shape, dtype, comparison.metric, comparison.note, graph, names])
+
+    def _compare(self, comparison: Comparison) -> None:
         if comparison.measure is not None:
             try:
                 self.row(comparison, "flashsink, loss", **comparison.measure())
@@ -163,11 +192,14 @@ class Bench:
                 made = provider.make()
                 before, step = made if isinstance(made, tuple) else (None, made)
                 runner = Runner(before, step)
-                runner.warm(self.device, 3 if self.cuda else 1)
+                runner.warm(self.device, 3 if self.cuda else 0 if self.rehearsal else 1)
                 runner.peak = peak_memory(runner, self.device)
                 if comparison.graph and self.cuda:
                     runner.capture()
-                runner.estimate(self.device)
+                if self.rehearsal:
+                    runner.seconds = SHORTEST_SAMPLE  # a sample is one step
+                else:
+                    runner.estimate(self.device)
             except Absent as reason:
                 self.row(comparison, provider.name, verdict=f"absent: {reason}")
             except Exception as error:
@@ -342,32 +374,6 @@ def _ratio(comparison: Comparison, own: Sample, other: Sample, is_ours: bool) ->
     upper, lower = (own, other) if is_ours == (comparison.upper == "ours") else (other, own)
     paired = [comparison.factor * a / b for a, b in zip(upper.times, lower.times, strict=True)]
     return dict(zip(("ratio_p20", "ratio", "ratio_p80"), (f"{x:.4g}" for x in quantiles(paired)), strict=True))
-
-
-def peak_memory(step: Step, device: torch.device) -> float:
-    """Peak of the bytes that one call allocates beyond what was there before."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        step()
-    recorded = profile.profiler.kineto_results.events()
-    now = peak = 0
-    for _, size in sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"):
-        now += size
-        peak = max(peak, now)
-    return float(peak)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.runner import ledger
 
 POLL = 0.2  # seconds
+STOPPED = "stopped after"
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,20 @@ class Ended:
     def why(self) -> str:
         return self.reason or f"exit code {self.code}"
 
+    @property
+    def late(self) -> bool:
+        """Whether it was killed at the end of its time."""
+        return self.reason.startswith(STOPPED)
+
     def tail(self, lines: int) -> str:
         return "\n".join(self.text.splitlines()[-lines:])
 
 
 def together(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float) -> dict[str, Ended]:
-    """Runs all commands at once, each with a log ``NAME.log`` in ``folder``; kills what runs after ``seconds``."""
+    """Runs all commands at once, each with a new log ``NAME.log`` in ``folder``; kills what runs after ``seconds``."""
     end = time.monotonic() + seconds
+    for name in commands:
+        (folder / f"{name}.log").unlink(missing_ok=True)
     running = {name: start(command, folder / f"{name}.log") for name, command in commands.items()}
     reasons = dict.fromkeys(commands, "")
     try:
@@ -44,7 +52,7 @@ def together(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float
         for name, process in running.items():
             if process.poll() is None:
                 kill(process)
-                reasons[name] = f"stopped after {seconds:.0f} s"
+                reasons[name] = f"{STOPPED} {seconds:.0f} s"
     return {name: _ended(process, reasons[name], folder / f"{name}.log") for name, process in running.items()}
 
 
@@ -62,7 +70,7 @@ def watched(command: Sequence[str], log: Path, seconds: float, quiet: float) -> 
             if now - heard > quiet:
                 reason = f"no output for {quiet:.0f} s"
             elif now - began > seconds:
-                reason = f"stopped after {seconds:.0f} s"
+                reason = f"{STOPPED} {seconds:.0f} s"
     finally:
         if process.poll() is None:
             kill(process)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import flashsink
+from bench.runner import rehearsal
 from bench.runner.measure import Absent, Bench, Comparison, Provider, Step
 from bench.workloads.shapes import HEADLINE_TOKENS, MODELS, Model, utterances
 
@@ -69,7 +70,9 @@ class Problem:
 
 def dense(bench: Bench, model: str, tokens: int, rows: int = 0) -> Problem:
     """``rows`` full rows; 0 = as many as have the headline's number of tokens."""
-    return Problem(MODELS[model], rows or HEADLINE_TOKENS // tokens, tokens, bench.device, bench.dtype)
+    tokens = rehearsal.cut(tokens, 16)
+    rows = rehearsal.cut(rows or HEADLINE_TOKENS // tokens, 2)
+    return Problem(MODELS[model], rows, tokens, bench.device, bench.dtype)
 
 
 def packed(bench: Bench, model: str, tokens: int = HEADLINE_TOKENS) -> Problem:

@@ -1,27 +1,30 @@
-"""``python -m flashsink``: what can run here, a demonstration on a toy model, and a model's sinks over a text. One
-function per subcommand."""
+"""``python -m flashsink``: what can run here and whether it computes rightly, a demonstration on a toy model, and a
+model's sinks over a text. One function per subcommand."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import importlib.metadata
+import json
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 import flashsink
-from flashsink import versions
+from flashsink import dispatch, selfcheck, verdicts, versions
 from flashsink.hf import analyze as analysis
 
 BOS, DELIMITER, VOCABULARY = 0, 1, 64
 ROWS, TOKENS, PLACE = 4, 40, 12  # PLACE: the delimiter's position
 FEATURE, SHARED = 7, 21  # of the massive activations, and of all tokens
 EPS, MIN_QUERIES = 0.3, 8
+CHECKED = ("cpu", "triton", "sdpa")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backends", help="which backends are usable, or why not, and the versions of packages"
     )
     command.set_defaults(run=backends)
+
+    command = commands.add_parser("check", help="whether the kernels compute rightly on this device; remembered")
+    command.add_argument("--backend", choices=CHECKED, help="default: all of them")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=check)
 
     command = commands.add_parser("demo", help="measure and remove a planted sink in a toy model (10 s on a CPU)")
     command.add_argument(
@@ -103,6 +111,52 @@ def backends(_: argparse.Namespace) -> int:
     rows.append(("device", "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"))
     _print_table([("kind", "name", "state"), *rows])
     return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Solves the problems of :mod:`flashsink.selfcheck` anew by every backend and prints a row for each of its kernels.
+    The status is 1 where one fails, or the named backend cannot run."""
+    found = []
+    for name in [arguments.backend] if arguments.backend else CHECKED:
+        for row in _checked(name):
+            found.append(row)
+            if not arguments.json:
+                print(f"{name:6s}  {row['kernel']:42s}  {row['seconds']:7.1f} s  {row['state']}", flush=True)
+    if arguments.json:
+        releases = {"flashsink": flashsink.__version__, "torch": torch.__version__}
+        print(json.dumps(releases | {"checks": found}, indent=1))
+    absent = [row for row in found if row["kernel"] == "-"]
+    return int(any(row["state"] != "right" for row in found if row not in absent) or bool(arguments.backend and absent))
+
+
+def _checked(name: str) -> Iterator[dict[str, Any]]:
+    """What is known of every kernel of a backend as it becomes known; one row without a kernel where it cannot run."""
+    state, cuda = flashsink.backends()[name], torch.cuda.is_available()
+    if name == "sdpa" and not cuda:
+        state = "on the CPU it is the cpu backend"
+    if state != "usable":
+        yield {"backend": name, "kernel": "-", "seconds": 0.0, "state": state}
+        return
+    device = torch.device("cuda", torch.cuda.current_device()) if name != "cpu" and cuda else torch.device("cpu")
+    run = dispatch.module(name)
+    for kernel in selfcheck.kernels():
+        attends = kernel.family in selfcheck.ATTENTION
+        # Triton's interpreter computes bfloat16 wrongly; what sdpa does not list is the triton backend's
+        if (name == "triton" and device.type == "cpu" and kernel.dtype == torch.bfloat16) or (
+            name == "sdpa" and kernel.family not in ("attention", "statistics")
+        ):
+            continue
+        if attends and run.refusal(torch.empty(1, 1, 1, kernel.size, dtype=kernel.dtype, device=device)):
+            continue
+        began = time.monotonic()
+        try:
+            reason = selfcheck.wrong(run, kernel, device)
+            if name == "triton":
+                verdicts.remember(device, kernel, reason)
+        except RuntimeError as error:
+            reason = f"not checked: {str(error).splitlines()[0]}"
+        seconds = round(time.monotonic() - began, 2)
+        yield {"backend": name, "kernel": str(kernel), "seconds": seconds, "state": reason or "right"}
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashsink import checks, reference, sdpa
+from flashsink import checks, reference, sdpa, selfcheck, verdicts
 from flashsink.cpu import backend as cpu
 from flashsink.cpu import library
 from flashsink.triton import backend as triton
@@ -91,24 +91,31 @@ def _state(name: str) -> str:
 def implementation(
     backend: str | None,
     device_type: str,
-    q: Tensor | None = None,
+    x: Tensor | None = None,
     v: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    family: str = "attention",
 ) -> Backend:
     """The functions of the backend that :func:`select` chooses."""
-    return _MODULES[select(backend, device_type, q, v, pattern, softcap)]
+    return _MODULES[select(backend, device_type, x, v, pattern, softcap, family)]
 
 
 def select(
     backend: str | None,
     device_type: str,
-    q: Tensor | None = None,
+    x: Tensor | None = None,
     v: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    family: str = "attention",
 ) -> str:
     """The backend that runs on ``device_type``; with the arguments of attention, the one that takes them.
+
+    Args:
+        x: q (B, H, Sq, D), or the states (B, S, C) of another ``family``: with it, kernels that fail their check on
+            this device are passed over.
+        family: what x is for, one of :data:`flashsink.selfcheck.FAMILIES`.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
@@ -125,19 +132,22 @@ def select(
             raise ValueError(f"backend: {backend!r} takes tensors on CUDA, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
-        reason = _refusal(backend, q, v, pattern, softcap)
+        reason = _refusal(backend, x, v, pattern, softcap, family) or _failed(backend, x, family)
         if reason:
             raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
-        reason = state[name]
-        if reason == _USABLE:
-            reason = _refusal(name, q, v, pattern, softcap)
-            if not reason:
-                return name
-        if not torch.compiler.is_compiling():
+        reason = state[name] if state[name] != _USABLE else _refusal(name, x, v, pattern, softcap, family)
+        if not reason and not _failed(name, x, family):
+            return name
+        if reason and not torch.compiler.is_compiling():
             _log_once(device_type, name, reason)
     return "reference"
+
+
+def module(name: str) -> Backend:
+    """The functions of a backend by its name, usable or not."""
+    return _MODULES[name]
 
 
 def require_general(backend: str | None) -> None:
@@ -151,10 +161,19 @@ def require_general(backend: str | None) -> None:
         )
 
 
-def _refusal(name: str, q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None) -> str:
+def _refusal(
+    name: str, x: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None, family: str
+) -> str:
     """Why the backend's attention does not take these, or ""."""
-    reason = "" if q is None else _MODULES[name].refusal(q)
-    return reason or ("" if name in _GENERAL else checks.beyond_plain(q, v, pattern, softcap))
+    if family not in selfcheck.ATTENTION:
+        return ""
+    reason = "" if x is None else _MODULES[name].refusal(x)
+    return reason or ("" if name in _GENERAL else checks.beyond_plain(x, v, pattern, softcap))
+
+
+def _failed(name: str, x: Tensor | None, family: str) -> str:
+    """Why the backend's kernels are not to be trusted here, or ""; a warning has said so already."""
+    return verdicts.refusal(family, x) if name == "triton" and x is not None else ""
 
 
 @functools.cache

@@ -168,7 +168,7 @@ def calibrated_attention(
     """
     checks.check_qkv(q, k, v)
     layout = _attention_layout(q, k, lengths, starts, None)
-    chosen = implementation(backend, q.device.type, q, v)
+    chosen = implementation(backend, q.device.type, q, v, family="ACT")
     expected = (q.shape[0], q.shape[1], k.shape[2])
     if not isinstance(sinks, Tensor) or sinks.dtype != torch.bool or tuple(sinks.shape) != expected:
         got = (tuple(sinks.shape), sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__
@@ -224,7 +224,7 @@ def decorrelation_loss(
     (rows, tokens, features), device = layers[0].shape, layers[0].device
     layout = checks.resolve_layout(rows, tokens, device, starts=starts, cu_seqlens=cu_seqlens)
     check_margin(margin)
-    chosen = implementation(backend, device.type)
+    chosen = implementation(backend, device.type, layers[0], family="loss")
     spans = checks.check_counted(spans, layout)
     if anchors is None and spans.dtype != torch.bool:
         total = chosen.decorrelation_sums(layers, spans, layout, margin).mean()
@@ -258,7 +258,8 @@ def activation_stats(
     layers = checks.check_hidden_states(hidden_states)
     (rows, tokens, _), device = layers[0].shape, layers[0].device
     layout = checks.resolve_layout(rows, tokens, device, lengths=lengths, starts=starts)
-    return implementation(backend, device.type).activation_stats(layers, layout, median)
+    run = implementation(backend, device.type, layers[0], family="activations")
+    return run.activation_stats(layers, layout, median)
 
 
 def check_margin(margin: float) -> None:

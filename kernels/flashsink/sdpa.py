@@ -8,8 +8,8 @@ flash kernel, the default), ``cudnn`` (dense rows without padding only, else ``t
 backend.
 
 The loss, the norm, the activation statistics and ACT have no vendor: on CUDA they are those of the ``triton`` backend
-where it is usable, else the reference. Dimensions: B rows, H query and Hk key heads, Sq queries, Sk keys, D head dim,
-N sequences, T tokens.
+where it is usable and passes its check (:mod:`flashsink.verdicts`), else the reference. Dimensions: B rows, H query
+and Hk key heads, Sq queries, Sk keys, D head dim, N sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink import checks, reference
+from flashsink import checks, reference, verdicts
 from flashsink.cpu import backend as cpu
 from flashsink.triton import backend as triton_backend
 from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
@@ -141,36 +141,41 @@ def calibrated_attention(
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`."""
     checks.require_plain("sdpa", q, v, pattern, softcap)
-    return _ours(q).calibrated_attention(
+    return _ours(q, "ACT").calibrated_attention(
         q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, sink_logits=sink_logits
     )
 
 
 def decorrelation_sums(layers: Sequence[Tensor], spans: Tensor, layout: Layout, margin: float) -> Tensor:
     """:func:`flashsink.reference.decorrelation_sums`."""
-    return _ours(layers[0]).decorrelation_sums(layers, spans, layout, margin)
+    return _ours(layers[0], "loss").decorrelation_sums(layers, spans, layout, margin)
 
 
 def activation_stats(layers: Sequence[Tensor], layout: Layout, median: bool) -> ActivationStats:
     """:func:`flashsink.reference.activation_stats`."""
-    return _ours(layers[0]).activation_stats(layers, layout, median)
+    return _ours(layers[0], "activations").activation_stats(layers, layout, median)
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float, layout: Layout, spans: Tensor | None, margin: float) -> Normed:
     """:func:`flashsink.reference.rms_norm`."""
-    return _ours(h).rms_norm(h, weight, eps, layout, spans, margin)
+    return _ours(h, "norm").rms_norm(h, weight, eps, layout, spans, margin)
 
 
-def _ours(x: Tensor) -> Any:
+def _ours(x: Tensor, family: str) -> Any:
     if x.device.type == "cpu":
         return cpu
-    return triton_backend if triton_backend.available() == "usable" else reference
+    return triton_backend if _right(x, family) else reference
+
+
+def _right(x: Tensor, family: str) -> bool:
+    """Whether the Triton kernels of ``family`` can be used for x."""
+    return triton_backend.available() == "usable" and not verdicts.refusal(family, x)
 
 
 def _received(
     q: Tensor, k: Tensor, lse: Tensor, layout: Layout, causal: bool, scale: float, query_starts: Tensor | None
 ) -> Tensor:
-    if triton_backend.available() == "usable":
+    if _right(q, "statistics"):
         return triton_backend.run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts)
     a, own = reference.probabilities(q.detach(), k.detach(), layout, causal=causal, scale=scale)
     return reference.sink_stats(a, own, layout, causal=causal, query_starts=query_starts).received

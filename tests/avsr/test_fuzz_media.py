@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from hypothesis import strategies as st
+from PIL import Image
 
 from avsr.data import audio, video
 from avsr.data.audio import load_audio
@@ -20,6 +22,7 @@ from avsr.data.rates import SAMPLE_RATE
 from avsr.data.video import read_video, read_video_sound
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
+from avsr.tools.analysis import composite
 
 tools = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fuzzing.py"))))
 few_and_many = pytest.mark.parametrize("count", tools.CASES)
@@ -73,6 +76,27 @@ def test_sound_files(count: int, kind: str, tmp_path: Path) -> None:
         assert wave.dtype == torch.float32 and bool(torch.isfinite(wave).all())
 
     tools.fuzz(count, tools.damaged(whole, 64), check, always if kind == "wav" else [])
+
+
+@few_and_many
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_pictures(count: int, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    drawn = Image.effect_noise((40, 24), 60)
+    drawn.save(path, kind)
+    whole = path.read_bytes()
+    always = [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print", b"\x89PNG\r\n\x1a\n"]
+    if kind == "PNG":  # headers that claim any size, with their checksum
+        for width, height in ((0, 9), (2**31 - 1, 2**31 - 1), (9_000, 9_000), (2**20, 1)):
+            header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+            always.append(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        picture = composite.Media(composite.IMAGE, str(path)).load()
+        assert picture.mode == "RGB" and picture.width * picture.height <= composite.MAX_PIXELS
+
+    tools.fuzz(count, tools.damaged(whole, 64), check, always)
 
 
 @few_and_many

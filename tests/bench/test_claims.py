@@ -78,9 +78,11 @@ def test_a_claim_that_raises_is_a_row_and_a_lost_device_ends_the_run(monkeypatch
 
     module = SimpleNamespace(__doc__="A claim.", CLAIMS=[SimpleNamespace(name="norm")], comparisons=fails)
     monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
-    rows, started = [], []
-    assert run.measure(Bench(CPU, 0.0, rows.append), ["norm", "long_rows"], float("inf"), started.append) is lost
+    rows, kept = [], []
+    assert run.measure(Bench(CPU, 0.0, rows.append), ["norm", "long_rows"], float("inf"), kept.append) is lost
+    started = [entry["started"] for entry in kept if "started" in entry]
     assert started == (["norm"] if lost else ["norm", "long_rows"])
+    assert [entry["finished"] for entry in kept if "finished" in entry] == ([] if lost else started)
     assert all(row["verdict"].startswith("error: ") and "broken" in row["verdict"] for row in rows)
     assert len(rows) == len(started)
 

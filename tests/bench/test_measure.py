@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from bench.runner.measure import Absent, Bench, Comparison, Provider, Runner, Sample, peak_memory, report, rounds_cpu
+from bench.runner.measure import Absent, Bench, Comparison, Provider, Runner, Sample, report, rounds_cpu
+from bench.runner.memory import peak_memory
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashsink
-from bench.runner.measure import peak_memory
+from bench.runner.memory import peak_memory
 from bench.workloads import attention, peers
 from bench.workloads.llm_steps import Lora, Setting, flops
 from bench.workloads.shapes import Model

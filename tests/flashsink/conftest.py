@@ -10,8 +10,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that the tests share
 
+import bf16_interpreter
 import cases
 import decoders
+
+from flashsink.triton.launch import INTERPRETED
+
+if INTERPRETED:
+    bf16_interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

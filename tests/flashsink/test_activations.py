@@ -10,17 +10,12 @@ from cases import BACKENDS, LEVELS, STATES, States, on
 import flashsink
 
 
-def half(backend, dtype):
-    """float16 where the interpreter cannot do bfloat16."""
-    return dtype if backend.takes(dtype) else torch.float16
-
-
 @on(LEVELS)
 @pytest.mark.parametrize(("features", "dtype"), [(11, None), (1, None), (64, torch.bfloat16), (200, torch.bfloat16)])
 @pytest.mark.parametrize("case", STATES)
 def test_equals_the_definition(backend, case, features, dtype):
     """Rounded, so that there are ties; padding holds NaN, and gives 0 and -1."""
-    states, dtype = States(case, backend.device), half(backend, dtype or backend.dtype)
+    states, dtype = States(case, backend.device), dtype or backend.dtype
     layers = [(states.states(features, torch.float32, seed) * 3).round().to(dtype) for seed in range(2)]
     given = [h.masked_fill(~states.valid[..., None], float("nan")).requires_grad_() for h in layers]
     if states.packed:
@@ -41,7 +36,6 @@ def test_equals_the_definition(backend, case, features, dtype):
 @on(LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ties_signs_and_special_values(backend, dtype):
-    dtype = half(backend, dtype)
     nan, inf, limits = float("nan"), float("inf"), torch.finfo(dtype)
     h = torch.zeros(12, 200)
     h[1, [3, 199]] = torch.tensor([-50.0, 50.0])
@@ -65,7 +59,7 @@ def test_ties_signs_and_special_values(backend, dtype):
 
 
 def test_values_are_exact_where_bfloat16_steps_are_wide(backend):
-    hidden = torch.zeros(1, 1, 1, 8, dtype=half(backend, torch.bfloat16), device=backend.device)
+    hidden = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device=backend.device)
     hidden[..., 5], hidden[..., 6] = -20096.0, 19968.0
     stats = flashsink.activation_stats(hidden, backend=backend.name)
     assert (stats.max_abs.item(), stats.feature.item()) == (20096.0, 5)
@@ -74,7 +68,7 @@ def test_values_are_exact_where_bfloat16_steps_are_wide(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_last_of_many_features(backend, dtype):
     for features in (8192, 8191):
-        h = torch.zeros(1, 1, 1, features, dtype=half(backend, dtype), device=backend.device)
+        h = torch.zeros(1, 1, 1, features, dtype=dtype, device=backend.device)
         h[..., -1] = -3.0
         assert flashsink.activation_stats(h, backend=backend.name).feature.item() == features - 1
 

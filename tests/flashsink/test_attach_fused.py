@@ -7,7 +7,7 @@ import importlib
 import oracle
 import pytest
 import torch
-from decoders import training_inputs
+from decoders import ids, training_inputs
 from torch import nn
 
 import flashsink
@@ -109,6 +109,20 @@ def test_the_product(tiny, padding, chosen, calls, known, checkpointing, scale):
         )
     assert probe.activations.max_abs.shape == (3, 3, 12)
     assert len(probe.sinks) == 3 and all(stats.received.isfinite().all() for stats in probe.sinks)
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_is_measured_in_float32(tiny, chosen):
+    model, tokens = tiny("llama").to(torch.bfloat16), ids()
+    plain = model(input_ids=tokens).logits
+    probe = flashsink.attach(model)
+    got = model(input_ids=tokens, output_hidden_states=True)
+    assert got.logits.dtype == torch.bfloat16
+    assert (got.logits - plain).abs().max() <= 0.05 * plain.abs().max()
+    assert probe.decorrelation_loss.dtype == probe.sinks[0].received.dtype == torch.float32
+    want = oracle.decorrelation(got.hidden_states[1:-1], [8, 8])
+    torch.testing.assert_close(probe.decorrelation_loss.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(probe.sinks[0].received.sum(-1), torch.full((2, 4), 8.0))
 
 
 @pytest.mark.parametrize("padding", ["both"], indirect=True)

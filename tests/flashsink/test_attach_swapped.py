@@ -4,6 +4,7 @@ attention and the model's own eager attention have it."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 
@@ -180,3 +181,24 @@ def test_a_model_that_has_no_weights_says_so(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=ids(), output_attentions=False)
+
+
+def test_models_that_share_a_config(tiny):
+    """Each is attached and detached for itself; the config is as it was when the last has gone."""
+    first = tiny("llama")
+    second = type(first)(first.config).eval()
+    config = first.config
+    with torch.no_grad():
+        want, named = [model(ids()).logits for model in (first, second)], config._attn_implementation
+        probes = [flashsink.attach(model) for model in (first, second)]
+        probes[0].detach()
+        torch.testing.assert_close(second(ids()).logits, want[1])
+        assert len(probes[1].sinks) == config.num_hidden_layers
+        torch.testing.assert_close(first(ids()).logits, want[0])
+        probes[1].detach()
+        assert config._attn_implementation == named and masks.before(config) is None
+        flashsink.attach(first)  # gone without being detached
+    number = id(config)
+    del first, second, probes, config
+    gc.collect()
+    assert number not in masks._held

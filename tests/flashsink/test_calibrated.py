@@ -144,15 +144,13 @@ def test_padding_gets_no_gradient(backend):
         assert gradient.isfinite().all() and not gradient.cpu().masked_select(problem.padding).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(backend, dtype):
-    if not backend.takes(dtype):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
-    problem, want = Problem("both", dtype=dtype), literal("both", 0.4, dtype=dtype)
+@pytest.mark.parametrize(("layout", "dtype"), [("both", torch.float16), *((name, torch.bfloat16) for name in LAYOUTS)])
+def test_half_precision(backend, layout, dtype):
+    problem, want = Problem(layout, dtype=dtype), literal(layout, 0.4, dtype=dtype)
     out = problem.run(backend)
     assert out.dtype == dtype
     # plain PyTorch: probabilities, their correction and the product in the dtype
-    clean = Problem("both", dtype=dtype, poison=0.0)
+    clean = Problem(layout, dtype=dtype, poison=0.0)
     probs = oracle.Attention(*clean.qkv, **clean.layout).probs
     plain = oracle.act(probs.to(dtype), clean.sinks, clean.rows, 0.4).to(dtype) @ clean.qkv[2].repeat_interleave(2, 1)
     assert (out.double() - want).abs().max() <= 2 * (plain.double() - want).abs().max()

@@ -59,8 +59,6 @@ def agree(got, want, tolerance=1e-5):
 def test_every_layout(backend, case, margin, features, dtype):
     """What is outside the spans holds NaN, and gets a gradient of exactly 0."""
     dtype = dtype or backend.dtype
-    if not backend.takes(dtype):
-        dtype = torch.float16
     states, want = States(case, backend.device), exact(case, features, dtype, margin)
     layers = [h.masked_fill(states.outside[..., None], float("nan")) for h in make(case, features, dtype, 2)]
     got = run(layers, states.spans, backend, margin=margin, **states.options)
@@ -82,7 +80,7 @@ def test_any_number_of_features(backend, features):
 
 @pytest.mark.parametrize("kind", ["time first", "expanded", "unlike strides", "unlike dtypes"])
 def test_layers_of_any_strides_and_of_unlike_kinds(backend, kind):
-    states, half = States("starts"), torch.bfloat16 if backend.takes(torch.bfloat16) else torch.float16
+    states = States("starts")
     h = states.states(16)
     wide = torch.full((*h.shape[:2], 32), float("nan"))
     wide[..., ::2] = h
@@ -90,7 +88,7 @@ def test_layers_of_any_strides_and_of_unlike_kinds(backend, kind):
         "time first": [h.transpose(0, 1).contiguous().transpose(0, 1)] * 2,
         "expanded": [h[:1].expand(h.shape)] * 2,
         "unlike strides": [h, wide[..., ::2], h.transpose(0, 1).contiguous().transpose(0, 1)],
-        "unlike dtypes": [h, states.states(16, half, 1)],
+        "unlike dtypes": [h, states.states(16, torch.bfloat16, 1)],
     }[kind]
     got, want = both(layers, states.spans.tolist(), backend, margin=0.1, **states.options)
     agree(got, want)
@@ -162,8 +160,6 @@ def test_near_parallel_massive_activations(backend, span):
         bound = {"cpu": 1e-4 if backend.level == 0 else 2e-6, "reference": 1e-6}.get(backend.name, 1e-3)
         assert relative(got[1][0][:, token], want[1][0][:, token]) < bound
         assert torch.equal(scaled[1][0][:, token], 65536.0 * got[1][0][:, token])  # a power of two
-    if not backend.takes(torch.bfloat16):
-        return
     # the same states in bf16: only the rounding of the gradient is added; the naive chain is off by tens of percent
     narrow = run([hidden], [span], backend)
     chain = hidden.clone().requires_grad_()

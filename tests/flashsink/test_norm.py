@@ -87,8 +87,6 @@ def check(backend, states, found, want, h, weight, loss=True):
 @pytest.mark.parametrize("case", STATES)
 def test_every_layout(backend, case, features, dtype, margin, loss):
     dtype = dtype or backend.dtype
-    if not backend.takes(dtype):
-        dtype = torch.float16
     states, want = States(case, backend.device), exact(case, features, dtype, margin, loss)
     h, weight = states.states(features, dtype), weight_of(features, dtype)
     check(backend, states, run(backend, states, h, weight, margin=margin, loss=loss), want, h, weight, loss)
@@ -131,8 +129,6 @@ def test_the_loss_alone(backend, case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_float32_weight_makes_a_float32_result(backend, dtype):
-    if not backend.takes(dtype):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     states = States("right padding", backend.device)
     h, weight = states.states(24, dtype), weight_of(24)
     found = run(backend, states, h, weight)
@@ -154,7 +150,7 @@ def test_float64_is_the_references(backend, dtype):
 def test_the_rounding_of_the_normalised_states(backend):
     """Nearly every number is bit for bit plain PyTorch's; the others differ in the last place."""
     states = States("long", backend.device)
-    for dtype in (torch.float32, torch.bfloat16 if backend.takes(torch.bfloat16) else torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         h, weight = states.states(576, dtype), weight_of(576, dtype)
         got, want = run(backend, states, h, weight)[0].out.detach().cpu(), plain(h, weight)[0]
         assert (got == want).float().mean() > (0.5 if dtype == torch.float32 else 0.99)
@@ -164,8 +160,7 @@ def test_the_rounding_of_the_normalised_states(backend):
 @on(BACKENDS[1:])
 def test_the_gradients_are_rounded_once(backend):
     """dh is within half a step of the exact sum, though each of its terms is ten times as large."""
-    dtype = torch.bfloat16 if backend.takes(torch.bfloat16) else torch.float16
-    states = States("long", backend.device)
+    dtype, states = torch.bfloat16, States("long", backend.device)
     h, weight = states.states(64, dtype), weight_of(64, dtype)
     want = by_oracle(states, h, weight, margin=0.1, factor=30.0)[2]
     got = run(backend, states, h, weight, margin=0.1, factor=30.0)[1].cpu().double()

@@ -199,7 +199,7 @@ def test_the_others_refuse_by_name(monkeypatch):
             ({"softcap": 2.0}, "does not take softcap"),
             ({"v": v}, "v's head dim 16 unlike 24"),
         ):
-            given = {"q": q, "v": q} | options
+            given = {"x": q, "v": q} | options
             with pytest.raises(ValueError, match=f"backend: '{name}' cannot be used: .*{words}"):
                 dispatch.select(name, "cuda", **given)
             assert dispatch.select(None, "cuda", **given) == "reference"

@@ -102,6 +102,7 @@ def test_a_backend_named_by_the_table_falls_back_with_a_reason(caplog, monkeypat
     """On a CUDA device attention that triton refuses goes to sdpa, and what both refuse to the reference."""
     table = importlib.import_module("flashsink.dispatch")
     monkeypatch.setattr(table, "_state", lambda name: "usable")
+    monkeypatch.setattr(table.verdicts, "MODE", "0")
     wide = types.SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 4, 64), element_size=lambda: 2
     )

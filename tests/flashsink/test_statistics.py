@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TRITON, Problem, exact, on
+from cases import BACKENDS, HALF, TRITON, Problem, exact, on
 
 import flashsink
 
@@ -36,6 +36,7 @@ def test_sink_rate_counts_a_planted_sink(backend):
     assert stats.sink_rate(0.3, min_queries=11)[0, 2].item() == 0.0
 
 
+@on(BACKENDS + HALF)
 @pytest.mark.parametrize("trained", [True, False])
 def test_they_are_float32_without_a_graph(backend, trained):
     problem = Problem("both", backend.dtype, device=backend.device)
@@ -45,6 +46,7 @@ def test_they_are_float32_without_a_graph(backend, trained):
         assert value.dtype == torch.float32 and not value.requires_grad
 
 
+@on(BACKENDS + HALF)
 def test_they_are_found_out_once(backend):
     """What was read before the backward is not found out again, and a second backward of a graph adds nothing."""
     problem = Problem("odd D", backend.dtype, device=backend.device)

@@ -55,10 +55,9 @@ def test_how_often_kernels_are_launched(backend):
 
 
 @on(SHIPPED)
-@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["right padding", "packed", "33 tokens, two groups"])
 def test_the_shipped_tiles(backend, case, dtype):
-    dtype = dtype or backend.dtype
     compare(run(backend, Problem(case, dtype, device=backend.device)), exact(case, dtype=dtype), dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from flashsink.hf import models
 
 AUDIO, IMAGE = "audio", "image"
 ASKED = {AUDIO: "Transcribe the audio.", IMAGE: "Describe the image."}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others start programs
+MAX_PIXELS = 1 << 25  # models see a picture in far fewer
 _LETTERS = {AUDIO: "a", IMAGE: "i"}  # of their tokens' names
 _LEFT = {"inputs_embeds", "input_ids", "past_key_values", "use_cache", "labels"}  # not of the decoder's other inputs
 
@@ -45,10 +48,14 @@ class Media:
         from PIL import Image
 
         try:
-            with Image.open(self.file) as picture:
+            with Image.open(self.file, formats=FORMATS) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise UserError(f"--image {self.file}: {picture.width} x {picture.height} pixels are too many")
                 return picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error) as error:
             raise UserError(f"--image {self.file}: not a readable picture: {error}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UserError(f"--image {self.file}: {error}") from error
 
 
 class _Reached(Exception):

@@ -91,7 +91,7 @@ class Call(NamedTuple):
     def calibrated(self, backend: str | None, sinks: Tensor, beta: float) -> Tensor:
         """The output with ACT on the columns ``sinks`` (B, H, Sk)."""
         q, pattern = self.q, self.pattern
-        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap)
+        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap, "ACT")
         return chosen.calibrated_attention(
             q,
             self.k,
@@ -141,7 +141,7 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     place: Any = getattr(module, MARK, None)
     if place is None:
-        known = id(getattr(module, "config", None)) in masks.before
+        known = masks.before(getattr(module, "config", None)) is not None
         return (_elsewhere if known else _alone)(module, query, key, value, attention_mask, arguments)
     if query.dim() != 4 or query.shape[0] != key.shape[0]:
         raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(query.shape)}{_ELSE}")
@@ -215,7 +215,7 @@ def _elsewhere(
 
 
 def _was_eager(module: nn.Module) -> bool:
-    return masks.before.get(id(getattr(module, "config", None))) == "eager"
+    return masks.before(getattr(module, "config", None)) == "eager"
 
 
 def _read(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,49 @@ class _Here(threading.local):
 
 
 here = _Here()
-before: dict[int, str] = {}  # by the id of an attached model's config, the implementation that it named before
+
+
+@dataclass
+class Held:
+    """A config of attached models, which may share it.
+
+    Attributes:
+        config: the config.
+        implementation: that it named before.
+        count: of the models.
+    """
+
+    config: weakref.ref[Any]
+    implementation: str
+    count: int = 1
+
+
+_held: dict[int, Held] = {}  # by the config's id
+
+
+def hold(config: Any, implementation: str | None = None) -> None:
+    """Notes that a model with ``config`` is attached; ``implementation`` is what the config named before, if that is
+    known already."""
+    if id(config) in _held:
+        _held[id(config)].count += 1
+        return
+    known = weakref.ref(config, functools.partial(lambda number, _: _held.pop(number, None), id(config)))
+    _held[id(config)] = Held(known, implementation or config._attn_implementation)
+
+
+def let_go(config: Any) -> str | None:
+    """What the config named before, if no other attached model shares it."""
+    held = _held.get(id(config))
+    if held is None:
+        return None
+    held.count -= 1
+    return _held.pop(id(config)).implementation if not held.count else None
+
+
+def before(config: Any) -> str | None:
+    """The implementation that an attached model's config named before; None where no model with it is attached."""
+    held = _held.get(id(config))
+    return None if held is None else held.implementation
 
 
 # ---- masks as numbers
@@ -108,9 +151,9 @@ def make_mask(**given: Any) -> Tensor | None:
     function, queries, keys = given["mask_function"], given["q_length"], given["kv_length"]
     asking, config = here.asking, given.get("config")
     if asking is None or not _among(config, asking.configs):
-        make = eager_mask if before.get(id(config)) == "eager" else sdpa_mask
+        make = eager_mask if before(config) == "eager" else sdpa_mask
         mask: Tensor | None = make(**given)
-        if before and isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
+        if _held and isinstance(mask, Tensor) and mask.dim() == 4 and _at_start(given):
             doubts: Doubts = []
             with contextlib.suppress(ValueError):  # a decoder that is attached reads the mask itself then
                 here.made.append(Made(mask, *_layout(given, False, doubts, None), doubts))

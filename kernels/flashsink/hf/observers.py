@@ -168,7 +168,7 @@ class OutputObserver:
 
     def _sums(self, layers: list[Tensor], layout: Layout, spans: Tensor) -> Tensor:
         device = layers[0].device
-        run = implementation(self._options.backend, device.type)
+        run = implementation(self._options.backend, device.type, layers[0], family="loss")
         return run.decorrelation_sums(layers, spans.to(device), _on(layout, device), self._options.margin)
 
     def _observe(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -215,7 +215,7 @@ class OutputObserver:
         if self._counts(index):
             self._forwards.mine.states[index] = states
         if options.activations and record.recorded:
-            run = implementation(options.backend, states.device.type)
+            run = implementation(options.backend, states.device.type, states, family="activations")
             layout = _on(record.places[0], states.device)
             record.activations[index] = run.activation_stats([states], layout, options.median)
 
@@ -249,7 +249,7 @@ class OutputObserver:
             return plain(states)
         layout, spans = record.places
         layout, device = _on(layout, states.device), states.device
-        run = implementation(options.backend, device.type)
+        run = implementation(options.backend, device.type, states, family="norm")
         normed = run.rms_norm(
             states, form.weight(norm), form.eps, layout, spans.to(device) if counts else None, options.margin
         )

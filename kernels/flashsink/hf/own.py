@@ -69,7 +69,7 @@ def eager(
     if masks.is_encoded(mask):
         layout, _ = masks.decode(mask.to(q.device), q.shape[0], queries)
         mask = reference.visible(layout, queries, True)
-    elif mask is None and queries > 1 and masks.before.get(id(getattr(module, "config", None))) != "eager":
+    elif mask is None and queries > 1 and masks.before(getattr(module, "config", None)) != "eager":
         causal = arguments.get("is_causal")
         if getattr(module, "is_causal", True) if causal is None else causal:  # left out, as for torch's attention
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()[None, None]

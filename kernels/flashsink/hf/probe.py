@@ -63,7 +63,8 @@ class Probe:
         """A saved model may be loaded by a process that has attached nothing yet."""
         hf_attention.register()
         self.__dict__.update(state)
-        masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
+        for config, previous in zip(self._configs, self._previous, strict=True):
+            masks.hold(config, previous)
 
     # ---- what a user reads
 
@@ -246,9 +247,9 @@ class Probe:
             for modules in self._found.attentions:
                 for module in modules:
                     delattr(module, hf_attention.MARK)
-        for config, previous in zip(self._configs, self._previous, strict=True):
-            masks.before.pop(id(config), None)
-            if config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
+        for config in self._configs:
+            previous = masks.let_go(config)
+            if previous and config._attn_implementation == hf_attention.IMPLEMENTATION:  # else it was changed since
                 config._attn_implementation_internal = previous
         self._configs, self._previous = [], []
 
@@ -272,9 +273,9 @@ class Probe:
         elif options.attention:
             hf_attention.register()
             self._configs = found.configs
-            self._previous = [config._attn_implementation for config in self._configs]
-            masks.before.update(zip(map(id, self._configs), self._previous, strict=True))
             for config in self._configs:  # not set_attn_implementation, which reaches towers with configs of their own
+                masks.hold(config)
+                self._previous.append(masks.before(config) or "")
                 config._attn_implementation_internal = hf_attention.IMPLEMENTATION
 
     def _last(self, option: str | None) -> Record:

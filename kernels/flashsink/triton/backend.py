@@ -15,20 +15,21 @@ from flashsink.operators import register
 from flashsink.triton import launch
 
 try:
-    importlib.import_module("triton")
+    version: str = importlib.import_module("triton").__version__
 except ImportError as error:
     _missing = f"triton cannot be imported: {error}"
 else:
     _missing = ""
     from flashsink.triton.activations import activation_stats
     from flashsink.triton.attention import attention, calibrated_attention, refusal, run_received
-    from flashsink.triton.decorrelation import decorrelation_sums
+    from flashsink.triton.decorrelation import MAX_FEATURES, decorrelation_sums
     from flashsink.triton.norm import rms_norm
     from flashsink.triton.operators import OPERATORS
 
     register(OPERATORS, "CUDA", "CPU")
 
 __all__ = [
+    "MAX_FEATURES",
     "activation_stats",
     "attention",
     "available",

@@ -78,22 +78,22 @@ def choose(kernel: str, head_dim: int, element_size: int, device: torch.device) 
 
 
 def architecture(device: torch.device) -> int:
-    """80, 90 or 100: whose tiles ``device`` gets. Without a GPU that of :func:`target`, else 90."""
-    if _target:
-        return _target[-1]
-    return _architecture_of(device.index or 0) if device.type == "cuda" else 90
+    """80, 90 or 100: whose tiles ``device`` gets. Without a GPU those of :func:`target`, else of 90."""
+    capability = _target[-1] if _target else _capability_of(device.index or 0) if device.type == "cuda" else 90
+    # others (consumer GPUs: 86, 89, 120) have mma.sync and 99 KB of shared memory a block, in which the tiles of 80 fit
+    return {9: 90, 10: 100}.get(capability // 10, 80)
 
 
 @functools.cache
-def _architecture_of(index: int) -> int:
-    major, _ = torch.cuda.get_device_capability(index)
-    return {8: 80, 9: 90, 10: 100}.get(major, 80)  # others have as little shared memory as sm_80, or less
+def _capability_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @contextlib.contextmanager
-def target(name: int) -> Iterator[None]:
-    """Chooses the tiles of architecture ``name`` inside, whatever the device; for compiling ahead of time."""
-    _target.append(name)
+def target(capability: int) -> Iterator[None]:
+    """Chooses the tiles of sm_``capability`` inside, whatever the device; for compiling ahead of time."""
+    _target.append(capability)
     try:
         yield
     finally:

@@ -30,6 +30,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor (B, heads, tokens, D), got {_shape(tensor)}")
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.shape[3] == 0:
+            raise ValueError(f"{name}: expected a head dim of at least 1, got {_shape(tensor)}")
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on {tensor.device}")
     if k.shape[:3] != v.shape[:3]:
@@ -128,6 +130,8 @@ def check_hidden_states(hidden_states: Tensor | Sequence[Tensor]) -> list[Tensor
     for index, layer in enumerate(layers):
         if not isinstance(layer, Tensor) or layer.dim() != 3 or layer.dtype not in FLOATS:
             raise ValueError(f"hidden_states[{index}]: expected a floating (B, S, C), got {_shape(layer)}")
+        if layer.shape[2] == 0:
+            raise ValueError(f"hidden_states[{index}]: expected at least one feature, got {_shape(layer)}")
         if layer.shape != layers[0].shape or layer.device != layers[0].device:
             raise ValueError(
                 f"hidden_states[{index}]: expected {tuple(layers[0].shape)} on {layers[0].device} as the "

@@ -57,12 +57,15 @@ def probabilities(
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     mask = visible(layout, q.shape[2], causal, pattern)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    sees = mask.any(dim=-1, keepdim=True)
+    # finite where nothing is seen, for no NaN in the gradients
+    scores = scores.masked_fill(~mask & sees, -torch.inf).masked_fill(~sees, torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(dim=-1, keepdim=True)
     if sink_logits is not None:
         lse = torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None, None])
+    lse = lse + (lse - lse).detach()  # a score of inf, or none above -inf, is NaN in the whole row, as of softmax
     a = (scores - lse).exp().masked_fill(~mask, 0.0)
-    return a, lse.squeeze(-1).masked_fill(~mask.any(dim=-1), 0.0)
+    return a, lse.masked_fill(~sees, 0.0).squeeze(-1)
 
 
 def sink_stats(

@@ -106,6 +106,8 @@ class Attention:
                 if softcap is not None:
                     scores = softcap * (scores / softcap).tanh()
                 top = scores.detach().amax(-1, keepdim=True)
+                if sink_logits is not None:
+                    top = torch.maximum(top, sink_logits.detach().double()[:, None])
                 e = (scores - top).exp()
                 total = e.sum(-1, keepdim=True)
                 if sink_logits is not None:

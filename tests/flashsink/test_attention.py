@@ -142,6 +142,39 @@ def test_a_sequence_gives_the_same_alone_padded_and_packed(backend):
         assert torch.equal(more.queries[:, inside], stats.queries)
 
 
+@on(KERNELS)
+@pytest.mark.parametrize("sink", [None, 0.5])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_infinite_scores(backend, causal, sink):
+    """A score of inf gives NaN, and so do scores that are all -inf, unless a sink logit takes what there is; other rows
+    are as they were. Of the second the cpu backend does not know where torch's kernel or a sink logit is."""
+    q, k, v = (x.to(backend.device) for x in torch.randn(3, 2, 2, 21, 16, generator=torch.Generator().manual_seed(2)))
+    k = k.abs() + 0.1
+    options = {"causal": causal, "backend": backend.name, "return_stats": True}
+    if sink is not None:
+        options["sink_logits"] = torch.full((2,), sink, device=backend.device)
+    want, want_stats = flashsink.attention(q, k, v, **options)
+    for value in (torch.inf,) if backend.name == "cpu" and (backend.tiles or sink) else (torch.inf, -torch.inf):
+        given = q.clone()
+        given[0, 1, 7, 3] = value
+        out, stats = flashsink.attention(given, k, v, **options)
+        lost, lse = out[0, 1, 7].clone(), stats.lse[0, 1, 7].clone()
+        out[0, 1, 7], stats.lse[0, 1, 7] = want[0, 1, 7], want_stats.lse[0, 1, 7]
+        torch.testing.assert_close((out, stats.lse), (want, want_stats.lse))
+        if value < 0.0 and sink is not None:
+            assert not lost.any() and float(lse) == sink
+        else:
+            assert lost.isnan().all() and not lse.isfinite()
+
+
+@on(KERNELS)
+def test_a_sink_logit_of_minus_infinity_is_none(backend):
+    problem = Problem("both", backend.dtype, device=backend.device)
+    found, want = run(backend, problem, sink_logits=torch.full((3,), -torch.inf)), exact("both", dtype=backend.dtype)
+    assert not found.pop("dsink").any()
+    compare(found, want, backend.dtype)
+
+
 @on(BACKENDS + HALF)
 def test_large_scores_and_an_extreme_loss_scale(backend):
     """Scores of several hundred stay finite; a loss scaled by 65,536 gives gradients scaled by it."""

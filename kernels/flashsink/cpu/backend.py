@@ -12,6 +12,7 @@ What runs where, always the same for the same arguments:
 - ``calibrated_attention``: two sets of keys, attention over all but the sinks by torch's kernel and a skinny product
   for the sinks, in dense rows where no gradient is needed (it needs the log-sum-exp too); else, and with a pattern,
   a softcap or sink logits, the reference.
+- scores of a row that are all -inf, which take an infinity in q or k: 0 by torch's kernel, NaN elsewhere.
 - float64, no queries, and a graph being compiled (what runs depends on values here): the reference.
 - ``decorrelation_sums``, ``activation_stats`` and ``rms_norm``: see :mod:`flashsink.cpu.library` and
   :mod:`flashsink.cpu.norm`.

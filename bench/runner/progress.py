@@ -22,7 +22,9 @@ def identity() -> dict[str, str]:
     """What runs must have in common for one to go on where the other stopped."""
     found = ledger.origin(torch.device("cuda" if torch.cuda.is_available() and not rehearsal.ON else "cpu"))
     digest = hashlib.sha256()  # a copy of the tree may be without its history
-    for path in sorted(path for top in ("bench", "kernels", "avsr") for path in (ledger.ROOT / top).rglob("*.py")):
+    for path in sorted(
+        path for top in ("bench", "kernels", "avsr", "tests/flashsink") for path in (ledger.ROOT / top).rglob("*.py")
+    ):
         digest.update(path.read_bytes())
     return {key: value for key, value in found.items() if key != "date"} | {
         "sources": digest.hexdigest()[:16],

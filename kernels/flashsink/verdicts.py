@@ -97,7 +97,14 @@ def _failed(device: torch.device, dtype: torch.dtype, families: tuple[str, ...])
         names = path.parent.glob(path.name.replace("0.json", "*.json")) if path is not None else []
         kernels |= {Kernel(family, dtype, int(name.stem.rpartition("-")[2])) for name in names}
     wanted = [kernel for kernel in kernels if kernel.dtype == dtype and kernel.family in families]
+    if not wanted:
+        _say_unchecked(families[0], dtype)
     return tuple((kernel.size, reason) for kernel in wanted if (reason := _known(device, kernel)))
+
+
+@functools.cache
+def _say_unchecked(family: str, dtype: torch.dtype) -> None:
+    logger.warning("%s of %s is compiled unchecked; `python -m flashsink check` checks the kernels", family, dtype)
 
 
 def _known(device: torch.device, kernel: Kernel) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +88,44 @@ def test_a_claim_that_raises_is_a_row_and_a_lost_device_ends_the_run(monkeypatch
     assert [entry["finished"] for entry in kept if "finished" in entry] == ([] if lost else started)
     assert all(row["verdict"].startswith("error: ") and "broken" in row["verdict"] for row in rows)
     assert len(rows) == len(started)
+
+
+def test_a_later_run_measures_only_what_is_left(tmp_path, monkeypatch):
+    measured, late = [], [True]
+
+    def comparisons(bench):
+        for shape in ("S1", "S2"):
+            measure = functools.partial(lambda shape: measured.append(shape) or {"verdict": "report"}, shape)
+            yield Comparison("norm", shape, torch.float32, measure=measure)
+            if late[0]:
+                bench.deadline = 0.0
+
+    module = SimpleNamespace(__doc__="A claim.", CLAIMS=[SimpleNamespace(name="norm")], comparisons=comparisons)
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    store = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run", "norm", "--dry", "--rows", str(store)])
+    assert run.main() == 0 and measured == ["S1"]
+    assert not any("finished" in entry for entry in run.entries(store))
+    store.write_text(store.read_text() + '{"done": "half a line\n')
+    late[0] = False
+    assert run.main() == 0 and measured == ["S1", "S2"]
+    assert [entry["finished"] for entry in run.entries(store) if "finished" in entry] == ["norm"]
+
+
+def test_in_order_of_worth_a_module_has_half_of_what_is_left(monkeypatch):
+    shares = []
+
+    def comparisons(bench):
+        shares.append(bench.deadline - time.monotonic())
+        return iter(())
+
+    module = SimpleNamespace(__doc__="A claim.", CLAIMS=[SimpleNamespace(name="norm")], comparisons=comparisons)
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
+    names = ["norm", "training_step", "norm", "norm"]  # of weights 1, 4, 1, 1
+    for least, expected in ((0.0, [100 / 7, 400 / 6, 50, 100]), (0.5, [50, 400 / 6, 50, 100])):
+        shares.clear()
+        run.measure(Bench(CPU, 0.0, print), names, 100.0, lambda entry: None, least)
+        assert shares == pytest.approx(expected, abs=1.0)
 
 
 def test_a_run_prints_keeps_and_appends_its_rows(tmp_path, monkeypatch, capsys):

@@ -202,13 +202,15 @@ def test_no_memory_says_nothing_of_the_kernels(checks):
 # ---- where nothing is checked
 
 
-def test_not_while_compiling_where_only_known_verdicts_count(checks):
+def test_not_while_compiling_where_only_known_verdicts_count(checks, caplog):
+    verdicts._say_unchecked.cache_clear()
+
     def loss(h):
         return flashsink.decorrelation_loss(list(h), SPANS, backend="triton")
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(H), flashsink.decorrelation_loss(H, SPANS, backend="reference"))
-    assert checks.asked == []
+    assert checks.asked == [] and caplog.text.count("loss of torch.float16 is compiled unchecked") == 1
     verdicts.remember(CPU, LOSS, "no good")
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no good"):

@@ -1,9 +1,8 @@
 // Loads and stores, with what they are checked for: bounds, alignment, bytes that nobody wrote, races.
 //
 // A race is an access that no barrier orders after another thread's access to the same bytes, one of them a write that
-// changes them: within a CTA between two bar.sync (for threads of one warp, between two bar.warp.sync), in global memory
-// between any
-// two CTAs. cp.async writes from its issue until the wait, matrix instructions read until theirs.
+// changes them: within a CTA between two bar.sync, for threads of one warp between two bar.warp.sync, and in global
+// memory between any two CTAs. cp.async writes from its issue until the wait, matrix instructions read until theirs.
 #include <cstring>
 
 #include "machine.h"
@@ -27,8 +26,9 @@ void between_ctas(Machine& m, const Instruction& i, Mark& mark, bool write) {
 void Machine::race(const Instruction& i, const char* what) { ++races[std::string(what) + ": " + i.text()]; }
 
 void Machine::fault(const Instruction& i, const std::string& what) const {
-  throw Fault(what + ": instruction " + std::to_string(pc) + " " + i.text() + ", CTA (" + std::to_string(cta[0]) + ", " +
-              std::to_string(cta[1]) + ", " + std::to_string(cta[2]) + ")");
+  std::string where;
+  for (int axis = 0; axis < 3; ++axis) where += (axis ? ", " : "") + std::to_string(cta[axis]);
+  throw Fault(what + ": instruction " + std::to_string(pc) + " " + i.text() + ", CTA (" + where + ")");
 }
 
 void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, int bytes, int thread,

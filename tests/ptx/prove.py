@@ -1,8 +1,9 @@
 """Runs every Triton kernel as the machine code that it ships, on the emulator, against float64.
 
 ``python tests/ptx/prove.py`` goes through the problems below for sm_80, sm_90 and sm_100 in bf16, fp16 and float32, and
-for sm_120 in bf16, with the tiles of the table. A row of ``bench/results/ptx_proof.jsonl`` is a problem that has ended; a second
-start goes on, and repeats what was done with other sources. ``ptx_proof.md`` is the table of kernels and tiles.
+for sm_120 in bf16, with the tiles of the table. A row of ``bench/results/ptx_proof.jsonl`` is a problem that has ended;
+a second start goes on, and repeats what was done with other sources. ``ptx_proof.md`` is the table of kernels and
+tiles.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = map(str, (HERE, HERE.parent / "flashsink", ROOT / "kernels", ROOT))
 
 import cases  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from emulated import Device  # noqa: E402
 from emulator import Fault  # noqa: E402
@@ -52,7 +53,7 @@ class Problem:
 
     name: str
     dtype: str
-    call: Callable[[], float]
+    call: Callable[[], float | None]
     quick: bool = False
 
 
@@ -139,26 +140,23 @@ def hidden_problems(dtype: str) -> Iterator[Problem]:
 
     backend = cases.Backend("triton", dtype=DTYPES[dtype], shipped=True)
 
-    def norm(case: str, features: int, loss: bool) -> float:
+    def norm(case: str, features: int, loss: bool) -> None:
         states, kind = cases.States(case), DTYPES[dtype]
         h, weight = states.states(features, kind), test_norm.weight_of(features, kind)
         want = test_norm.exact(case, features, kind, 0.1, loss)
         found = test_norm.run(backend, states, h, weight, margin=0.1, loss=loss)
         test_norm.check(backend, states, found, want, h, weight, loss)
-        return 0.0
 
-    def loss(case: str, features: int) -> float:
+    def loss(case: str, features: int) -> None:
         states = cases.States(case)
         layers = test_decorrelation.make(case, features, DTYPES[dtype], 3)
         upstream = 1024.0  # else float16 has no room for the gradients of many features
         got = test_decorrelation.run(layers, states.spans, backend, upstream, **states.options, margin=0.1)
         total, gradients = test_decorrelation.exact(case, features, DTYPES[dtype], 0.1, 3)
         test_decorrelation.agree(got, (total, [upstream * x for x in gradients]))
-        return 0.0
 
-    def largest(case: str, features: int) -> float:
+    def largest(case: str, features: int) -> None:
         test_activations.test_equals_the_definition(backend, case, features, DTYPES[dtype])
-        return 0.0
 
     for case, features in (("long", 96), ("packed, empty sequences and a tail", 576), ("starts", 3072)):
         quick = dtype == "bf16" and features == 96
@@ -191,7 +189,12 @@ def prove(problem: Problem, sm: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     began, device, verdict, worst = time.monotonic(), Device(sm), "right", None
     try:
-        with device.active():
+        # outputs come full of NaN, so that those that nobody writes are seen
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            device.active(),
+            cases.Backend("triton", shipped=True).active(patch),
+        ):
             worst = problem.call()
     except AssertionError as error:
         verdict = f"wrong: {error}"
@@ -304,9 +307,9 @@ def main() -> int:
             name = f"sm_{row['sm']} {row['dtype']} {row['problem']}"
             print(f"{count}/{len(todo)} {name}: {row['verdict']} ({row['seconds']} s)", flush=True)
     known = {(problem.name, problem.dtype) for problem in every}
-    rows = [row for row in done.values() if (row["problem"], row["dtype"]) in known]
+    rows = [row for row in done.values() if (row["problem"], row["dtype"]) in known and row["sources"] == state]
     arguments.rows.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    wrong = [row for row in rows if row["verdict"] != "right" and row["sources"] == state]
+    wrong = [row for row in rows if row["verdict"] != "right"]
     print(f"{len(rows)} rows, {len(wrong)} not right")
     return 1 if wrong else 0
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import flashsink
-from avsr.config import ActConfig, Config
+from avsr.config import ActConfig, Config, read_run_config
 from avsr.data.batches import Batch, collate, make_batches
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.errors import UserError
@@ -34,6 +34,8 @@ from avsr.evaluation.run import decode_set
 from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.rows import Assembled
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
 
 PAPER_BETA = 0.4  # used if act.beta is 1, which means off
@@ -74,13 +76,18 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         A one-line summary.
     """
     precise = ["training.precision=fp32", *overrides]
-    config, model, store = load_run(run, precise, pick_device(), which, single=True)
+    path = heads_file(read_run_config(run, precise))
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    with claim(path.parent, path.name):
+        return _act_search(run, precise, which, path)
+
+
+def _act_search(run: str | Path, overrides: list[str], which: str, path: Path) -> str:
+    config, model, store = load_run(run, overrides, pick_device(), which, single=True)
     act = config.act
     if act.beta == 1.0:
         act.beta = PAPER_BETA
-    path = heads_file(config)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     task = (config.decode.tasks or [config.model.task])[0]
     dataset = load_dataset(
         config.data.validation,
@@ -114,7 +121,7 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         "alone": [{"layer": layer, "head": head, "ce": loss} for (layer, head), loss in sorted(found.alone.items())],
     }
     try:
-        path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        write_durably(path, (json.dumps(held, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     return (

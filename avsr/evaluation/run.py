@@ -23,6 +23,7 @@ from avsr.evaluation.decode import Hypothesis, transcribe
 from avsr.evaluation.wer import Score, alignment, normaliser, score
 from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
 
 WORST = 20  # utterances shown in errors.txt
@@ -88,6 +89,11 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
 def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
     """Decodes every test set of a run, with ACT if ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl``
     and ``errors.txt``."""
+    with claim(Path(run), "metrics.json"):
+        return _evaluate(run, overrides, which)
+
+
+def _evaluate(run: str | Path, overrides: list[str], which: str) -> dict[str, Score]:
     config, model, store = load_run(run, overrides, pick_device(), which)
     with calibrated(config, model) as act:
         return evaluate_model(config, model, test_sets(config, model, store), Path(run), act)

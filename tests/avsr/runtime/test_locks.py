@@ -100,6 +100,8 @@ def test_sigterm_leaves_no_lock(tmp_path: Path) -> None:
 
 OWNED = {
     "evaluate": (["evaluate", "{run}"], "{run}", "metrics.json"),
+    "evaluate --out": (["evaluate", "{run}", "--out", "{root}/new"], "{root}/new", "metrics.json"),
+    "transcribe --out": (["transcribe", "{run}", "a.wav", "--out", "{root}/new"], "{root}/new", "transcripts.jsonl"),
     "act-search": (["act-search", "{run}"], "{run}", "act_heads.json"),
     "analyze": (["analyze", "{run}"], "{run}", "analysis.json"),
     "import": (["import", "x.pth", "--config", "asr_16", "--out", "{root}/new"], "{root}", "new"),

@@ -66,9 +66,7 @@ def test_rows_survive_a_kill_and_the_rest_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
-def test_a_torn_last_line_is_dropped_with_a_message(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int
-) -> None:
+def test_a_torn_last_line_is_dropped_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int) -> None:
     path = tmp_path / "rows.jsonl"
     for name in ("a", "b"):
         Rows(path, by_id).add({"id": name, "text": "ü" * 20})

@@ -74,8 +74,7 @@ def test_a_journal_with_other_clips_is_not_believed(tmp_path: Path) -> None:
         clip = {"id": name, "start": 0, "end": 30, "sha256": ""}
         row = {"source": "a", "asked": "x", "tried": "y", "made": [clip], "refused": []}
         (out / "progress.jsonl").write_text(json.dumps(row) + "\n")
-        with Journal(out, {}) as journal:
-            assert journal.entry("a").made == ()
+        assert Journal(out, {}).entry("a").made == ()
 
 
 def test_a_name_that_is_no_text_is_written_as_json(tmp_path: Path) -> None:

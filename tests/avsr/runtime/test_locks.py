@@ -24,6 +24,7 @@ from avsr.runtime import locks
 from avsr.runtime.folders import PROBE, part_of
 from avsr.runtime.locks import LOCK, Holder, claim, hold
 from avsr.training.metrics import read_metrics
+from avsr.training.resume import prepare_run
 from avsr.training.run import train
 
 pytestmark = pytest.mark.integration
@@ -127,6 +128,21 @@ def test_every_command_that_writes_respects_the_owner(
     with hold(run_folder), hold(output, name):
         message = refuse(*(argument.format(**places) for argument in arguments))
     assert f"{output / name} is in use by process {os.getpid()}" in message
+
+
+def test_a_training_that_goes_on_leaves_the_parts_of_other_commands(run_folder: Path) -> None:
+    """An evaluation or an average of the run may be writing them; those of training itself were left by a killed one."""
+    last = run_folder / "checkpoints" / "last"
+    shutil.rmtree(run_folder / "checkpoints" / "best")
+    shutil.rmtree(last)
+    theirs = [run_folder / "metrics.json.x-1.part", run_folder / ".metrics.json.lock.x-1.part"]
+    theirs += [last.with_name("average.x-1.part"), last.with_name(".average.lock.x-1.part")]
+    own = [run_folder / "config.yaml.x-1.part", run_folder / "metrics.jsonl.x-1.part", run_folder / "frames.json.part"]
+    own += [last.with_name("last.x-1.part"), last.with_name("step-000002.x-1.part")]
+    for path in (*theirs, *own):
+        path.mkdir()
+    prepare_run(load_config(str(run_folder / "config.yaml"), ["resume=true"]), 1)
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in own)
 
 
 def test_names_say_what_they_were_made_of() -> None:

@@ -112,10 +112,10 @@ def is_whole(shard: Shard, rendered: Any) -> bool:
     try:
         ids = [row["id"] for _, row in rendered]
         sums = [sha256(folder / row["audio"]) == row["sha256"] for _, row in rendered]
-        rest = [folder / row[kind] for _, row in rendered for kind in ("times", "video") if row[kind]]
+        sums += [(folder / row[kind]).is_file() for _, row in rendered for kind in ("times", "video") if row[kind]]
     except (OSError, TypeError, ValueError, KeyError):
         return False
-    return ids == [line.id for line in shard.lines] and all(sums) and all(path.is_file() for path in rest)
+    return ids == [line.id for line in shard.lines] and all(sums)
 
 
 def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from avsr.runtime.folders import part_of, probe
 logger = logging.getLogger("avsr")
 LOCK = ".lock"
 STALE = 300.0  # seconds without a sign of life after which a holder counts as dead
+_HELD: set[Path] = set()  # the files of this process in its locks
 BEAT = 10.0  # seconds between signs of life; on network file systems other hosts see them up to a minute late
 
 
@@ -120,6 +121,7 @@ def hold(folder: Path, name: str = "") -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    _HELD.add(path / own.name)
     over = threading.Event()
     thread = threading.Thread(target=_live, args=(path / own.name, over), name="lock", daemon=True)
     thread.start()
@@ -129,11 +131,17 @@ def hold(folder: Path, name: str = "") -> Iterator[None]:
         if os.getpid() == own.pid:  # not in a fork
             over.set()
             thread.join()
-            with suppress(OSError):
-                (path / own.name).unlink()
-                path.rmdir()
-                if made:
-                    folder.rmdir()  # if the work was refused before it began
+            _HELD.discard(path / own.name)
+            _release(path / own.name)
+            if made:
+                with suppress(OSError):  # it holds something by now
+                    folder.rmdir()
+
+
+def release_all() -> None:
+    """For a process that ends without unwinding, so that nobody has to wait until its locks are stale."""
+    for file in _HELD:
+        _release(file)
 
 
 def process_start(pid: int) -> int:
@@ -192,6 +200,12 @@ def _enter(path: Path, own: str, new: Path, output: Path) -> None:
             logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", output, holder, wait)
         seen = file.name, beat
         time.sleep(min(1.0, BEAT / 4))
+
+
+def _release(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
+        file.parent.rmdir()
 
 
 def _files(path: Path) -> list[str]:

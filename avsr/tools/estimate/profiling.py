@@ -67,17 +67,17 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     with ExitStack() as held:
         if os.environ.get("RANK", "0") == "0":
             held.enter_context(hold(out.parent, out.name))
-        return _profile(config, steps, out)
+        return _profile(config, steps, out, held)
 
 
-def _profile(config: Config, steps: int, out: Path) -> dict[str, Any]:
+def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str, Any]:
     if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not a profile; name another folder with run=")
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(out, ignore_errors=True)
     config.run, config.resume, config.log.tensorboard = str(out), False, False
     config.training.steps = WARM_UP + steps + 2
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, held=held)
     source = trainer.batches()
     rows = [_measure(trainer, source) for _ in range(WARM_UP + steps)][WARM_UP:]
     batch, trace = _trace(trainer, source, out)

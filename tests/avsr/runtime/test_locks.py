@@ -131,7 +131,7 @@ def test_every_command_that_writes_respects_the_owner(
 
 
 def test_a_training_that_goes_on_leaves_the_parts_of_other_commands(run_folder: Path) -> None:
-    """An evaluation or an average of the run may be writing them; those of training itself were left by a killed one."""
+    """An evaluation or an average of the run may be writing them; its own were left by a killed one."""
     last = run_folder / "checkpoints" / "last"
     shutil.rmtree(run_folder / "checkpoints" / "best")
     shutil.rmtree(last)

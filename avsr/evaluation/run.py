@@ -126,7 +126,7 @@ def evaluate(
     """
     made = made_by(run, read_run_config(run, overrides), which)
     folder = results_folder(run, overrides, which) if out is None else Path(out)
-    with claim(folder, METRICS):
+    with claim(folder, METRICS, "" if out is None else "--out"):
         if out is not None:
             refuse_other(folder / METRICS, made, "name another folder with --out")
         config, model, store = load_run(run, overrides, pick_device(), which)
@@ -212,7 +212,7 @@ def transcribe_files(
         yield from _transcripts(run, files, overrides, None)
         return
     place = Path(out, TRANSCRIPTS)
-    with claim(place.parent, TRANSCRIPTS):
+    with claim(place.parent, TRANSCRIPTS, "--out"):
         if place.exists():
             raise UserError(f"{place} is there already: name another folder with --out")
         config = read_run_config(run, overrides)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError
+from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError, at
 from avsr.runtime.folders import part_of, probe
 
 logger = logging.getLogger("avsr")
@@ -86,24 +86,25 @@ class Holder:
 
 
 @contextmanager
-def claim(folder: Path, name: str = "") -> Iterator[None]:
+def claim(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
     """:func:`hold` for a command: also probes the folder, and lets SIGTERM unwind, so that no lock stays behind for
     which a process on another host would have to wait.
 
     Raises:
         UserError: as :func:`hold`, or there is no space.
     """
-    with hold(folder, name), _unwinding():
+    with hold(folder, name, key), _unwinding():
         try:
             probe(folder)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+            raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
         yield
 
 
 @contextmanager
-def hold(folder: Path, name: str = "") -> Iterator[None]:
+def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
     """Creates ``folder`` and holds its lock, or with ``name`` that of this one output in it. Readers do not need it.
+    ``key`` is what the user named the folder with, for messages.
 
     If the holder is on another host and may be dead, this waits for a sign of life, for at most :data:`STALE` seconds.
 
@@ -118,7 +119,7 @@ def hold(folder: Path, name: str = "") -> Iterator[None]:
         (new / own.name).touch()
         _enter(path, own.name, new, folder / name)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}") from error
+        raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     _HELD.add(path / own.name)

@@ -83,7 +83,7 @@ def analyze(
         raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
     default = Path(targets[0]) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
     folder = Path(out) if out else default
-    with claim(folder, ANALYSIS):
+    with claim(folder, ANALYSIS, "--out" if out else ""):
         analyses: list[Run] = []
         for target in targets:
             label = run_label(target, targets)

@@ -65,7 +65,7 @@ def import_checkpoint(
     path, out = Path(checkpoint), Path(out)
     config = load_config(recipe, overrides)
     config.run = str(out)
-    with claim(out.parent, out.name):
+    with claim(out.parent, out.name, "--out"):
         return _import(path, config, out, overrides, reduction, alpha)
 
 

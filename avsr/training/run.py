@@ -110,7 +110,7 @@ def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tup
     if rank == 0:
         try:
             if held is not None:
-                held.enter_context(locks.hold(Path(config.run)))
+                held.enter_context(locks.hold(Path(config.run), key="run"))
             found[1:] = resume.prepare_run(config, world), resume.read_frames(Path(config.run))
         except UserError as error:
             found[0] = str(error)

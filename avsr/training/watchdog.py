@@ -26,7 +26,14 @@ from avsr.training.meeting import FAREWELL, NOTICE, Place, connect
 
 logger = logging.getLogger("avsr")
 
-START = ("process group", "run folder", "model", "manifests", "engine")
+_STARTING = {
+    "process group": "joins the process group",
+    "run folder": "locks and reads the run folder",
+    "model": "loads the model",
+    "manifests": "reads the manifests",
+    "engine": "makes the engine",
+}
+START = tuple(_STARTING)
 # in the order of a step: the others wait for the rank that is in the earliest stage
 STAGES = (*START, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
 START_LEAST = 30.0  # seconds that a stage of the start may always take
@@ -135,12 +142,14 @@ class Watchdog:
             time.sleep(0.05)
 
     def _notice(self, places: list[tuple[int, int, float, int]]) -> None:
-        """Says from time to time what the start waits for."""
+        """Says from time to time what the start waits for; ``places`` as in :meth:`_describe`."""
         now = time.monotonic()
         if all(STAGES[stage] in START for _, stage, _, _ in places) and now - max(self._since, self._noticed) > NOTICE:
             self._noticed = now
             _, stage, age, rank = places[0]
-            logger.warning("the start is waiting: rank %d in %s for %.0f s", rank, STAGES[stage], -age)
+            waiting = sum(other > stage for _, other, _, _ in places)
+            rest = f"; {waiting} of {self._ranks} ranks wait for it" if waiting else ""
+            logger.warning("rank %d %s, for %.0f s so far%s", rank, _STARTING[STAGES[stage]], -age, rest)
 
     def _judge(self, store: dist.Store) -> str:
         """On rank 0: which rank hangs, or ""."""

@@ -66,7 +66,7 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     out = Path(f"{config.run}-profile")
     with ExitStack() as held:
         if os.environ.get("RANK", "0") == "0":
-            held.enter_context(hold(out.parent, out.name))
+            held.enter_context(hold(out.parent, out.name, "run"))
         return _profile(config, steps, out, held)
 
 

@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     check_pretrain(config)
     torch.set_num_threads(config.threads)
-    with claim(Path(config.run)):
+    with claim(Path(config.run), key="run"):
         return _pretrain(config, Path(config.run))
 
 

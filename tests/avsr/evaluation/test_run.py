@@ -196,7 +196,7 @@ def test_a_folder_that_takes_no_files_is_found_before_anything_is_loaded(
 
     monkeypatch.setattr("avsr.evaluation.run.load_run", load)
     for arguments in (["evaluate", run_folder], ["transcribe", run_folder, "a.wav"]):
-        assert "cannot write to /proc/results: " in refuse(*arguments, "--out", "/proc/results")
+        assert "avsr: --out: cannot write to /proc/results: " in refuse(*arguments, "--out", "/proc/results")
 
 
 @pytest.mark.integration

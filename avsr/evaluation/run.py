@@ -35,7 +35,7 @@ from avsr.evaluation.results import (
     row_key,
 )
 from avsr.evaluation.wer import Score, alignment, normaliser, score
-from avsr.models.build import load_run, pick_device
+from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import write_durably
 from avsr.runtime.locks import claim
@@ -130,6 +130,8 @@ def evaluate(
         if out is not None:
             refuse_other(folder / METRICS, made, "name another folder with --out")
         config, model, store = load_run(run, overrides, pick_device(), which)
+        if made_by(run, read_run_config(run, overrides), which) != made:
+            raise UserError(f"{find_checkpoint(run, which)} or a manifest was replaced meanwhile: repeat the command")
         with calibrated(config, model) as act:
             return evaluate_model(config, model, test_sets(config, model, store), folder, act, made)
 

@@ -188,6 +188,24 @@ def test_results_are_kept_by_what_made_them(
     assert not decoded
 
 
+def test_a_checkpoint_replaced_while_it_is_read_makes_no_result(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a training that goes on: the result would name the other one."""
+    real = load_run
+
+    def replaced(*arguments: Any) -> Any:
+        found = real(*arguments)
+        weights = run_folder / "checkpoints" / "best" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes() + b" ")
+        return found
+
+    monkeypatch.setattr("avsr.evaluation.run.load_run", replaced)
+    with pytest.raises(UserError, match=r"checkpoints/best or a manifest was replaced meanwhile: repeat"):
+        evaluate(run_folder, [])
+    assert not (run_folder / "metrics.json").exists() and not list(run_folder.glob("*.unfinished"))
+
+
 def test_a_folder_that_takes_no_files_is_found_before_anything_is_loaded(
     run_folder: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

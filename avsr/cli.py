@@ -72,7 +72,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from avsr.evaluation.run import evaluate
 
-    for name, score in evaluate(arguments.run, arguments.overrides, arguments.checkpoint).items():
+    scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
+    for name, score in scores.items():
         print(f"{name}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({score.utterances} utterances, {score.words} words)")
 
 
@@ -83,12 +84,12 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     if not names:
         raise UserError("transcribe: no file given")
     failed = 0
-    for name, result in transcribe_files(arguments.run, names, overrides):
+    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out):
         if isinstance(result, UserError):
             failed += 1
             print(f"avsr: {result}", file=sys.stderr)
         else:
-            print(f"{name}\t{result}")
+            print(f"{name}\t{result}", flush=True)
     if failed:
         raise SystemExit(EXIT_USER)
 
@@ -205,11 +206,29 @@ _COMMANDS = {
         [_CONFIG, _OVERRIDES],
         _PRETRAIN_KEYS,
     ),
-    "evaluate": _Command(_evaluate, "decode and score a run's test sets", [_RUN, _CHECKPOINT, _OVERRIDES], _KEYS),
+    "evaluate": _Command(
+        _evaluate,
+        "decode and score a run's test sets",
+        [
+            _RUN,
+            _CHECKPOINT,
+            _argument(
+                "--out",
+                metavar="FOLDER",
+                help="of the results (default: the run's for its own settings, else RUN/evaluations/SETTINGS)",
+            ),
+            _OVERRIDES,
+        ],
+        _KEYS,
+    ),
     "transcribe": _Command(
         _transcribe,
         "print one line of text for each sound or video file",
-        [_RUN, _argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")],
+        [
+            _RUN,
+            _argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
+            _argument("--out", metavar="FOLDER", help="also write transcripts.jsonl there, and go on after a stop"),
+        ],
         _KEYS,
     ),
     "act-search": _Command(

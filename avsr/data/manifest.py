@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from avsr.errors import UserError
-from avsr.runtime.folders import part_of
+from avsr.runtime.folders import write_durably
+from avsr.runtime.rows import as_lines
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
 _MOST_DIGITS = 9  # of a frame count: int() refuses 5,000 digits
@@ -81,12 +82,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line, replacing ``path`` atomically."""
-    path = Path(path)
-    part = part_of(path)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # a file name may hold bytes that are not UTF-8; Python's escape for them is valid JSON too
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(part, path)
+    write_durably(Path(path), as_lines(rows))
 
 
 def _parse_json(line: str, root: Path, where: str) -> Utterance:

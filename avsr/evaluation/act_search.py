@@ -25,19 +25,24 @@ import torch
 from torch import Tensor
 
 import flashsink
-from avsr.config import ActConfig, Config
+from avsr.config import ActConfig, Config, read_run_config
 from avsr.data.batches import Batch, collate, make_batches
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.errors import UserError
 from avsr.evaluation.act import Heads, calibrated, every_head, heads_file, size_of
+from avsr.evaluation.results import MADE_BY, UNFINISHED, made_by, refuse_other, row_key
 from avsr.evaluation.run import decode_set
 from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.rows import Assembled
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.rows import Row, Rows
 
 PAPER_BETA = 0.4  # used if act.beta is 1, which means off
 ROWS = 16  # utterances in a batch, at most
+_BATCH, _TOGETHER = "batch", "heads together"  # sets of the rows that a search keeps
 Load = Callable[
     [list[int]], tuple[Batch, Assembled]
 ]  # a batch by its indices, loaded in every pass so that only one is in memory
@@ -69,18 +74,30 @@ class Search:
 
 def act_search(run: str | Path, overrides: list[str], which: str = "best") -> str:
     """Searches on the validation manifest and writes the file that ``act.heads`` names, by default the run's own.
+    A search that was stopped goes on where it was.
 
     Returns:
         A one-line summary.
+
+    Raises:
+        UserError: bad input; the file cannot be written, holds what other settings found, or another process writes it.
     """
     precise = ["training.precision=fp32", *overrides]
-    config, model, store = load_run(run, precise, pick_device(), which, single=True)
+    path = heads_file(read_run_config(run, precise))
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    with claim(path.parent, path.name):
+        return _act_search(run, precise, which, path)
+
+
+def _act_search(run: str | Path, overrides: list[str], which: str, path: Path) -> str:
+    made = _made_by(run, overrides, which)
+    refuse_other(path, made, "name another file with act.heads")
+    kept = Rows(path.with_name(f"{path.name}{UNFINISHED}"), row_key, made)
+    config, model, store = load_run(run, overrides, pick_device(), which, single=True)
     act = config.act
     if act.beta == 1.0:
         act.beta = PAPER_BETA
-    path = heads_file(config)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     task = (config.decode.tasks or [config.model.task])[0]
     dataset = load_dataset(
         config.data.validation,
@@ -91,10 +108,11 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         reading=Reading(task),
         refuse=model.layout.unusable,
     )
-    found = search(model, dataset, config)
-    before, after = _error_rates(config, model, dataset, found.heads)
+    found = search(model, dataset, config, kept)
+    before, after = _error_rates(config, model, dataset, found.heads, kept)
     layers, count = size_of(model)
     held: dict[str, Any] = {
+        MADE_BY: made,
         "heads": found.heads,
         "layers": layers,
         "heads_per_layer": count,
@@ -114,7 +132,8 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
         "alone": [{"layer": layer, "head": head, "ce": loss} for (layer, head), loss in sorted(found.alone.items())],
     }
     try:
-        path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        write_durably(path, (json.dumps(held, indent=1) + "\n").encode())
+        kept.path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
     return (
@@ -123,9 +142,18 @@ def act_search(run: str | Path, overrides: list[str], which: str = "best") -> st
     )
 
 
+def _made_by(run: str | Path, overrides: list[str], which: str) -> dict[str, Any]:
+    config = read_run_config(run, overrides)
+    act, config.act, config.data.test = config.act, ActConfig(), {"validation": config.data.validation}
+    beta = PAPER_BETA if act.beta == 1.0 else act.beta
+    found = {"act.beta": beta, "act.threshold": act.threshold, "training.frames": config.training.frames}
+    return made_by(run, config, which) | found
+
+
 @torch.no_grad()
-def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
-    """Searches with ``config.act``'s beta and threshold; leaves the model as it was."""
+def search(model: SpeechLLM, dataset: SpeechDataset, config: Config, kept: Rows | None = None) -> Search:
+    """Searches with ``config.act``'s beta and threshold; leaves the model as it was. ``kept`` receives the losses of
+    every batch and of every set of heads as they come; what it holds is not computed again."""
     model.eval()
     groups = make_batches(dataset.sizes, max(config.training.frames, max(dataset.sizes)), ROWS)
 
@@ -135,13 +163,17 @@ def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
 
     probe = model.attach(attention=True, decorrelation=False, activations=False)
     try:
-        plain, tokens, changes = _one_by_one(model, probe, groups, load, config.act)
+        plain, tokens, changes = _one_by_one(model, probe, groups, load, config.act, kept)
         helping = sorted((head for head, change in changes.items() if change < 0), key=lambda head: changes[head])
         together = []
         for size in _sizes(len(helping)):
-            probe.calibrate(helping[:size], config.act.beta, config.act.threshold)
-            loss = sum(float(_losses(model, batch, rows).sum()) for batch, rows in map(load, groups))
-            together.append((size, loss / tokens))
+            row = _held(kept, _TOGETHER, size)
+            if row is None:
+                probe.calibrate(helping[:size], config.act.beta, config.act.threshold)
+                loss = sum(float(_losses(model, batch, rows).sum()) for batch, rows in map(load, groups))
+                row = {"set": _TOGETHER, "id": size, "loss": loss}
+                _keep(kept, row)
+            together.append((size, row["loss"] / tokens))
     finally:
         model.detach()
     plain /= tokens
@@ -152,32 +184,60 @@ def search(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> Search:
 
 
 def _one_by_one(
-    model: SpeechLLM, probe: flashsink.Probe, groups: list[list[int]], load: Load, act: ActConfig
+    model: SpeechLLM, probe: flashsink.Probe, groups: list[list[int]], load: Load, act: ActConfig, kept: Rows | None
 ) -> tuple[float, int, dict[tuple[int, int], float]]:
     """The summed loss without ACT, its number of label tokens, and its change by every head that has sinks."""
     plain, tokens = 0.0, 0
     changes: dict[tuple[int, int], float] = {}
-    layers, heads = size_of(model)
+    layers, _ = size_of(model)
     with ProgressBar("search heads", len(groups) * layers * (layers + 1) // 2) as bar:  # unit: passes through one layer
-        for batch, rows in map(load, groups):
-            probe.calibrate(every_head(model), 1.0, act.threshold)
-            before, states = _plain(model, batch, rows)
-            plain += float(before.sum())
-            tokens += batch.label_tokens
-            sinks = {layer: found.any(dim=-1) for layer, found in probe.calibrated_sinks.items()}
-            for layer in range(layers):
-                with _only_from(model, layer):
-                    for head in range(heads):
-                        hit = sinks[layer][:, head].nonzero().flatten()
-                        if not len(hit):
-                            continue
-                        probe.calibrate([(layer, head)], act.beta, act.threshold)
-                        part = replace(batch, text=[batch.text[i] for i in hit.tolist()])  # the loss needs nothing else
-                        entering = Assembled(states[layer][hit], rows.mask[hit], rows.spans[hit])
-                        change = (_losses(model, part, entering) - before[hit]).sum()
-                        changes[layer, head] = changes.get((layer, head), 0.0) + float(change)
-                bar.advance(layers - layer)
+        for index, group in enumerate(groups):
+            row = _held(kept, _BATCH, index)
+            if row is None:
+                batch, rows = load(group)
+                before, changed = _batch_changes(model, probe, batch, rows, act, bar)
+                row = {"set": _BATCH, "id": index, "ce": before, "tokens": batch.label_tokens, "changes": changed}
+                _keep(kept, row)
+            else:
+                bar.advance(layers * (layers + 1) // 2)
+            plain += row["ce"]
+            tokens += row["tokens"]
+            for layer, head, change in row["changes"]:
+                changes[layer, head] = changes.get((layer, head), 0.0) + change
     return plain, tokens, changes
+
+
+def _batch_changes(
+    model: SpeechLLM, probe: flashsink.Probe, batch: Batch, rows: Assembled, act: ActConfig, bar: ProgressBar
+) -> tuple[float, list[tuple[int, int, float]]]:
+    """A batch's summed loss without ACT, and (layer, head, its change) of every head that has sinks there."""
+    changes = []
+    layers, heads = size_of(model)
+    probe.calibrate(every_head(model), 1.0, act.threshold)
+    before, states = _plain(model, batch, rows)
+    sinks = {layer: found.any(dim=-1) for layer, found in probe.calibrated_sinks.items()}
+    for layer in range(layers):
+        with _only_from(model, layer):
+            for head in range(heads):
+                hit = sinks[layer][:, head].nonzero().flatten()
+                if not len(hit):
+                    continue
+                probe.calibrate([(layer, head)], act.beta, act.threshold)
+                part = replace(batch, text=[batch.text[i] for i in hit.tolist()])  # the loss needs nothing else
+                entering = Assembled(states[layer][hit], rows.mask[hit], rows.spans[hit])
+                change = (_losses(model, part, entering) - before[hit]).sum()
+                changes.append((layer, head, float(change)))
+        bar.advance(layers - layer)
+    return float(before.sum()), changes
+
+
+def _held(kept: Rows | None, name: str, number: int) -> Row | None:
+    return None if kept is None else kept.held.get((name, str(number)))
+
+
+def _keep(kept: Rows | None, row: Row) -> None:
+    if kept is not None:
+        kept.add(row)
 
 
 def _plain(model: SpeechLLM, batch: Batch, rows: Assembled) -> tuple[Tensor, list[Tensor]]:
@@ -219,10 +279,12 @@ def _sizes(most: int) -> list[int]:
     return [*sizes, most] if most else []
 
 
-def _error_rates(config: Config, model: SpeechLLM, dataset: SpeechDataset, heads: Heads) -> tuple[float, float]:
+def _error_rates(
+    config: Config, model: SpeechLLM, dataset: SpeechDataset, heads: Heads, kept: Rows
+) -> tuple[float, float]:
     """Validation WER without ACT, and with ACT in ``heads``."""
-    before = decode_set(model, dataset, config, "validation")[0].wer
+    before = decode_set(model, dataset, config, "validation", kept)[0].wer
     if not heads:
         return before, before
     with calibrated(config, model, heads):
-        return before, decode_set(model, dataset, config, "validation with ACT")[0].wer
+        return before, decode_set(model, dataset, config, "validation with ACT", kept)[0].wer

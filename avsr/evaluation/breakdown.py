@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from avsr.evaluation.wer import plain, score
+from avsr.runtime.rows import Row
 
 WORD_BINS: dict[float, str] = {0: "0", 5: "1-5", 10: "6-10", 20: "11-20"}  # inclusive upper ends; then "21+"
 SECOND_BINS = {2.0: "0-2", 4.0: "2-4", 8.0: "4-8", 16.0: "8-16"}  # then "16+"
 
-Row = Mapping[str, Any]
 Part = dict[str, float | int | None]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from avsr.config import TASKS, Config
+from avsr.config import TASKS, Config, read_run_config
 from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
@@ -19,42 +22,62 @@ from avsr.data.transforms import Version
 from avsr.errors import UserError
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_speaker
-from avsr.evaluation.decode import Hypothesis, transcribe
+from avsr.evaluation.decode import transcribe
+from avsr.evaluation.results import (
+    ERRORS,
+    HYPOTHESES,
+    MADE_BY,
+    METRICS,
+    UNFINISHED,
+    made_by,
+    refuse_other,
+    results_folder,
+    row_key,
+)
 from avsr.evaluation.wer import Score, alignment, normaliser, score
-from avsr.models.build import load_run, pick_device
+from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.rows import Row, Rows
 
+logger = logging.getLogger("avsr")
 WORST = 20  # utterances shown in errors.txt
+TRANSCRIPTS = "transcripts.jsonl"
+_BATCHES = 8  # files read before their decoding begins, for batches of similar length
 
 
 def decode_set(
-    model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str
-) -> tuple[Score, list[dict[str, Any]]]:
+    model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str, kept: Rows | None = None
+) -> tuple[Score, list[Row]]:
     """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis;
-    with ``decode.nbest`` > 1 also nbest, a list of text and score, best first)."""
-    found: dict[int, list[Hypothesis]] = {}
-    seconds = [utterance.duration for utterance in dataset.utterances]
-    with ProgressBar(f"decode {name}", len(dataset)) as bar:
-        for index, best in transcribe(model, dataset.__getitem__, seconds, config.decode):
-            found[index] = best
+    with ``decode.nbest`` > 1 also nbest, a list of text and score, best first). ``kept`` gets every row as it comes;
+    what it holds is not decoded again."""
+    held = {} if kept is None else kept.held
+    left = [(index, u) for index, u in enumerate(dataset.utterances) if (name, u.id) not in held]
+    rows: dict[str, Row] = {}
+    with ProgressBar(f"decode {name}", len(dataset), done=len(dataset) - len(left)) as bar:
+        seconds = [utterance.duration for _, utterance in left]
+        for place, best in transcribe(model, lambda i: dataset[left[i][0]], seconds, config.decode):
+            utterance = left[place][1]
+            row: dict[str, Any] = {
+                "set": name,
+                "id": utterance.id,
+                "speaker": utterance.speaker,
+                "seconds": utterance.duration,
+                "reference": utterance.text,
+                "hypothesis": best[0].text,
+            }
+            if config.decode.nbest > 1:
+                row["nbest"] = [hypothesis._asdict() for hypothesis in best]
+            if kept is not None:
+                kept.add(row)
+            rows[utterance.id] = row
             bar.advance()
-    rows: list[dict[str, Any]] = [
-        {
-            "set": name,
-            "id": utterance.id,
-            "speaker": utterance.speaker,
-            "seconds": utterance.duration,
-            "reference": utterance.text,
-            "hypothesis": found[index][0].text,
-        }
-        for index, utterance in enumerate(dataset.utterances)
-    ]
-    if config.decode.nbest > 1:
-        for index, row in enumerate(rows):
-            row["nbest"] = [hypothesis._asdict() for hypothesis in found[index]]
-    references, hypotheses = [row["reference"] for row in rows], [row["hypothesis"] for row in rows]
-    return score(references, hypotheses, normaliser(config.decode.normaliser)), rows
+    found = [rows.get(utterance.id) or held[name, utterance.id] for utterance in dataset.utterances]
+    references, hypotheses = [row["reference"] for row in found], [row["hypothesis"] for row in found]
+    return score(references, hypotheses, normaliser(config.decode.normaliser)), found
 
 
 def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
@@ -85,12 +108,32 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
     return sets
 
 
-def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:
-    """Decodes every test set of a run, with ACT if ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl``
-    and ``errors.txt``."""
-    config, model, store = load_run(run, overrides, pick_device(), which)
-    with calibrated(config, model) as act:
-        return evaluate_model(config, model, test_sets(config, model, store), Path(run), act)
+def evaluate(
+    run: str | Path, overrides: list[str], which: str = "best", out: str | Path | None = None
+) -> dict[str, Score]:
+    """Decodes every test set of a run, with ACT if ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl`` and
+    ``errors.txt``. An evaluation that was stopped goes on where it was; what was there before stays until it is whole.
+
+    Args:
+        run: the run folder.
+        overrides: ``key=value`` of its config.
+        which: the checkpoint.
+        out: the folder of the results; by default that of :func:`~avsr.evaluation.results.results_folder`.
+
+    Raises:
+        UserError: bad input; the folder cannot be written, another process evaluates there, or ``out`` holds the result
+            of other settings.
+    """
+    made = made_by(run, read_run_config(run, overrides), which)
+    folder = results_folder(run, overrides, which) if out is None else Path(out)
+    with claim(folder, METRICS, "" if out is None else "--out"):
+        if out is not None:
+            refuse_other(folder / METRICS, made, "name another folder with --out")
+        config, model, store = load_run(run, overrides, pick_device(), which)
+        if made_by(run, read_run_config(run, overrides), which) != made:
+            raise UserError(f"{find_checkpoint(run, which)} or a manifest was replaced meanwhile: repeat the command")
+        with calibrated(config, model) as act:
+            return evaluate_model(config, model, test_sets(config, model, store), folder, act, made)
 
 
 def evaluate_model(
@@ -99,32 +142,51 @@ def evaluate_model(
     sets: dict[str, SpeechDataset],
     folder: Path,
     act: dict[str, Any] | None = None,
+    made: Row | None = None,
 ) -> dict[str, Score]:
-    """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``; ``act`` is what
-    :func:`~avsr.evaluation.act.calibrated` yields."""
+    """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``.
+
+    Args:
+        config: of the run.
+        model: its model.
+        sets: of :func:`test_sets`.
+        folder: of the results.
+        act: what :func:`~avsr.evaluation.act.calibrated` yields.
+        made: what :func:`~avsr.evaluation.results.made_by` returns; rows of a stopped evaluation that was made by the
+            same are not decoded again.
+    """
+    unfinished = folder / f"{HYPOTHESES}{UNFINISHED}"
+    if made is None:
+        unfinished.unlink(missing_ok=True)
+    kept = Rows(unfinished, row_key, made)
+    if kept.held:
+        logger.info("%s: %d utterances are decoded already", unfinished, len(kept.held))
     scores: dict[str, Score] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     result: dict[str, Any] = {}
     normalise = normaliser(config.decode.normaliser)
     for name, dataset in sets.items():
-        scores[name], part = decode_set(model, dataset, config, name)
+        scores[name], part = decode_set(model, dataset, config, name, kept)
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
         result[name] = {**asdict(scores[name]), **parts}
         rows += part
-    decoding: dict[str, Any] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
+    result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
     if act:
-        decoding["act"] = act
+        result["decoding"]["act"] = act
+    if made:
+        result[MADE_BY] = made
     try:
-        (folder / "metrics.json").write_text(json.dumps({**result, "decoding": decoding}, indent=2) + "\n")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "hypotheses.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "errors.txt").write_text(worst(rows, config), encoding="utf-8")
+        write_durably(folder / ERRORS, worst(rows, config).encode("utf-8", errors="backslashreplace"))
+        write_durably(folder / METRICS, (json.dumps(result, indent=2) + "\n").encode())
+        kept.publish(folder / HYPOTHESES, rows)
     except OSError as error:
-        raise UserError(f"cannot write results to {folder}: {error}") from error
+        reason = f"{error}; the same command goes on from {unfinished}"
+        raise UserError(f"cannot write results to {folder}: {reason}") from error
+    logger.info("results: %s", folder)
     return scores
 
 
-def worst(rows: list[dict[str, Any]], config: Config) -> str:
+def worst(rows: Sequence[Row], config: Config) -> str:
     """Alignments of the utterances with the highest word error rate."""
     normalise = normaliser(config.decode.normaliser)
     rated = []
@@ -140,26 +202,72 @@ def worst(rows: list[dict[str, Any]], config: Config) -> str:
     return "\n".join(parts) or "no errors\n"
 
 
-def transcribe_files(run: str | Path, files: list[str], overrides: list[str]) -> list[tuple[str, str | UserError]]:
-    """Transcribes files: (file, text) in order, with the error instead of a text for an unusable file.
+def transcribe_files(
+    run: str | Path, files: Sequence[str], overrides: list[str], out: str | Path | None = None
+) -> Iterator[tuple[str, str | UserError]]:
+    """Transcribes files: (file, text) in order, as they come, with the error instead of a text for an unusable file.
 
     Of a video file the mouth frames, the sound or both are used, as the run's task needs; from a whole face the mouth
-    is cropped first.
+    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on.
     """
+    if out is None:
+        yield from _transcripts(run, files, overrides, None)
+        return
+    place = Path(out, TRANSCRIPTS)
+    with claim(place.parent, TRANSCRIPTS, "--out"):
+        if place.exists():
+            raise UserError(f"{place} is there already: name another folder with --out")
+        config = read_run_config(run, overrides)
+        config.data.test = {}
+        made = made_by(run, config)
+        kept = Rows(place.with_name(f"{TRANSCRIPTS}{UNFINISHED}"), lambda row: (row["file"], tuple(row["stamp"])), made)
+        rows: list[Row] = []
+        for name, result in _transcripts(run, files, overrides, kept):
+            rows.append({"file": name, "error" if isinstance(result, UserError) else "text": str(result)})
+            yield name, result
+        try:
+            kept.publish(place, rows)
+        except OSError as error:
+            raise UserError(f"cannot write {place}: {error}; the same command goes on") from error
+
+
+def _transcripts(
+    run: str | Path, files: Sequence[str], overrides: list[str], kept: Rows | None
+) -> Iterator[tuple[str, str | UserError]]:
     config, model, store = load_run(run, overrides, pick_device(), single=True)
     task = (config.decode.tasks or [config.model.task])[0]
-    results: dict[int, str | UserError] = {}
-    examples: list[tuple[int, Example]] = []
-    for index, name in enumerate(files):
-        try:
-            examples.append((index, _example(name, task, model, store)))
-        except UserError as error:
-            results[index] = error
-    seconds = [example.utterance.duration for _, example in examples]
+    together = config.decode.batch * _BATCHES
     with calibrated(config, model):
-        for place, hypotheses in transcribe(model, lambda i: examples[i][1], seconds, config.decode):
-            results[examples[place][0]] = hypotheses[0].text
-    return [(name, results[index]) for index, name in enumerate(files)]
+        for first in range(0, len(files), together):
+            part = files[first : first + together]
+            results: dict[int, str | UserError] = {}
+            examples: list[tuple[int, Example]] = []
+            for index, name in enumerate(part):
+                held = None if kept is None else kept.held.get((name, _stamp(name)))
+                try:
+                    if held is None:
+                        examples.append((index, _example(name, task, model, store)))
+                    else:
+                        results[index] = str(held["text"])
+                except UserError as error:
+                    results[index] = error
+            seconds = [example.utterance.duration for _, example in examples]
+            load = [example for _, example in examples].__getitem__
+            for place, hypotheses in transcribe(model, load, seconds, config.decode):
+                index, text = examples[place][0], hypotheses[0].text
+                results[index] = text
+                if kept is not None:
+                    kept.add({"file": part[index], "stamp": _stamp(part[index]), "text": text})
+            yield from ((name, results[index]) for index, name in enumerate(part))
+
+
+def _stamp(name: str) -> tuple[int, int]:
+    """Size and time of a file: another one under its name is transcribed again."""
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Example:

@@ -1,1 +1,1 @@
-"""Progress bars, atomically written folders, locks, a process pool, and the machine's cores."""
+"""Progress bars, atomically written folders, locks, rows, a process pool, and the machine's cores."""

@@ -8,10 +8,12 @@ import hashlib
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # as sha256sum -c reads it
+PROBE = 2**20  # bytes, more than a command's texts take
 
 
 def cache_folder() -> Path:
@@ -56,6 +58,50 @@ def append(path: Path, data: bytes) -> None:
             with suppress(OSError):  # not a regular file
                 file.truncate(place)
             raise
+
+
+def probe(folder: Path) -> None:
+    """Finds out whether ``folder`` takes files, by writing one, which quotas refuse too.
+
+    Raises:
+        OSError: it does not, or has less than :data:`PROBE` bytes left.
+    """
+    part = part_of(folder / ".probe")
+    try:
+        _write_flushed(part, bytes(PROBE))
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes one of many files: there whole or not at all after a kill. What a killed process left of it has the same
+    name every time, so only one may write there.
+
+    Raises:
+        OSError: it cannot be written; the error names the path, which that of a full disk does not by itself.
+    """
+    part = path.with_name(path.name + ".part")
+    with _named(part):
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, also after a power failure; the old one stays until then.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    part = part_of(path)
+    try:
+        _write_flushed(part, data)
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
 
 
 def seal(folder: Path) -> None:
@@ -118,6 +164,22 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits; 100 MB take 0.1 to 0.3 s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with _named(path), path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives errors of a full disk, which have none, the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def _flush(path: Path) -> None:

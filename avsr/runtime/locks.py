@@ -1,10 +1,12 @@
-"""One writer at a time per folder, across hosts, and with takeover from a writer that was killed.
+"""One writer at a time per output, across hosts, and with takeover from a writer that was killed.
 
-``FOLDER/.lock`` is a folder with one file. The file's name identifies the holder; its modification time is the holder's
-last sign of life. A new holder renames a folder with its own file to ``.lock``, which fails while another one exists.
-To take over from a dead holder, a process renames that file to its own name, which only one of several can do.
-Both are single renames, so they work on network file systems, where flock may not reach other hosts and where
-filelock's SoftFileLease never releases the lock of a killed process (it needs to exchange two names atomically).
+An output is a folder, locked by ``FOLDER/.lock``, or one of several in a folder, locked by ``FOLDER/.NAME.lock``: a run
+is evaluated while its training goes on. A lock is a folder with one file. The file's name identifies the holder; its
+modification time is the holder's last sign of life. A new holder renames a folder with its own file to the lock's name,
+which fails while another one exists. To take over from a dead holder, a process renames that file to its own name,
+which only one of several can do. Both are single renames, so they work on network file systems, where flock may not
+reach other hosts and where filelock's SoftFileLease never releases the lock of a killed process (it needs to exchange
+two names atomically).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -22,14 +25,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
-from avsr.errors import EXIT_USER, UserError
-from avsr.runtime.folders import part_of
+from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError, at
+from avsr.runtime.folders import part_of, probe
 
 logger = logging.getLogger("avsr")
 LOCK = ".lock"
 STALE = 300.0  # seconds without a sign of life after which a holder counts as dead
+_HELD: set[Path] = set()  # the files of this process in its locks
 BEAT = 10.0  # seconds between signs of life; on network file systems other hosts see them up to a minute late
 
 
@@ -81,25 +86,43 @@ class Holder:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Creates ``folder`` and holds its lock. Readers do not need it.
+def claim(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
+    """:func:`hold` for a command: also probes the folder, and lets SIGTERM unwind, so that no lock stays behind for
+    which a process on another host would have to wait.
+
+    Raises:
+        UserError: as :func:`hold`, or there is no space.
+    """
+    with hold(folder, name, key), _unwinding():
+        try:
+            probe(folder)
+        except OSError as error:
+            raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
+        yield
+
+
+@contextmanager
+def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
+    """Creates ``folder`` and holds its lock, or with ``name`` that of this one output in it. Readers do not need it.
+    ``key`` is what the user named the folder with, for messages.
 
     If the holder is on another host and may be dead, this waits for a sign of life, for at most :data:`STALE` seconds.
 
     Raises:
         UserError: another process writes there, or the folder is not writable.
     """
-    path, own = folder / LOCK, Holder.own()
-    new = part_of(path)
+    path, own = folder / (f".{name}{LOCK}" if name else LOCK), Holder.own()
+    new, made = part_of(path), not folder.exists()
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         (new / own.name).touch()
-        _enter(path, own.name, new)
+        _enter(path, own.name, new, folder / name)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error}") from error
+        raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    _HELD.add(path / own.name)
     over = threading.Event()
     thread = threading.Thread(target=_live, args=(path / own.name, over), name="lock", daemon=True)
     thread.start()
@@ -109,9 +132,17 @@ def hold(folder: Path) -> Iterator[None]:
         if os.getpid() == own.pid:  # not in a fork
             over.set()
             thread.join()
-            with suppress(OSError):
-                (path / own.name).unlink()
-                path.rmdir()
+            _HELD.discard(path / own.name)
+            _release(path / own.name)
+            if made:
+                with suppress(OSError):  # it holds something by now
+                    folder.rmdir()
+
+
+def release_all() -> None:
+    """For a process that ends without unwinding, so that nobody has to wait until its locks are stale."""
+    for file in _HELD:
+        _release(file)
 
 
 def process_start(pid: int) -> int:
@@ -133,8 +164,8 @@ def now_in(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _enter(path: Path, own: str, new: Path) -> None:
-    """Makes ``own`` the file in ``path``; ``new`` is a folder that contains a file of that name."""
+def _enter(path: Path, own: str, new: Path, output: Path) -> None:
+    """Makes ``own`` the file in ``path``, the lock of ``output``; ``new`` is a folder with a file of that name."""
     seen: tuple[str, float] | None = None
     while True:
         refused: OSError | None = None
@@ -158,18 +189,24 @@ def _enter(path: Path, own: str, new: Path) -> None:
         silent = now_in(path.parent) - beat
         if holder.dead or silent > STALE:
             why = "has ended" if holder.dead else f"gave no sign of life for {silent:.0f} s"
-            logger.warning("%s was in use by %s, which %s: this process takes over", path.parent, holder, why)
+            logger.warning("%s was in use by %s, which %s: this process takes over", output, holder, why)
             with suppress(FileNotFoundError):  # another process was faster
                 os.utime(file)  # before the rename, or the new name would look just as old
                 os.rename(file, path / own)
             continue
         if holder.here or seen not in (None, (file.name, beat)):
-            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or stop it")
+            raise UserError(f"{output} is in use by {holder}: wait for its end, or stop it")
         if seen is None:
             wait = STALE - silent
-            logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", path.parent, holder, wait)
+            logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", output, holder, wait)
         seen = file.name, beat
         time.sleep(min(1.0, BEAT / 4))
+
+
+def _release(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
+        file.parent.rmdir()
 
 
 def _files(path: Path) -> list[str]:
@@ -197,6 +234,24 @@ def _live(file: Path, over: threading.Event) -> None:
                 flush=True,
             )
             os._exit(EXIT_USER)
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Inside this context SIGTERM raises ``SystemExit``. Not for training, which handles it between its steps."""
+
+    def leave(number: int, frame: Any) -> None:
+        print("avsr: stopped by SIGTERM; what is done is kept, the same command continues", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _namespace() -> int:

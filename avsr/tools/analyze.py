@@ -17,6 +17,8 @@ from avsr.errors import UserError
 from avsr.evaluation.run import test_sets
 from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import claim
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.collect import collect
 from avsr.tools.analysis.composite import ASKED, Media, load_media_subject
@@ -39,6 +41,7 @@ from avsr.training.metrics import read_metrics
 Measure = Callable[[], dict[str, Any]]
 RUN, MODEL = "run", "language model"
 TRACED, TURNED = 32, 16  # rows of all lengths in which causes are traced, and in which states are rotated
+ANALYSIS = "analysis.json"
 MODELS_OUT = "runs/analysis"  # folder of the reports of models, which have none of their own
 
 
@@ -61,7 +64,8 @@ def analyze(
         media: a file that a speech or vision language model reads instead, in its own chat template.
 
     Raises:
-        UserError: a target is neither, cannot be analyzed, or cannot be compared with the first.
+        UserError: a target is neither, cannot be analyzed, or cannot be compared with the first; the folder cannot be
+            written, or another process writes its report.
     """
     by_path: dict[Path, str] = {}
     for target in targets:
@@ -77,19 +81,23 @@ def analyze(
         raise UserError(f"--{media.kind} {media.file}: expected neither --text nor key=value beside it")
     if kind == RUN and text is not None:
         raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
-    analyses: list[Run] = []
-    for target in targets:
-        label = run_label(target, targets)
-        if media is not None:
-            identity, measure = _open_media(target, media)
-        else:
-            identity, measure = _open_run(target, overrides) if kind == RUN else _open_model(target, overrides, text)
-        if analyses:
-            refuse_unlike(analyses[0], (label, identity))
-        analyses.append((label, measure()))
-        del measure  # with its model, before the next one is loaded
     default = Path(targets[0]) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
-    return write_results(Path(out) if out else default, analyses)
+    folder = Path(out) if out else default
+    with claim(folder, ANALYSIS, "--out" if out else ""):
+        analyses: list[Run] = []
+        for target in targets:
+            label = run_label(target, targets)
+            if media is not None:
+                identity, measure = _open_media(target, media)
+            elif kind == RUN:
+                identity, measure = _open_run(target, overrides)
+            else:
+                identity, measure = _open_model(target, overrides, text)
+            if analyses:
+                refuse_unlike(analyses[0], (label, identity))
+            analyses.append((label, measure()))
+            del measure  # with its model, before the next one is loaded
+        return write_results(folder, analyses)
 
 
 def kind_of(target: str) -> str:
@@ -246,7 +254,7 @@ def write_results(folder: Path, analyses: list[Run]) -> Path:
     names = " and ".join(name for name, _ in analyses)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "analysis.json").write_text(json.dumps(dict(analyses), indent=1) + "\n", encoding="utf-8")
+        write_durably(folder / ANALYSIS, (json.dumps(dict(analyses), indent=1) + "\n").encode())
         write_report(folder / "report.html", analyses, f"Attention sinks: {names}")
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error}") from error

@@ -12,6 +12,7 @@ from avsr.config import read_run_config
 from avsr.config.composing import differences
 from avsr.errors import UserError
 from avsr.models.build import WEIGHTS, checkpoint_shapes, step_checkpoints
+from avsr.runtime.locks import claim
 from avsr.training.checkpoint import publish
 
 NAME = "average"
@@ -30,7 +31,8 @@ def average(run: str | Path, last: int = 0) -> Path:
         The folder written.
 
     Raises:
-        UserError: fewer than two checkpoints, a damaged one, or two that do not belong together.
+        UserError: fewer than two checkpoints, a damaged one, two that do not belong together, or another process writes
+            there.
     """
     run = Path(run)
     read_run_config(run)
@@ -41,6 +43,11 @@ def average(run: str | Path, last: int = 0) -> Path:
         there = f"{run / 'checkpoints'} has {len(folders)} of step-NNNNNN"
         raise UserError(f"{there}, expected at least {max(last, 2)}; train with training.keep_last=N to keep N of them")
     folders = folders[-last:] if last else folders
+    with claim(run / "checkpoints", NAME):
+        return _write(run / "checkpoints" / NAME, folders)
+
+
+def _write(target: Path, folders: list[Path]) -> Path:
     _check(folders)
     mean: dict[str, Tensor] = {}
     for folder in folders:
@@ -48,7 +55,6 @@ def average(run: str | Path, last: int = 0) -> Path:
             mean[name] = mean.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
     state = {name: (total / len(folders)).float() for name, total in mean.items()}
     steps = [int(folder.name.removeprefix("step-")) for folder in folders]
-    target = run / "checkpoints" / NAME
     try:
         publish(target, state, read_run_config(folders[-1]), {"step": steps[-1], "averaged": steps})
     except OSError as error:

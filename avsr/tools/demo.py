@@ -24,6 +24,7 @@ from avsr.config import load_config
 from avsr.errors import UserError, guarded
 from avsr.evaluation.run import decode_set, evaluate_model, test_sets
 from avsr.models.build import build_model, build_store, load_run, pick_device
+from avsr.runtime.locks import claim
 from avsr.tools.analyze import analyze_model, write_results
 from avsr.training.warm_start import warm_projector
 
@@ -161,7 +162,7 @@ def command(
     parser.add_argument("--folder", default=folder)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with guarded():
+    with guarded(), claim(Path(arguments.folder)):
         summary = run(Path(arguments.folder), arguments.overrides)
     Console().print(table(summary))
     return Path(arguments.folder)

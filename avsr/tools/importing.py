@@ -23,6 +23,7 @@ from avsr.models.llm import lora_from_reduction
 from avsr.models.sources import RUN
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import part_of
+from avsr.runtime.locks import claim
 from avsr.training.checkpoint import publish
 
 logger = logging.getLogger("avsr")
@@ -59,11 +60,18 @@ def import_checkpoint(
 
     Raises:
         UserError: an unreadable checkpoint, one that does not fit the config (naming key, shapes and the likely cause),
-            or a folder that exists.
+            a folder that exists, or that another process makes.
     """
     path, out = Path(checkpoint), Path(out)
     config = load_config(recipe, overrides)
     config.run = str(out)
+    with claim(out.parent, out.name, "--out"):
+        return _import(path, config, out, overrides, reduction, alpha)
+
+
+def _import(
+    path: Path, config: Config, out: Path, overrides: Sequence[str], reduction: int | None, alpha: float | None
+) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists already; name another folder")
     state = official.read_official(path)

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from avsr.config import Config, DeepSpeedConfig, TrainingConfig
 from avsr.errors import UserError
 from avsr.models.resnet import VisualFrontEnd
 from avsr.models.speech_llm import SpeechLLM
-from avsr.training import jit
+from avsr.training import jit, meeting
+from avsr.training.watchdog import Watchdog
 
 
 def import_deepspeed() -> Any:
@@ -44,8 +44,17 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def start_distributed() -> tuple[int, int]:
-    """Joins the launcher's process group, or makes one of a single process. Returns (rank, world size)."""
+def start_distributed(watchdog: Watchdog | None = None) -> tuple[int, int]:
+    """Joins the launcher's process group, or makes one of a single process, and connects the watchdog.
+
+    Returns:
+        (rank, world size).
+
+    Raises:
+        UserError: the environment makes no sense, or the ranks do not find each other.
+    """
+    place = meeting.read_place(os.environ)
+    meeting.settle_environment(place)
     deepspeed = import_deepspeed()
     if deepspeed.get_accelerator().device_name() == "cpu":
         # An all-reduce for inference that training never calls; DeepSpeed would compile it at every first start on a
@@ -55,13 +64,39 @@ def start_distributed() -> tuple[int, int]:
     beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if not path.startswith(beside):
         os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        watchdog = watchdog or Watchdog(0)
+        store = meeting.meet(place, watchdog.patience, watchdog.move)
+        watchdog.connect(place)
+        _use_device(place.local)
+        _make_group(deepspeed, place, store)
     deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _use_device(local: int) -> None:
+    if not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"LOCAL_RANK={local}: this host has {count} GPUs (CUDA_VISIBLE_DEVICES); start as many ranks")
+    torch.cuda.set_device(local)
+
+
+def _make_group(deepspeed: Any, place: meeting.Place, store: dist.Store) -> None:
+    from deepspeed.constants import default_pg_timeout
+
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.ranks, timeout=default_pg_timeout
+        )
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the ranks met at {place.address}, but rank {place.rank} cannot connect to the others by {backend}: "
+            f"{reason} ({backend.upper()}_SOCKET_IFNAME names the network)"
+        ) from error
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -211,9 +246,3 @@ def make_optimizer(parameters: list[torch.nn.Parameter], training: TrainingConfi
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, betas=(beta1, beta2)
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -41,6 +41,7 @@ _FREE = (
 _COUNTS = ("step", "epoch", "step_in_epoch", "clipped", "skipped", "ranks", "accumulation")
 _KEYS = {*_COUNTS, "best", "validation", "optimizer", "scheduler", "random"}
 FRAMES = "frames.json"
+_OWN = ("config.yaml.", f"{FRAMES}.", "metrics.jsonl.", "last.", "best.", "step-")  # what training alone writes
 _MOST = 2**53  # floats represent every integer up to here
 
 
@@ -81,9 +82,7 @@ def prepare_run(config: Config, ranks: int) -> str:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (*run.glob("*.part"), *(run / "checkpoints").glob("*.part")):
-            if not part.name.startswith(
-                (LOCK, "average.")
-            ):  # these may belong to a live process; others were left by a killed one
+            if part.name.startswith(_OWN):  # left by a killed training; of others' a live process may be the owner
                 folders.remove(part)
         if not config.resume:
             (run / FRAMES).unlink(missing_ok=True)  # left by a start that was refused

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,6 +37,7 @@ from avsr.training.watchdog import Watchdog
 logger = logging.getLogger("avsr")
 
 
+_GONE = ("closed by peer", "reset by peer", "Broken pipe")  # what gloo says of a rank that has ended
 Prepare = Callable[[SpeechLLM, Config], None]
 
 
@@ -62,14 +65,13 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
     Args:
         config: what to train.
         prepare: as in :func:`train`.
-        held: receives what must last as long as training: the watchdog, and rank 0's lock on the run folder.
-            Without it there is neither.
+        held: receives what must last as long as training: the watchdog, without which a rank that fails leaves the
+            others waiting, and rank 0's lock on the run folder. Without it there is neither.
     """
     watchdog = Watchdog(config.training.timeout)
     if held is not None:
         held.enter_context(watchdog)
-    rank, world = start_distributed()
-    watchdog.connect()
+    rank, world = start_distributed(watchdog)
     config.training.precision = settled_precision(config.training.precision)  # once, for the saved config too
     device = pick_device()
     options.check(config, device)
@@ -108,7 +110,7 @@ def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tup
     if rank == 0:
         try:
             if held is not None:
-                held.enter_context(locks.hold(Path(config.run)))
+                held.enter_context(locks.hold(Path(config.run), key="run"))
             found[1:] = resume.prepare_run(config, world), resume.read_frames(Path(config.run))
         except UserError as error:
             found[0] = str(error)
@@ -177,10 +179,20 @@ def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Destroys the process group that is started inside this context."""
+    """Destroys the process group that is started inside this context.
+
+    Raises:
+        UserError: another rank has ended without a word, as killed ones do.
+    """
     own = not dist.is_initialized()
     try:
         yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _GONE):
+            raise
+        rank = os.environ.get("RANK", "0")
+        lost = f"rank {rank} lost its connection to another rank, which has ended"
+        raise UserError(f"{lost}: its messages, or its host's log, say why") from error
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
@@ -193,6 +205,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args()
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     with guarded():
         train_and_leave(load_config(arguments.config, arguments.overrides))
 

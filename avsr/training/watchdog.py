@@ -1,4 +1,4 @@
-"""Names the rank that hangs and its stage, and ends all ranks, long before a collective's own time-out.
+"""Ends all ranks when one fails, or when one hangs, which it names with its stage long before a collective's time-out.
 
 Ranks go through the stages of a step together, so one rank that stays in a stage too long is enough. During the start
 one rank may read clips for hours while others wait for it: then all ranks have to be stuck, and progress on a progress
@@ -9,98 +9,149 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
+import math
 import os
 import sys
 import threading
 import time
-from datetime import timedelta
-from typing import Any
+from contextlib import suppress
 
 import torch.distributed as dist
 
-from avsr.errors import EXIT_HUNG
+from avsr.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
+from avsr.runtime.locks import release_all
 from avsr.runtime.progress import ProgressBar
+from avsr.training.meeting import FAREWELL, NOTICE, Place, connect
 
-START = ("process group", "run folder", "model", "manifests", "engine")
+logger = logging.getLogger("avsr")
+
+_STARTING = {
+    "process group": "joins the process group",
+    "run folder": "locks and reads the run folder",
+    "model": "loads the model",
+    "manifests": "reads the manifests",
+    "engine": "makes the engine",
+}
+START = tuple(_STARTING)
 # in the order of a step: the others wait for the rank that is in the earliest stage
 STAGES = (*START, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
 START_LEAST = 30.0  # seconds that a stage of the start may always take
-_ABORT = "abort"
+_ABORT, _LEFT = "abort", "left"
+_GRACE = 2.0  # seconds after which a rank that has not ended by itself is ended
 
 
 class Watchdog:
-    """A thread per rank that reports its stage to the others every second, once :meth:`connect` was called.
+    """A thread per rank that reports its stage to the others every second, once :meth:`connect` was called. A rank that
+    fails inside this context ends the others too, with its message: they may wait for it in a collective.
 
     Args:
-        timeout: seconds that a rank may spend in one stage; 0 disables the watchdog.
+        timeout: seconds that a rank may spend in one stage; 0 = forever.
     """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._rank, self._ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._rank, self._ranks = 0, 1
         self._step, self._stage, self._since = 0, STAGES[0], time.monotonic()
+        self._noticed = self._since
         self._over = threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}  # by rank: its last count, and when it arrived
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
-        if self.timeout:
-            ProgressBar.moved.append(self._move)
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        ProgressBar.moved.append(self.move)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-            ProgressBar.moved.remove(self._move)
+        ProgressBar.moved.remove(self.move)
+        if self._store is not None:
+            with suppress(dist.DistError):  # another rank was faster
+                failed = None if isinstance(value, Interrupted) else value  # on a signal all ranks agree
+                if failed is not None:
+                    self._abort(self._store, _reason(self._rank, failed), _status(failed))
+                self._take_leave(self._store, wait=failed is not None)
 
-    def connect(self) -> None:
-        """Connects the ranks. Collective."""
-        if self._thread is not None:
-            self._store = self._connect()
+    @property
+    def patience(self) -> float:
+        """Seconds that a stage of the start may take; 0 = forever."""
+        return max(self.timeout, START_LEAST) if self.timeout else 0.0
+
+    def connect(self, place: Place) -> None:
+        """Connects this rank to the others."""
+        self._rank, self._ranks = place.rank, place.ranks
+        if self._thread is not None and place.ranks > 1:
+            self._store = connect(place)
 
     def enter(self, stage: str, step: int) -> None:
         """Records that this rank begins ``stage`` of ``step``."""
         self._step, self._stage, self._since = step, stage, time.monotonic()
 
-    def _move(self) -> None:
+    def move(self) -> None:
+        """Records a sign of life in this stage."""
         self._since = time.monotonic()
-
-    def _connect(self) -> dist.TCPStore:
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        patience = timedelta(seconds=max(self.timeout, 30))
-        own: Any = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if self._rank == 0 else None
-        port = [own.port if own is not None else 0]
-        dist.broadcast_object_list(port, src=0)
-        return own or dist.TCPStore(host, port[0], None, False, patience, wait_for_workers=False)
 
     def _watch(self) -> None:
         count = 0
-        while not self._over.wait(min(1.0, self.timeout / 4)):
+        while not self._over.wait(min(1.0, self.timeout / 4) if self.timeout else 1.0):
             count += 1
             age, store = time.monotonic() - self._since, self._store
             if store is None:
+                places = [(self._step, STAGES.index(self._stage), -age, self._rank)]
+                self._notice(places)
                 if age > self._patience(self._stage):
-                    _leave(self._describe([(self._step, STAGES.index(self._stage), -age, self._rank)]))
+                    _leave(self._describe(places))
                 continue
             try:
                 store.set(f"rank/{self._rank}", json.dumps([count, self._step, self._stage, age]))
                 if store.check([_ABORT]):
-                    _leave(store.get(_ABORT).decode())
+                    self._follow(store)
+                    return
                 problem = self._judge(store) if self._rank == 0 else ""
+                if problem:
+                    self._abort(store, problem, EXIT_HUNG)
+                    self._take_leave(store)
+                    _leave(problem)
             except dist.DistError:
-                if not self._over.is_set():  # at the end rank 0 closes its store first
+                if not self._over.is_set():
                     _leave(f"rank 0 does not answer while rank {self._rank} is in {self._stage} of step {self._step}")
                 return
-            if problem:
-                store.set(_ABORT, problem)
-                self._over.wait(3.0)  # time for the others to read it
-                _leave(problem)
 
-    def _judge(self, store: dist.TCPStore) -> str:
+    def _abort(self, store: dist.Store, problem: str, status: int) -> None:
+        store.compare_set(_ABORT, "", json.dumps([problem, status]))
+
+    def _follow(self, store: dist.Store) -> None:
+        """Ends this rank because another one has failed, unless it is about to end by itself: most refusals are
+        collective."""
+        problem, status = json.loads(store.get(_ABORT))
+        if not self._over.wait(_GRACE):
+            self._take_leave(store)
+            _leave(problem, status)
+
+    def _take_leave(self, store: dist.Store, *, wait: bool = False) -> None:
+        """Ends this rank's part. Rank 0, which keeps the store, and a rank that failed leave when the others have read
+        why, if these still answer: a connection that ends would look like another failure."""
+        until = time.monotonic() + _GRACE + FAREWELL
+        store.add(_LEFT, 1)
+        while (wait or self._rank == 0) and store.add(_LEFT, 0) < self._ranks and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def _notice(self, places: list[tuple[int, int, float, int]]) -> None:
+        """Says from time to time what the start waits for; ``places`` as in :meth:`_describe`."""
+        now = time.monotonic()
+        if all(STAGES[stage] in START for _, stage, _, _ in places) and now - max(self._since, self._noticed) > NOTICE:
+            self._noticed = now
+            _, stage, age, rank = places[0]
+            waiting = sum(other > stage for _, other, _, _ in places)
+            rest = f"; {waiting} of {self._ranks} ranks wait for it" if waiting else ""
+            logger.warning("rank %d %s, for %.0f s so far%s", rank, _STARTING[STAGES[stage]], -age, rest)
+
+    def _judge(self, store: dist.Store) -> str:
         """On rank 0: which rank hangs, or ""."""
         now = time.monotonic()
         places = []
@@ -113,13 +164,14 @@ class Watchdog:
                 self._heard[rank] = (count, now)
             age += now - self._heard[rank][1]  # a stopped process no longer counts up
             places.append((step, STAGES.index(stage), -age, rank))
+        self._notice(sorted(places))
         late = [-age > self._patience(STAGES[stage]) for _, stage, age, _ in places]
         starting = any(STAGES[stage] in START for _, stage, _, _ in places)
         hung = bool(late) and all(late) if starting else any(late)
         return self._describe(sorted(places)) if hung else ""
 
     def _patience(self, stage: str) -> float:
-        return max(self.timeout, START_LEAST) if stage in START else self.timeout
+        return (self.patience if stage in START else self.timeout) or math.inf
 
     def _describe(self, places: list[tuple[int, int, float, int]]) -> str:
         """``places`` are (step, stage, -seconds, rank), the earliest first."""
@@ -135,7 +187,22 @@ class Watchdog:
         return f"{shown}; {rest}" if rest else shown
 
 
-def _leave(problem: str) -> None:
+def _reason(rank: int, error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return f"rank {rank}: {error}"
+    text = (str(error).splitlines() or [""])[0]
+    return f"rank {rank} failed: {type(error).__name__}" + (f": {text}" if text else "")
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_USER if isinstance(error, UserError) else 1
+
+
+def _leave(problem: str, status: int = EXIT_HUNG) -> None:
     print(f"avsr: {problem}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(all_threads=True)
-    os._exit(EXIT_HUNG)
+    if status == EXIT_HUNG:
+        faulthandler.dump_traceback(all_threads=True)
+    release_all()
+    os._exit(status)

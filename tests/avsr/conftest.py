@@ -326,7 +326,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``avsr train`` up to the engine: a process group of one, without DeepSpeed's start-up."""
     own = not dist.is_initialized()  # a test before this one may have started DeepSpeed in this process
 
-    def start() -> tuple[int, int]:
+    def start(watchdog: object) -> tuple[int, int]:
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return 0, 1

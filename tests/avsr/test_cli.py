@@ -17,6 +17,7 @@ import torch
 
 from avsr.cli import main
 from avsr.config import LogConfig, read_run_config, to_yaml
+from avsr.evaluation.results import results_folder
 from avsr.models.build import WEIGHTS
 from avsr.training.metrics import MetricsLogger, read_metrics
 
@@ -165,13 +166,14 @@ def test_an_unchanged_run_is_evaluated(run_folder: Path, capsys: pytest.CaptureF
     main(["evaluate", str(run_folder), "decode.beams=2"])
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in shown] == ["sentences", "unseen_voices"]
-    metrics = json.loads((run_folder / "metrics.json").read_text())
+    folder = results_folder(run_folder, ["decode.beams=2"])
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["sentences"]["utterances"] == 4 and metrics["unseen_voices"]["utterances"] == 3
     assert metrics["decoding"]["beams"] == 2
     assert f"WER {metrics['sentences']['wer']:.4f}" in shown[0]
-    rows = [json.loads(line) for line in (run_folder / "hypotheses.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "hypotheses.jsonl").read_text().splitlines()]
     assert [row["set"] for row in rows] == ["sentences"] * 4 + ["unseen_voices"] * 3
-    assert "REF:" in (run_folder / "errors.txt").read_text()
+    assert "REF:" in (folder / "errors.txt").read_text()
     assert read_run_config(run_folder).decode.beams == 1  # the saved config is as it was
 
 

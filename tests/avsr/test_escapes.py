@@ -12,6 +12,7 @@ import pytest
 from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
+from avsr.evaluation.results import results_folder
 from avsr.evaluation.run import evaluate
 from avsr.tools.corpora.prepare.journal import Journal
 from avsr.tools.corpora.prepare.options import PrepareOptions
@@ -68,13 +69,12 @@ def test_clips_of_prepare_stay_in_its_folder(tmp_path: Path) -> None:
 
 def test_a_journal_with_other_clips_is_not_believed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    Journal(out, {}).__exit__()
+    Journal(out, {})
     for name in HOSTILE[:-1]:
         clip = {"id": name, "start": 0, "end": 30, "sha256": ""}
         row = {"source": "a", "asked": "x", "tried": "y", "made": [clip], "refused": []}
         (out / "progress.jsonl").write_text(json.dumps(row) + "\n")
-        with Journal(out, {}) as journal:
-            assert journal.entry("a").made == ()
+        assert Journal(out, {}).entry("a").made == ()
 
 
 def test_a_name_that_is_no_text_is_written_as_json(tmp_path: Path) -> None:
@@ -92,11 +92,12 @@ def test_what_evaluate_and_the_cache_write_stays_in_their_folders(run_folder: Pa
     cache = tmp_path / "cache"
     before = files_of(tmp_path, run_folder, cache)
     overrides = ["data.limit=0", "noise.snr=[0]", f"noise.babble={tmp_path / 'corpus' / 'train' / 'manifest.jsonl'}"]
-    scores = evaluate(run_folder, [*overrides, f"data.test={{a: {manifest}}}"])
+    overrides.append(f"data.test={{a: {manifest}}}")
+    scores = evaluate(run_folder, overrides)
     assert scores["a 0 dB"].utterances == len(names)
     assert files_of(tmp_path, run_folder, cache) == before
     assert len(files_of(cache)) > len(names)  # the noise of each is another, and so are its features
-    written = [json.loads(line) for line in (run_folder / "hypotheses.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (results_folder(run_folder, overrides) / "hypotheses.jsonl").open()]
     assert [row["id"] for row in written if row["set"] == "a 0 dB"] == names
 
 

@@ -20,13 +20,15 @@ from avsr.config.composing import compose
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.evaluation.act import _read
+from avsr.evaluation.results import refuse_other, row_key
 from avsr.runtime import folders
+from avsr.runtime.rows import Rows
 from avsr.tools.analyze import _scores
 from avsr.tools.corpora import voxceleb
 from avsr.tools.corpora.lrs import read_list
 from avsr.tools.corpora.muavic import read_muavic
 from avsr.tools.corpora.prepare.journal import FORMAT, Journal
-from avsr.tools.corpora.synth import corpus
+from avsr.tools.corpora.synth import corpus, shards
 from avsr.tools.corpora.synth.options import SynthOptions
 from avsr.tools.corpora.transcripts import read_transcript
 from avsr.tools.corpora.voxceleb import read_labels
@@ -289,20 +291,50 @@ def test_the_journal_of_prepare(count: int, tmp_path: Path) -> None:
     refusal = {"id": "s1/b", "file": "b.mp4", "kind": "text", "reason": "none"}
     line = {"source": "s1/a", "asked": "[]", "tried": "[]", "made": [clip], "refused": [refusal]}
     out = tmp_path / "out"
-    Journal(out, {"corpus": "videos"}).__exit__()
+    Journal(out, {"corpus": "videos"})
 
     def read() -> None:
-        with Journal(out, {"corpus": "videos"}) as journal:
-            for name in ("s1/a", "../x"):
-                for found in journal.entry(name).made:
-                    assert (out / found.video).resolve().is_relative_to(out) and found.end - found.start < 2**4000
-                json.dumps([vars(found) for found in journal.entry(name).refused])
+        journal = Journal(out, {"corpus": "videos"})
+        for name in ("s1/a", "../x"):
+            for found in journal.entry(name).made:
+                assert (out / found.video).resolve().is_relative_to(out) and found.end - found.start < 2**4000
+            json.dumps([vars(found) for found in journal.entry(name).refused])
 
     rows = tools.lines_of(line, line)
     tools.fuzz_file(count, out / "progress.jsonl", rows, read, tools.each_changed(line))
     (out / "progress.jsonl").unlink()
     state = {"format": FORMAT, "corpus": "videos"}
-    tools.fuzz_json(count, out / "prepare.json", state, lambda: Journal(out, {"corpus": "videos"}).__exit__())
+    tools.fuzz_json(count, out / "prepare.json", state, lambda: Journal(out, {"corpus": "videos"}))
+
+
+@few_and_many
+def test_rows_and_results_of_a_stopped_command(count: int, tmp_path: Path) -> None:
+    made = {"checkpoint": "best", "data.limit": 0, "noise.snr": [0.5]}
+    row = {"set": "sentences", "id": "u1", "reference": "a", "hypothesis": "b", "nbest": [{"text": "b", "score": -1.0}]}
+
+    def read() -> None:
+        rows = Rows(tmp_path / "rows", row_key, made)
+        rows.add(row)
+        assert Rows(tmp_path / "rows", row_key, made).held[row_key(row)] == row
+
+    lines = tools.lines_of({"made_by": made}, row, row)
+    tools.fuzz_file(count, tmp_path / "rows", lines, read, tools.each_changed(row))
+    result = tmp_path / "metrics.json"
+    tools.fuzz_json(count, result, {"made_by": made, "a": {"wer": 0.1}}, lambda: refuse_other(result, made, "advice"))
+
+
+@few_and_many
+def test_the_finished_shards_of_synth(count: int, tmp_path: Path) -> None:
+    options = SynthOptions(grid=1, open=0, test=1, validation=1, voices=1, unseen_voices=1)
+    shard = shards.plan_shards(tmp_path, options)[0]
+    row = {"id": shard.lines[0].id, "audio": "a.wav", "sha256": "0" * 64, "times": "a.json", "video": "a.mp4"}
+    done = {"set": "grid", "voice": shard.voice.name, "utterances": [["train", row]]}
+
+    def read() -> None:
+        for held in Rows(tmp_path / "rows", lambda found: (found["set"], found["voice"])).held.values():
+            assert not shards.is_whole(shard, held.get("utterances"))
+
+    tools.fuzz_file(count, tmp_path / "rows", tools.lines_of(done), read, tools.each_changed(done))
 
 
 def test_names_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:

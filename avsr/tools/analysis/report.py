@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from avsr.runtime.folders import write_durably
 from avsr.tools.analysis.groups import BOS, mean_over_layers
 from avsr.tools.analysis.sections import SECTIONS, Runs, escape, table
 
@@ -62,7 +63,7 @@ def write_report(path: Path, runs: Runs, title: str) -> None:
         f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1><nav aria-label=Contents><ul>{links}</ul></nav>{parts}</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    write_durably(path, page.encode("utf-8", errors="replace"))
 
 
 def _summary(runs: Runs) -> str:

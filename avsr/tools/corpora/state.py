@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from avsr.errors import UserError
+from avsr.runtime.locks import LOCK
 
 _ADVICE = "choose another folder or delete this one"
 
@@ -42,8 +43,8 @@ def refuse_differences(out: Path, held: Mapping[str, Any], wanted: Mapping[str, 
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises a ``UserError`` if there is anything in ``out``."""
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    """Raises a ``UserError`` if there is anything in ``out`` but its lock."""
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith(LOCK)) if out.is_dir() else []
     if names:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise UserError(f"{out} holds something else ({listed}): {_ADVICE}")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from torch.profiler import profile as torch_profile
 from avsr.config import Config, load_config
 from avsr.data.batches import Batch
 from avsr.errors import UserError, guarded
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import hold
 from avsr.tools.estimate.flops import FORMULA, Rows, step_flops
 from avsr.tools.estimate.memory import Load, Sizes, memory, read_sizes
 from avsr.tools.estimate.planning import way_of
@@ -60,13 +64,20 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     if steps < 1:
         raise UserError(f"--steps: expected at least 1, got {steps}")
     out = Path(f"{config.run}-profile")
+    with ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            held.enter_context(hold(out.parent, out.name, "run"))
+        return _profile(config, steps, out, held)
+
+
+def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str, Any]:
     if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not a profile; name another folder with run=")
-    if int(dist.get_rank() if dist.is_initialized() else 0) == 0:
+    if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(out, ignore_errors=True)
     config.run, config.resume, config.log.tensorboard = str(out), False, False
     config.training.steps = WARM_UP + steps + 2
-    trainer = make_trainer(config)
+    trainer = make_trainer(config, held=held)
     source = trainer.batches()
     rows = [_measure(trainer, source) for _ in range(WARM_UP + steps)][WARM_UP:]
     batch, trace = _trace(trainer, source, out)
@@ -74,7 +85,7 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     result.update(_room(result["memory, MB"], _frames(batch), trainer))
     result["planned, MB"] = _planned(trainer, batch)
     if dist.get_rank() == 0:
-        (out / "profile.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_durably(out / "profile.json", json.dumps(result, indent=1).encode())
         print(_page(result))
     trainer.model.detach()
     return result

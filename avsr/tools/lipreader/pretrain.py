@@ -27,6 +27,8 @@ from avsr.errors import UserError
 from avsr.evaluation.wer import score
 from avsr.models.build import pick_device
 from avsr.models.visual import WEIGHTS, VisualConfig, VisualModel, check_visual, save_visual
+from avsr.runtime.folders import write_durably
+from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
 from avsr.tools.corpora.synth.visemes import VISEMES
 from avsr.tools.lipreader.augment import FaceAugmentConfig, augment, check_augment
@@ -86,7 +88,11 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     check_pretrain(config)
     torch.set_num_threads(config.threads)
-    run = Path(config.run)
+    with claim(Path(config.run), key="run"):
+        return _pretrain(config, Path(config.run))
+
+
+def _pretrain(config: PretrainConfig, run: Path) -> Path:
     if (run / WEIGHTS).exists():
         raise UserError(f"run: {run} holds a trained model already; name another folder with run=")
     pool = config.model.pool
@@ -97,8 +103,7 @@ def pretrain(config: PretrainConfig) -> Path:
         for name, manifest in config.test.items()
     }
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "pretrain.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+        write_durably(run / "pretrain.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     torch.manual_seed(config.seed)
@@ -107,7 +112,10 @@ def pretrain(config: PretrainConfig) -> Path:
     logger.info("%s: %d clips, %d units, %d parameters", run, len(train), len(model.units), count)
     _fit(model, config, train, validation)
     measured = {name: evaluate_visual(model, clips) for name, clips in {"validation": validation, **tests}.items()}
-    (run / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    try:
+        write_durably(run / "metrics.json", (json.dumps(measured, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"run: cannot write to {run}: {error}") from error
     return run
 
 

@@ -16,6 +16,7 @@ from avsr.cli import main
 from avsr.config import ActConfig, Config, load_config, to_yaml
 from avsr.errors import UserError
 from avsr.evaluation.act import calibrated
+from avsr.evaluation.results import results_folder
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.models.build import load_run
 from avsr.models.speech_llm import SpeechLLM
@@ -41,12 +42,13 @@ def lively(run_folder: Path) -> Iterator[Path]:
     yield run_folder
 
 
-def hypotheses(run: Path) -> list[str]:
-    return [json.loads(line)["hypothesis"] for line in (run / "hypotheses.jsonl").read_text().splitlines()]
+def hypotheses(run: Path, *overrides: str) -> list[str]:
+    lines = (results_folder(run, [*overrides]) / "hypotheses.jsonl").read_text().splitlines()
+    return [json.loads(line)["hypothesis"] for line in lines]
 
 
-def decoding(run: Path) -> dict[str, Any]:
-    held: dict[str, Any] = json.loads((run / "metrics.json").read_text())["decoding"]
+def decoding(run: Path, *overrides: str) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((results_folder(run, [*overrides]) / "metrics.json").read_text())["decoding"]
     return held
 
 
@@ -63,13 +65,15 @@ def test_search_and_evaluate_by_command(lively: Path, capsys: pytest.CaptureFixt
     assert held["ce_act"] < held["ce"] and {row["heads"] for row in held["together"]} >= {1}
     assert len(held["alone"]) + held["heads_without_sink"] == 12
     main(["evaluate", str(lively), "act.beta=0.1"])
-    assert decoding(lively)["act"] == {"beta": 0.1, "threshold": 0.1, "heads": len(held["heads"])}
-    found = hypotheses(lively)
-    main(["evaluate", str(lively), "act.beta=0.1", "act.heads=all", "act.threshold=0.15"])
-    assert decoding(lively)["act"] == {"beta": 0.1, "threshold": 0.15, "heads": 12}
-    assert hypotheses(lively) != plain
-    main(["evaluate", str(lively), "act.beta=0.1", f"act.heads={lively / 'act_heads.json'}"])
-    assert hypotheses(lively) == found
+    assert decoding(lively, "act.beta=0.1")["act"] == {"beta": 0.1, "threshold": 0.1, "heads": len(held["heads"])}
+    found = hypotheses(lively, "act.beta=0.1")
+    every = ["act.beta=0.1", "act.heads=all", "act.threshold=0.15"]
+    main(["evaluate", str(lively), *every])
+    assert decoding(lively, *every)["act"] == {"beta": 0.1, "threshold": 0.15, "heads": 12}
+    assert hypotheses(lively, *every) != plain == hypotheses(lively)
+    named = ["act.beta=0.1", f"act.heads={lively / 'act_heads.json'}"]
+    main(["evaluate", str(lively), *named])
+    assert hypotheses(lively, *named) == found
 
 
 def test_the_papers_beta_is_searched_where_act_is_off(lively: Path) -> None:
@@ -81,7 +85,7 @@ def test_the_papers_beta_is_searched_where_act_is_off(lively: Path) -> None:
 def test_transcribe_does_as_evaluate(lively: Path, tmp_path: Path) -> None:
     settings = ["act.beta=0.1", "act.heads=all"]
     evaluate(lively, settings)
-    rows = [json.loads(line) for line in (lively / "hypotheses.jsonl").read_text().splitlines()]
+    rows = list(map(json.loads, (results_folder(lively, settings) / "hypotheses.jsonl").open()))
     folder = tmp_path / "corpus" / "sentences"
     by_id = {row["id"]: folder / row["audio"] for row in map(json.loads, (folder / "manifest.jsonl").open())}
     files = [str(by_id[row["id"]]) for row in rows if row["set"] == "sentences"]
@@ -103,6 +107,55 @@ def test_beta_one_is_the_plain_path(lively: Path, monkeypatch: pytest.MonkeyPatc
     assert "act" not in decoding(lively)
 
 
+def test_a_stopped_search_goes_on_and_finds_the_same(lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its second batch, and then while it decodes: what was computed is not computed again."""
+    settings = ["act.beta=0.1", "training.frames=60", f"act.heads={lively / 'whole.json'}"]
+    main(["act-search", str(lively), *settings])
+    search = avsr.evaluation.act_search
+    changes, rates, calls = search._batch_changes, search._error_rates, []
+
+    def stop(*arguments: Any) -> Any:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return changes(*arguments)
+
+    settings[-1] = f"act.heads={lively / 'stopped.json'}"
+    monkeypatch.setattr(search, "_batch_changes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search.act_search(lively, settings)
+    calls.clear()
+
+    def rest(*arguments: Any) -> Any:
+        calls.append(1)
+        return changes(*arguments)
+
+    def refuse(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "_batch_changes", rest)
+    monkeypatch.setattr(search, "_error_rates", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        search.act_search(lively, settings)
+    assert len(calls) == 1
+    monkeypatch.setattr(search, "_batch_changes", refuse)
+    monkeypatch.setattr(search, "_error_rates", rates)
+    search.act_search(lively, settings)
+    assert json.loads((lively / "stopped.json").read_text()) == json.loads((lively / "whole.json").read_text())
+    assert not list(lively.glob("*.unfinished"))
+
+
+def test_heads_found_with_other_settings_are_kept(lively: Path, refuse: Refuse) -> None:
+    path = lively / "act_heads.json"
+    main(["act-search", str(lively), "act.beta=0.1"])
+    before = path.read_bytes()
+    message = refuse("act-search", lively, "act.beta=0.1", "data.limit=2")
+    assert f"{path} is the result of other settings (data.limit is 0 there, not 2): name another" in message
+    path.write_text("{}")
+    assert "does not say what made it" in refuse("act-search", lively, "act.beta=0.1")
+    path.write_bytes(before)
+
+
 def test_a_file_without_heads(lively: Path, caplog: pytest.LogCaptureFixture) -> None:
     main(["act-search", str(lively), "act.beta=0.1", "act.threshold=0.999"])
     assert json.loads((lively / "act_heads.json").read_text())["heads"] == []
@@ -111,7 +164,7 @@ def test_a_file_without_heads(lively: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         evaluate(lively, ["act.beta=0.2"])
     assert "names no head" in caplog.text and "searched with beta 0.1 and threshold 0.999" in caplog.text
-    assert hypotheses(lively) == plain and decoding(lively)["act"]["heads"] == 0
+    assert hypotheses(lively, "act.beta=0.2") == plain and decoding(lively, "act.beta=0.2")["act"]["heads"] == 0
 
 
 def test_an_old_run_has_act_off(run_folder: Path) -> None:

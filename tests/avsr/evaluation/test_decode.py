@@ -265,19 +265,24 @@ def test_the_head_reads_contiguous_states(model: SpeechLLM, examples: list[Examp
 
 
 @pytest.mark.integration
-def test_evaluate_writes_the_lists(run_folder: Path) -> None:
-    def rows() -> list[dict]:
-        return [json.loads(line) for line in (run_folder / "hypotheses.jsonl").read_text().splitlines()]
+def test_evaluate_writes_the_lists(run_folder: Path, tmp_path: Path) -> None:
+    def rows(*overrides: str) -> list[dict]:
+        main(
+            ["evaluate", str(run_folder), "decode.beams=3", "data.limit=2", "--out", str(tmp_path / "out"), *overrides]
+        )
+        found = [json.loads(line) for line in (tmp_path / "out" / "hypotheses.jsonl").read_text().splitlines()]
+        shutil.move(tmp_path / "out", tmp_path / "last")
+        return found
 
-    main(["evaluate", str(run_folder), "decode.beams=3", "decode.nbest=2", "data.limit=2"])
-    assert len(rows()) == 4
-    for row in rows():
+    found = rows("decode.nbest=2")
+    assert len(found) == 4
+    for row in found:
         first, second = row["nbest"]
         assert first["text"] == row["hypothesis"] and first["score"] >= second["score"]
         assert row["seconds"] == pytest.approx(0.6)
-    main(["evaluate", str(run_folder), "decode.beams=3", "data.limit=2"])
+    shutil.rmtree(tmp_path / "last")
     assert all("nbest" not in row for row in rows())
-    part = json.loads((run_folder / "metrics.json").read_text())["sentences"]
+    part = json.loads((tmp_path / "last" / "metrics.json").read_text())["sentences"]
     assert sum(p["words"] for p in part["by_speaker"].values()) == part["words"] == 6
     assert set(part["by_speaker"]) == {"s0", "s1"}
     assert part["by_length"]["words"]["1-5"] == part["by_length"]["seconds"]["0-2"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,12 +18,13 @@ from pathlib import Path
 import pytest
 
 from avsr.config import load_config
-from avsr.errors import EXIT_USER, UserError
+from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError
 from avsr.evaluation.run import evaluate
 from avsr.runtime import locks
-from avsr.runtime.folders import part_of
-from avsr.runtime.locks import LOCK, Holder, hold
+from avsr.runtime.folders import PROBE, part_of
+from avsr.runtime.locks import LOCK, Holder, claim, hold
 from avsr.training.metrics import read_metrics
+from avsr.training.resume import prepare_run
 from avsr.training.run import train
 
 pytestmark = pytest.mark.integration
@@ -51,6 +54,95 @@ def test_a_second_writer_is_refused_in_one_line_and_comes_in_after_the_first(tmp
     with hold(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_of_one_folder_have_an_owner_each(tmp_path: Path) -> None:
+    """And a folder that was made for a refused work does not stay."""
+    with (
+        hold(tmp_path),
+        hold(tmp_path, "metrics.json"),
+        hold(tmp_path, "analysis.json"),
+        pytest.raises(UserError, match=rf"{tmp_path}/metrics\.json is in use by process {os.getpid()}"),
+        hold(tmp_path, "metrics.json"),
+    ):
+        pass
+    with pytest.raises(KeyError), claim(tmp_path / "new"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_takes_no_file_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="cannot write to /proc/avsr: "), claim(Path("/proc/avsr")):
+        pass
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)  # a disk that has room for the lock alone
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE // 2, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write to {tmp_path}: File too large"), claim(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_leaves_no_lock(tmp_path: Path) -> None:
+    code = textwrap.dedent(RACE).replace("hold", "claim")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n", "in\n"]
+    process.terminate()
+    assert process.wait(20) == EXIT_PREEMPTED
+    assert process.stderr.read() == "avsr: stopped by SIGTERM; what is done is kept, the same command continues\n"
+    assert not list(tmp_path.iterdir())
+
+
+OWNED = {
+    "evaluate": (["evaluate", "{run}"], "{run}", "metrics.json"),
+    "evaluate --out": (["evaluate", "{run}", "--out", "{root}/new"], "{root}/new", "metrics.json"),
+    "transcribe --out": (["transcribe", "{run}", "a.wav", "--out", "{root}/new"], "{root}/new", "transcripts.jsonl"),
+    "act-search": (["act-search", "{run}"], "{run}", "act_heads.json"),
+    "analyze": (["analyze", "{run}"], "{run}", "analysis.json"),
+    "import": (["import", "x.pth", "--config", "asr_16", "--out", "{root}/new"], "{root}", "new"),
+    "synth": (["synth", "{root}/new"], "{root}/new", ""),
+    "prepare": (["prepare", "muavic", "{root}", "{root}/new"], "{root}/new", ""),
+    "pretrain": (["pretrain", "demo_visual", "run={root}/new"], "{root}/new", ""),
+    "average": (["average", "{run}"], "{run}/checkpoints", "average"),
+    "profile": (["profile", "{run}/config.yaml"], "{root}", "run-profile"),
+}
+
+
+@pytest.mark.parametrize("command", OWNED)
+def test_every_command_that_writes_respects_the_owner(
+    command: str, run_folder: Path, refuse: Callable[..., str], tmp_path: Path
+) -> None:
+    """And a training of the same run disturbs none that does not write the run's folder whole."""
+    if command == "average":
+        for step in (1, 2):
+            shutil.copytree(run_folder / "checkpoints" / "last", run_folder / "checkpoints" / f"step-{step:06d}")
+    arguments, folder, name = OWNED[command]
+    places = {"run": str(run_folder), "root": str(tmp_path)}
+    output = Path(folder.format(**places))
+    with hold(run_folder), hold(output, name):
+        message = refuse(*(argument.format(**places) for argument in arguments))
+    assert f"{output / name} is in use by process {os.getpid()}" in message
+
+
+def test_a_training_that_goes_on_leaves_the_parts_of_other_commands(run_folder: Path) -> None:
+    """An evaluation or an average of the run may be writing them; its own were left by a killed one."""
+    last = run_folder / "checkpoints" / "last"
+    shutil.rmtree(run_folder / "checkpoints" / "best")
+    shutil.rmtree(last)
+    theirs = [run_folder / "metrics.json.x-1.part", run_folder / ".metrics.json.lock.x-1.part"]
+    theirs += [last.with_name("average.x-1.part"), last.with_name(".average.lock.x-1.part")]
+    own = [run_folder / "config.yaml.x-1.part", run_folder / "metrics.jsonl.x-1.part", run_folder / "frames.json.part"]
+    own += [last.with_name("last.x-1.part"), last.with_name("step-000002.x-1.part")]
+    for path in (*theirs, *own):
+        path.mkdir()
+    prepare_run(load_config(str(run_folder / "config.yaml"), ["resume=true"]), 1)
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in own)
 
 
 def test_names_say_what_they_were_made_of() -> None:

@@ -14,6 +14,7 @@ import pytest
 from avsr.data.manifest import read_manifest
 from avsr.data.video import read_video
 from avsr.errors import UserError
+from avsr.runtime.locks import LOCK, hold
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.tools.corpora.synth import corpus, shards
 from avsr.tools.corpora.synth.corpus import SynthOptions, parse_options, synthesise
@@ -307,7 +308,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_write_error_in_a_worker_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(out: Path, described: dict[str, Any]) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "grid").write_text("in the way")
 
     monkeypatch.setattr(corpus, "_start", start)
@@ -322,3 +323,49 @@ def test_a_speech_process_that_dies_says_what_to_do(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"speech process died \(exit status 3\): .* workers=1"):
         synthesise(tmp_path, SynthOptions())
     assert (tmp_path / "corpus.json.part").exists() and not (tmp_path / "corpus.json").exists()
+
+
+def test_a_stopped_run_goes_on_from_what_is_whole(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped after two of six shards and in the middle of a third, of which one file was changed since: the corpus has
+    the same bytes as one that was made at once, and of the whole shards nothing is written again."""
+    options, real = parse_options([*SMALL, "workers=1"]), corpus.run_jobs
+
+    def stopped(work: Any, jobs: Any, *rest: Any, **named: Any) -> Any:
+        for count, found in enumerate(real(work, jobs, *rest, **named)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(corpus, "run_jobs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(tmp_path, options)
+    assert not (tmp_path / LOCK).exists()
+    with (tmp_path / "progress.jsonl").open("a") as file:
+        file.write('{"set": "grid", "voi')
+    damaged, *kept = sorted(path for path in tmp_path.rglob("*.wav") if "us_f3" not in str(path))
+    damaged.write_bytes(b"half a file")
+    begun: list[str] = []
+
+    def counted(work: Any, jobs: Any, *rest: Any, **named: Any) -> Any:
+        begun.extend(f"{shard.set_name} {shard.voice.name}" for shard in jobs)
+        return real(work, jobs, *rest, **named)
+
+    monkeypatch.setattr(corpus, "run_jobs", counted)
+    speaker = damaged.parent.name
+    before = {path: path.stat().st_mtime_ns for path in kept if path.parent.name != speaker}
+    synthesise(tmp_path, options)
+    plan = [f"{shard.set_name} {shard.voice.name}" for shard in shards.plan_shards(tmp_path, options)]
+    assert len(begun) == len(plan) - 1 and f"grid {speaker}" in begun
+    assert "cut short" in caplog.text
+    one, other = tree(tmp_path), tree(small)
+    assert {name for name in one | other if one.get(name) != other.get(name)} == set()
+    second = [path for path in before if f"grid {path.parent.name}" not in begun and path.parts[-4] == "grid"]
+    assert second and all(path.stat().st_mtime_ns == before[path] for path in second)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(UserError, match=rf"{tmp_path} is in use by process"):
+        synthesise(tmp_path, parse_options(SMALL))
+    assert not list(tmp_path.iterdir())

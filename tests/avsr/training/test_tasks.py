@@ -69,19 +69,19 @@ def all_tasks(av_recipe: Recipe, run: Run, tmp_path_factory: pytest.TempPathFact
     return run(av_recipe(tmp_path_factory.mktemp("all_tasks"), "audiovisual", **settings))
 
 
-def test_conditions_are_scored_one_by_one(all_tasks: Path) -> None:
+def test_conditions_are_scored_one_by_one(all_tasks: Path, tmp_path: Path) -> None:
     conditions = ["noise.snr=[-5,.inf]", "decode.tasks=[audio,video,audiovisual]"]
-    evaluate(all_tasks, [*conditions, "decode.beams=2", "decode.nbest=2"])
-    metrics = json.loads((all_tasks / "metrics.json").read_text())
+    evaluate(all_tasks, [*conditions, "decode.beams=2", "decode.nbest=2"], out=tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     names = [
         f"{name} {task}{level}"
         for name in ("sentences", "unseen_voices")
         for task in ("audio", "video", "audiovisual")
         for level in (" -5 dB", "")
     ]
-    assert list(metrics) == [*names, "decoding"]
+    assert list(metrics) == [*names, "decoding", "made_by"]
     assert [metrics[name]["utterances"] for name in names] == [4] * 6 + [3] * 6
-    rows = [json.loads(line) for line in (all_tasks / "hypotheses.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "hypotheses.jsonl").read_text().splitlines()]
     scores: dict[str, list[float]] = {}
     for row in rows:
         scores.setdefault(row["set"], []).append(row["nbest"][0]["score"])
@@ -89,12 +89,9 @@ def test_conditions_are_scored_one_by_one(all_tasks: Path) -> None:
     for task in ("audio", "audiovisual"):
         pairs = zip(scores[f"sentences {task} -5 dB"], scores[f"sentences {task}"], strict=True)
         assert all(abs(noisy - clean) > 1e-5 for noisy, clean in pairs)
-    evaluate(all_tasks, ["noise.snr=[0]"])
-    assert list(json.loads((all_tasks / "metrics.json").read_text())) == [
-        "sentences 0 dB",
-        "unseen_voices 0 dB",
-        "decoding",
-    ]
+    evaluate(all_tasks, ["noise.snr=[0]"], out=tmp_path / "noisy")
+    found = list(json.loads((tmp_path / "noisy" / "metrics.json").read_text()))
+    assert found == ["sentences 0 dB", "unseen_voices 0 dB", "decoding", "made_by"]
 
 
 def test_what_is_clean_needs_no_noise(all_tasks: Path, tmp_path: Path) -> None:
@@ -129,7 +126,8 @@ def test_a_file_is_transcribed_by_the_task_it_fits(all_tasks: Path, tmp_path: Pa
     }
     for task, expected in wanted.items():
         # the first of several tasks is the one that is used; the others ask for nothing
-        found = transcribe_files(all_tasks, files, [f"decode.tasks=[{task},audiovisual]", "data.min_seconds=0.01"])
+        given = [f"decode.tasks=[{task},audiovisual]", "data.min_seconds=0.01"]
+        found = list(transcribe_files(all_tasks, files, given))
         assert [name for name, _ in found] == files
         for (_, got), part in zip(found, expected, strict=True):
             if part is None:

@@ -43,7 +43,7 @@ HANGING = """
         return real(*arguments)
 
     if point == "start":
-        avsr.training.run.start_distributed = hang
+        avsr.training.run.start_distributed = lambda watchdog: hang()
         watchdog.START_LEAST = 1.0
     else:
         SpeechLLM.forward = hang
@@ -111,6 +111,25 @@ def test_at_the_start_all_ranks_have_to_stand_still(places: list[tuple[str, int,
     texts = {f"rank/{n}": f'[1, {step}, "{stage}", {age}]' for n, (stage, step, age) in enumerate(places)}
     store = SimpleNamespace(check=lambda keys: keys[0] in texts, get=texts.__getitem__)
     assert dog._judge(store).startswith(said) and bool(dog._judge(store)) == bool(said)
+
+
+def test_a_long_start_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(watchdog, "NOTICE", 0.2)
+    dog: Any = Watchdog(0.0)
+    dog._ranks = 3
+    model, engine = STAGES.index("model"), STAGES.index("engine")
+    places = [(0, model, -40.0, 1), (0, engine, -35.0, 0), (0, engine, -35.0, 2)]
+    dog._notice(places)
+    assert not caplog.text
+    time.sleep(0.25)
+    for _ in range(3):
+        dog._notice(places)
+    (record,) = caplog.records
+    assert record.getMessage() == "rank 1 loads the model, for 40 s so far; 2 of 3 ranks wait for it"
+    time.sleep(0.25)
+    dog._notice([(0, engine, -50.0, 0), (1, STAGES.index("data"), -50.0, 1)])  # no longer the start
+    dog._notice([(0, engine, -50.0, 0)])
+    assert caplog.records[1].getMessage() == "rank 0 makes the engine, for 50 s so far"
 
 
 def test_what_moves_a_progress_bar_lives(monkeypatch: pytest.MonkeyPatch) -> None:

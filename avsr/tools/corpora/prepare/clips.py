@@ -22,6 +22,7 @@ from avsr.data.mouth.landmarks import find_landmarks, read_landmarks
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.video import encode_video, read_video_sound, video_frames
 from avsr.errors import UserError
+from avsr.runtime.folders import write_whole
 from avsr.tools.corpora.prepare.options import DETECT
 from avsr.tools.corpora.source import Piece, Refusal, Source
 from avsr.tools.corpora.wav import encode_wav
@@ -215,13 +216,6 @@ def _write(job: Job, name: str, sound: Tensor, frames: np.ndarray, start: int, e
     except OSError as error:
         raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
     return made
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all. What a killed run left of it has the same name every time."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def _link(path: Path, target: Path) -> None:

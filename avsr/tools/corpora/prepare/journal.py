@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from avsr.data.mouth.cut import FORMAT
-from avsr.tools.corpora.prepare.clips import CLIPS, Made, write_whole
+from avsr.runtime.folders import write_durably
+from avsr.runtime.rows import Row, Rows
+from avsr.tools.corpora.prepare.clips import CLIPS, Made
 from avsr.tools.corpora.source import Refusal, is_safe_id
 from avsr.tools.corpora.state import read_state, refuse_differences, refuse_foreign
 
@@ -41,31 +43,21 @@ class Journal:
     """
 
     def __init__(self, out: Path, described: dict[str, Any]) -> None:
-        path = out / PROGRESS
         self._entries: dict[str, Entry] = {}
         _open_folder(out, described)
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                self._remember(line)
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n")  # an interrupted run may have left half a line
+        self._rows = Rows(out / PROGRESS, lambda row: str(row["source"]))
+        for row in self._rows.held.values():
+            self._remember(row)
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _remember(self, line: str) -> None:
+    def _remember(self, row: Row) -> None:
         try:
-            row = json.loads(line)
             made = tuple(Made(**clip) for clip in row["made"])
             refused = tuple(Refusal(**refusal) for refusal in row["refused"])
             entry = Entry(row["asked"], row["tried"], made, refused)
             if all(_is_like(item, cls) for items, cls in ((made, Made), (refused, Refusal)) for item in items):
                 self._entries[row["source"]] = entry
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return  # half a line: its clips are made again
+        except (KeyError, TypeError):
+            return  # its clips are made again
 
     def entry(self, source: str) -> Entry:
         """The entry of a video file; an empty one if there is none."""
@@ -74,8 +66,7 @@ class Journal:
     def add(self, source: str, entry: Entry) -> None:
         """Records what became of a video file."""
         self._entries[source] = entry
-        self._file.write(json.dumps({"source": source, **asdict(entry)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._rows.add({"source": source, **asdict(entry)})
 
 
 def _is_like(item: Any, cls: type) -> bool:
@@ -92,5 +83,5 @@ def _open_folder(out: Path, described: dict[str, Any]) -> None:
         refuse_differences(out, held, wanted)
         return
     refuse_foreign(out)
-    (out / CLIPS).mkdir(parents=True)
-    write_whole(out / STATE, (json.dumps(wanted, indent=2) + "\n").encode())
+    (out / CLIPS).mkdir(parents=True, exist_ok=True)
+    write_durably(out / STATE, (json.dumps(wanted, indent=2) + "\n").encode())

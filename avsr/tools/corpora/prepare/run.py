@@ -22,6 +22,7 @@ from avsr.data.mouth.faces import require_detector
 from avsr.data.mouth.landmarks import find_landmarks
 from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
+from avsr.runtime.locks import claim
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
 from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
@@ -62,7 +63,7 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
 
     Raises:
         UserError: bad options, ``root`` is not such a corpus, the landmark detector is missing, ``out`` holds
-            something else or cannot be written, or no clip could be made.
+            something else, is in use or cannot be written, or no clip could be made.
     """
     check_corpus(corpus)
     check_options(options)
@@ -75,12 +76,19 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
     ready = corpus == "muavic" and options.cropped
     if landmarks == DETECT and not ready:
         require_detector()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder: choose another one")
+    with claim(out):
+        return _prepare(corpus, root, out, landmarks, options)
+
+
+def _prepare(corpus: str, root: Path, out: Path, landmarks: str, options: PrepareOptions) -> Prepared:
     labels = read_labels(Path(options.labels)) if options.labels else {}
     sources, refused = _sources(_read(corpus, root, out, options))
     jobs = [Job(source, str(out), landmarks, options.skew, options.coverage) for source in sources]
     try:
-        with Journal(out, {"corpus": corpus, "root": str(root), "seg": options.seg}) as journal:
-            made = _make(jobs, journal, options.workers)
+        journal = Journal(out, {"corpus": corpus, "root": str(root), "seg": options.seg})
+        made = _make(jobs, journal, options.workers)
         for source in sources:
             refused += journal.entry(source.id).refused
         report = _write(out, _rows(sources, journal, labels), refused, made)

@@ -20,6 +20,7 @@ import numpy as np
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.video_writer import encode_video
 from avsr.errors import UserError
+from avsr.runtime.folders import sha256, write_whole
 from avsr.runtime.pool import tick
 from avsr.tools.corpora.synth.espeak import Espeak, Span
 from avsr.tools.corpora.synth.mouth import draw_mouth
@@ -105,25 +106,37 @@ def render_shard(shard: Shard) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def is_whole(shard: Shard, rendered: Any) -> bool:
+    """Whether ``rendered``, what :func:`render_shard` once returned, is of this shard and its files are still there."""
+    folder = Path(shard.folder)
+    try:
+        ids = [row["id"] for _, row in rendered]
+        sums = [sha256(folder / row["audio"]) == row["sha256"] for _, row in rendered]
+        sums += [(folder / row[kind]).is_file() for _, row in rendered for kind in ("times", "video") if row[kind]]
+    except (OSError, TypeError, ValueError, KeyError):
+        return False
+    return ids == [line.id for line in shard.lines] and all(sums)
+
+
 def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
     speech = espeak.speak(line.text, GRID_SAID_AS if shard.set_name == "grid" else None)
     wav = encode_wav(normalise(speech.waveform))
     duration = round(len(speech.waveform) / SAMPLE_RATE, 7)
     speaker, folder = shard.voice.name, Path(shard.folder)
     audio, times = f"audio/{speaker}/{line.id}.wav", f"times/{speaker}/{line.id}.json"
-    _write(folder / audio, wav)
+    write_whole(folder / audio, wav)
     spans = {
         "words": [_timed(span, duration) for span in speech.words],
         "phonemes": [_timed(span, duration) for span in speech.phonemes],
     }
-    _write(folder / times, (json.dumps(spans, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / times, (json.dumps(spans, ensure_ascii=False) + "\n").encode())
     video = f"video/{speaker}/{line.id}.mp4" if shard.video else None
-    if video:
+    if video and not (folder / video).is_file():  # else of a process that was stopped: drawing takes longest
         # the file has the times of the sound; the lips move at loosened ones, so a boundary in a label made from the
         # file may be off by up to 40 ms (2 * LOOSE), one frame
         phonemes = [Span(*row) for row in spans["phonemes"]]
         track = viseme_track(loosened(phonemes, line.id), frames_of(len(speech.waveform)))
-        _write(folder / video, encode_video(draw_mouth(track, speaker, line.id)))
+        write_whole(folder / video, encode_video(draw_mouth(track, speaker, line.id)))
     return {
         "id": line.id,
         "audio": audio,
@@ -137,14 +150,6 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
         "pitch": shard.voice.pitch,
         "times": times,
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        # an error from a full disk has no path
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def _timed(span: Span, duration: float) -> list[Any]:

@@ -1,0 +1,110 @@
+"""Rows of results as JSON lines: kept as they come, continued by the next process, and published when all are there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from avsr.errors import UserError
+from avsr.runtime.folders import append, write_durably
+
+logger = logging.getLogger("avsr")
+Row = Mapping[str, Any]
+
+
+class Rows:
+    """The rows of a file by their key; of two with one key the later counts.
+
+    Every row is appended and handed to the system at once, so a process that is killed loses only what it has not
+    added. A last line that was cut short is removed with a message when the file is opened. Only one process may write
+    (see :func:`avsr.runtime.locks.claim`).
+
+    Args:
+        path: the file. It is made with the first row.
+        key: of a row; raises KeyError, TypeError or ValueError for what is none, which is left out with a message.
+        made_by: what the rows depend on, if they must all be made by the same; it is the first line. A file that was
+            begun by something else is begun again, with a message.
+
+    Raises:
+        UserError: the file cannot be read, or its end cannot be removed.
+    """
+
+    def __init__(self, path: Path, key: Callable[[Row], Hashable], made_by: Row | None = None) -> None:
+        self.path = path
+        self.held: dict[Hashable, Row] = {}
+        self._key = key
+        self._header = None if made_by is None else json.loads(as_lines([{"made_by": made_by}]))
+        self._fresh = True
+        try:
+            if path.exists():
+                self._read()
+        except OSError as error:
+            raise UserError(f"cannot continue {path}: {error.strerror or error}") from error
+
+    def add(self, row: Row) -> None:
+        """Keeps a row.
+
+        Raises:
+            UserError: the disk is full; the rows before it are kept.
+        """
+        first = [self._header] if self._fresh and self._header is not None else []
+        try:
+            append(self.path, as_lines([*first, row]))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            kept = "the rows before are kept, the same command goes on"
+            raise UserError(f"cannot write {self.path}: {reason}; {kept}") from error
+        self._fresh = False
+        self.held[self._key(row)] = row
+
+    def publish(self, place: Path, rows: Iterable[Row]) -> None:
+        """Writes the final file, which replaces an older one only when it is whole, and deletes this one.
+
+        Raises:
+            OSError: it cannot be written; the older one and this one stay.
+        """
+        write_durably(place, as_lines(rows))
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            logger.warning("%s: its last line was cut short and is dropped: its work is repeated", self.path)
+            os.truncate(self.path, end)
+        lines = data[:end].split(b"\n")[:-1]
+        if self._header is not None and lines:
+            found = _parsed(lines[0])
+            if found != self._header:
+                logger.warning("%s was begun with other settings or data and begins again", self.path)
+                os.truncate(self.path, 0)
+                return
+            lines[0] = b""
+        self._fresh = not lines
+        damaged = []
+        for number, line in enumerate(lines, 1):
+            row = _parsed(line)
+            try:
+                if line.strip():
+                    self.held[self._key(row)] = row
+            except (KeyError, TypeError, ValueError):
+                damaged.append(number)
+        if damaged:
+            logger.warning("%s: line %d is no row, left out (%d in all)", self.path, damaged[0], len(damaged))
+
+
+def as_lines(rows: Iterable[Row]) -> bytes:
+    """One JSON object per line. A file name may hold bytes that are not UTF-8; Python's escape for them is JSON too."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

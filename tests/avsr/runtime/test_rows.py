@@ -1,0 +1,120 @@
+"""Rows survive the process that wrote them, and a result is replaced only by a whole one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avsr.errors import UserError
+from avsr.runtime.folders import write_durably, write_whole
+from avsr.runtime.rows import Rows
+
+
+def by_id(row: Any) -> str:
+    return str(row["id"])
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    from avsr.runtime.rows import Rows
+
+    rows = Rows(Path(sys.argv[1]), lambda row: row["id"])
+    for number in range(3):
+        rows.add({"id": f"u{number}", "text": "a\\nb\u2028 \\udcff"})
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_rows_survive_a_kill_and_the_rest_is_added(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], stdout=-1)
+    assert process.stdout and process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = Rows(path, by_id)
+    assert list(rows.held) == ["u0", "u1", "u2"] and rows.held["u1"]["text"] == "a\nb\u2028 \udcff"
+    rows.add({"id": "u3", "score": -math.inf})
+    rows.add({"id": "u1", "text": "again"})
+    again = Rows(path, by_id)
+    assert again.held == rows.held and again.held["u1"]["text"] == "again" and again.held["u3"]["score"] == -math.inf
+    assert not [line for line in path.read_text().splitlines() if not line]
+
+
+@pytest.mark.parametrize("cut", range(1, 30, 4))
+def test_a_torn_last_line_is_dropped_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    for name in ("a", "b"):
+        Rows(path, by_id).add({"id": name, "text": "ü" * 20})
+    data = path.read_bytes()
+    path.write_bytes(data[:-cut])
+    with caplog.at_level(logging.WARNING):
+        rows = Rows(path, by_id)
+    assert list(rows.held) == ["a"] and f"{path}: its last line was cut short" in caplog.text
+    rows.add({"id": "b", "text": "ü" * 20})
+    assert path.read_bytes() == data
+
+
+def test_lines_that_are_no_rows_are_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a"}\n\nno row\n[1]\n{"name": 1}\n\xff\n{"id": "b"}\n' + b"[" * 100_000 + b"\n")
+    assert list(Rows(path, by_id).held) == ["a", "b"]
+    assert f"{path}: line 3 is no row, left out (5 in all)" in caplog.text
+
+
+def test_what_other_settings_began_begins_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, settings = tmp_path / "rows.jsonl", {"beams": 1, "snr": [math.inf], "file": "a\udcff"}
+    Rows(path, by_id, settings).add({"id": "a"})
+    Rows(path, by_id, settings).add({"id": "b"})
+    assert list(Rows(path, by_id, settings).held) == ["a", "b"] and not caplog.text
+    other = Rows(path, by_id, {**settings, "beams": 2})
+    assert not other.held and f"{path} was begun with other settings" in caplog.text
+    other.add({"id": "c"})
+    assert list(Rows(path, by_id, {**settings, "beams": 2}).held) == ["c"]
+    path.write_text('{"made_by"')  # killed in its first line
+    assert not Rows(path, by_id, settings).held and path.read_bytes() == b""
+
+
+def test_a_full_disk_keeps_whole_rows_and_the_old_result(tmp_path: Path) -> None:
+    path, place = tmp_path / "rows.jsonl", tmp_path / "result.jsonl"
+    place.write_text("the old result\n")
+    rows = Rows(path, by_id)
+    rows.add({"id": "a" * 100})
+    whole = path.read_bytes()
+    with limited_files(150):
+        with pytest.raises(UserError, match=rf"cannot write {path}: No space left on device; the rows before are kept"):
+            rows.add({"id": "b" * 100})
+        with pytest.raises(OSError, match="result"):
+            rows.publish(place, [{"id": "c" * 200}])
+        with pytest.raises(OSError, match=r"text\.part"):
+            write_whole(tmp_path / "text", bytes(200))
+    assert path.read_bytes() == whole and list(rows.held) == ["a" * 100]
+    assert place.read_text() == "the old result\n" and list(tmp_path.glob("result*")) == [place]
+    rows.publish(place, [{"id": "ü"}])
+    assert json.loads(place.read_text()) == {"id": "ü"} and not path.exists()
+    write_durably(place, b"new")
+    assert place.read_bytes() == b"new"

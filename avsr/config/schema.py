@@ -30,7 +30,7 @@ class LoraConfig:
     rank: int = key(16, "rank; 0 disables LoRA", at_least=0)
     alpha: float = key(32.0, "numerator of the scale alpha / rank", above=0, below=math.inf)
     dropout: float = key(0.0, "dropout of its input", at_least=0, below=1)
-    targets: list[str] = key(["q_proj", "v_proj"], "names of the linear layers that are adapted")
+    targets: list[str] = key(["q_proj", "v_proj"], "linear layers that are adapted; all-linear means all")
 
 
 def _no_lora() -> LoraConfig:

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
+from avsr.models.lora_targets import adapted_layers
 from avsr.models.sources import convert_once, locate
 from avsr.runtime.folders import cache_folder
 from avsr.runtime.packages import verify
@@ -70,22 +71,24 @@ def load_llm(
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """``model`` wrapped by PEFT with trainable float32 adapters; unchanged if the rank is 0."""
+    """``model`` wrapped by PEFT with trainable float32 adapters; unchanged if the rank is 0.
+
+    Raises:
+        UserError: a target means no linear layer, or only the head, whose weight the losses read without calling it.
+    """
     if config.rank == 0:
         return model
+    head = [name for name, part in model.named_modules() if part is model.get_output_embeddings()]  # type: ignore[operator]
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=adapted_layers(model, config.targets, "model.lora.targets", "language model", head),
         task_type="CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():  # PEFT still uses an old name of transformers
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
+    with warnings.catch_warnings():  # PEFT still uses an old name of transformers
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, peft_config)  # type: ignore[arg-type]
 
 
 def lora_from_reduction(hidden: int, reduction: int, alpha: float) -> LoraConfig:

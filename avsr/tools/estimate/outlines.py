@@ -19,6 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from avsr.config import EncoderConfig, LLMConfig
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.errors import UserError
+from avsr.models.avhubert import UNUSED
 from avsr.models.avhubert_network import LARGE, AVHubert
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
@@ -153,7 +154,7 @@ def _from_a_file(settings: EncoderConfig, stream: str) -> EncoderOutline:
     """The encoders that are not on the hub, with the sizes that the table's names have."""
     with torch.device("meta"):
         model = AVHubert(LARGE) if settings.kind == "avhubert" else VisualModel(VisualConfig(), "-", "-")
-        add_encoder_lora(model, settings.lora, key=f"model.{stream}.encoder.lora")
+        add_encoder_lora(model, settings.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
     width = LARGE.width if settings.kind == "avhubert" else 2 * VisualConfig().hidden
     return EncoderOutline(width, FRAMES_PER_SECOND, _entries(model), True)
 

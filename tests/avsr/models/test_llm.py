@@ -71,9 +71,32 @@ def test_lora_has_peft_rank_and_scale_and_starts_as_identity(tiny_llm: Path) -> 
     assert layer.scaling["default"] == 2.0
 
 
-def test_lora_targets_that_do_not_exist_are_named(tiny_llm: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.lora\.targets"):
-        add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["nothing"]))
+@pytest.mark.parametrize(
+    ("targets", "wrong"),
+    [
+        (["nothing"], "'nothing'"),
+        (["q_proj", "v_porj"], "'v_porj'"),
+        (["q_proj", "lm_head"], "'lm_head'"),
+        (["embed_tokens"], "'embed_tokens'"),
+        (["all-linear", "input_layernorm"], "'input_layernorm'"),
+        ([], "names no layer"),
+    ],
+)
+def test_every_lora_target_means_a_linear_layer(tiny_llm: Path, targets: list[str], wrong: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.lora\.targets: ") as caught:
+        add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=targets))
+    message = str(caught.value)
+    assert wrong in message
+    assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; all-linear means them all" in message
+
+
+def test_all_linear_adapts_everything_but_the_head(tiny_llm: Path) -> None:
+    model = add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["all-linear"]))
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == 3 * 7 and not any("lm_head" in name or "embed" in name for name in adapted)
+    one = add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["layers.1.self_attn.o_proj"]))
+    assert [name for name, _ in one.named_parameters() if "lora_A" in name and "layers.1.self_attn.o_proj" in name]
+    assert sum("lora_A" in name for name, _ in one.named_parameters()) == 1
 
 
 @pytest.mark.parametrize(

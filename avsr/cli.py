@@ -159,8 +159,13 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, A
     return flags, options
 
 
-_CONFIG = _argument("config", help="a YAML file or a recipe's name")
-_RUN = _argument("run", help="the run folder")
+def _path(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument that is a path; the shell expands no ``~`` in ``--out=~/x``."""
+    return _argument(*flags, type=os.path.expanduser, **options)
+
+
+_CONFIG = _path("config", help="a YAML file or a recipe's name")
+_RUN = _path("run", help="the run folder")
 _CHECKPOINT = _argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
 _OVERRIDES = _argument("overrides", nargs="*", metavar="key=value")
 _KEYS, _PRETRAIN_KEYS = "avsr.config:Config", "avsr.tools.lipreader.pretrain:PretrainConfig"
@@ -209,7 +214,7 @@ _COMMANDS = {
     "transcribe": _Command(
         _transcribe,
         "print one line of text for each sound or video file",
-        [_RUN, _argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")],
+        [_RUN, _path("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides")],
         _KEYS,
     ),
     "act-search": _Command(
@@ -222,7 +227,7 @@ _COMMANDS = {
         _analyze,
         "write analysis.json and report.html of runs or language models",
         [
-            _argument(
+            _path(
                 "targets",
                 nargs="+",
                 metavar="TARGET",
@@ -230,17 +235,17 @@ _COMMANDS = {
                 "and key=value: of a run's config, or of a model model.llm.bos_token=TOKEN, "
                 "model.llm.eos_token=TOKEN, limit=N",
             ),
-            _argument("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
-            _argument("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
-            _argument("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
-            _argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
+            _path("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
+            _path("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
+            _path("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
+            _path("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
         ],
     ),
     "average": _Command(
         _average,
         "write the mean of a run's newest checkpoints as checkpoints/average",
         [
-            _argument("run", help="the run folder, trained with training.keep_last"),
+            _path("run", help="the run folder, trained with training.keep_last"),
             _argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)"),
         ],
     ),
@@ -248,9 +253,9 @@ _COMMANDS = {
         _import,
         "make a run from an official Llama-AVSR checkpoint",
         [
-            _argument("checkpoint", help="model_avg_N.pth"),
-            _argument("--config", required=True, help="a YAML file or a recipe's name that describes it"),
-            _argument("--out", required=True, help="the run folder to create"),
+            _path("checkpoint", help="model_avg_N.pth"),
+            _path("--config", required=True, help="a YAML file or a recipe's name that describes it"),
+            _path("--out", required=True, help="the run folder to create"),
             _argument("--reduction", type=int, metavar="R", help="its --reduction_lora, instead of model.lora"),
             _argument("--alpha", type=float, metavar="A", help="its --alpha: LoRA is scaled by A / R"),
             _OVERRIDES,
@@ -261,7 +266,7 @@ _COMMANDS = {
     "synth": _Command(
         _synth,
         "make a corpus of synthetic speech",
-        [_argument("out", help="the folder to create"), _OVERRIDES],
+        [_path("out", help="the folder to create"), _OVERRIDES],
         _SYNTH_KEYS,
     ),
     "prepare": _Command(
@@ -269,8 +274,8 @@ _COMMANDS = {
         "turn the videos of a corpus into mouth crops, sound and manifests",
         [
             _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
-            _argument("root", help="the corpus as it was distributed"),
-            _argument("out", help="the folder to create"),
+            _path("root", help="the corpus as it was distributed"),
+            _path("out", help="the folder to create"),
             _OVERRIDES,
         ],
         _PREPARE_KEYS,

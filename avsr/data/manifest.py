@@ -49,7 +49,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # a name with a NUL, or not UTF-8
         raise UserError(f"cannot read the manifest {path}: {error}") from error
     parse, root = (
@@ -197,7 +197,7 @@ def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
         )
     path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
     try:
-        return " ".join(path.read_text(encoding="utf-8").lower().split())
+        return " ".join(path.read_text(encoding="utf-8-sig").lower().split())
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 

@@ -243,7 +243,7 @@ def load_visual(folder: Path) -> VisualModel:
 
 def _from_config(path: Path) -> VisualModel:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
             raise UserError(f"{path}: expected the format {FORMAT!r} of a visual model, got {found!r}")

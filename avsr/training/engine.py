@@ -132,7 +132,7 @@ def partitioned_loading(config: Config) -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from error
     if not isinstance(content, dict):

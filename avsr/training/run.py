@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -189,7 +190,7 @@ def process_group() -> Iterator[None]:
 def main() -> None:
     """Entry point for the ``deepspeed`` launcher."""
     parser = argparse.ArgumentParser(prog="avsr.train")
-    parser.add_argument("config")
+    parser.add_argument("config", type=os.path.expanduser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args()

@@ -309,5 +309,5 @@ def test_names_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> 
     names = "abcdefghij"
     laughs = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip(names, names[1:], strict=False))
     (tmp_path / "r.yaml").write_text(f"a: &a [lol]\n{laughs}")
-    with tools.bounded(), pytest.raises(UserError, match="expansion"):
+    with tools.bounded(), pytest.raises(UserError, match="more than 10000 values"):
         load_config(str(tmp_path / "r.yaml"))

@@ -108,7 +108,7 @@ def read_texts(path: str | None, limit: int | None) -> list[str]:
     if path is None:
         return open_sentences(limit or SENTENCES, SEED)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path}: cannot read it: {error}") from error
     texts = [line.strip() for line in lines if line.strip()][:limit]

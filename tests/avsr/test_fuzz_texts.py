@@ -31,7 +31,7 @@ from avsr.tools.corpora.synth.options import SynthOptions
 from avsr.tools.corpora.transcripts import read_transcript
 from avsr.tools.corpora.voxceleb import read_labels
 from avsr.tools.lipreader.timed import _read_times
-from avsr.training.engine import deepspeed_config
+from avsr.training.deepspeed_json import deepspeed_config
 from avsr.training.metrics import DRAWN, read_metrics
 from avsr.training.resume import FRAMES, read_frames
 

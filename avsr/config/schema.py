@@ -260,7 +260,7 @@ class DeepSpeedConfig:
 class DecodeConfig:
     """Decoding and scoring in avsr evaluate and transcribe."""
 
-    beams: int = key(1, "beams; 1 = greedy", at_least=1)
+    beams: int = key(1, "beams; 1 = greedy", at_least=1, at_most=256)
     nbest: int = key(1, "hypotheses per utterance in hypotheses.jsonl; at most decode.beams", at_least=1)
     batch: int = key(16, "utterances decoded at once", at_least=1)
     length_penalty: float = key(

@@ -63,11 +63,12 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
     The name of a condition follows that of the set: "sentences", "sentences -5 dB", "sentences video".
 
     Raises:
-        UserError: the config names none, or an utterance cannot be used.
+        UserError: the config names none, an utterance cannot be used, or no transcript of a manifest has a word.
     """
     if not config.data.test:
         raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
     sets = {}
+    normalise = normaliser(config.decode.normaliser)
     for name, manifest in config.data.test.items():
         for task in config.decode.tasks or [config.model.task]:
             for snr in config.noise.snr or [CLEAN]:
@@ -82,6 +83,11 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                     reading=reading,
                     refuse=model.layout.unusable,
                 )
+                if not any(normalise(utterance.text) for utterance in sets[title].utterances):
+                    raise UserError(
+                        f"data.test.{name}: {manifest}: no transcript has a word that decode.normaliser = "
+                        f"{config.decode.normaliser} leaves, so nothing could be scored"
+                    )
     return sets
 
 

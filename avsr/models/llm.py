@@ -28,7 +28,7 @@ from avsr.runtime.packages import verify
 
 @dataclass(frozen=True)
 class LoadedLLM:
-    """A frozen causal LM with its tokenizer and the ids of its BOS and EOS tokens."""
+    """A frozen causal LM with its tokenizer and the ids of its BOS and EOS tokens, whose embeddings it has."""
 
     model: Any
     tokenizer: Any
@@ -36,8 +36,14 @@ class LoadedLLM:
     eos: int
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text`` without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Token ids of ``text`` without special tokens.
+
+        Raises:
+            UserError: the model has no embedding for one of them.
+        """
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        refuse_beyond(ids, self.tokenizer, self.model)
+        return ids
 
 
 def load_llm(
@@ -67,7 +73,21 @@ def load_llm(
         reason = str(error).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
     model.generation_config = GenerationConfig()
-    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, *specials(tokenizer, config))
+    bos, eos = specials(tokenizer, config)
+    refuse_beyond([bos, eos], tokenizer, model)
+    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, bos, eos)
+
+
+def refuse_beyond(ids: list[int], tokenizer: Any, model: Any) -> None:
+    """Raises a ``UserError`` if an id is beyond the embedding table: the tokenizer is that of another model, or has
+    tokens that this one was never given."""
+    rows = int(model.config.get_text_config().vocab_size)
+    if ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(
+            f"model.llm.name: the tokenizer's token {token!r} has the id {max(ids)}, the model's embedding table has "
+            f"{rows} rows: they do not belong together"
+        )
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:

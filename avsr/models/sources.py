@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
 from avsr.runtime.packages import PACKAGES, SUMS, install
+from avsr.runtime.tensors import like_new
 
 PACKAGE = "package:"
 RUN = "run:"
@@ -166,6 +167,8 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             write(part)
+            for path in part.iterdir():
+                like_new(path)
             try:
                 os.replace(part, target)  # fails where another process was faster
             except OSError:

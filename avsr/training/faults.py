@@ -101,6 +101,11 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
                 f"it for lack of memory; set data.workers lower than {config.data.workers}, then continue with "
                 "resume=true"
             ) from error
+        if "shared memory" in text or "torch_shm" in text or "</torch_" in text:
+            raise UserError(
+                f"the loader processes lack shared memory at step {progress.step} ({text.splitlines()[-1]}): enlarge "
+                "/dev/shm (docker run --shm-size=8g), or set data.workers=0; then continue with resume=true"
+            ) from error
         lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
         if not lacking:
             raise

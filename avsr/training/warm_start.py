@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from avsr.config import Config
@@ -24,6 +23,7 @@ from avsr.models.compression import compress
 from avsr.models.llm import LoadedLLM
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.tensors import save_file
 
 logger = logging.getLogger("avsr")
 

@@ -72,6 +72,7 @@ def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
+        ("decode.nbest=10000 decode.beams=10000", "decode.beams: expected 1 <= beams <= 256, got 10000"),
         ("decode.nbest=2", "decode.nbest: expected at most decode.beams = 1, got 2"),
         ("decode.length_penalty=.inf", "decode.length_penalty: expected a finite number, got inf"),
         ("training.compile=true training.gradient_checkpointing=selective", "training.compile: not with"),

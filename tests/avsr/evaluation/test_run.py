@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from avsr.cli import main
+from avsr.data.manifest import write_manifest
 from avsr.errors import UserError
+from avsr.evaluation import run as run_module
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.evaluation.run import test_sets as load_test_sets
 from avsr.models.build import load_run
@@ -50,3 +52,18 @@ def test_a_run_without_test_sets_says_which_key_is_missing(run_folder: Path) -> 
     config.data.test = {}
     with pytest.raises(UserError, match=r"data\.test"):
         load_test_sets(config, model, store)
+
+
+@pytest.mark.parametrize("normaliser", ["plain", "whisper"])
+def test_transcripts_without_a_word_are_found_before_decoding(
+    run_folder: Path, tmp_path: Path, normaliser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object) -> None:
+        raise AssertionError("decoding has begun")
+
+    monkeypatch.setattr(run_module, "transcribe", decode)
+    manifest = tmp_path / "corpus" / "unseen_voices" / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    write_manifest(manifest, [{**row, "text": "?!"} for row in rows])
+    with pytest.raises(UserError, match=rf"data\.test\.unseen_voices: .*no transcript has a word .*{normaliser}"):
+        evaluate(run_folder, [f"decode.normaliser={normaliser}"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
@@ -47,6 +49,21 @@ def test_a_tokenizer_without_it_needs_a_name_in_the_config(tiny_llm: Path, tmp_p
     assert value == loaded.tokenizer.convert_tokens_to_ids("<pad>")
     with pytest.raises(UserError, match="no token '<nothing>'"):
         load_llm(LLMConfig(name=str(folder), **{key: "<nothing>"}))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(tiny_llm: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_llm))
+    tokenizer.add_tokens(["bonjour"])
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llm, folder)
+    tokenizer.save_pretrained(folder)
+    loaded = load_llm(LLMConfig(name=str(folder)))
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    assert loaded.tokenize("bin") and len(loaded.tokenizer) == rows + 1  # a token that is never used does no harm
+    with pytest.raises(UserError, match=rf"model\.llm\.name: .*'bonjour' has the id {rows}, .*table has {rows} rows"):
+        loaded.tokenize("bin bonjour")
+    with pytest.raises(UserError, match="'bonjour'"):
+        load_llm(LLMConfig(name=str(folder), eos_token="bonjour"))
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avsr.errors import EXIT_USER, UserError, guarded
+from avsr.errors import EXIT_USER, UserError, guarded, visible
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,11 +25,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if following is not None:
         following += rest
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("httpx", "matplotlib", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with guarded():
         arguments.run_command(arguments)
+
+
+class _Visible(logging.Formatter):
+    """Lines that may quote names of files leave the terminal as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), "\n\t")
 
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:
@@ -73,7 +82,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from avsr.evaluation.run import evaluate
 
     for name, score in evaluate(arguments.run, arguments.overrides, arguments.checkpoint).items():
-        print(f"{name}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({score.utterances} utterances, {score.words} words)")
+        counts = f"{score.utterances} utterances, {score.words} words"
+        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({counts})")
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
@@ -86,9 +96,9 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     for name, result in transcribe_files(arguments.run, names, overrides):
         if isinstance(result, UserError):
             failed += 1
-            print(f"avsr: {result}", file=sys.stderr)
+            print(f"avsr: {visible(str(result))}", file=sys.stderr)
         else:
-            print(f"{name}\t{result}")
+            print(f"{visible(name)}\t{visible(result)}")
     if failed:
         raise SystemExit(EXIT_USER)
 

@@ -16,7 +16,7 @@ from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.transforms import PLAIN, Version
-from avsr.errors import ClipError, UserError
+from avsr.errors import ClipError, UserError, visible
 
 logger = logging.getLogger("avsr")
 _SHOWN = 5  # bad lines named in one message
@@ -175,8 +175,9 @@ def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str)
     by_id = {utterance.id: utterance for utterance in utterances}
     gone = [name for name in began if name not in by_id]
     if gone:
+        first = ", ".join(map(visible, gone[:_SHOWN]))
         raise UserError(
-            f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({', '.join(gone[:_SHOWN])}); "
+            f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({first}); "
             "restore its lines, or begin a new run with run="
         )
     if len(by_id) > len(began):
@@ -211,7 +212,7 @@ def _check(
 
 
 def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> None:
-    listed = "\n  ".join(list(bad.values())[:_SHOWN])
+    listed = "\n  ".join(map(visible, list(bad.values())[:_SHOWN]))
     more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     if not skip:
         raise UserError(

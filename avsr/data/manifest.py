@@ -2,6 +2,9 @@
 
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
 ``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
+
+No path leads out of the manifest's folder by its letters. Symbolic links below that folder are followed wherever they
+lead, since corpora are linked together; so a folder with links of a stranger is read like a program of a stranger.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
 from avsr.data.clip import load_clip
 from avsr.data.manifest import Utterance, read_manifest
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 
 logger = logging.getLogger("avsr")
 
@@ -123,5 +123,5 @@ def _usable(utterance: Utterance) -> Tensor | None:
     try:
         return load_clip(utterance, frozenset({"audio"}), 0.0).wave
     except UserError as error:
-        logger.warning("%s: left out of the babble", error)
+        logger.warning("%s: left out of the babble", visible(str(error)))
         return None

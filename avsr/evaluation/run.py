@@ -16,7 +16,7 @@ from avsr.data.manifest import Utterance
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
 from avsr.data.transforms import Version
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_speaker
 from avsr.evaluation.decode import Hypothesis, transcribe
@@ -139,7 +139,8 @@ def worst(rows: list[dict[str, Any]], config: Config) -> str:
             rated.append((score([row["reference"]], [row["hypothesis"]], normalise).wer, row))
     rated.sort(key=lambda pair: (-pair[0], pair[1]["set"], pair[1]["id"]))
     parts = [
-        f"{row['set']}/{row['id']}  WER {rate:.2f}\n{alignment(row['reference'], row['hypothesis'], normalise)}\n"
+        f"{visible(row['set'] + '/' + row['id'])}  WER {rate:.2f}\n"
+        f"{alignment(row['reference'], row['hypothesis'], normalise)}\n"
         for rate, row in rated[:WORST]
         if rate > 0
     ]

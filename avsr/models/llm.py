@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
@@ -64,13 +63,14 @@ def load_llm(
     # flashsink is attached later and replaces any attention
     attention = "sdpa" if config.attention == "flashsink" else config.attention
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        read_config(source)
         with around:
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
+            model = whole_model(str(source), dtype=dtype, attn_implementation=attention)
     except ImportError as error:
         raise UserError(f"model.llm.attention: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
     model.generation_config = GenerationConfig()
     bos, eos = specials(tokenizer, config)
@@ -127,8 +127,9 @@ def convert_gguf(path: Path) -> Path:
 
     def write(folder: Path) -> None:
         verify(path)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        read_config(path)
+        model = whole_model(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         # transformers refuses to save a model from a quantized file even after dequantizing it
         model.hf_quantizer = None
         model.is_quantized = False
@@ -139,6 +140,50 @@ def convert_gguf(path: Path) -> Path:
         (folder / "done").write_text(json.dumps({"source": path.name, "bytes": path.stat().st_size}))
 
     return convert_once(path, target, "done", write)
+
+
+def read_config(source: Path | str) -> Any:
+    """A model's config. Of a file or folder, the sizes that it claims must fit the weights beside it, or building the
+    model would take hours or all memory.
+
+    Raises:
+        ValueError, OSError: they do not fit, or the config cannot be read.
+    """
+    if not isinstance(source, Path):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if source.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
+        held = source.stat().st_size
+    else:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        held = sum(path.stat().st_size for kind in ("safetensors", "bin") for path in source.glob(f"*.{kind}"))
+    text = config.get_text_config()
+    width, *counts = (
+        int(getattr(text, name, None) or 0)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    if held and width * max(counts) > 8 * held:  # no weight takes less than a bit
+        raise ValueError(
+            f"its config claims a width of {width}, {counts[0]} inside {counts[1]} layers, and {counts[2]} tokens, "
+            f"more than its {held} bytes can hold"
+        )
+    return config
+
+
+def whole_model(source: str, **options: Any) -> Any:
+    """A causal LM all of whose weights are in its files; transformers would draw the others at random.
+
+    Raises:
+        ValueError: a weight is missing or has another shape than the config says.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, trust_remote_code=False, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} weights ({missing[0]} ...)")
+    if wrong := sorted(report["mismatched_keys"]):
+        raise ValueError(f"{len(wrong)} weights have other shapes than its config says ({wrong[0][0]} ...)")
+    return model
 
 
 def _fingerprint(path: Path) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
@@ -39,18 +38,19 @@ def resolve(name: str) -> Path | str:
     The package is located without importing it, so none of its code runs.
 
     Raises:
-        UserError: the package or the path inside it is missing, or a path-like name does not exist.
+        UserError: the package or the path inside it is missing, the path leads out of the package, or a path-like name
+            does not exist.
     """
     if name.startswith(PACKAGE):
         package, _, inside = name[len(PACKAGE) :].partition("/")
-        try:
-            spec = importlib.util.find_spec(package) if package else None
+        try:  # for a name with dots, code of the outer package would run
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
         except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
             advice = f": {install(package)}" if package in PACKAGES else ""
             raise UserError(f"{name}: the package {package!r} is not installed{advice}")
-        path = Path(list(spec.submodule_search_locations)[0]) / inside
+        path = _below(Path(list(spec.submodule_search_locations)[0]), inside, name)
         if not os.path.exists(path):
             raise UserError(f"{name}: the package {package!r} has no {inside!r}")
         if not any(f"{known}/".startswith(f"{package}/{inside}".rstrip("/") + "/") for known in SUMS):
@@ -140,8 +140,20 @@ def _say_unknown(name: str) -> None:
 
 
 def inside_run(name: str, run: str | Path) -> str:
-    """``run:PATH`` as a path in the folder of the run that names it; any other name unchanged."""
-    return str(Path(run) / name.removeprefix(RUN)) if name.startswith(RUN) else name
+    """``run:PATH`` as a path in the folder of the run that names it; any other name unchanged.
+
+    Raises:
+        UserError: the path leads out of the run.
+    """
+    return str(_below(Path(run), name.removeprefix(RUN), name)) if name.startswith(RUN) else name
+
+
+def _below(root: Path, inside: str, name: str) -> Path:
+    """Symbolic links are followed: whoever made one could have put the file itself there."""
+    path = Path(os.path.normpath(root / inside))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise UserError(f"{name}: the path {inside!r} leads out of {root}")
+    return path
 
 
 def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:
@@ -184,6 +196,8 @@ def loading(problem: str) -> Iterator[None]:
     """Raises a UserError that begins with ``problem`` where weights inside cannot be read or do not fit."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries that read foreign files raise what they like
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{problem}: {reason}") from error

@@ -88,7 +88,7 @@ class WavLMEncoder(SpeechEncoder):
 def _load(name: str) -> Any:
     source = str(locate(name, "model.audio.encoder.name"))
     with loading(f"{name}: cannot load the WavLM model"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != "wavlm":
             raise UserError(f"{name}: expected a WavLM model, got {config.model_type!r}")
         model, report = WavLMModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)

@@ -118,4 +118,7 @@ def _load(source: Path | str) -> WhisperEncoder:
         if binary.name == "model.bin" and binary.is_file():
             return load_whisper_encoder(binary)
     with loading(f"model.audio.encoder.name: cannot load the Whisper model {str(source)!r}"):
-        return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder
+        model, report = WhisperModel.from_pretrained(str(source), dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(name for name in report["missing_keys"] if name.startswith("encoder.")):
+            raise ValueError(f"its files lack {len(missing)} weights ({missing[0]} ...)")
+        return model.encoder

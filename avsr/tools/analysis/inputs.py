@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import flashsink
 from avsr.config import TASKS, Config, LLMConfig
 from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import UserError
-from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
+from avsr.models.llm import LoadedLLM, convert_gguf, load_llm, read_config
 from avsr.models.rows import Assembled
 from avsr.models.sources import locate
 from avsr.models.speech_llm import SpeechLLM
@@ -132,7 +132,7 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     source = locate(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
-    _check_decoder(name, str(source))
+    _check_decoder(name, source)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = load_llm(LLMConfig(str(source), options.bos_token, options.eos_token), dtype)
     _check_lengths(name, loaded, texts)
@@ -142,10 +142,10 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     return subject
 
 
-def _check_decoder(name: str, source: str) -> None:
+def _check_decoder(name: str, source: Path | str) -> None:
     """Refuses an encoder, or a decoder of another architecture, before any weight is read."""
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no model that transformers knows: {str(error).splitlines()[0]}") from error
     kind = (getattr(config, "architectures", None) or [config.model_type])[0]

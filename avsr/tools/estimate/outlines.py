@@ -23,7 +23,7 @@ from avsr.models.avhubert import UNUSED
 from avsr.models.avhubert_network import LARGE, AVHubert
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
-from avsr.models.llm import convert_gguf, specials
+from avsr.models.llm import convert_gguf, read_config, specials
 from avsr.models.sources import locate, resolve
 from avsr.models.visual import VisualConfig, VisualModel
 
@@ -111,8 +111,8 @@ def outline_llm(config: LLMConfig) -> Outline:
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model = _empty_llm(AutoConfig.from_pretrained(str(source)))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        model = _empty_llm(read_config(source))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
@@ -135,7 +135,7 @@ def outline_encoder(settings: EncoderConfig, stream: str) -> EncoderOutline:
         config = AutoConfig.for_model(**PUBLISHED[name])
     elif hub and isinstance(source, str):
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}: {name}: {str(error).splitlines()[0]}") from error
     else:

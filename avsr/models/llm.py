@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
 from avsr.models.lora_targets import adapted_layers
-from avsr.models.sources import convert_once, locate
+from avsr.models.sources import convert_once, locate, read_config
 from avsr.runtime.folders import cache_folder
 from avsr.runtime.packages import verify
 
@@ -140,34 +140,6 @@ def convert_gguf(path: Path) -> Path:
         (folder / "done").write_text(json.dumps({"source": path.name, "bytes": path.stat().st_size}))
 
     return convert_once(path, target, "done", write)
-
-
-def read_config(source: Path | str) -> Any:
-    """A model's config. Of a file or folder, the sizes that it claims must fit the weights beside it, or building the
-    model would take hours or all memory.
-
-    Raises:
-        ValueError, OSError: they do not fit, or the config cannot be read.
-    """
-    if not isinstance(source, Path):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if source.suffix == ".gguf":
-        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
-        held = source.stat().st_size
-    else:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-        held = sum(path.stat().st_size for kind in ("safetensors", "bin") for path in source.glob(f"*.{kind}"))
-    text = config.get_text_config()
-    width, *counts = (
-        int(getattr(text, name, None) or 0)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    if held and width * max(counts) > 8 * held:  # no weight takes less than a bit
-        raise ValueError(
-            f"its config claims a width of {width}, {counts[0]} inside {counts[1]} layers, and {counts[2]} tokens, "
-            f"more than its {held} bytes can hold"
-        )
-    return config
 
 
 def whole_model(source: str, **options: Any) -> Any:

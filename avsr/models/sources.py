@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
@@ -28,6 +30,10 @@ _WAYS = (
     "Three ways out: connect, with an account where the model asks for one (hf auth login); or download it elsewhere "
     "(hf download {name} --local-dir FOLDER) and name {folder}, or set HF_HOME to the cache of a machine that has it "
     "and HF_HUB_OFFLINE=1; or name weights that come as a package (package:..., as recipe/demo does)"
+)
+_SIZES = (  # the last ones are Whisper's
+    *("num_hidden_layers", "intermediate_size", "vocab_size", "hidden_size"),
+    *("encoder_layers", "encoder_ffn_dim", "decoder_layers", "decoder_ffn_dim"),
 )
 _log = logging.getLogger("avsr")
 
@@ -189,6 +195,32 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def read_config(source: Path | str) -> Any:
+    """A model's config. Of a file or folder, the sizes that it claims must fit the weights beside it, or building the
+    model would take hours or all memory.
+
+    Raises:
+        ValueError, OSError: they do not fit, or the config cannot be read.
+    """
+    if not isinstance(source, Path):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if source.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
+        held = source.stat().st_size
+    else:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        held = sum(path.stat().st_size for kind in ("safetensors", "bin") for path in source.glob(f"*.{kind}"))
+    text = config.get_text_config()
+    sizes = {name: int(getattr(text, name, None) or 0) for name in _SIZES}
+    largest = max(sizes, key=lambda name: sizes[name])
+    if held and sizes[largest] * text.hidden_size > 8 * held:  # no weight takes less than a bit
+        raise ValueError(
+            f"its config claims {largest} = {sizes[largest]} and a width of {text.hidden_size}, more than its {held} "
+            "bytes can hold"
+        )
+    return config
 
 
 @contextmanager

@@ -163,6 +163,17 @@ def test_sizes_that_the_weights_cannot_fill_are_refused(folder: Path, key: str, 
         read(folder)
 
 
+@pytest.mark.parametrize("key", ["encoder_layers", "encoder_ffn_dim", "d_model", "decoder_layers", "vocab_size"])
+def test_sizes_of_a_whisper_that_its_weights_cannot_fill_are_refused(
+    tiny_whisper: Path, tmp_path: Path, key: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_whisper, tmp_path / "whisper"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, key: 2**31 - 8}))
+    with tools.bounded(), pytest.raises(UserError, match="more than its .* bytes can hold"):
+        Whisper(EncoderConfig(name=str(folder)))
+
+
 def test_code_beside_a_model_is_not_run_whatever_is_answered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = folder / "marker"
     about = json.loads((folder / "config.json").read_text())

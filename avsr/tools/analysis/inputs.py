@@ -15,9 +15,9 @@ from avsr.config import TASKS, Config, LLMConfig
 from avsr.data.batches import collate, make_batches
 from avsr.data.dataset import SpeechDataset
 from avsr.errors import UserError
-from avsr.models.llm import LoadedLLM, convert_gguf, load_llm, read_config
+from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
 from avsr.models.rows import Assembled
-from avsr.models.sources import locate
+from avsr.models.sources import locate, read_config
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.subject import Subject

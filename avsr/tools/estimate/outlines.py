@@ -23,8 +23,8 @@ from avsr.models.avhubert import UNUSED
 from avsr.models.avhubert_network import LARGE, AVHubert
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
-from avsr.models.llm import convert_gguf, read_config, specials
-from avsr.models.sources import locate, resolve
+from avsr.models.llm import convert_gguf, specials
+from avsr.models.sources import locate, read_config, resolve
 from avsr.models.visual import VisualConfig, VisualModel
 
 LETTERS = 4  # per token, without a tokenizer: SmolLM2's has 3.7 in our prompts, 5.3 in sentences
@@ -135,7 +135,7 @@ def outline_encoder(settings: EncoderConfig, stream: str) -> EncoderOutline:
         config = AutoConfig.for_model(**PUBLISHED[name])
     elif hub and isinstance(source, str):
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = read_config(source)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}: {name}: {str(error).splitlines()[0]}") from error
     else:

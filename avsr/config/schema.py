@@ -143,6 +143,10 @@ class DataConfig:
         "what to do about an utterance that cannot be used, also when its clip disappears during training",
         choices=("refuse", "skip"),
     )
+    max_bad: float = key(
+        0.05, "with data.on_bad=skip: the largest share of a manifest that may be left out", at_least=0, at_most=1
+    )
+    allow_absolute: bool = key(False, "manifests may name files outside their folder by absolute paths")
     min_seconds: float = key(0.1, "shortest usable clip", at_least=0)
     max_seconds: float = key(30.0, "longest usable clip", above=0)
     max_text_tokens: int = key(256, "longest usable transcript", at_least=1)

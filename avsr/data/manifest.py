@@ -3,8 +3,9 @@
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
 ``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
 
-No path leads out of the manifest's folder by its letters. Symbolic links below that folder are followed wherever they
-lead, since corpora are linked together; so a folder with links of a stranger is read like a program of a stranger.
+No path leads out of the manifest's folder by its letters, unless ``data.allow_absolute`` permits absolute ones.
+Symbolic links below that folder are followed wherever they lead, since corpora are linked together; so a folder with
+links of a stranger is read like a program of a stranger.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Utterance:
     where: str = ""  # "file:line", for messages
 
 
-def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = None) -> list[Utterance]:
+def read_manifest(
+    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False
+) -> list[Utterance]:
     """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr.
 
     Args:
@@ -46,6 +49,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
             (``ROOT/labels/x.csv``).
         on_bad: called with the message of every bad line, which is then skipped. Without it, the first bad line
             raises.
+        absolute: files may be named by absolute paths, wherever they are.
 
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
@@ -66,7 +70,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
             continue
         where = f"{path}:{number}"
         try:
-            row = parse(line, root, where)
+            row = parse(line, _Root(root, absolute), where)
             if row.id in seen:
                 raise UserError(f"{where}: the id {row.id!r} was already used at {seen[row.id]}")
         except UserError as error:
@@ -92,7 +96,15 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(part, path)
 
 
-def _parse_json(line: str, root: Path, where: str) -> Utterance:
+@dataclass(frozen=True)
+class _Root:
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves."""
+
+    folder: Path
+    absolute: bool
+
+
+def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is not text
@@ -165,7 +177,7 @@ def parse_label(line: str, where: str) -> Label:
     return Label(dataset, path, int(frames), _unquoted(fields[4]) if len(fields) == 5 else None)
 
 
-def _parse_csv(line: str, root: Path, where: str) -> Utterance:
+def _parse_csv(line: str, root: _Root, where: str) -> Utterance:
     """A line without a text (auto_avsr's) takes it from the parallel text tree: ``lrs3_text_seg16s/x.txt`` for
     ``lrs3_video_seg16s/x.mp4``."""
     label = parse_label(line, where)
@@ -191,7 +203,7 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
+def _parallel_text(root: _Root, dataset: str, relative: str, where: str) -> str:
     first, slash, rest = relative.partition("/")
     if "_video_" not in first or not slash:
         raise UserError(
@@ -205,11 +217,13 @@ def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
         raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 
 
-def _inside(root: Path, relative: str, where: str) -> Path:
+def _inside(root: _Root, relative: str, where: str) -> Path:
     """``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
-    path = Path(os.path.normpath(root / relative))
+    path = Path(os.path.normpath(root.folder / relative))
     if "\0" in relative:
         raise UserError(f"{where}: {relative!r} cannot be the path of a file")
-    if not path.is_relative_to(root):
-        raise UserError(f"{where}: the path {relative!r} leads outside {root}")
+    named = os.path.isabs(relative)
+    if not path.is_relative_to(root.folder) and not (named and root.absolute):
+        advice = "; avsr train and evaluate permit it with data.allow_absolute=true" if named else ""
+        raise UserError(f"{where}: the path {relative!r} leads outside {root.folder}{advice}")
     return path

@@ -10,7 +10,7 @@ from typing import Any
 from avsr.config import TASKS, Config
 from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
-from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance
 from avsr.data.mouth.single import mouth_video
@@ -82,6 +82,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                     title=f"read {title}",
                     reading=reading,
                     refuse=model.layout.unusable,
+                    rejected=Path(config.run) / REJECTED,
                 )
                 if not any(normalise(utterance.text) for utterance in sets[title].utterances):
                     raise UserError(

@@ -30,7 +30,8 @@ from avsr.training.optimizer_state import OptimizerState
 logger = logging.getLogger("avsr")
 # A resumed run may change these: its folder, logging and decoding, and what does not change the steps
 _FREE = (
-    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "data.on_bad", "training.keep_"),
+    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
+    *("data.on_bad", "data.max_bad", "data.allow_absolute"),
     *("noise.snr", "act."),  # used by evaluation only
     *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
     *("training.kernels", "training.compile", "loss.cross_entropy"),

@@ -2,7 +2,7 @@
 ``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
 
 The run folder gets config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
-tensorboard/, if needed lost.jsonl and nonfinite.jsonl, and during training .lock.
+tensorboard/, if needed rejected.jsonl, lost.jsonl and nonfinite.jsonl, and during training .lock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from avsr.config import Config, load_config
-from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
@@ -150,7 +150,15 @@ def _load_splits(
     def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
         title = f"read {name}"
         return load_dataset(
-            manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse, began=began.get(name)
+            manifest,
+            config.data,
+            store,
+            tokenize,
+            title=title,
+            reading=reading,
+            refuse=refuse,
+            began=began.get(name),
+            rejected=Path(config.run) / REJECTED,
         )
 
     task, augment, lossy = config.model.task, config.augment, config.data.on_bad == "skip"

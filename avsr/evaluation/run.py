@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance
+from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
+from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import Version
 from avsr.errors import UserError, visible
 from avsr.evaluation.act import calibrated
@@ -25,6 +27,7 @@ from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.progress import ProgressBar
 
+logger = logging.getLogger("avsr")
 WORST = 20  # utterances shown in errors.txt
 
 
@@ -89,7 +92,17 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                         f"data.test.{name}: {manifest}: no transcript has a word that decode.normaliser = "
                         f"{config.decode.normaliser} leaves, so nothing could be scored"
                     )
+    for line in _overlaps(config):
+        logger.warning(line)
     return sets
+
+
+def _overlaps(config: Config) -> list[str]:
+    try:
+        train = read_manifest(config.data.train, on_bad=lambda line: None, absolute=config.data.allow_absolute)
+    except UserError:  # a run may be evaluated where its training data is not
+        return []
+    return overlaps(train[: config.data.limit or None], judges(config.data))
 
 
 def evaluate(run: str | Path, overrides: list[str], which: str = "best") -> dict[str, Score]:

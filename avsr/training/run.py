@@ -21,6 +21,7 @@ import torch.distributed as dist
 from avsr.config import Config, load_config
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
+from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.models.build import build_model, build_store, load_some_weights, pick_device
@@ -164,7 +165,11 @@ def _load_splits(
     task, augment, lossy = config.model.task, config.augment, config.data.on_bad == "skip"
     reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed, lossy)
     plain = Reading(task, lossy=lossy)
-    return load("train", config.data.train, reading), load("validation", config.data.validation, plain)
+    train, validation = load("train", config.data.train, reading), load("validation", config.data.validation, plain)
+    if dist.get_rank() == 0:
+        for line in overlaps(train.utterances, {"data.validation": validation.utterances, **judges(config.data)}):
+            logger.warning(line)
+    return train, validation
 
 
 def attach(model: SpeechLLM, config: Config) -> None:

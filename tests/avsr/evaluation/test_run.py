@@ -67,3 +67,18 @@ def test_transcripts_without_a_word_are_found_before_decoding(
     write_manifest(manifest, [{**row, "text": "?!"} for row in rows])
     with pytest.raises(UserError, match=rf"data\.test\.unseen_voices: .*no transcript has a word .*{normaliser}"):
         evaluate(run_folder, [f"decode.normaliser={normaliser}"])
+
+
+def test_what_tests_share_with_training_is_said(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, model, store = load_run(run_folder, [], torch.device("cpu"))
+    load_test_sets(config, model, store)
+    assert "data.test.sentences: 4 of 4 texts are also in data.train" in caplog.text
+    assert "clips" not in caplog.text
+    config.data.train = config.data.test["sentences"]
+    caplog.clear()
+    load_test_sets(config, model, store)
+    assert "data.test.sentences: 4 of 4 clips are also in data.train" in caplog.text
+    caplog.clear()
+    config.data.train = "gone.jsonl"
+    load_test_sets(config, model, store)
+    assert "data.train" not in caplog.text

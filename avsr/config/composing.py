@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from avsr.errors import UserError
 
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
+_log = logging.getLogger("avsr")
 Schema = TypeVar("Schema")
 
 
@@ -58,6 +60,10 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise UserError(f"expected key=value, got {text!r}")
+        for old, new in _moved(schema).items():
+            if f"{key}.".startswith(f"{old}."):
+                key = new + key.removeprefix(old)
+                _log.warning("%s: this key is now called %s", text, key)
         if re.split(r"[.\[]", key, maxsplit=DEEPEST)[DEEPEST:]:
             raise UserError(f"{text[:80]!r}...: the key has more than {DEEPEST} parts")
         _refuse_unknown(nested(key, value), text, schema())
@@ -112,8 +118,10 @@ def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConf
         defaults = own.pop("defaults", None) or []
         if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
             raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
-        tree = OmegaConf.to_container(own)
+        tree: Any = OmegaConf.to_container(own)
         check_leaves(tree, str(path))
+        if _migrate(tree, _moved(schema), path):
+            own = OmegaConf.create(dict(tree))
     _refuse_unknown(tree, str(path), schema())
     parts: list[Any] = []
     for default in defaults:
@@ -162,6 +170,32 @@ def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
     assert isinstance(config, schema)
     expand_paths(config)
     return config
+
+
+def _moved(schema: type[Any]) -> dict[str, str]:
+    return getattr(schema, "moved", {})
+
+
+def _migrate(tree: Any, moved: Mapping[str, str], path: Path) -> bool:
+    """Renames what earlier versions called otherwise; returns whether there was anything."""
+    found = False
+    for old, new in moved.items():
+        *above, last = old.split(".")
+        holder = tree
+        for part in above:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or last not in holder:
+            continue
+        found, value = True, holder.pop(last)
+        *above, last = new.split(".")
+        place = tree
+        for part in above:
+            place = place.setdefault(part, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
+            raise UserError(f"{path}: {old} is now called {new}, which the file has as well")
+        place[last] = value
+        _log.warning("%s: %s is now called %s", path, old, new)
+    return found
 
 
 def _types(schema: type[Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -303,6 +304,13 @@ class LogConfig:
 @dataclass
 class Config:
     """All keys of ``avsr train`` and the commands that read a run."""
+
+    # Keys and groups of earlier versions, whose runs stay readable: what they are called now
+    moved: ClassVar[dict[str, str]] = {
+        "model.encoder": "model.audio.encoder",
+        "model.compression": "model.audio.compression",
+        "model.prompt": "model.prompts.audio",
+    }
 
     run: str = key(MISSING, "folder of this run", path=True)
     resume: bool = key(False, "continue the run from its last checkpoint")

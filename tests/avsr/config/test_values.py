@@ -48,7 +48,7 @@ def refusal(name: str, *overrides: str) -> str:
         ("loss.decorrelation=-1", ["loss.decorrelation", "at least 0"]),
         ("deepspeed.stage=4", ["deepspeed.stage", "4"]),
         ("decode.normaliser=google", ["decode.normaliser", "plain", "whisper", "google"]),
-        ("decode.beams=0", ["decode.beams", "at least 1"]),
+        ("decode.beams=0", ["decode.beams", "1 <= beams <= 256"]),
         ("run=", ["run"]),
         ("training.tasks={video: 1}", ["training.tasks", "model.task = audio knows audio", "'video'"]),
         ("decode.tasks=[fused]", ["decode.tasks", "'fused'"]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avsr.errors import EXIT_USER, UserError, guarded
+from avsr.errors import EXIT_USER, UserError, guarded, visible
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,11 +25,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if following is not None:
         following += rest
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("httpx", "matplotlib", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with guarded():
         arguments.run_command(arguments)
+
+
+class _Visible(logging.Formatter):
+    """Lines that may quote names of files leave the terminal as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), "\n\t")
 
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:
@@ -74,7 +83,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
     for name, score in scores.items():
-        print(f"{name}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({score.utterances} utterances, {score.words} words)")
+        counts = f"{score.utterances} utterances, {score.words} words"
+        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({counts})")
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
@@ -87,9 +97,9 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     for name, result in transcribe_files(arguments.run, names, overrides, arguments.out):
         if isinstance(result, UserError):
             failed += 1
-            print(f"avsr: {result}", file=sys.stderr)
+            print(f"avsr: {visible(str(result))}", file=sys.stderr)
         else:
-            print(f"{name}\t{result}", flush=True)
+            print(f"{visible(name)}\t{visible(result)}", flush=True)
     if failed:
         raise SystemExit(EXIT_USER)
 
@@ -160,8 +170,13 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, A
     return flags, options
 
 
-_CONFIG = _argument("config", help="a YAML file or a recipe's name")
-_RUN = _argument("run", help="the run folder")
+def _path(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument that is a path; the shell expands no ``~`` in ``--out=~/x``."""
+    return _argument(*flags, type=os.path.expanduser, **options)
+
+
+_CONFIG = _path("config", help="a YAML file or a recipe's name")
+_RUN = _path("run", help="the run folder")
 _CHECKPOINT = _argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
 _OVERRIDES = _argument("overrides", nargs="*", metavar="key=value")
 _KEYS, _PRETRAIN_KEYS = "avsr.config:Config", "avsr.tools.lipreader.pretrain:PretrainConfig"
@@ -226,8 +241,8 @@ _COMMANDS = {
         "print one line of text for each sound or video file",
         [
             _RUN,
-            _argument("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
-            _argument("--out", metavar="FOLDER", help="also write transcripts.jsonl there, and go on after a stop"),
+            _path("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
+            _path("--out", metavar="FOLDER", help="also write transcripts.jsonl there, and go on after a stop"),
         ],
         _KEYS,
     ),
@@ -241,7 +256,7 @@ _COMMANDS = {
         _analyze,
         "write analysis.json and report.html of runs or language models",
         [
-            _argument(
+            _path(
                 "targets",
                 nargs="+",
                 metavar="TARGET",
@@ -249,17 +264,17 @@ _COMMANDS = {
                 "and key=value: of a run's config, or of a model model.llm.bos_token=TOKEN, "
                 "model.llm.eos_token=TOKEN, limit=N",
             ),
-            _argument("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
-            _argument("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
-            _argument("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
-            _argument("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
+            _path("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
+            _path("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
+            _path("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
+            _path("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
         ],
     ),
     "average": _Command(
         _average,
         "write the mean of a run's newest checkpoints as checkpoints/average",
         [
-            _argument("run", help="the run folder, trained with training.keep_last"),
+            _path("run", help="the run folder, trained with training.keep_last"),
             _argument("--last", type=int, default=0, metavar="N", help="the newest N (default: all that are kept)"),
         ],
     ),
@@ -267,9 +282,9 @@ _COMMANDS = {
         _import,
         "make a run from an official Llama-AVSR checkpoint",
         [
-            _argument("checkpoint", help="model_avg_N.pth"),
-            _argument("--config", required=True, help="a YAML file or a recipe's name that describes it"),
-            _argument("--out", required=True, help="the run folder to create"),
+            _path("checkpoint", help="model_avg_N.pth"),
+            _path("--config", required=True, help="a YAML file or a recipe's name that describes it"),
+            _path("--out", required=True, help="the run folder to create"),
             _argument("--reduction", type=int, metavar="R", help="its --reduction_lora, instead of model.lora"),
             _argument("--alpha", type=float, metavar="A", help="its --alpha: LoRA is scaled by A / R"),
             _OVERRIDES,
@@ -280,7 +295,7 @@ _COMMANDS = {
     "synth": _Command(
         _synth,
         "make a corpus of synthetic speech",
-        [_argument("out", help="the folder to create"), _OVERRIDES],
+        [_path("out", help="the folder to create"), _OVERRIDES],
         _SYNTH_KEYS,
     ),
     "prepare": _Command(
@@ -288,8 +303,8 @@ _COMMANDS = {
         "turn the videos of a corpus into mouth crops, sound and manifests",
         [
             _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
-            _argument("root", help="the corpus as it was distributed"),
-            _argument("out", help="the folder to create"),
+            _path("root", help="the corpus as it was distributed"),
+            _path("out", help="the folder to create"),
             _OVERRIDES,
         ],
         _PREPARE_KEYS,

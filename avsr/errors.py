@@ -14,19 +14,28 @@ EXIT_PREEMPTED = 75  # SIGTERM, after writing a checkpoint: run the same command
 EXIT_HUNG = 124  # ended by the watchdog
 EXIT_INTERRUPTED = 130
 
+# Control characters, ends of lines of Unicode, those that turn the direction of what follows, and halves of pairs
+_HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL, with the user name before it
+
+
+def visible(text: str, keep: str = "") -> str:
+    """``text`` on one line for a terminal or a page: characters that would act instead of being seen are escaped as in
+    Python, except those in ``keep``. Names of files and transcripts may hold any."""
+    return _HIDDEN.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 class UserError(Exception):
     """Bad input: the message names the file, line, key or value and what to do.
 
     A command prints it without a traceback and exits with status 2. It may quote files, so passwords of URLs are
-    removed and control characters are escaped, except tabs and line ends.
+    removed and control characters are escaped, except those in ``kept``.
     """
 
+    kept = "\n\t"
+
     def __init__(self, message: str) -> None:
-        shown = PASSWORD.sub("***", message)
-        super().__init__("".join(c if c >= " " and c != "\x7f" or c in "\n\t" else repr(c)[1:-1] for c in shown))
+        super().__init__(visible(PASSWORD.sub("***", message), self.kept))
 
 
 def at(where: str) -> str:
@@ -35,7 +44,9 @@ def at(where: str) -> str:
 
 
 class ClipError(UserError):
-    """The clip of one utterance cannot be used; others can."""
+    """The clip of one utterance cannot be used; others can. The message has one line, whatever its files are called."""
+
+    kept = ""
 
 
 class Interrupted(Exception):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,18 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from avsr.config.keys import keys
-from avsr.errors import PASSWORD, UserError
+from avsr.config.keys import expand_paths, keys
+from avsr.config.reading import DEEPEST, check_leaves, nested, parse, parse_override
+from avsr.errors import UserError
 
-_DEEPEST = 32  # levels; ours have 5
-_MOST_LETTERS = 2**20
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
+_log = logging.getLogger("avsr")
 Schema = TypeVar("Schema")
 
 
@@ -47,7 +47,7 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
     Args:
         name: a YAML file, or the name of one below ``configs/`` or ``configs/recipe/`` without its suffix; several
             joined by "+", of which later ones win.
-        overrides: such as ``training.steps=50``.
+        overrides: such as ``training.steps=50``. The value of a key that holds text is taken as it is, others are YAML.
         schema: a dataclass whose fields all have defaults; ``MISSING`` ones must be given.
 
     Raises:
@@ -60,13 +60,16 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise UserError(f"expected key=value, got {text!r}")
-        if re.split(r"[.\[]", key, maxsplit=_DEEPEST)[_DEEPEST:]:
-            raise UserError(f"{text[:80]!r}...: the key has more than {_DEEPEST} parts")
-        _refuse_unknown(_nested(key, value), text, schema())
+        for old, new in _moved(schema).items():
+            if f"{key}.".startswith(f"{old}."):
+                key = new + key.removeprefix(old)
+                _log.warning("%s: this key is now called %s", text, key)
+        if re.split(r"[.\[]", key, maxsplit=DEEPEST)[DEEPEST:]:
+            raise UserError(f"{text[:80]!r}...: the key has more than {DEEPEST} parts")
+        _refuse_unknown(nested(key, value), text, schema())
         with _as_user_error(repr(text)):
-            _check_yaml(value, repr(text))
-            given = OmegaConf.from_dotlist([text])
-            _check_leaves(OmegaConf.to_container(given), "override")
+            given = OmegaConf.load(io.StringIO(parse_override(key, value, _types(schema))))
+            check_leaves(OmegaConf.to_container(given), "override")
             merged = OmegaConf.merge(merged, given)
     return _typed(merged, name, schema)
 
@@ -109,16 +112,16 @@ def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConf
     if path in above:
         raise UserError(f"{path}: its defaults lead back to itself")
     with _as_user_error(f"{path}: not a readable YAML file"):
-        text = path.read_text(encoding="utf-8")
-        _check_yaml(text, str(path))
-        own = OmegaConf.load(io.StringIO(text))
+        own = OmegaConf.load(io.StringIO(parse(path.read_text(encoding="utf-8-sig"), str(path), _types(schema))))
         if not isinstance(own, DictConfig):
             raise UserError(f"{path}: expected keys and values at the top")
         defaults = own.pop("defaults", None) or []
         if not isinstance(defaults, ListConfig) and defaults or not all(isinstance(name, str) for name in defaults):
             raise UserError(f"{path}: defaults: expected a list of names below configs/, got {defaults!r}")
-        tree = OmegaConf.to_container(own)
-        _check_leaves(tree, str(path))
+        tree: Any = OmegaConf.to_container(own)
+        check_leaves(tree, str(path))
+        if _migrate(tree, _moved(schema), path):
+            own = OmegaConf.create(dict(tree))
     _refuse_unknown(tree, str(path), schema())
     parts: list[Any] = []
     for default in defaults:
@@ -128,45 +131,6 @@ def _compose(path: Path, above: tuple[Path, ...], schema: type[Any]) -> DictConf
         parts.append(_compose(part, (*above, path), schema))
     with _as_user_error(str(path)):
         return _merge([*parts, own], schema)
-
-
-def _check_yaml(text: str, where: str) -> None:
-    """Refuses what no config needs: values nested so deeply that reading them fails, and OmegaConf's resolvers, one of
-    which would write environment variables, such as a hub token, into a run's config.
-
-    Raises:
-        UserError: the text contains one of these, or is too large.
-        YAMLError: it is not YAML.
-    """
-    if len(text) > _MOST_LETTERS:
-        raise UserError(f"{where[:200]}: {len(text)} letters, more than a config has")
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise UserError(f"{where[:200]}: values nested more than {_DEEPEST} deep")
-        if isinstance(event, yaml.ScalarEvent) and ":" in event.value.partition("${")[2]:
-            raise UserError(
-                f"{where}: {event.value!r} is refused: only values of other keys can be inserted, as ${{KEY}}"
-            )
-
-
-def _check_leaves(value: Any, where: str, key: str = "") -> None:
-    """Refuses numbers beyond 64 bits, and strings that the run's files cannot or must not contain."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            _check_leaves(name, where, key)
-            _check_leaves(inner, where, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_leaves(inner, where, key)
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{where}: {key}: a number of {value.bit_length()} bits")
-    elif isinstance(value, str):
-        if "\0" in value or value != value.encode("utf-8", "replace").decode():
-            raise UserError(f"{where}: {key}: {value!r} has characters that are not text")
-        if PASSWORD.search(value):
-            raise UserError(f"{where}: {key}: {value} has a password, which would be saved in the run's folder")
 
 
 @contextmanager
@@ -204,14 +168,38 @@ def _typed(merged: Any, name: str, schema: type[Schema]) -> Schema:
             raise UserError(f"{name}: no value for {', '.join(missing)}")
         config = OmegaConf.to_object(full)
     assert isinstance(config, schema)
+    expand_paths(config)
     return config
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    tree: Any = value
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return tree
+def _moved(schema: type[Any]) -> dict[str, str]:
+    return getattr(schema, "moved", {})
+
+
+def _migrate(tree: Any, moved: Mapping[str, str], path: Path) -> bool:
+    """Renames what earlier versions called otherwise; returns whether there was anything."""
+    found = False
+    for old, new in moved.items():
+        *above, last = old.split(".")
+        holder = tree
+        for part in above:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or last not in holder:
+            continue
+        found, value = True, holder.pop(last)
+        *above, last = new.split(".")
+        place = tree
+        for part in above:
+            place = place.setdefault(part, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last in place:
+            raise UserError(f"{path}: {old} is now called {new}, which the file has as well")
+        place[last] = value
+        _log.warning("%s: %s is now called %s", path, old, new)
+    return found
+
+
+def _types(schema: type[Any]) -> dict[str, str]:
+    return {item.name: item.type for item in keys(schema())}
 
 
 def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Rule:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    path: bool = False  # of a file or folder: a leading ~ is the user's home
 
     def allows(self, value: Any) -> bool:
         return (
@@ -53,12 +55,12 @@ class Rule:
         return f"at most {high}" if high is not None else f"less than {self.below:g}" if right else ""
 
 
-def key(default: Any, help: str, **bounds: Any) -> Any:
+def key(default: Any, help: str = "", **bounds: Any) -> Any:
     """A dataclass field for one key.
 
     Args:
         default: its default; a list or dict is copied for every instance. ``MISSING`` when it must be given.
-        help: what it does, as a phrase without a period.
+        help: what it does, as a phrase without a period; "" where the docstring of the class says it.
         bounds: the other fields of :class:`Rule`.
     """
     metadata = {"rule": Rule(help, **bounds)}
@@ -137,6 +139,22 @@ def check(config: Any) -> None:
         if not item.rule.allows(item.value):
             shown = repr(item.value) if item.rule.choices else item.value
             raise UserError(f"{item.name}: expected {item.rule.expected(item.name.split('.')[-1])}, got {shown}")
+
+
+def expand_paths(config: Any) -> None:
+    """Replaces a leading ``~`` or ``~user`` in all paths of nested dataclasses."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            expand_paths(value)
+        elif item.metadata.get("rule", Rule()).path:
+            setattr(config, item.name, _expanded(value))
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(inner) for name, inner in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _below(name: str, choices: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:

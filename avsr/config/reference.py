@@ -32,8 +32,9 @@ A config is a small YAML file with a `defaults` list of other files, named by th
 
 - A config on the command line is a YAML file, or the name of one below `configs/` or `configs/recipe/`. "+" joins
   several, of which later ones win.
-- `key=value` overrides one key. Values are YAML: `null`, `true`, `[1, 2]`, `.inf`. A value may refer to another key:
-  `log.wandb='${run}'`.
+- `key=value` overrides one key. Values are YAML (`null`, `true`, `[1, 2]`, `.inf`), but text is taken as it is: after
+  `run=` follows the name of the folder without quotes, whatever is in it. A value may refer to another key:
+  `log.wandb='${run}'`. In files, too, unquoted text stays text (`run: 007`), and `~` is expanded in every path.
 - A table with free names (`data.test`, `training.tasks`) replaces an earlier one; an override changes one name of it.
 - Unknown keys and bad values are refused; the message names the nearest key or the allowed values.
 - The run folder keeps the resolved config as `config.yaml`, which is a config as well.

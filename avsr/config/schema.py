@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -30,7 +31,7 @@ class LoraConfig:
     rank: int = key(16, "rank; 0 disables LoRA", at_least=0)
     alpha: float = key(32.0, "numerator of the scale alpha / rank", above=0, below=math.inf)
     dropout: float = key(0.0, "dropout of its input", at_least=0, below=1)
-    targets: list[str] = key(["q_proj", "v_proj"], "names of the linear layers that are adapted")
+    targets: list[str] = key(["q_proj", "v_proj"], "linear layers that are adapted; all-linear means all")
 
 
 def _no_lora() -> LoraConfig:
@@ -44,7 +45,7 @@ class EncoderConfig:
 
     kind: str = key("whisper", "architecture", choices=("whisper", "wavlm", "avhubert", "visual"))
     name: str | None = key(
-        None, "hub id, file, folder, package:NAME or run:PATH; required for the streams of model.task"
+        None, "hub id, file, folder, package:NAME or run:PATH; required for the streams of model.task", path=True
     )
     pad_to_30s: bool = key(
         False, "Whisper: pad to 30 s for exact parity with Hugging Face; false encodes the clip alone"
@@ -81,7 +82,7 @@ class DelimiterConfig:
 class LLMConfig:
     """``name`` is a hub id, a folder, a .gguf file, or ``package:NAME`` of an installed package."""
 
-    name: str = key(MISSING, "hub id, folder, .gguf file or package:NAME")
+    name: str = key(MISSING, "hub id, folder, .gguf file or package:NAME", path=True)
     bos_token: str | None = key(None, "the anchor, when the tokenizer has no BOS")
     eos_token: str | None = key(None, "the end of a text, when the tokenizer has no EOS")
     attention: str = key(
@@ -135,18 +136,22 @@ class ModelConfig:
 class DataConfig:
     """Manifests, the limits of usable clips, and the feature cache."""
 
-    train: str = key(MISSING, "training manifest")
-    validation: str = key(MISSING, "validation manifest, which chooses the best checkpoint")
-    test: dict[str, str] = key({}, "test manifests by name (data.test.NAME=PATH)")
+    train: str = key(MISSING, "training manifest", path=True)
+    validation: str = key(MISSING, "validation manifest, which chooses the best checkpoint", path=True)
+    test: dict[str, str] = key({}, "test manifests by name (data.test.NAME=PATH)", path=True)
     on_bad: str = key(
         "refuse",
         "what to do about an utterance that cannot be used, also when its clip disappears during training",
         choices=("refuse", "skip"),
     )
+    max_bad: float = key(
+        0.05, "with data.on_bad=skip: the largest share of a manifest that may be left out", at_least=0, at_most=1
+    )
+    allow_absolute: bool = key(False, "manifests may name files outside their folder by absolute paths")
     min_seconds: float = key(0.1, "shortest usable clip", at_least=0)
     max_seconds: float = key(30.0, "longest usable clip", above=0)
     max_text_tokens: int = key(256, "longest usable transcript", at_least=1)
-    cache: str | None = key(None, "folder of encoder features; null encodes in every step")
+    cache: str | None = key(None, "folder of encoder features; null encodes in every step", path=True)
     limit: int = key(0, "use the first n utterances of every manifest; 0 = all", at_least=0)
     workers: int = key(0, "loader processes", at_least=0)
     verify: bool = key(
@@ -159,8 +164,8 @@ class DataConfig:
 class NoiseConfig:
     """Babble to mix in, from a sound file or from the other speakers of a manifest."""
 
-    file: str | None = key(None, "sound file with noise")
-    babble: str | None = key(None, "without noise.file: manifest whose speakers babble; null = data.train")
+    file: str | None = key(None, "sound file with noise", path=True)
+    babble: str | None = key(None, "without noise.file: manifest whose speakers babble; null = data.train", path=True)
     talkers: int = key(8, "voices mixed from the manifest", at_least=1)
     snr: list[float] = key([], "dB at which avsr evaluate scores; inf = clean; empty = clean only")
 
@@ -210,7 +215,9 @@ class TrainingConfig:
     frames: int = key(1000, "encoder frames in a micro-batch, over all streams and including padding", at_least=1)
     utterances: int = key(64, "most utterances in a micro-batch", at_least=1)
     initial_weights: str | None = key(
-        None, "safetensors file of weights to start from, named as in a checkpoint; all others are drawn as usual"
+        None,
+        "safetensors file of weights to start from, named as in a checkpoint; all others are drawn as usual",
+        path=True,
     )
     precision: str = key("auto", "auto = bf16 where the hardware multiplies it fast", choices=("fp32", "bf16", "auto"))
     gradient_checkpointing: str = key(
@@ -251,14 +258,14 @@ class DeepSpeedConfig:
     stage: int = key(1, "ZeRO stage", choices=(0, 1, 2, 3))
     offload_optimizer: bool = key(False, "keep master weights and optimizer state in host memory (stages 1 to 3)")
     offload_parameters: bool = key(False, "keep weights there too, each fetched for its layer (stage 3)")
-    config: str | None = key(None, "a DeepSpeed JSON file to use instead")
+    config: str | None = key(None, "a DeepSpeed JSON file to use instead", path=True)
 
 
 @dataclass
 class DecodeConfig:
     """Decoding and scoring in avsr evaluate and transcribe."""
 
-    beams: int = key(1, "beams; 1 = greedy", at_least=1)
+    beams: int = key(1, "beams; 1 = greedy", at_least=1, at_most=256)
     nbest: int = key(1, "hypotheses per utterance in hypotheses.jsonl; at most decode.beams", at_least=1)
     batch: int = key(16, "utterances decoded at once", at_least=1)
     length_penalty: float = key(
@@ -283,7 +290,7 @@ class ActConfig:
         1.0, "fraction of a sink's attention that is kept; 1 = off; 0.4 in the paper", at_least=0, at_most=1
     )
     threshold: float = key(0.1, "mean attention in a head from which a token is a sink", above=0, below=1)
-    heads: str | None = key(None, "null: act_heads.json of the run | all | such a file")
+    heads: str | None = key(None, "null: act_heads.json of the run | all | such a file", path=True)
 
 
 @dataclass
@@ -298,7 +305,14 @@ class LogConfig:
 class Config:
     """All keys of ``avsr train`` and the commands that read a run."""
 
-    run: str = key(MISSING, "folder of this run")
+    # Keys and groups of earlier versions, whose runs stay readable: what they are called now
+    moved: ClassVar[dict[str, str]] = {
+        "model.encoder": "model.audio.encoder",
+        "model.compression": "model.audio.compression",
+        "model.prompt": "model.prompts.audio",
+    }
+
+    run: str = key(MISSING, "folder of this run", path=True)
     resume: bool = key(False, "continue the run from its last checkpoint")
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)

@@ -15,6 +15,11 @@ from avsr.data.video import read_video, read_video_sound
 from avsr.errors import UserError, at
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+# of sound that libsndfile does not read, and of videos that are read for their sound alone
+SOUND_SUFFIXES = (
+    *(".m4a", ".m4b", ".aac", ".wma", ".mka", ".ac3", ".eac3", ".amr", ".ape", ".wv", ".tta", ".dts"),
+    *(".3gp", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf", ".ogv", ".vob", ".mxf"),
+)
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
 
@@ -79,7 +84,7 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     path = utterance.audio or utterance.video
     if path is None:
         raise UserError(f"{place}{utterance.id!r} has no audio")
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
+    if path.suffix.lower() not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
         return load_audio(path, where=utterance.where)
     wave = read_video_sound(path, where=utterance.where)
     if wave is None:

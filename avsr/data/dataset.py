@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -14,11 +16,12 @@ from torch.utils.data import Dataset
 from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.manifest import Utterance, read_manifest, write_manifest
 from avsr.data.transforms import PLAIN, Version
-from avsr.errors import ClipError, UserError
+from avsr.errors import ClipError, UserError, visible
 
 logger = logging.getLogger("avsr")
+REJECTED = "rejected.jsonl"  # in the folder of a run
 _SHOWN = 5  # bad lines named in one message
 
 
@@ -120,6 +123,7 @@ def load_dataset(
     reading: Reading,
     refuse: Refuse = lambda frames, tokens: "",
     began: Mapping[str, int] | None = None,
+    rejected: Path | None = None,
 ) -> SpeechDataset:
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
 
@@ -134,14 +138,16 @@ def load_dataset(
             used, or "".
         began: ``frames`` of the dataset that the run began with. The result then has the same utterances and sizes in
             the same order, whatever has happened to their clips since.
+        rejected: with ``data.on_bad`` "skip", a file of JSON lines (manifest, id, reason) in which those of this
+            manifest are replaced by the utterances that are left out now.
 
     Raises:
-        UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or none can; or the manifest lacks one
-            of ``began``.
+        UserError: an utterance cannot be used and ``data.on_bad`` is "refuse"; or more than ``data.max_bad`` of them
+            cannot, or none can; or the manifest lacks one of ``began``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append)[: config.limit or None]
+    utterances = read_manifest(manifest, on_bad=lines.append, absolute=config.allow_absolute)[: config.limit or None]
     bad = {f"bad line {number}": line for number, line in enumerate(lines)}
     if began is not None:
         utterances = _again(utterances, began, manifest)
@@ -161,8 +167,10 @@ def load_dataset(
         bad.update(part.bad)
         store.sizes.update(part.sizes)
         frames.update(part.frames)
+    if rejected is not None and rank == 0 and config.on_bad == "skip":
+        _keep_rejected(rejected, manifest, bad)
     if bad:
-        _report(bad, manifest, len(utterances) + len(lines), skip=config.on_bad == "skip")
+        _report(bad, manifest, len(utterances) + len(lines), config, rejected)
     usable = [u for u in utterances if u.id not in bad]
     if not usable:
         raise UserError(f"{manifest}: no utterance can be used")
@@ -175,8 +183,9 @@ def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str)
     by_id = {utterance.id: utterance for utterance in utterances}
     gone = [name for name in began if name not in by_id]
     if gone:
+        first = ", ".join(map(visible, gone[:_SHOWN]))
         raise UserError(
-            f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({', '.join(gone[:_SHOWN])}); "
+            f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({first}); "
             "restore its lines, or begin a new run with run="
         )
     if len(by_id) > len(began):
@@ -210,15 +219,32 @@ def _check(
     return Checked(bad, {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}, frames)
 
 
-def _report(bad: dict[str, str], manifest: str, total: int, *, skip: bool) -> None:
-    listed = "\n  ".join(list(bad.values())[:_SHOWN])
+def _keep_rejected(path: Path, manifest: str, bad: dict[str, str]) -> None:
+    try:
+        rows = (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
+        )
+        others = [row for row in rows if row["manifest"] != manifest]
+        write_manifest(path, [*others, *({"manifest": manifest, "id": id, "reason": bad[id]} for id in bad)])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s: cannot keep the list of what is left out: %s", path, error)
+
+
+def _report(bad: dict[str, str], manifest: str, total: int, config: DataConfig, rejected: Path | None) -> None:
+    listed = "\n  ".join(map(visible, list(bad.values())[:_SHOWN]))
     more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    if not skip:
+    if config.on_bad != "skip":
         raise UserError(
             f"{manifest}: {len(bad)} of {total} utterances cannot be used (data.on_bad=skip leaves them out):\n  "
             f"{listed}{more}"
         )
-    logger.warning("%s: skipped %d utterances:\n  %s%s", manifest, len(bad), listed, more)
+    more += f"\n  all are in {rejected}" if rejected is not None else ""
+    if len(bad) > config.max_bad * total:
+        raise UserError(
+            f"{manifest}: {len(bad)} of {total} utterances cannot be used, more than data.max_bad = {config.max_bad:g} "
+            f"of them:\n  {listed}{more}"
+        )
+    logger.warning("%s: skipped %d of %d utterances:\n  %s%s", manifest, len(bad), total, listed, more)
 
 
 def _gather(own: Checked, world: int) -> list[Checked]:

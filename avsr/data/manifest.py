@@ -2,6 +2,10 @@
 
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
 ``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
+
+No path leads out of the manifest's folder by its letters, unless ``data.allow_absolute`` permits absolute ones.
+Symbolic links below that folder are followed wherever they lead, since corpora are linked together; so a folder with
+links of a stranger is read like a program of a stranger.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ class Utterance:
     where: str = ""  # "file:line", for messages
 
 
-def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = None) -> list[Utterance]:
+def read_manifest(
+    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False
+) -> list[Utterance]:
     """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr.
 
     Args:
@@ -44,13 +50,14 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
             (``ROOT/labels/x.csv``).
         on_bad: called with the message of every bad line, which is then skipped. Without it, the first bad line
             raises.
+        absolute: files may be named by absolute paths, wherever they are.
 
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # a name with a NUL, or not UTF-8
         raise UserError(f"cannot read the manifest {path}: {error}") from error
     parse, root = (
@@ -64,7 +71,7 @@ def read_manifest(path: str | Path, *, on_bad: Callable[[str], None] | None = No
             continue
         where = f"{path}:{number}"
         try:
-            row = parse(line, root, where)
+            row = parse(line, _Root(root, absolute), where)
             if row.id in seen:
                 raise UserError(f"{where}: the id {row.id!r} was already used at {seen[row.id]}")
         except UserError as error:
@@ -85,7 +92,15 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_durably(Path(path), as_lines(rows))
 
 
-def _parse_json(line: str, root: Path, where: str) -> Utterance:
+@dataclass(frozen=True)
+class _Root:
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves."""
+
+    folder: Path
+    absolute: bool
+
+
+def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is not text
@@ -158,7 +173,7 @@ def parse_label(line: str, where: str) -> Label:
     return Label(dataset, path, int(frames), _unquoted(fields[4]) if len(fields) == 5 else None)
 
 
-def _parse_csv(line: str, root: Path, where: str) -> Utterance:
+def _parse_csv(line: str, root: _Root, where: str) -> Utterance:
     """A line without a text (auto_avsr's) takes it from the parallel text tree: ``lrs3_text_seg16s/x.txt`` for
     ``lrs3_video_seg16s/x.mp4``."""
     label = parse_label(line, where)
@@ -184,7 +199,7 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
+def _parallel_text(root: _Root, dataset: str, relative: str, where: str) -> str:
     first, slash, rest = relative.partition("/")
     if "_video_" not in first or not slash:
         raise UserError(
@@ -193,16 +208,18 @@ def _parallel_text(root: Path, dataset: str, relative: str, where: str) -> str:
         )
     path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
     try:
-        return " ".join(path.read_text(encoding="utf-8").lower().split())
+        return " ".join(path.read_text(encoding="utf-8-sig").lower().split())
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 
 
-def _inside(root: Path, relative: str, where: str) -> Path:
+def _inside(root: _Root, relative: str, where: str) -> Path:
     """``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
-    path = Path(os.path.normpath(root / relative))
+    path = Path(os.path.normpath(root.folder / relative))
     if "\0" in relative:
         raise UserError(f"{where}: {relative!r} cannot be the path of a file")
-    if not path.is_relative_to(root):
-        raise UserError(f"{where}: the path {relative!r} leads outside {root}")
+    named = os.path.isabs(relative)
+    if not path.is_relative_to(root.folder) and not (named and root.absolute):
+        advice = "; avsr train and evaluate permit it with data.allow_absolute=true" if named else ""
+        raise UserError(f"{where}: the path {relative!r} leads outside {root.folder}{advice}")
     return path

@@ -17,7 +17,7 @@ from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
 from avsr.data.clip import load_clip
 from avsr.data.manifest import Utterance, read_manifest
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 
 logger = logging.getLogger("avsr")
 
@@ -34,19 +34,20 @@ class Babble:
     Args:
         config: file, or manifest and number of talkers.
         manifest: used when ``config.babble`` is null.
+        absolute: as of :func:`~avsr.data.manifest.read_manifest`.
 
     Raises:
         UserError: the file or manifest cannot be read.
     """
 
-    def __init__(self, config: NoiseConfig, manifest: str) -> None:
+    def __init__(self, config: NoiseConfig, manifest: str, absolute: bool = False) -> None:
         self._talkers = config.talkers
         self._source = config.file or config.babble or manifest
         self._wave = load_audio(Path(config.file), where="noise.file") if config.file else None
         self._utterances: list[Utterance] = []
         if config.file is None:
             bad: list[str] = []
-            rows = read_manifest(self._source, on_bad=bad.append)
+            rows = read_manifest(self._source, on_bad=bad.append, absolute=absolute)
             self._utterances = sorted(rows, key=lambda row: row.speaker)
             speakers = [row.speaker for row in self._utterances]
             self._own = {
@@ -99,9 +100,9 @@ def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
     return torchaudio.functional.add_noise(wave, noise, torch.tensor(float(snr)))
 
 
-def make_babble(config: NoiseConfig, levels: Sequence[float], manifest: str) -> Babble | None:
+def make_babble(config: NoiseConfig, levels: Sequence[float], manifest: str, absolute: bool = False) -> Babble | None:
     """The noise source, with ``manifest`` as the default corpus; None when all ``levels`` (dB) are clean."""
-    return None if all(level == CLEAN for level in levels) else Babble(config, manifest)
+    return None if all(level == CLEAN for level in levels) else Babble(config, manifest, absolute)
 
 
 def _segment(wave: Tensor, samples: int, rng: random.Random) -> Tensor:
@@ -123,5 +124,5 @@ def _usable(utterance: Utterance) -> Tensor | None:
     try:
         return load_clip(utterance, frozenset({"audio"}), 0.0).wave
     except UserError as error:
-        logger.warning("%s: left out of the babble", error)
+        logger.warning("%s: left out of the babble", visible(str(error)))
         return None

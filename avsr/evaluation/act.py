@@ -78,7 +78,7 @@ def _read(config: Config, model: SpeechLLM) -> Heads:
             f"act.heads: {path} is missing; make it with 'avsr act-search {config.run}', or take act.heads=all"
         )
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"act.heads: {path}: not a readable JSON file: {error}") from error
     layers, count = size_of(model)

@@ -13,13 +13,14 @@ from typing import Any
 from avsr.config import TASKS, Config, read_run_config
 from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
-from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance
+from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
+from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import Version
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_speaker
 from avsr.evaluation.decode import transcribe
@@ -86,11 +87,12 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
     The name of a condition follows that of the set: "sentences", "sentences -5 dB", "sentences video".
 
     Raises:
-        UserError: the config names none, or an utterance cannot be used.
+        UserError: the config names none, an utterance cannot be used, or no transcript of a manifest has a word.
     """
     if not config.data.test:
         raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
     sets = {}
+    normalise = normaliser(config.decode.normaliser)
     for name, manifest in config.data.test.items():
         for task in config.decode.tasks or [config.model.task]:
             for snr in config.noise.snr or [CLEAN]:
@@ -104,8 +106,24 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                     title=f"read {title}",
                     reading=reading,
                     refuse=model.layout.unusable,
+                    rejected=Path(config.run) / REJECTED,
                 )
+                if not any(normalise(utterance.text) for utterance in sets[title].utterances):
+                    raise UserError(
+                        f"data.test.{name}: {manifest}: no transcript has a word that decode.normaliser = "
+                        f"{config.decode.normaliser} leaves, so nothing could be scored"
+                    )
+    for line in _overlaps(config):
+        logger.warning(line)
     return sets
+
+
+def _overlaps(config: Config) -> list[str]:
+    try:
+        train = read_manifest(config.data.train, on_bad=lambda line: None, absolute=config.data.allow_absolute)
+    except UserError:  # a run may be evaluated where its training data is not
+        return []
+    return overlaps(train[: config.data.limit or None], judges(config.data))
 
 
 def evaluate(
@@ -195,7 +213,8 @@ def worst(rows: Sequence[Row], config: Config) -> str:
             rated.append((score([row["reference"]], [row["hypothesis"]], normalise).wer, row))
     rated.sort(key=lambda pair: (-pair[0], pair[1]["set"], pair[1]["id"]))
     parts = [
-        f"{row['set']}/{row['id']}  WER {rate:.2f}\n{alignment(row['reference'], row['hypothesis'], normalise)}\n"
+        f"{visible(row['set'] + '/' + row['id'])}  WER {rate:.2f}\n"
+        f"{alignment(row['reference'], row['hypothesis'], normalise)}\n"
         for rate, row in rated[:WORST]
         if rate > 0
     ]

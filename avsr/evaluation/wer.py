@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import jiwer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from avsr.errors import visible
+
 _NOT_WORD = re.compile(r"[^\w']|_|(?<!\w)'|'(?!\w)")
 
 
@@ -77,7 +79,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str], normalise: Calla
 
 def alignment(reference: str, hypothesis: str, normalise: Callable[[str], str] = plain) -> str:
     """Three lines: reference, hypothesis, and S, D or I under every error."""
-    pair = normalise(reference), normalise(hypothesis)
+    pair = visible(normalise(reference)), visible(normalise(hypothesis))
     if not pair[0]:
         return f"REF: \nHYP: {pair[1]}\n"
     shown = jiwer.visualize_alignment(jiwer.process_words(*pair), show_measures=False, skip_correct=False)

@@ -19,6 +19,7 @@ _NEEDS = {
     "video": frozenset({"video"}),
     "fused": frozenset({"audio", "video"}),
 }
+UNUSED = {"audio": ("feature_extractor_video",), "video": ("feature_extractor_audio",)}  # parts never called, by stream
 
 
 class AVHubertEncoder(SpeechEncoder):
@@ -49,7 +50,7 @@ class AVHubertEncoder(SpeechEncoder):
         self.width = model.config.width
         self.identity = f"avhubert {config.name} {fingerprint(model)} {stream}"
         self.model = model.to(device)
-        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora")
+        add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
         self.eval()
 
     def frames(self, samples: int, video_frames: int) -> int:

@@ -65,7 +65,7 @@ def build_store(
         encoders[name] = build_encoder(settings, name, device)
     trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
     hears = any("audio" in encoders[name].needs for name in encoders if name in read)
-    babble = make_babble(config.noise, levels if hears else [], config.data.train)
+    babble = make_babble(config.noise, levels if hears else [], config.data.train, config.data.allow_absolute)
     transforms = Transforms(config.augment, babble, config.training.seed)
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from avsr.config import LoraConfig
-from avsr.errors import UserError
+from avsr.models.lora_targets import adapted_layers
 
 
-def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora") -> nn.Module:
+def add_encoder_lora(
+    module: nn.Module, config: LoraConfig, *, key: str = "lora", unused: Collection[str] = ()
+) -> nn.Module:
     """Adds LoRA to the linear layers of ``module`` named by ``config.targets``, in place.
 
     Afterwards only the adapters (in float32) take gradients, and the module's output is unchanged until they are
@@ -21,6 +25,7 @@ def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora"
         module: the frozen module. An adapter acts only where its layer is *called*, not where its weight is read.
         config: rank 0 leaves ``module`` unchanged.
         key: the config key, for messages.
+        unused: names of parts whose layers are never called.
 
     Returns:
         ``module``.
@@ -30,16 +35,11 @@ def add_encoder_lora(module: nn.Module, config: LoraConfig, *, key: str = "lora"
     """
     if config.rank == 0:
         return module
-    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    for target in config.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UserError(f"{key}.targets: the encoder has no linear layer {target!r}; it has {known}")
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=adapted_layers(module, config.targets, f"{key}.targets", "encoder", unused),
     )
     inject_adapter_in_model(peft_config, module)
     for parameter in module.parameters():

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
-from avsr.models.sources import convert_once, locate
+from avsr.models.lora_targets import adapted_layers
+from avsr.models.sources import convert_once, locate, read_config
 from avsr.runtime.folders import cache_folder
 from avsr.runtime.packages import verify
 
 
 @dataclass(frozen=True)
 class LoadedLLM:
-    """A frozen causal LM with its tokenizer and the ids of its BOS and EOS tokens."""
+    """A frozen causal LM with its tokenizer and the ids of its BOS and EOS tokens, whose embeddings it has."""
 
     model: Any
     tokenizer: Any
@@ -35,8 +35,14 @@ class LoadedLLM:
     eos: int
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text`` without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Token ids of ``text`` without special tokens.
+
+        Raises:
+            UserError: the model has no embedding for one of them.
+        """
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        refuse_beyond(ids, self.tokenizer, self.model)
+        return ids
 
 
 def load_llm(
@@ -57,35 +63,52 @@ def load_llm(
     # flashsink is attached later and replaces any attention
     attention = "sdpa" if config.attention == "flashsink" else config.attention
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        read_config(source)
         with around:
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, attn_implementation=attention)
+            model = whole_model(str(source), dtype=dtype, attn_implementation=attention)
     except ImportError as error:
         raise UserError(f"model.llm.attention: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
     model.generation_config = GenerationConfig()
-    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, *specials(tokenizer, config))
+    bos, eos = specials(tokenizer, config)
+    refuse_beyond([bos, eos], tokenizer, model)
+    return LoadedLLM(model.eval().requires_grad_(False), tokenizer, bos, eos)
+
+
+def refuse_beyond(ids: list[int], tokenizer: Any, model: Any) -> None:
+    """Raises a ``UserError`` if an id is beyond the embedding table: the tokenizer is that of another model, or has
+    tokens that this one was never given."""
+    rows = int(model.config.get_text_config().vocab_size)
+    if ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(
+            f"model.llm.name: the tokenizer's token {token!r} has the id {max(ids)}, the model's embedding table has "
+            f"{rows} rows: they do not belong together"
+        )
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """``model`` wrapped by PEFT with trainable float32 adapters; unchanged if the rank is 0."""
+    """``model`` wrapped by PEFT with trainable float32 adapters; unchanged if the rank is 0.
+
+    Raises:
+        UserError: a target means no linear layer, or only the head, whose weight the losses read without calling it.
+    """
     if config.rank == 0:
         return model
+    head = [name for name, part in model.named_modules() if part is model.get_output_embeddings()]  # type: ignore[operator]
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=adapted_layers(model, config.targets, "model.lora.targets", "language model", head),
         task_type="CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():  # PEFT still uses an old name of transformers
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, peft_config)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
+    with warnings.catch_warnings():  # PEFT still uses an old name of transformers
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, peft_config)  # type: ignore[arg-type]
 
 
 def lora_from_reduction(hidden: int, reduction: int, alpha: float) -> LoraConfig:
@@ -104,8 +127,9 @@ def convert_gguf(path: Path) -> Path:
 
     def write(folder: Path) -> None:
         verify(path)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        read_config(path)
+        model = whole_model(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         # transformers refuses to save a model from a quantized file even after dequantizing it
         model.hf_quantizer = None
         model.is_quantized = False
@@ -116,6 +140,22 @@ def convert_gguf(path: Path) -> Path:
         (folder / "done").write_text(json.dumps({"source": path.name, "bytes": path.stat().st_size}))
 
     return convert_once(path, target, "done", write)
+
+
+def whole_model(source: str, **options: Any) -> Any:
+    """A causal LM all of whose weights are in its files; transformers would draw the others at random.
+
+    Raises:
+        ValueError: a weight is missing or has another shape than the config says.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, trust_remote_code=False, **options
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} weights ({missing[0]} ...)")
+    if wrong := sorted(report["mismatched_keys"]):
+        raise ValueError(f"{len(wrong)} weights have other shapes than its config says ({wrong[0][0]} ...)")
+    return model
 
 
 def _fingerprint(path: Path) -> str:

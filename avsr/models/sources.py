@@ -12,14 +12,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
 from avsr.runtime.packages import PACKAGES, SUMS, install
+from avsr.runtime.tensors import like_new
 
 PACKAGE = "package:"
 RUN = "run:"
@@ -28,6 +30,10 @@ _WAYS = (
     "Three ways out: connect, with an account where the model asks for one (hf auth login); or download it elsewhere "
     "(hf download {name} --local-dir FOLDER) and name {folder}, or set HF_HOME to the cache of a machine that has it "
     "and HF_HUB_OFFLINE=1; or name weights that come as a package (package:..., as recipe/demo does)"
+)
+_SIZES = (  # the last ones are Whisper's
+    *("num_hidden_layers", "intermediate_size", "vocab_size", "hidden_size"),
+    *("encoder_layers", "encoder_ffn_dim", "decoder_layers", "decoder_ffn_dim"),
 )
 _log = logging.getLogger("avsr")
 
@@ -38,18 +44,19 @@ def resolve(name: str) -> Path | str:
     The package is located without importing it, so none of its code runs.
 
     Raises:
-        UserError: the package or the path inside it is missing, or a path-like name does not exist.
+        UserError: the package or the path inside it is missing, the path leads out of the package, or a path-like name
+            does not exist.
     """
     if name.startswith(PACKAGE):
         package, _, inside = name[len(PACKAGE) :].partition("/")
-        try:
-            spec = importlib.util.find_spec(package) if package else None
+        try:  # for a name with dots, code of the outer package would run
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
         except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
             advice = f": {install(package)}" if package in PACKAGES else ""
             raise UserError(f"{name}: the package {package!r} is not installed{advice}")
-        path = Path(list(spec.submodule_search_locations)[0]) / inside
+        path = _below(Path(list(spec.submodule_search_locations)[0]), inside, name)
         if not os.path.exists(path):
             raise UserError(f"{name}: the package {package!r} has no {inside!r}")
         if not any(f"{known}/".startswith(f"{package}/{inside}".rstrip("/") + "/") for known in SUMS):
@@ -139,8 +146,20 @@ def _say_unknown(name: str) -> None:
 
 
 def inside_run(name: str, run: str | Path) -> str:
-    """``run:PATH`` as a path in the folder of the run that names it; any other name unchanged."""
-    return str(Path(run) / name.removeprefix(RUN)) if name.startswith(RUN) else name
+    """``run:PATH`` as a path in the folder of the run that names it; any other name unchanged.
+
+    Raises:
+        UserError: the path leads out of the run.
+    """
+    return str(_below(Path(run), name.removeprefix(RUN), name)) if name.startswith(RUN) else name
+
+
+def _below(root: Path, inside: str, name: str) -> Path:
+    """Symbolic links are followed: whoever made one could have put the file itself there."""
+    path = Path(os.path.normpath(root / inside))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise UserError(f"{name}: the path {inside!r} leads out of {root}")
+    return path
 
 
 def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:
@@ -166,6 +185,8 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             write(part)
+            for path in part.iterdir():
+                like_new(path)
             try:
                 os.replace(part, target)  # fails where another process was faster
             except OSError:
@@ -176,11 +197,39 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
     return target
 
 
+def read_config(source: Path | str) -> Any:
+    """A model's config. Of a file or folder, the sizes that it claims must fit the weights beside it, or building the
+    model would take hours or all memory.
+
+    Raises:
+        ValueError, OSError: they do not fit, or the config cannot be read.
+    """
+    if not isinstance(source, Path):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if source.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
+        held = source.stat().st_size
+    else:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        held = sum(path.stat().st_size for kind in ("safetensors", "bin") for path in source.glob(f"*.{kind}"))
+    text = config.get_text_config()
+    sizes = {name: int(getattr(text, name, None) or 0) for name in _SIZES}
+    largest = max(sizes, key=lambda name: sizes[name])
+    if held and sizes[largest] * text.hidden_size > 8 * held:  # no weight takes less than a bit
+        raise ValueError(
+            f"its config claims {largest} = {sizes[largest]} and a width of {text.hidden_size}, more than its {held} "
+            "bytes can hold"
+        )
+    return config
+
+
 @contextmanager
 def loading(problem: str) -> Iterator[None]:
     """Raises a UserError that begins with ``problem`` where weights inside cannot be read or do not fit."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries that read foreign files raise what they like
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{problem}: {reason}") from error

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,6 +26,7 @@ from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import loading, resolve
 from avsr.runtime.folders import part_of
+from avsr.runtime.tensors import save_file
 
 CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -212,10 +212,9 @@ def save_visual(model: VisualModel, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part_of(folder / CONFIG).write_text(text, encoding="utf-8")
-        save_file(state, str(part_of(folder / WEIGHTS)))
-        for name in (CONFIG, WEIGHTS):
-            os.replace(part_of(folder / name), folder / name)
-    except (OSError, SafetensorError) as error:
+        save_file(state, folder / WEIGHTS)
+        os.replace(part_of(folder / CONFIG), folder / CONFIG)
+    except OSError as error:
         raise UserError(f"cannot write the visual model to {folder}: {error}") from error
 
 
@@ -243,7 +242,7 @@ def load_visual(folder: Path) -> VisualModel:
 
 def _from_config(path: Path) -> VisualModel:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
             raise UserError(f"{path}: expected the format {FORMAT!r} of a visual model, got {found!r}")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, WavLMModel
+from transformers import WavLMModel
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
 from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
-from avsr.models.sources import loading, locate
+from avsr.models.sources import loading, locate, read_config
 
 
 class WavLMEncoder(SpeechEncoder):
@@ -86,12 +86,12 @@ class WavLMEncoder(SpeechEncoder):
 
 
 def _load(name: str) -> Any:
-    source = str(locate(name, "model.audio.encoder.name"))
+    source = locate(name, "model.audio.encoder.name")
     with loading(f"{name}: cannot load the WavLM model"):
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         if config.model_type != "wavlm":
             raise UserError(f"{name}: expected a WavLM model, got {config.model_type!r}")
-        model, report = WavLMModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, report = WavLMModel.from_pretrained(str(source), dtype=torch.float32, output_loading_info=True)
     # masked_spec_embed is used only in pre-training
     missing = sorted(key for key in report["missing_keys"] if key != "masked_spec_embed")
     if missing:

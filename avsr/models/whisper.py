@@ -15,7 +15,7 @@ from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder, fingerprint
 from avsr.models.formats.ctranslate2 import load_whisper_encoder
-from avsr.models.sources import loading, locate
+from avsr.models.sources import loading, locate, read_config
 
 HOP = 160  # samples between mel frames
 WINDOW = 400  # samples
@@ -118,4 +118,8 @@ def _load(source: Path | str) -> WhisperEncoder:
         if binary.name == "model.bin" and binary.is_file():
             return load_whisper_encoder(binary)
     with loading(f"model.audio.encoder.name: cannot load the Whisper model {str(source)!r}"):
-        return WhisperModel.from_pretrained(str(source), dtype=torch.float32).encoder
+        read_config(source)
+        model, report = WhisperModel.from_pretrained(str(source), dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(name for name in report["missing_keys"] if name.startswith("encoder.")):
+            raise ValueError(f"its files lack {len(missing)} weights ({missing[0]} ...)")
+        return model.encoder

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     """Holds converted weights and mouth videos: ``AVSR_CACHE``, else ``avsr`` in the user's cache folder."""
     own = os.environ.get("AVSR_CACHE")
     if own:
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avsr"
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avsr.config import AugmentConfig, Config, LoraConfig, load_config, to_yaml
@@ -24,6 +23,7 @@ from avsr.models.sources import RUN
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import part_of
 from avsr.runtime.locks import claim
+from avsr.runtime.tensors import save_file
 from avsr.training.checkpoint import publish
 
 logger = logging.getLogger("avsr")

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from avsr.config import Config, to_yaml
 from avsr.models.build import WEIGHTS, step_checkpoints
 from avsr.runtime import folders
+from avsr.runtime.tensors import save_file
 from avsr.training import optimizer_state
 from avsr.training.optimizer_state import OptimizerState
 

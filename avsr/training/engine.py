@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-from avsr.config import Config, DeepSpeedConfig, TrainingConfig
+from avsr.config import Config, TrainingConfig
 from avsr.errors import UserError
 from avsr.models.resnet import VisualFrontEnd
 from avsr.models.speech_llm import SpeechLLM
 from avsr.training import jit, meeting
+from avsr.training.deepspeed_json import deepspeed_config, explained
 from avsr.training.watchdog import Watchdog
 
 
@@ -107,48 +107,6 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The recipe's DeepSpeed config, or the user's JSON completed with what the recipe decides.
-
-    Raises:
-        UserError: unreadable JSON, fp16, or a value that contradicts the recipe.
-    """
-    training = config.training
-    ours: dict[str, Any] = {
-        "gradient_accumulation_steps": training.accumulation,
-        "gradient_clipping": training.clip,
-        "bf16": {"enabled": training.precision == "bf16"},
-    }
-    # batches have a frame budget instead of a size; steps are logged by MetricsLogger
-    fixed = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1 << 30}
-    if config.deepspeed.config is None:
-        return {**ours, **fixed, **_zero(config.deepspeed)}
-    path = Path(config.deepspeed.config)
-    theirs = _read_json(path)
-    theirs.pop("train_batch_size", None)
-    for key, value in ours.items():
-        theirs[key] = _settle(key, theirs.get(key, "auto"), value, path)
-    for part in ("optimizer", "scheduler", "zero_optimization"):
-        if '"auto"' in json.dumps(theirs.get(part)):
-            raise UserError(
-                f"deepspeed.config: {path}: {part} holds 'auto', which only the trainer of transformers fills in; "
-                "write the values, or leave the part out for the recipe's"
-            )
-    theirs.setdefault("zero_optimization", {"stage": 0})
-    return {**theirs, **fixed}
-
-
-def _zero(config: DeepSpeedConfig) -> dict[str, Any]:
-    stage: dict[str, Any] = {"stage": config.stage}
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if config.offload_optimizer:
-        stage["offload_optimizer"] = host
-    if config.offload_parameters:
-        stage["offload_param"] = host
-    # torch's AdamW is fast enough for the few trained parameters on the host; DeepSpeed's would have to be compiled
-    return {"zero_optimization": stage, "zero_force_ds_cpu_optimizer": False}
-
-
 @contextmanager
 def partitioned_loading(config: Config) -> Iterator[None]:
     """Under ZeRO-3, a model that transformers loads inside this context is partitioned weight by weight as its file is
@@ -163,38 +121,6 @@ def partitioned_loading(config: Config) -> Iterator[None]:
     known = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference to it
     yield
     del known
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"deepspeed.config: {path} is not a readable JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"deepspeed.config: {path}: expected a JSON object")
-    fp16 = content.get("fp16")
-    if (fp16.get("enabled") if isinstance(fp16, dict) else fp16) not in (None, False):
-        raise UserError(
-            f"deepspeed.config: {path}: fp16 training is refused: massive activations of 26,000 and a large "
-            "lambda leave no room below 65,504; use bf16"
-        )
-    return content
-
-
-def _settle(key: str, given: Any, value: Any, path: Path) -> Any:
-    """The recipe's ``value`` if the user's JSON agrees: "auto" or an equal value. Of a group, other keys are kept."""
-    if isinstance(value, dict):
-        own = given if isinstance(given, dict) else {}
-        return {
-            **own,
-            **{inner: _settle(f"{key}.{inner}", own.get(inner, "auto"), value[inner], path) for inner in value},
-        }
-    if given not in ("auto", value):
-        raise UserError(
-            f"deepspeed.config: {path}: {key} is {given!r}, the recipe says {value!r}; set it to 'auto' or change "
-            "the recipe"
-        )
-    return value
 
 
 def make_engine(model: SpeechLLM, config: Config) -> Any:
@@ -216,13 +142,14 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     scheduler: Callable[[Any], LambdaLR] | None = None if "scheduler" in settings else schedule
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameters,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=settings,
-        )
+        with explained(config.deepspeed):
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameters,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=settings,
+            )
     return engine
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from avsr.config import Config
 from avsr.data.batches import Batch, Lost
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 from avsr.runtime.folders import append
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
@@ -45,7 +45,9 @@ class Nonfinite:
         progress.skipped += 1
         # a nonfinite gradient of a finite loss cannot be attributed to one rank
         guilty = [part for part in parts if not part["finite"]] or parts
-        names = ", ".join(name for part in guilty for name in part["utterances"]) or "none, all its clips are lost"
+        names = (
+            ", ".join(visible(name) for part in guilty for name in part["utterances"]) or "none, all its clips are lost"
+        )
         if dist.get_rank() == 0:
             _append(self._path, {"step": progress.step, "ranks": guilty})
             logger.warning("step %d is skipped: its loss or gradient is not finite (%s)", progress.step, names)
@@ -76,7 +78,7 @@ class LostClips:
             if place in self._known:
                 continue
             self._known.add(place)
-            logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", name, step, reason)
+            logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", visible(name), step, reason)
             if f'"where": {json.dumps(place)}' not in written:  # by an earlier run of this folder
                 _append(self._path, {"step": step, "id": name, "where": place, "reason": reason})
 
@@ -100,6 +102,11 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
                 f"a loader process died at step {progress.step} ({text.splitlines()[0]}): most often the kernel killed "
                 f"it for lack of memory; set data.workers lower than {config.data.workers}, then continue with "
                 "resume=true"
+            ) from error
+        if "shared memory" in text or "torch_shm" in text or "</torch_" in text:
+            raise UserError(
+                f"the loader processes lack shared memory at step {progress.step} ({text.splitlines()[-1]}): enlarge "
+                "/dev/shm (docker run --shm-size=8g), or set data.workers=0; then continue with resume=true"
             ) from error
         lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
         if not lacking:

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from avsr.config import Config
 from avsr.errors import UserError
 from avsr.models.speech_llm import SpeechLLM
-from avsr.training.engine import deepspeed_config
+from avsr.training.deepspeed_json import check_deepspeed, deepspeed_config
 
+logger = logging.getLogger("avsr")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of the decoders whose parts Liger replaces
 # operators by torch's names; those that a release does not have are never seen
 _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1}  # position of the left factor
@@ -31,8 +34,13 @@ def check(config: Config, device: torch.device) -> None:
     """Called before anything is loaded.
 
     Raises:
-        UserError: an option cannot work on this device, with these packages or on this ZeRO stage.
+        UserError: an option cannot work on this device, with these packages or on this ZeRO stage, or DeepSpeed refuses
+            the user's JSON.
     """
+    lines = check_deepspeed(config)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for line in lines:
+            logger.warning(line)
     partitioned = deepspeed_config(config)["zero_optimization"].get("stage") == 3
     for key, value in (
         ("training.kernels", config.training.kernels),
@@ -42,6 +50,8 @@ def check(config: Config, device: torch.device) -> None:
             _need_liger(key, device)
     if partitioned and config.loss.cross_entropy == "liger":
         raise UserError("loss.cross_entropy: liger needs the whole matrix of the vocabulary, not ZeRO stage 3")
+    if partitioned and config.training.gradient_norms_every:
+        raise UserError("training.gradient_norms_every: not available under ZeRO stage 3; set it to 0")
     if partitioned and config.training.compile:
         raise UserError("training.compile: not available under ZeRO stage 3, which fetches weights by hooks")
 

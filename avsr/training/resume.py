@@ -15,9 +15,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from avsr.config import Config, read_run_config, to_yaml
 from avsr.config.composing import differences
+from avsr.data.dataset import REJECTED
 from avsr.errors import UserError
 from avsr.models.build import WEIGHTS, load_weights
 from avsr.models.speech_llm import SpeechLLM
@@ -25,12 +27,15 @@ from avsr.runtime import folders
 from avsr.runtime.locks import LOCK
 from avsr.training import optimizer_state
 from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
+from avsr.training.engine import learning_rate_factor
 from avsr.training.optimizer_state import OptimizerState
 
 logger = logging.getLogger("avsr")
 # A resumed run may change these: its folder, logging and decoding, and what does not change the steps
 _FREE = (
-    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "data.on_bad", "training.keep_"),
+    *("run", "resume", "log.", "decode.", "data.workers", "data.cache", "data.test", "training.keep_"),
+    *("data.on_bad", "data.max_bad", "data.allow_absolute"),
+    "training.steps",  # see _check_steps
     *("noise.snr", "act."),  # used by evaluation only
     *("deepspeed.", "training.save_every", "training.gradient_checkpointing", "training.packed"),
     *("training.kernels", "training.compile", "loss.cross_entropy"),
@@ -69,12 +74,14 @@ def prepare_run(config: Config, ranks: int) -> str:
     name = ""
     if config.resume:
         name = _newest(run)
-        if saved.is_file():
-            changed = [line for line in differences(config, read_run_config(run)) if not line.startswith(_FREE)]
-            if changed:
-                raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
+        before = read_run_config(run) if saved.is_file() else config
+        changed = [line for line in differences(config, before) if not line.startswith(_FREE)]
+        if changed:
+            raise UserError(f"resume: the config differs from {saved} (new != saved): {'; '.join(changed)}")
         if name:
-            _check_parts(_read_record(run / "checkpoints" / name), config.training.accumulation, ranks)
+            record = _read_record(run / "checkpoints" / name)
+            _check_parts(record, config.training.accumulation, ranks)
+            _check_steps(config, before.training.steps, record["step"])
         else:
             logger.warning("resume: %s has no checkpoint yet, training begins with the first step", run)
     elif run.exists() and not run.is_dir() or run.is_dir() and _holds_something(run):
@@ -158,9 +165,27 @@ def _check_parts(record: dict[str, Any], accumulation: int, ranks: int) -> None:
         )
 
 
+def _check_steps(config: Config, before: int, done: int) -> None:
+    """Says what another number of steps does to the learning rate."""
+    training = config.training
+    if training.steps == before:
+        return
+    if training.steps < done:
+        raise UserError(f"resume: training.steps = {training.steps}, but the run has {done} steps already")
+    if config.deepspeed.config is not None:
+        rates = f"a scheduler of {config.deepspeed.config} goes on as it was; without one the cosine ends there"
+    else:
+        old, new = (
+            training.learning_rate * learning_rate_factor(done, steps, training.warmup)
+            for steps in (before, training.steps)
+        )
+        rates = f"the cosine ends there, so that the learning rate after step {done} is {new:.3g} instead of {old:.3g}"
+    logger.warning("resume: training.steps = %d instead of %d: %s", training.steps, before, rates)
+
+
 def _holds_something(run: Path) -> bool:
     """Whether ``run`` has more than :func:`prepare_run` leaves when training is refused before its first step."""
-    known = {"config.yaml", FRAMES, LOCK, "checkpoints"}
+    known = {"config.yaml", FRAMES, REJECTED, LOCK, "checkpoints"}
     extra = [item for item in run.iterdir() if item.name not in known and item.suffix != ".part"]
     return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
 
@@ -239,7 +264,11 @@ def load_engine(engine: Any, start: Start) -> None:
             if key not in own or not _alike(value, own[key]):
                 raise UserError(f"resume: {start.folder / STATE}: scheduler.{key} is not of this schedule")
         scheduler.load_state_dict({**own, **record["scheduler"]})
-        for group, rate in zip(engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        rates = scheduler.get_last_lr()
+        if isinstance(scheduler, LambdaLR):  # ours, perhaps with another number of steps than when it was saved
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
     engine.global_steps = start.progress.step
     if record["ranks"] != dist.get_world_size():

@@ -2,7 +2,7 @@
 ``deepspeed [--hostfile H] --module avsr.train CONFIG [key=value ...]``.
 
 The run folder gets config.yaml, frames.json (the utterances and their lengths), metrics.jsonl, checkpoints/ and
-tensorboard/, if needed lost.jsonl and nonfinite.jsonl, and during training .lock.
+tensorboard/, if needed rejected.jsonl, lost.jsonl and nonfinite.jsonl, and during training .lock.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from avsr.config import Config, load_config
-from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
+from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
 from avsr.models.build import build_model, build_store, load_some_weights, pick_device
@@ -151,13 +152,25 @@ def _load_splits(
     def load(name: str, manifest: str, reading: Reading) -> SpeechDataset:
         title = f"read {name}"
         return load_dataset(
-            manifest, config.data, store, tokenize, title=title, reading=reading, refuse=refuse, began=began.get(name)
+            manifest,
+            config.data,
+            store,
+            tokenize,
+            title=title,
+            reading=reading,
+            refuse=refuse,
+            began=began.get(name),
+            rejected=Path(config.run) / REJECTED,
         )
 
     task, augment, lossy = config.model.task, config.augment, config.data.on_bad == "skip"
     reading = Reading(task, PLAIN, settings.tasks, augment.views, augment.active, settings.seed, lossy)
     plain = Reading(task, lossy=lossy)
-    return load("train", config.data.train, reading), load("validation", config.data.validation, plain)
+    train, validation = load("train", config.data.train, reading), load("validation", config.data.validation, plain)
+    if dist.get_rank() == 0:
+        for line in overlaps(train.utterances, {"data.validation": validation.utterances, **judges(config.data)}):
+            logger.warning(line)
+    return train, validation
 
 
 def attach(model: SpeechLLM, config: Config) -> None:
@@ -201,7 +214,7 @@ def process_group() -> Iterator[None]:
 def main() -> None:
     """Entry point for the ``deepspeed`` launcher."""
     parser = argparse.ArgumentParser(prog="avsr.train")
-    parser.add_argument("config")
+    parser.add_argument("config", type=os.path.expanduser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args()

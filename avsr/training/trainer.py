@@ -113,6 +113,7 @@ class Trainer:
             if self._log is not None:
                 self._log.write(row)
             bar.advance(1, _note(row))
+            stop = self._told_to_stop() if validated else stop  # a validation may take long
             every = settings.save_every
             if better or stop or last or (validated if not every else progress.step % every == 0):
                 with self._stages.enter("checkpoint", progress.step):
@@ -120,6 +121,7 @@ class Trainer:
                 if failure:
                     progress.best = before
                     self._cannot_save(failure, end=last or bool(stop))
+                stop = self._told_to_stop()
             if stop and not last:
                 raise Interrupted(stop)
             if last:
@@ -147,7 +149,7 @@ class Trainer:
                 generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
             )
             batches: list[Batch] = []
-            for batch in _plain_errors(loader):
+            for batch in _plain_errors(_started(loader)):
                 batches.append(batch)
                 if len(batches) == micro:
                     progress.step_in_epoch += 1
@@ -194,7 +196,11 @@ class Trainer:
             row.update(split.norms(self.config.loss.decorrelation))
         if not math.isfinite(row["loss"]) or norm is None or not math.isfinite(norm):
             self._nonfinite.add(self.progress, row, batches, sums)
-        return row, int(all_max(self._stop, self.device))
+        return row, self._told_to_stop()
+
+    def _told_to_stop(self) -> int:
+        """Collective. The signal that asked any rank to stop, or 0."""
+        return int(all_max(self._stop, self.device))
 
     def _update(self) -> float | None:
         """Ends a micro-batch. The last one of a step updates the weights and returns the gradient's norm; with a
@@ -291,6 +297,18 @@ def _idle(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.step = step
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Batch]:
+    try:
+        if loader.num_workers:
+            torch.multiprocessing.get_context().Lock()  # where this fails, the loader also prints a traceback
+        return iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"data.workers = {loader.num_workers}: cannot start the loader processes ({error}); they need shared "
+            "memory in /dev/shm (docker run --shm-size=8g); or set data.workers=0"
+        ) from error
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from avsr.config import Config
@@ -24,6 +23,7 @@ from avsr.models.compression import compress
 from avsr.models.llm import LoadedLLM
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.tensors import save_file
 
 logger = logging.getLogger("avsr")
 
@@ -78,7 +78,7 @@ def _pairs(
         if utterance.times is None:
             raise UserError(f"{utterance.where}: {utterance.id} has no word times")
         tokens = compress(dataset[index].features[STREAM].float()[None], compression.kind, compression.rate)[0]
-        words = json.loads(utterance.times.read_text(encoding="utf-8"))["words"]
+        words = json.loads(utterance.times.read_text(encoding="utf-8-sig"))["words"]
         inputs.append(tokens)
         targets.append(_targets(words, len(tokens), compression.rate / frames_per_second, table, loaded))
     return torch.cat(inputs), torch.cat(targets)

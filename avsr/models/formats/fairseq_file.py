@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from avsr.errors import UserError
@@ -26,6 +26,7 @@ from avsr.models.avhubert_network import HEAD, AVHubert, AVHubertConfig
 from avsr.models.formats.torch_file import load_torch_file
 from avsr.models.sources import convert_once, loading, resolve
 from avsr.runtime.folders import cache_folder
+from avsr.runtime.tensors import save_file
 
 WEIGHTS = "model.safetensors"
 LICENCE = "AV-HuBERT's weights are for non-commercial research only (Meta's AV-HuBERT licence agreement)"

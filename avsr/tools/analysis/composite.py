@@ -105,15 +105,15 @@ def load_media_subject(name: str, media: Media, device: torch.device) -> Subject
 def _open(name: str, source: str, device: torch.device) -> tuple[Any, Any]:
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source)
-        processor = AutoProcessor.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries behind them raise what they like
         raise UserError(f"{name}: no model with a processor that transformers knows: {_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{name}: it reads text alone, its processor is {type(processor).__name__}")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        model = AutoModelForMultimodalLM.from_pretrained(source, config=config, dtype=dtype)
+        model = AutoModelForMultimodalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the same
         raise UserError(f"{name}: cannot be loaded: {_line(error)}") from error
     return processor, model.to(device).eval().requires_grad_(False)

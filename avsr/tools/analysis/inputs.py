@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import flashsink
 from avsr.config import TASKS, Config, LLMConfig
@@ -17,7 +17,7 @@ from avsr.data.dataset import SpeechDataset
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
 from avsr.models.rows import Assembled
-from avsr.models.sources import locate
+from avsr.models.sources import locate, read_config
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.subject import Subject
@@ -108,7 +108,7 @@ def read_texts(path: str | None, limit: int | None) -> list[str]:
     if path is None:
         return open_sentences(limit or SENTENCES, SEED)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path}: cannot read it: {error}") from error
     texts = [line.strip() for line in lines if line.strip()][:limit]
@@ -132,7 +132,7 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     source = locate(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
-    _check_decoder(name, str(source))
+    _check_decoder(name, source)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     loaded = load_llm(LLMConfig(str(source), options.bos_token, options.eos_token), dtype)
     _check_lengths(name, loaded, texts)
@@ -142,10 +142,10 @@ def load_text_subject(name: str, texts: Sequence[str], options: ModelOptions, de
     return subject
 
 
-def _check_decoder(name: str, source: str) -> None:
+def _check_decoder(name: str, source: Path | str) -> None:
     """Refuses an encoder, or a decoder of another architecture, before any weight is read."""
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no model that transformers knows: {str(error).splitlines()[0]}") from error
     kind = (getattr(config, "architectures", None) or [config.model_type])[0]

@@ -15,6 +15,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from avsr.errors import visible
+
 _INK = "#010203"  # becomes the page's text color
 COLOURS = (
     *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a", "#b8860b", "#8f6fd1", "#c0334d"),
@@ -82,8 +84,8 @@ def to_svg(figure: Figure, title: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": title}):  # ids that do not change from day to day
         figure.savefig(out, format="svg", metadata={"Date": None, "Title": title})
     text = out.getvalue()
-    marks = f'<svg role="img" aria-label="{html.escape(title)}"'
-    return _slim(text[text.index("<svg") :]).replace("<svg", marks, 1).replace(_INK, "currentColor")
+    marks = f'<svg role="img" aria-label="{html.escape(visible(title))}"'
+    return _slim(visible(text[text.index("<svg") :], "\n\t")).replace("<svg", marks, 1).replace(_INK, "currentColor")
 
 
 def _slim(svg: str) -> str:

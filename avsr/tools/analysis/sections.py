@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from avsr.errors import visible
 from avsr.tools.analysis import figures, plots
 from avsr.tools.analysis.figures import Run
 from avsr.tools.analysis.groups import BOS, IMAGE, SPEECH, TEXT
@@ -43,7 +44,7 @@ class Section(NamedTuple):
 
 
 def escape(text: object) -> str:
-    return html.escape(str(text))
+    return html.escape(visible(str(text), "\n\t"))
 
 
 def named(runs: Runs) -> list[str]:

@@ -146,7 +146,7 @@ def read_list(path: Path) -> list[str]:
         UserError: the file cannot be read.
     """
     try:
-        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list {path}: {error}") from error
 

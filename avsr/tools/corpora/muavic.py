@@ -74,7 +74,7 @@ def _locate(base: Path, folder: Path, name: str) -> Path:
 
 def _read(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return lines[:-1] if lines[-1] == "" else lines

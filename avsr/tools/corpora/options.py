@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from avsr.errors import UserError
 
 
 def read_options(options: Any, overrides: Sequence[str], names: Sequence[str], command: str) -> None:
-    """Sets fields of the dataclass ``options`` (bool, int, float or str).
+    """Sets fields of the dataclass ``options`` (bool, int, float or str); a leading ``~`` of a text is the user's home.
 
     Args:
         options: holds the defaults.
@@ -45,6 +46,8 @@ def _read(key: str, value: str, kind: type) -> Any:
         if value.lower() not in ("true", "false"):
             raise UserError(f"option {key}: expected true or false, got {value!r}")
         return value.lower() == "true"
+    if kind is str:
+        return os.path.expanduser(value)
     try:
         return kind(value)
     except ValueError:

@@ -97,6 +97,6 @@ def _lines(path: Path) -> list[str]:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise UserError(f"{path} holds more than {_MOST_BYTES >> 20} MB of text")
-        return [line for line in data.decode("utf-8").split("\n") if line.strip()]
+        return [line for line in data.decode("utf-8-sig").split("\n") if line.strip()]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error

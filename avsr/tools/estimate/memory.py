@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from avsr.config import LoraConfig
@@ -176,7 +177,9 @@ def read_sizes(config: Any, model: nn.Module, adapters: LoraConfig, projectors: 
         frozen=counts[0],
         lora=counts[1],
         tied=bool(config.tie_word_embeddings),
-        adapted=tuple(adapters.targets) if adapters.rank else (),
+        adapted=tuple(
+            sorted({n.rpartition(".")[2] for n, part in model.named_modules() if isinstance(part, LoraLayer)})
+        ),
         rank=adapters.rank,
         projectors=projectors,
         encoders=encoders,

@@ -19,11 +19,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from avsr.config import EncoderConfig, LLMConfig
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.errors import UserError
+from avsr.models.avhubert import UNUSED
 from avsr.models.avhubert_network import LARGE, AVHubert
 from avsr.models.encoder_lora import add_encoder_lora
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import convert_gguf, specials
-from avsr.models.sources import locate, resolve
+from avsr.models.sources import locate, read_config, resolve
 from avsr.models.visual import VisualConfig, VisualModel
 
 LETTERS = 4  # per token, without a tokenizer: SmolLM2's has 3.7 in our prompts, 5.3 in sentences
@@ -110,8 +111,8 @@ def outline_llm(config: LLMConfig) -> Outline:
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = convert_gguf(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model = _empty_llm(AutoConfig.from_pretrained(str(source)))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        model = _empty_llm(read_config(source))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.llm.name: cannot load {config.name!r}: {reason}") from error
@@ -134,7 +135,7 @@ def outline_encoder(settings: EncoderConfig, stream: str) -> EncoderOutline:
         config = AutoConfig.for_model(**PUBLISHED[name])
     elif hub and isinstance(source, str):
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = read_config(source)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}: {name}: {str(error).splitlines()[0]}") from error
     else:
@@ -153,7 +154,7 @@ def _from_a_file(settings: EncoderConfig, stream: str) -> EncoderOutline:
     """The encoders that are not on the hub, with the sizes that the table's names have."""
     with torch.device("meta"):
         model = AVHubert(LARGE) if settings.kind == "avhubert" else VisualModel(VisualConfig(), "-", "-")
-        add_encoder_lora(model, settings.lora, key=f"model.{stream}.encoder.lora")
+        add_encoder_lora(model, settings.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
     width = LARGE.width if settings.kind == "avhubert" else 2 * VisualConfig().hidden
     return EncoderOutline(width, FRAMES_PER_SECOND, _entries(model), True)
 

@@ -150,7 +150,8 @@ def _rows(
     layout = PromptLayout.of(model, count_tokens)
     clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
     if there:
-        clips = [(u.duration, count_tokens(u.text)) for u in read_manifest(config.data.train)]
+        utterances = read_manifest(config.data.train, absolute=config.data.allow_absolute)
+        clips = [(u.duration, count_tokens(u.text)) for u in utterances]
         clips = clips[: config.data.limit or None]
     rows = []
     for seconds, text in clips:

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, ctc_loss, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from avsr.config import LogConfig
+from avsr.config.keys import key
 from avsr.data.clip import center_crop
 from avsr.errors import UserError
 from avsr.evaluation.wer import score
@@ -59,10 +60,10 @@ class PretrainConfig:
         threads: CPU threads; in so small a model, more of them mostly wait for each other.
     """
 
-    run: str = MISSING
-    train: str = MISSING
-    validation: str = MISSING
-    test: dict[str, str] = field(default_factory=dict)
+    run: str = key(MISSING, path=True)
+    train: str = key(MISSING, path=True)
+    validation: str = key(MISSING, path=True)
+    test: dict[str, str] = key({}, path=True)
     targets: str = "words"
     model: VisualConfig = field(default_factory=VisualConfig)
     augment: FaceAugmentConfig = field(default_factory=FaceAugmentConfig)
@@ -128,12 +129,12 @@ def check_pretrain(config: PretrainConfig) -> None:
         (1, ("steps", "batch", "validate_every", "threads")),
         (0, ("warmup", "weight_decay", "ctc", "limit")),
     ):
-        for key in keys:
-            if getattr(config, key) < least:
-                raise UserError(f"{key}: expected at least {least}, got {getattr(config, key)}")
-    for key in ("learning_rate", "clip"):
-        if not getattr(config, key) > 0:
-            raise UserError(f"{key}: expected more than 0, got {getattr(config, key)}")
+        for name in keys:
+            if getattr(config, name) < least:
+                raise UserError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+    for name in ("learning_rate", "clip"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{name}: expected more than 0, got {getattr(config, name)}")
     check_augment(config.augment, "augment.")
 
 

@@ -137,7 +137,7 @@ def _units(spans: dict[str, list[Span]], visemes: Tensor, targets: str, row: Utt
 
 def _read_times(path: Path, row: Utterance) -> dict[str, list[Span]]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         found = {
             kind: [Span(str(text), float(start), float(end)) for text, start, end in content[kind]]
             for kind in ("words", "phonemes")

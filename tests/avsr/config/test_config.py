@@ -9,7 +9,7 @@ import pytest
 
 from avsr.config import Config, ModelConfig, load_config, read_run_config, to_yaml
 from avsr.config import composing as composing_module
-from avsr.config.composing import compose, configs_folder, differences
+from avsr.config.composing import compose, configs_folder, differences, leaves
 from avsr.errors import UserError
 from avsr.tools.lipreader.pretrain import PretrainConfig
 
@@ -257,3 +257,40 @@ def test_differences_name_every_leaf() -> None:
         f"model.prompts.audio: {ours.prompts.audio!r} != 'other'",
         f"model.lora.rank: {ours.lora.rank} != 3",
     ]
+
+
+# Keys of earlier versions
+
+OLD = """
+run: old
+model:
+  encoder: {name: e, pad_to_30s: true}
+  compression: {kind: stack, rate: 3}
+  prompt: Say it.
+  llm: {name: l}
+data: {train: t, validation: v}
+"""
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text(OLD)
+    config = read_run_config(tmp_path, ["model.encoder.batch=3"])
+    audio = config.model.audio
+    assert (audio.encoder.name, audio.encoder.pad_to_30s, audio.encoder.batch) == ("e", True, 3)
+    assert (audio.compression.kind, audio.compression.rate) == ("stack", 3)
+    assert config.model.prompts.audio == "Say it."
+    for old, new in Config.moved.items():
+        assert f"{old} is now called {new}" in caplog.text
+    assert "model.encoder.batch=3: this key is now called model.audio.encoder.batch" in caplog.text
+
+
+def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "both", f"{OLD}\nmodel.x: 1".replace("  llm:", "  prompts: {audio: x}\n  llm:"))
+    assert "model.prompt is now called model.prompts.audio, which the file has as well" in refusal(path)
+    assert "which the file has as well" in refusal(write(tmp_path, "odd", "model: {prompt: a, prompts: 3}"))
+
+
+def test_every_new_name_is_a_key_or_a_group_and_no_old_one_is() -> None:
+    names = {name for name, _ in leaves(Config())}
+    groups = {name.rpartition(".")[0] for name in names} | names
+    assert set(Config.moved.values()) <= groups and not set(Config.moved) & groups

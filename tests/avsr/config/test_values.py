@@ -48,7 +48,7 @@ def refusal(name: str, *overrides: str) -> str:
         ("loss.decorrelation=-1", ["loss.decorrelation", "at least 0"]),
         ("deepspeed.stage=4", ["deepspeed.stage", "4"]),
         ("decode.normaliser=google", ["decode.normaliser", "plain", "whisper", "google"]),
-        ("decode.beams=0", ["decode.beams", "at least 1"]),
+        ("decode.beams=0", ["decode.beams", "1 <= beams <= 256"]),
         ("run=", ["run"]),
         ("training.tasks={video: 1}", ["training.tasks", "model.task = audio knows audio", "'video'"]),
         ("decode.tasks=[fused]", ["decode.tasks", "'fused'"]),
@@ -72,6 +72,7 @@ def test_bad_values_name_key_and_value(recipe: Callable[..., str], override: str
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
+        ("decode.nbest=10000 decode.beams=10000", "decode.beams: expected 1 <= beams <= 256, got 10000"),
         ("decode.nbest=2", "decode.nbest: expected at most decode.beams = 1, got 2"),
         ("decode.length_penalty=.inf", "decode.length_penalty: expected a finite number, got inf"),
         ("training.compile=true training.gradient_checkpointing=selective", "training.compile: not with"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -13,7 +14,7 @@ import torch
 from avsr.data.audio import load_audio
 from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
-from avsr.data.rates import SAMPLES_PER_FRAME
+from avsr.data.rates import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.video import read_video, read_video_sound
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
@@ -140,3 +141,40 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_usual_mouth_sizes_are_kept_as_they_are(tmp_path: Path, side: int) -> None:
     clip = load_clip(utterance(video=video(tmp_path / "a.mp4", 4, side)), {"video"}, 0.2)
     assert clip.mouth is not None and clip.mouth.shape == (4, side, side)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "codec"),
+    [
+        ("a.m4a", "ipod", "aac"),
+        ("a.M4A", "ipod", "alac"),
+        ("a.aac", "adts", "aac"),
+        ("a.wma", "asf", "wmav2"),
+        ("a.mka", "matroska", "ac3"),
+        ("a.ac3", "ac3", "ac3"),
+        ("a.ts", "mpegts", "mp2"),
+        ("a.flv", "flv", "aac"),
+        ("a.3gp", "3gp", "aac"),
+    ],
+)
+def test_sound_that_libsndfile_does_not_read(tmp_path: Path, name: str, format: str, codec: str) -> None:
+    """The frequency, level and length of a tone survive; encoders may add up to 0.15 s of padding."""
+    seconds, hertz = 1.5, 440
+    rate = 48_000 if codec in ("ac3", "wmav2") else 16_000
+    tone = 0.4 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+    with av.open(str(tmp_path / name), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono", bit_rate=64_000)
+        frame = av.AudioFrame.from_ndarray(np.rint(tone * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.rate = rate
+        container.mux([packet for part in (frame, None) for packet in stream.encode(part)])
+    wave = load_clip(Utterance("a", tmp_path / name, "x", seconds), {"audio"}, 0.2).wave
+    assert wave is not None and abs(len(wave) / SAMPLE_RATE - seconds) < 0.15
+    middle = wave[8000:16000].numpy()
+    assert np.abs(np.fft.rfft(middle)).argmax() == hertz // 2  # bins of 2 Hz
+    assert abs(np.sqrt(2 * np.square(middle).mean()) - 0.4) < 0.04
+
+
+def test_sound_of_no_known_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.m4a").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"a\.m4a"):
+        load_clip(Utterance("a", tmp_path / "a.m4a", "x", 1.0), {"audio"}, 0.2)

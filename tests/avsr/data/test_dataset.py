@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_two_ranks_agree_with_one_process(
             for name in ("train", "validation"):
                 assert [sum(lengths.values()) for lengths in ours[f"{name} lengths"]] == ours[name][1]
     for error in errors:
-        assert error.count("skipped 2 utterances") == 2
+        assert error.count("skipped 2 of 7 utterances") == 2
         assert str(rows[3].video) in error and "is too long" in error
 
 
@@ -117,3 +118,34 @@ def test_all_reasons_are_in_one_message(tiny_recipe: Callable[..., Path], tmp_pa
     message = str(caught.value)
     for part in ("of 9 utterances cannot be used", ":3: not a JSON object", "allowed are data.max_text_tokens = 11"):
         assert part in message
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.24, True), (0.25, False)])
+def test_what_is_skipped_is_listed_and_has_a_limit(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, share: float, refused: bool
+) -> None:
+    overrides = ["data.on_bad=skip", f"data.max_bad={share}", "data.cache=null"]
+    config = load_config(str(tiny_recipe(tmp_path)), overrides)
+    rows = read_manifest(config.data.train)
+    for row, content in ((rows[1], b"broken"), (rows[6], b"")):
+        assert row.audio is not None
+        row.audio.write_bytes(content)
+    path = tmp_path / "rejected.jsonl"
+    path.write_text(json.dumps({"manifest": "other", "id": "a", "reason": "r"}) + "\n")
+    store = build_store(config, torch.device("cpu"))
+    for _ in range(2):  # a second reading replaces what the first one wrote
+        with pytest.raises(UserError, match=r"2 of 8 .* more than data\.max_bad = 0\.24") if refused else nullcontext():
+            data = load_dataset(
+                config.data.train, config.data, store, list, title="x", reading=Reading("audio"), rejected=path
+            )
+            assert [u.id for u in data.utterances] == [f"u00{n}" for n in (0, 2, 3, 4, 5, 7)]
+        listed = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [(row["manifest"], row["id"]) for row in listed[1:]] == [
+            (config.data.train, i) for i in ("u001", "u006")
+        ]
+        assert listed[0]["manifest"] == "other" and str(rows[1].audio) in listed[1]["reason"]
+    assert rows[1].audio is not None
+    for row in (rows[1], rows[6]):
+        soundfile.write(str(row.audio), 0.1 * torch.ones(9600).numpy(), 16_000)
+    load_dataset(config.data.train, config.data, store, list, title="x", reading=Reading("audio"), rejected=path)
+    assert len(path.read_text().splitlines()) == 1  # all is well now

@@ -112,6 +112,17 @@ def test_a_path_that_leaves_and_comes_back_is_fine(write: Callable[..., Path]) -
     assert found.audio.parts[-3:] == ("home", "wav", "a.wav")
 
 
+def test_absolute_paths_where_they_are_permitted(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(row(audio="/data/./a.wav"))
+    message = refusal(path)
+    assert "leads outside" in message and "data.allow_absolute=true" in message
+    assert read_manifest(path, absolute=True)[0].audio == Path("/data/a.wav")
+    relative = write(row(audio="../a.wav"))
+    assert "allow_absolute" not in refusal(relative)
+    with pytest.raises(UserError, match="leads outside"):
+        read_manifest(relative, absolute=True)
+
+
 def test_a_duplicate_id_names_both_places(write: Callable[..., Path]) -> None:
     path = write(row(), row(id="b"), row(audio="c.wav"))
     message = refusal(path)

@@ -17,8 +17,10 @@ import torch
 
 from avsr.cli import main
 from avsr.config import read_run_config
+from avsr.data.manifest import write_manifest
 from avsr.errors import EXIT_PREEMPTED, UserError
 from avsr.evaluation import decode
+from avsr.evaluation import run as run_module
 from avsr.evaluation.results import HYPOTHESES, made_by, results_folder, row_key
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.evaluation.run import test_sets as load_test_sets
@@ -264,3 +266,33 @@ def test_transcribe_writes_as_it_goes_and_goes_on(
     assert [(row["file"], row.get("text", row.get("error"))) for row in rows] == [(n, str(r)) for n, r in found]
     assert "error" in rows[3] and [path.name for path in out.iterdir()] == ["transcripts.jsonl"]
     assert "name another folder" in refuse("transcribe", run_folder, names[0], "--out", out)
+
+
+@pytest.mark.parametrize("normaliser", ["plain", "whisper"])
+def test_transcripts_without_a_word_are_found_before_decoding(
+    run_folder: Path, tmp_path: Path, normaliser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*arguments: object) -> None:
+        raise AssertionError("decoding has begun")
+
+    monkeypatch.setattr(run_module, "transcribe", decode)
+    manifest = tmp_path / "corpus" / "unseen_voices" / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    write_manifest(manifest, [{**row, "text": "?!"} for row in rows])
+    with pytest.raises(UserError, match=rf"data\.test\.unseen_voices: .*no transcript has a word .*{normaliser}"):
+        evaluate(run_folder, [f"decode.normaliser={normaliser}"])
+
+
+def test_what_tests_share_with_training_is_said(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, model, store = load_run(run_folder, [], torch.device("cpu"))
+    load_test_sets(config, model, store)
+    assert "data.test.sentences: 4 of 4 texts are also in data.train" in caplog.text
+    assert "clips" not in caplog.text
+    config.data.train = config.data.test["sentences"]
+    caplog.clear()
+    load_test_sets(config, model, store)
+    assert "data.test.sentences: 4 of 4 clips are also in data.train" in caplog.text
+    caplog.clear()
+    config.data.train = "gone.jsonl"
+    load_test_sets(config, model, store)
+    assert "data.train" not in caplog.text

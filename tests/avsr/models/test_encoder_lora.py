@@ -8,6 +8,7 @@ from torch import nn
 
 from avsr.config import LoraConfig
 from avsr.errors import UserError
+from avsr.models.avhubert import UNUSED
 from avsr.models.avhubert_network import LARGE, AVHubert, AVHubertConfig
 from avsr.models.encoder_lora import add_encoder_lora, set_lora_mode
 
@@ -80,5 +81,18 @@ def test_any_module_with_linear_layers() -> None:
 
 @pytest.mark.parametrize("target", ["query", "pos_conv", "proj_x"])
 def test_a_target_that_is_no_linear_layer_is_refused(target: str) -> None:
-    with pytest.raises(UserError, match=rf"my\.lora\.targets: the encoder has no linear layer '{target}'; it has fc1"):
+    with pytest.raises(
+        UserError, match=rf"my\.lora\.targets: the encoder has no linear layer '{target}' to adapt; it has proj"
+    ):
         add_encoder_lora(network(), LoraConfig(targets=["q_proj", target]), key="my.lora")
+
+
+def test_all_linear_leaves_out_the_branch_that_is_never_called() -> None:
+    model = network()
+    unused = UNUSED["audio"]
+    add_encoder_lora(model, LoraConfig(rank=2, targets=["all-linear"]), unused=unused)
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    linear = {name for name, part in network().named_modules() if isinstance(part, nn.Linear)}
+    assert adapted == linear - {"feature_extractor_video.proj"}
+    run(model).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from avsr.config import LLMConfig, LoraConfig
 from avsr.errors import UserError
@@ -49,6 +51,21 @@ def test_a_tokenizer_without_it_needs_a_name_in_the_config(tiny_llm: Path, tmp_p
         load_llm(LLMConfig(name=str(folder), **{key: "<nothing>"}))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(tiny_llm: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_llm))
+    tokenizer.add_tokens(["bonjour"])
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llm, folder)
+    tokenizer.save_pretrained(folder)
+    loaded = load_llm(LLMConfig(name=str(folder)))
+    rows = loaded.model.get_input_embeddings().num_embeddings
+    assert loaded.tokenize("bin") and len(loaded.tokenizer) == rows + 1  # a token that is never used does no harm
+    with pytest.raises(UserError, match=rf"model\.llm\.name: .*'bonjour' has the id {rows}, .*table has {rows} rows"):
+        loaded.tokenize("bin bonjour")
+    with pytest.raises(UserError, match="'bonjour'"):
+        load_llm(LLMConfig(name=str(folder), eos_token="bonjour"))
+
+
 def test_missing_models_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_llm(LLMConfig(name=str(tmp_path / "none")))
@@ -71,9 +88,32 @@ def test_lora_has_peft_rank_and_scale_and_starts_as_identity(tiny_llm: Path) -> 
     assert layer.scaling["default"] == 2.0
 
 
-def test_lora_targets_that_do_not_exist_are_named(tiny_llm: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.lora\.targets"):
-        add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["nothing"]))
+@pytest.mark.parametrize(
+    ("targets", "wrong"),
+    [
+        (["nothing"], "'nothing'"),
+        (["q_proj", "v_porj"], "'v_porj'"),
+        (["q_proj", "lm_head"], "'lm_head'"),
+        (["embed_tokens"], "'embed_tokens'"),
+        (["all-linear", "input_layernorm"], "'input_layernorm'"),
+        ([], "names no layer"),
+    ],
+)
+def test_every_lora_target_means_a_linear_layer(tiny_llm: Path, targets: list[str], wrong: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.lora\.targets: ") as caught:
+        add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=targets))
+    message = str(caught.value)
+    assert wrong in message
+    assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; all-linear means them all" in message
+
+
+def test_all_linear_adapts_everything_but_the_head(tiny_llm: Path) -> None:
+    model = add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["all-linear"]))
+    adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == 3 * 7 and not any("lm_head" in name or "embed" in name for name in adapted)
+    one = add_lora(load_llm(LLMConfig(name=str(tiny_llm))).model, LoraConfig(targets=["layers.1.self_attn.o_proj"]))
+    assert [name for name, _ in one.named_parameters() if "lora_A" in name and "layers.1.self_attn.o_proj" in name]
+    assert sum("lora_A" in name for name, _ in one.named_parameters()) == 1
 
 
 @pytest.mark.parametrize(

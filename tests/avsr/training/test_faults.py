@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from avsr.config import load_config
+from avsr.config import Config, load_config
 from avsr.data.dataset import SpeechDataset
-from avsr.errors import UserError
+from avsr.errors import Interrupted, UserError
 from avsr.models.speech_llm import SpeechLLM
-from avsr.training import trainer
+from avsr.training import checkpoint, trainer
+from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor
+from avsr.training.faults import explained
 from avsr.training.metrics import read_metrics
+from avsr.training.run import train
+from avsr.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration
 Recipe = Callable[..., Path]
@@ -103,6 +107,47 @@ def test_a_dead_loader_process_ends_with_what_to_do(
         UserError, match=r"a loader process died .*DataLoader worker.*data\.workers lower than 1.*resume=true"
     ):
         run(tiny_recipe(tmp_path, **{"data.workers": 1}))
+
+
+def test_without_shared_memory_the_loader_says_what_to_do(
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As multiprocessing fails where /dev/shm is full."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(UserError, match=r"data\.workers = 1: cannot start .*No space left.*/dev/shm.*data\.workers=0"):
+        run(tiny_recipe(tmp_path, **{"data.workers": 1}))
+
+
+def test_a_batch_that_finds_no_shared_memory_says_what_to_do() -> None:
+    error = RuntimeError("unable to open shared memory object </torch_12_34_0> in read-write mode: Too many open files")
+    with (
+        pytest.raises(UserError, match=r"step 3 .*</torch_12_34_0>.*/dev/shm.*data\.workers=0"),
+        explained(None, Config(), Progress(step=3)),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("during", ["validate", "save"])
+def test_a_signal_during_validation_or_a_save_takes_no_further_step(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    owner: Any = Trainer if during == "validate" else checkpoint
+    real = getattr(owner, during)
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, during, told)
+    with pytest.raises(Interrupted) as caught:
+        train(load_config(str(tiny_recipe(tmp_path))))
+    assert caught.value.number == signal.SIGTERM
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+    assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 2
 
 
 def test_lack_of_memory_ends_with_the_peak_by_part_and_what_helps(

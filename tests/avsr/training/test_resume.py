@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -144,6 +145,33 @@ def test_a_run_is_continued_only_as_it_was(
         run(recipe, f"run={parts}", "resume=true", "training.accumulation=2")
     run(recipe, f"run={parts}", "resume=true")  # it has finished and stays as it is
     identical(whole, parts)
+
+
+def test_a_run_goes_on_for_more_steps_along_the_longer_cosine(
+    recipe: Path, parts: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = []
+    step = Trainer.step
+
+    def watch(self: Trainer, batches: Any) -> Any:
+        used.append(self.engine.optimizer.param_groups[0]["lr"])
+        return step(self, batches)
+
+    def cosine(done: int, steps: int) -> float:
+        return 1e-3 * 0.5 * (1 + math.cos(math.pi * (done - 3) / (steps - 3)))
+
+    done = read_metrics(parts)[-1]["step"]
+    with pytest.raises(UserError, match=rf"training\.steps = 1, but the run has {done} steps already"):
+        run(recipe, f"run={parts}", "resume=true", "training.steps=1")
+    monkeypatch.setattr(Trainer, "step", watch)
+    run(recipe, f"run={parts}", "resume=true", "training.steps=9")
+    assert [row["step"] for row in read_metrics(parts)] == list(range(1, 10))
+    assert used == pytest.approx([cosine(n, 9) for n in range(done, 9)])
+    old, new = cosine(done, 7), cosine(done, 9)
+    assert (
+        f"steps = 9 instead of 7: the cosine ends there, so that the learning rate after step {done} is" in caplog.text
+    )
+    assert f"{new:.3g} instead of {old:.3g}" in caplog.text
 
 
 def test_a_resumed_run_needs_the_lines_of_its_manifest(recipe: Path, parts: Path, run: Run, tmp_path: Path) -> None:

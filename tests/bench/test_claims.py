@@ -122,10 +122,11 @@ def test_in_order_of_worth_a_module_has_half_of_what_is_left(monkeypatch):
     module = SimpleNamespace(__doc__="A claim.", CLAIMS=[SimpleNamespace(name="norm")], comparisons=comparisons)
     monkeypatch.setattr(run.importlib, "import_module", lambda name: module)
     names = ["norm", "training_step", "norm", "norm"]  # of weights 1, 4, 1, 1
-    for least, expected in ((0.0, [100 / 7, 400 / 6, 50, 100]), (0.5, [50, 400 / 6, 50, 100])):
+    whole = 10_000.0  # so much that a busy machine does not matter
+    for least, expected in ((0.0, [1 / 7, 4 / 6, 1 / 2, 1]), (0.5, [1 / 2, 4 / 6, 1 / 2, 1])):
         shares.clear()
-        run.measure(Bench(CPU, 0.0, print), names, 100.0, lambda entry: None, least)
-        assert shares == pytest.approx(expected, abs=1.0)
+        run.measure(Bench(CPU, 0.0, print), names, whole, lambda entry: None, least)
+        assert shares == pytest.approx([whole * share for share in expected], rel=0.01)
 
 
 def test_a_run_prints_keeps_and_appends_its_rows(tmp_path, monkeypatch, capsys):

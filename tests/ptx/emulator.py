@@ -18,7 +18,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++20", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fno-strict-aliasing", "-D_GLIBCXX_ASSERTIONS"]
+FLAGS += ["-fno-strict-aliasing", "-fwrapv", "-D_GLIBCXX_ASSERTIONS"]
 SPECIAL = ("tid", "ctaid", "ntid", "nctaid")
 GUARD = 4096  # bytes between allocations that belong to none
 LIMIT = 2_000_000  # instructions of a CTA

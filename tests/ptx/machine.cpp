@@ -73,16 +73,18 @@ void begin(Machine& m) {
   m.groups.assign(1, {0, std::vector<uint8_t>(size_t(m.threads), 1), false});
   m.syncs.assign(size_t(m.warps), 1);
   m.busy_word.assign(size_t(p.registers[WORD]), 0);
+  m.accumulator.assign(size_t(p.registers[WORD]), 0);
   m.touched.assign(size_t(p.registers[WORD]), 0);
   m.copy_groups.assign(size_t(m.warps), {});
   m.copying.assign(size_t(m.warps), {});
   m.flights.clear(), m.barriers.clear();
-  m.flight = Flight();
-  m.busy = 0, m.fenced = 0, m.count = 0, m.tensor_columns = 0;
-  m.epoch = 1, m.fences = 1;
+  m.flight = Flight(), m.loads = Flight();
+  m.busy = 0, m.fenced = 0, m.count = 0, m.tensor_columns = 0, m.tensor_first = 0;
+  m.epoch = 1, m.fences = 1, m.fenced_at.assign(size_t(m.warps), 0);
   m.tensor.assign(128 * 512, 0x7fc00000);
   m.tensor_busy.assign(1024, 0), m.tensor_pending.assign(1024, 0);
   m.tensor_stored.assign(1024, 0), m.tensor_read.assign(1024, 0);
+  m.tensor_access.assign(4096, {});
 }
 
 // The threads whose program counter is the least run next, but those that wait; groups that have met become one.
@@ -103,7 +105,7 @@ Group& next(Machine& m) {
 void watch_registers(Machine& m, const Instruction& i) {
   if (m.busy && i.parts[0] != "wgmma")
     for (const Operand& x : i.args)
-      if (x.kind == WORD && m.busy_word[size_t(x.value)]) m.race(i, "a register of wgmma before its wait");
+      if (x.kind == WORD && m.busy_word[size_t(x.value)]) m.race(i, "a register before its wait");
   for (int k = 0; k < i.outputs; ++k)
     if (i.args[size_t(k)].kind == WORD) m.touched[size_t(i.args[size_t(k)].value)] = m.count;
 }
@@ -164,6 +166,7 @@ void run_cta(Machine& m) {
     if (m.groups.size() == 1) step(m, m.groups[0]);
     else step(m, next(m));
   }
+  if (m.tensor_columns) m.fault(m.program->code[size_t(m.pc)], "tensor memory is not given back");
 }
 
 char* copied(const std::string& text) {

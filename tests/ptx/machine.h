@@ -41,6 +41,7 @@ struct Fault : std::runtime_error {
 };
 
 constexpr uint16_t NOBODY = 0xffff, MANY = 0xfffe;
+constexpr int NO_CTA = -1, MANY_CTAS = -2;
 
 // What happened to two neighboring bytes last.
 struct Mark {
@@ -51,7 +52,8 @@ struct Mark {
   uint16_t in_flight = 0;                      // matrix instructions that may still read it
   bool copying = false, known = false;         // cp.async may still write it; it was written at all
   bool atomic = false;                         // by an atomic operation, which other ones may follow
-  int cta = -1, reader_cta = -1;               // of global memory: who wrote and read it in this launch
+  bool others = false;                         // the reader is not the only one since its warp's last barrier
+  int cta = NO_CTA, reader_cta = NO_CTA;       // of global memory: who wrote and read it in this launch
 };
 
 // Shared or global memory.
@@ -64,18 +66,18 @@ struct Memory {
   std::vector<Mark> marks;
 };
 
-struct Chunk {
-  uint32_t address;  // 16 bytes of shared memory
-};
-
 // What matrix instructions in flight read and write until they are waited for.
 struct Flight {
-  std::vector<Chunk> operands;
+  std::vector<uint32_t> operands;  // addresses of 16 bytes of shared memory
   std::vector<int> registers, columns;  // halves of them
 };
 
+// An mbarrier. A wait fails at first where products are in flight, so that one that does not try again is seen.
 struct Barrier {
   int expected = 0, pending = 0;
+  int thread = 0;      // that made it
+  uint32_t epoch = 0;  // and between which barriers
+  bool tried = false;
   uint32_t phase = 0;
   std::vector<Flight> flights;
 };
@@ -111,23 +113,27 @@ struct Machine {
   uint64_t count = 0, limit = 0;
 
   uint32_t epoch = 1, fences = 1;
+  std::vector<uint32_t> fenced_at;  // of warps: their last fence between proxies, counted
   std::vector<uint16_t> syncs;  // of warps
   struct Copy { uint32_t address; int bytes; int thread; };
   std::vector<std::vector<std::vector<Copy>>> copy_groups;  // of every warp, committed
   std::vector<std::vector<Copy>> copying;                   // of every warp, not committed
   std::vector<Flight> flights;                 // of wgmma, committed
   Flight flight;                               // of wgmma or tcgen05, not committed
-  int busy = 0;                                // registers that wgmma may still write
+  Flight loads;                                // of tensor memory, not waited for
+  int busy = 0;                                // registers that wgmma or a load may still write or read
   std::vector<uint16_t> busy_word;
+  std::vector<uint8_t> accumulator;            // whether a 32-bit register was one in the last wgmma that named it
   std::vector<uint64_t> touched;               // when a 32-bit register was written last
   uint64_t fenced = 0;                         // when the last wgmma.fence ran
   std::map<uint32_t, Barrier> barriers;
   std::vector<uint32_t> tensor;                // [column][lane] of tensor memory
   // of both halves of its columns: products in flight, stores not waited for, and when they were stored to and loaded
   // from last
-  std::vector<uint8_t> tensor_busy, tensor_pending;
-  std::vector<uint32_t> tensor_stored, tensor_read;
-  int tensor_columns = 0;
+  std::vector<uint32_t> tensor_busy, tensor_pending, tensor_stored, tensor_read;
+  struct Access { uint32_t stored = 0, loaded = 0; int storer = -1, loader = -1; };
+  std::vector<Access> tensor_access;           // of a half of a column by the warps that share these lanes
+  int tensor_columns = 0, tensor_first = 0;    // allocated, and where the next ones begin
   std::map<std::string, int64_t> races;
 
   template <class T> T* at(const Operand& x) {
@@ -146,16 +152,20 @@ Handler memory(Instruction& i);
 Handler matrix(Instruction& i);
 Handler tensor(Instruction& i);
 
+// warp.cpp: faults where only some threads of a warp run the instruction, or its member mask leaves some out
+void whole_warps(Machine& m, const Instruction& i);
+
 // memory.cpp
 // stored: what will be written, or nullptr for a load; atomic: by an atomic operation
 void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, int bytes, int thread,
            const uint8_t* stored, bool atomic = false);
-void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight);
+// by a warp, or by all for -1
+void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight, int warp);
 void release(Machine& m, const Flight& flight, bool by_warpgroup);
 
 // matrix.cpp: rows x 16 two-byte elements of a shared memory descriptor
 void gather(Machine& m, const Instruction& i, uint64_t start, uint64_t leading, uint64_t stride, int span, int bits,
-            int rows, bool transposed, Flight& flight, uint16_t* out);
+            int rows, bool transposed, int warp, uint16_t* out);
 
 inline float widen(uint16_t bits, bool bf16) {
   union { uint32_t word; float value; } x;

@@ -44,6 +44,7 @@ float truncated(uint32_t bits) {  // tf32 ignores the last 13 bits
 
 // i.a: bf16, i.b: tf32; args: 4 of D, then A, B, 4 of C
 void multiply_warp(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   const int depth = i.b ? 8 : 16;
   const size_t of_b = 8, of_c = 10;
   float a[256], b[128], c[128];
@@ -82,7 +83,8 @@ void multiply_warp(Machine& m, const Instruction& i) {
 }  // namespace
 
 void gather(Machine& m, const Instruction& i, uint64_t start, uint64_t leading, uint64_t stride, int span, int bits,
-            int rows, bool transposed, Flight& flight, uint16_t* out) {
+            int rows, bool transposed, int warp, uint16_t* out) {
+  if (transposed && span == 16) std::swap(leading, stride);  // the manual's offsets change roles without a swizzle
   // 16 bytes at a time: eight elements along k, or transposed along the rows
   for (int r = 0; r < rows; r += transposed ? 8 : 1)
     for (int k = 0; k < 16; k += transposed ? 1 : 8) {
@@ -90,7 +92,7 @@ void gather(Machine& m, const Instruction& i, uint64_t start, uint64_t leading, 
       uint64_t at = start + uint64_t(outer / 8) * stride + uint64_t(outer % 8 * span) +
                     uint64_t(inner / span) * leading + uint64_t(inner % span);
       at ^= (at >> 7 & uint64_t(bits)) << 4;
-      read_operand(m, i, uint32_t(at), flight);
+      read_operand(m, i, uint32_t(at), m.flight, warp);
       uint16_t row[8];
       memcpy(row, m.shared.data + at, 16);
       for (int e = 0; e < 8; ++e) out[transposed ? (r + e) * 16 + k : r * 16 + k + e] = row[e];
@@ -106,9 +108,10 @@ void read_matrix(Machine& m, const Instruction& i, const Operand& which, int gro
   const uint64_t x = all[0];
   for (int t = 1; t < 128; ++t)
     if (all[t] != x) m.fault(i, "a descriptor that differs within the warpgroup");
+  if (x >> 49 & 7) m.fault(i, "not emulated: a base offset");
   static const int spans[] = {16, 128, 64, 32}, swizzles[] = {0, 7, 3, 1};
   gather(m, i, (x & 0x3fff) << 4, (x >> 16 & 0x3fff) << 4, (x >> 32 & 0x3fff) << 4, spans[x >> 62], swizzles[x >> 62],
-         rows, transposed, m.flight, out);
+         rows, transposed, -1, out);
 }
 
 void require_fence(Machine& m, const Instruction& i, const Operand& word) {
@@ -125,11 +128,18 @@ void multiply_warpgroup(Machine& m, const Instruction& i) {
   const size_t scale = of_b + 1, last = i.args.size() - 1;
   const bool transposed_b = i.args[last].value != 0, transposed_a = !registers && i.args[last - 1].value != 0;
   if (i.args[scale + 1].value != 1 || i.args[scale + 2].value != 1) m.fault(i, "not emulated");
-  const bool keeps = i.args[scale].kind == PREDICATE ? m.at<bool>(i.args[scale])[0] : i.args[scale].value != 0;
+  const bool variable = i.args[scale].kind == PREDICATE;
+  const bool keeps = variable ? m.at<bool>(i.args[scale])[0] : i.args[scale].value != 0;
+  for (int t = 1; t < m.threads && variable; ++t)
+    if (m.at<bool>(i.args[scale])[t] != keeps) m.fault(i, "threads of a warpgroup do not agree on scale-d");
   std::vector<float> a(64 * 16), b(size_t(16 * i.b)), c(size_t(64 * i.b));
   std::vector<uint16_t> raw(size_t(std::max(64, i.b)) * 16);
   for (size_t k = 0; k < sums && keeps; ++k) require_fence(m, i, i.args[k]);
-  for (size_t k = sums; k < of_b && registers; ++k) require_fence(m, i, i.args[k]);
+  for (size_t k = sums; k < of_b && registers; ++k) {
+    const size_t word = size_t(i.args[k].value);
+    if (m.accumulator[word] && m.busy_word[word]) m.race(i, "a register before its wait");
+    require_fence(m, i, i.args[k]);
+  }
   for (int group = 0; group < m.warps / 4; ++group) {
     if (registers) {
       for (int w = 0; w < 4; ++w) fragment(m, i, sums, group * 4 + w, i.a, &a[size_t(w) * 256]);
@@ -153,12 +163,17 @@ void multiply_warpgroup(Machine& m, const Instruction& i) {
   if (!m.checks) return;
   for (size_t k = 0; k < of_b; ++k)
     if (i.args[k].kind == WORD) {
-      ++m.busy_word[size_t(i.args[k].value)], ++m.busy;
-      m.flight.registers.push_back(int(i.args[k].value));
+      const int word = int(i.args[k].value);
+      ++m.busy_word[size_t(word)], ++m.busy;
+      m.accumulator[size_t(word)] = k < sums;
+      m.flight.registers.push_back(word);
     }
 }
 
-void fence_warpgroup(Machine& m, const Instruction&) { m.fenced = m.count; }
+void fence_warpgroup(Machine& m, const Instruction& i) {
+  if (!m.all) m.fault(i, "by part of a warpgroup");
+  m.fenced = m.count;
+}
 
 void commit_warpgroup(Machine& m, const Instruction&) {
   m.flights.push_back(std::move(m.flight));
@@ -166,6 +181,7 @@ void commit_warpgroup(Machine& m, const Instruction&) {
 }
 
 void wait_for_warpgroup(Machine& m, const Instruction& i) {
+  if (!m.all) m.fault(i, "by part of a warpgroup");
   while (m.flights.size() > size_t(i.args[0].value)) {
     release(m, m.flights.front(), true);
     m.flights.erase(m.flights.begin());
@@ -179,7 +195,11 @@ Handler matrix(Instruction& i) {
     i.a = i.has("bf16");
     i.b = i.has("tf32") && i.has("m16n8k8");
     i.outputs = 4;
-    return i.b || i.has("m16n8k16") ? multiply_warp : nullptr;
+    const bool halves = i.has("m16n8k16") && (i.has("bf16") || i.has("f16"));
+    const bool sums = i.parts.back() == "f32" && i.parts[i.parts.size() - 4] == "f32";
+    for (const Operand& x : i.args)
+      if (x.kind != WORD) return nullptr;
+    return (i.b || halves) && sums && i.args.size() == 14 ? multiply_warp : nullptr;
   }
   if (i.parts[0] != "wgmma") return nullptr;
   if (i.has("fence")) return fence_warpgroup;
@@ -190,7 +210,10 @@ Handler matrix(Instruction& i) {
     if (part.compare(0, 4, "m64n") || part.substr(part.find('k')) != "k16") continue;
     i.a = i.has("bf16");
     i.b = std::stoi(part.substr(n + 1));
-    return i.has("f16") || i.has("bf16") ? multiply_warpgroup : nullptr;
+    const size_t n_parts = i.parts.size();
+    const bool halves = i.parts.back() == i.parts[n_parts - 2] && (i.parts.back() == "f16" || i.a);
+    const bool whole = i.parts[n_parts - 3] == "f32" && i.args.size() >= size_t(i.b) / 2 + 6;
+    return halves && whole ? multiply_warpgroup : nullptr;
   }
   return nullptr;
 }

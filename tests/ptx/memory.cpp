@@ -3,6 +3,7 @@
 // A race is an access that no barrier orders after another thread's access to the same bytes, one of them a write that
 // changes them: within a CTA between two bar.sync, for threads of one warp between two bar.warp.sync, and in global
 // memory between any two CTAs. cp.async writes from its issue until the wait, matrix instructions read until theirs.
+#include <algorithm>
 #include <cstring>
 
 #include "machine.h"
@@ -15,10 +16,20 @@ bool apart(uint16_t who, uint16_t sync, const Machine& m, int thread) {
   return who == MANY || who / 32 != thread / 32 || sync == m.syncs[size_t(thread) / 32];
 }
 
-void between_ctas(Machine& m, const Instruction& i, Mark& mark, bool write) {
-  if (mark.cta >= 0 && mark.cta != m.number) m.race(i, write ? "two CTAs write" : "reads what another CTA writes");
-  if (write && mark.reader_cta >= 0 && mark.reader_cta != m.number) m.race(i, "writes what another CTA reads");
-  (write ? mark.cta : mark.reader_cta) = m.number;
+// both: with an atomic operation after another one, of a scope that reaches other CTAs
+void between_ctas(Machine& m, const Instruction& i, Mark& mark, bool write, bool both) {
+  if (!both && mark.cta != NO_CTA && mark.cta != m.number)
+    m.race(i, write ? "two CTAs write" : "reads what another CTA writes");
+  if (write && mark.reader_cta != NO_CTA && mark.reader_cta != m.number) m.race(i, "writes what another CTA reads");
+  if (write) mark.cta = m.number;
+  else mark.reader_cta = mark.reader_cta == NO_CTA || mark.reader_cta == m.number ? m.number : MANY_CTAS;
+}
+
+// in this CTA, since the last barrier: a read that another thread's is not ordered with
+bool read_by_another(const Machine& m, const Mark& mark, int thread) {
+  if (mark.read != m.epoch) return false;
+  if (apart(mark.reader, mark.reader_sync, m, thread)) return true;
+  return mark.others && mark.reader == thread && mark.reader_sync == m.syncs[size_t(thread) / 32];
 }
 
 }  // namespace
@@ -40,33 +51,44 @@ void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, in
   if (outside) m.fault(i, std::string("out of bounds of ") + where.name + " memory, thread " + std::to_string(thread));
   if (address % uint64_t(bytes)) m.fault(i, std::string("misaligned access to ") + where.name + " memory");
   if (!m.checks) return;
+  if (!where.global && i.parts[0] != "mbarrier")
+    for (const auto& barrier : m.barriers)
+      if (address < barrier.first + 8 && barrier.first <= last) m.race(i, "touches an mbarrier");
   const uint16_t sync = m.syncs[size_t(thread) / 32];
   for (uint64_t at = address / 2; at <= last / 2; ++at) {
     Mark& mark = where.marks[at];
     const bool both = atomic && mark.atomic;
-    if (where.global && !both) between_ctas(m, i, mark, write);
+    if (where.global) between_ctas(m, i, mark, write, both && !i.has("cta"));
     else if (!write && !mark.known) m.race(i, "reads shared memory that nobody wrote");
     if (mark.copying)
       m.race(i, write ? "overwrites what cp.async may still write" : "reads what cp.async may still write");
     if (write && mark.in_flight) m.race(i, "overwrites an operand of a matrix instruction in flight");
-    const bool now = mark.cta == m.number || !where.global, seen = mark.reader_cta == m.number || !where.global;
+    const bool now = mark.cta == m.number || !where.global;
+    const bool seen = mark.reader_cta == m.number || mark.reader_cta == MANY_CTAS || !where.global;
     const bool same = write && bytes > 1 && !memcmp(where.data + at * 2, stored + (at * 2 - address), 2);
     if (!same && !both && now && mark.written == m.epoch && apart(mark.writer, mark.writer_sync, m, thread))
       m.race(i, write ? "two threads write without a barrier between" : "reads without a barrier after the write");
-    if (write && seen && mark.read == m.epoch && apart(mark.reader, mark.reader_sync, m, thread))
-      m.race(i, "writes without a barrier after the read");
+    if (write && seen && read_by_another(m, mark, thread)) m.race(i, "writes without a barrier after the read");
     if (write) {
       mark.written = m.epoch, mark.writer = uint16_t(thread), mark.writer_sync = sync;
       mark.known = true, mark.fence = m.fences, mark.atomic = atomic;
     } else {
       const bool again = mark.read == m.epoch && mark.reader != NOBODY && mark.reader != thread;
       const bool other = again && (mark.reader == MANY || mark.reader / 32 != thread / 32);
+      mark.others = mark.read == m.epoch && mark.reader_sync == sync && (mark.others || again);
       mark.read = m.epoch, mark.reader = other ? MANY : uint16_t(thread), mark.reader_sync = sync;
     }
   }
 }
 
-void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight) {
+// A write of ordinary instructions is seen by matrix instructions after a fence of its warp or of the one that reads.
+bool fenced(const Machine& m, const Mark& mark, int warp) {
+  if (m.fenced_at[size_t(mark.writer) / 32] > mark.fence) return true;
+  if (warp >= 0) return m.fenced_at[size_t(warp)] > mark.fence;
+  return std::all_of(m.fenced_at.begin(), m.fenced_at.end(), [&](uint32_t at) { return at > mark.fence; });
+}
+
+void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight, int warp) {
   if (address + 16 > m.shared.size) m.fault(i, "a matrix outside of shared memory");
   if (!m.checks) return;
   for (uint32_t at = address / 2; at < address / 2 + 8; ++at) {
@@ -74,15 +96,15 @@ void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& fl
     if (!mark.known) m.race(i, "reads shared memory that nobody wrote");
     if (mark.copying) m.race(i, "reads what cp.async may still write");
     if (mark.written == m.epoch && mark.writer != NOBODY) m.race(i, "reads without a barrier after the write");
-    if (mark.fence == m.fences) m.race(i, "reads what no fence made visible to the async proxy");
+    if (mark.known && !fenced(m, mark, warp)) m.race(i, "reads what no fence made visible to the async proxy");
     ++mark.in_flight;
   }
-  flight.operands.push_back({address});
+  flight.operands.push_back(address);
 }
 
 void release(Machine& m, const Flight& flight, bool by_warpgroup) {
-  for (const Chunk& chunk : flight.operands)
-    for (uint32_t at = chunk.address / 2; at < chunk.address / 2 + 8; ++at) {
+  for (uint32_t address : flight.operands)
+    for (uint32_t at = address / 2; at < address / 2 + 8; ++at) {
       Mark& mark = m.shared.marks[at];
       --mark.in_flight;
       if (by_warpgroup) mark.read = m.epoch, mark.reader = MANY;  // each warp has waited for itself alone
@@ -172,10 +194,11 @@ void copy(Machine& m, const Instruction& i) {
     const uint64_t to = address(m, i.args[0], i.args[1], t);
     int taken = bytes;
     if (i.args.size() > 5) taken = i.args[5].kind == LITERAL ? int(i.args[5].value) : int(m.at<uint32_t>(i.args[5])[t]);
+    if (taken < 0 || taken > bytes) m.fault(i, "copies more than there is room for");
     uint8_t copied[16] = {};
     if (taken) {
       const uint64_t from = address(m, i.args[2], i.args[3], t);
-      check(m, i, m.global, from, bytes, t, nullptr);
+      check(m, i, m.global, from, taken & (taken - 1) ? bytes : taken, t, nullptr);
       memcpy(copied, m.global.data + from, size_t(taken));
     }
     check(m, i, m.shared, to, bytes, t, copied);
@@ -186,7 +209,8 @@ void copy(Machine& m, const Instruction& i) {
   }
 }
 
-void commit_copies(Machine& m, const Instruction&) {
+void commit_copies(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   for (size_t w = 0; w < size_t(m.warps); ++w) {
     if (!m.active(int(w) * 32)) continue;
     m.copy_groups[w].push_back(std::move(m.copying[w]));
@@ -196,6 +220,7 @@ void commit_copies(Machine& m, const Instruction&) {
 
 // Triton puts no fence between cp.async and wgmma, so copies count as visible to matrix instructions.
 void wait_for_copies(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   const size_t left = i.args.empty() ? 0 : size_t(i.args[0].value);
   for (size_t w = 0; w < size_t(m.warps); ++w) {
     auto& groups = m.copy_groups[w];
@@ -218,6 +243,7 @@ void place(int row, int column, bool transposed, int& lane, int& half) {
 }
 
 void matrices(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   const bool loads = i.parts[0] == "ldmatrix", transposed = i.has("trans");
   const size_t first = loads ? 0 : 2, base = loads ? size_t(i.c) : 0;
   for (int w = 0; w < m.warps; ++w) {
@@ -248,16 +274,20 @@ void matrices(Machine& m, const Instruction& i) {
 
 void barrier_of_all(Machine& m, const Instruction& i) {
   if (i.args.size() > 1 || i.args[0].kind != LITERAL || i.args[0].value != 0) m.fault(i, "not emulated");
-  ++m.epoch;  // all threads are here: see run_cta
+  ++m.epoch;  // all threads are here: see step
 }
 
-void warp_barrier(Machine& m, const Instruction&) {
+void warp_barrier(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   for (int w = 0; w < m.warps; ++w)
     if (m.active(32 * w)) ++m.syncs[size_t(w)];
 }
 
 void fence(Machine& m, const Instruction& i) {
-  if (i.has("proxy")) ++m.fences;
+  if (!i.has("proxy") || i.parts.back() == "global") return;
+  ++m.fences;
+  for (int t = 0; t < m.threads; ++t)
+    if (m.active(t)) m.fenced_at[size_t(t) / 32] = m.fences;
 }
 
 void nothing(Machine&, const Instruction&) {}
@@ -271,6 +301,8 @@ Handler memory(Instruction& i) {
   if (base == "ld" && i.has("param")) return i.outputs = 1, load_parameter;
   if (base == "ld" || base == "st" || base == "atom" || base == "red") {
     i.b = std::stoi(last.substr(1)) / 8;
+    const size_t operands = size_t(base == "atom" ? 4 : base == "red" ? 3 : i.c + 2);
+    if (i.b * i.c > 32 || i.args.size() < operands) return nullptr;
     if (!i.a && !i.has("shared") && !i.has("shared::cta")) return nullptr;
     i.outputs = base == "ld" ? i.c : base == "atom";
     if (base == "ld") return load;
@@ -279,9 +311,10 @@ Handler memory(Instruction& i) {
   }
   if (base == "cp" && i.has("async") && i.has("commit_group")) return commit_copies;
   if (base == "cp" && i.has("async") && (i.has("wait_group") || i.has("wait_all"))) return wait_for_copies;
-  if (base == "cp" && i.has("async") && i.a && (i.has("ca") || i.has("cg"))) return copy;
-  if (base == "ldmatrix" && i.has("m8n8")) return i.outputs = i.c, matrices;
-  if (base == "stmatrix" && i.has("m8n8")) return matrices;
+  if (base == "cp" && i.has("async") && i.a && (i.has("ca") || i.has("cg")))
+    return i.args.size() >= 5 && i.args[4].kind == LITERAL && i.args[4].value <= 16 ? copy : nullptr;
+  if ((base == "ldmatrix" || base == "stmatrix") && i.has("m8n8") && last == "b16" && int(i.args.size()) == i.c + 2)
+    return i.outputs = base == "ldmatrix" ? i.c : 0, matrices;
   if (base == "bar" && last == "sync" && !i.has("warp")) return i.waits = true, barrier_of_all;
   if (base == "barrier" && i.has("sync")) return i.waits = true, barrier_of_all;
   if (base == "bar" && i.has("warp")) return warp_barrier;

@@ -214,7 +214,7 @@ def _kind_of_number(operation: str, position: int) -> int:
     if parts[0] == "vote" and position == 2:
         return WORD
     if parts[:2] == ["mad", "wide"] and position == 3:
-        return DOUBLE
+        return WORD if parts[2].endswith("16") else DOUBLE
     return KIND_OF_TYPE[[part for part in parts if part in KIND_OF_TYPE][-1]]
 
 

@@ -91,8 +91,8 @@ OPERATION2(Add, A(a + b))
 OPERATION2(Subtract, A(a - b))
 OPERATION2(Multiply, a * b)
 OPERATION2(Quotient, a / b)
-OPERATION2(Whole, b ? A(a / b) : A(0))
-OPERATION2(Rest, b ? A(a % b) : a)
+OPERATION2(Whole, b == 0 ? A(0) : b == A(-1) && a < 0 ? A(0 - a) : A(a / b))
+OPERATION2(Rest, b == 0 ? a : b == A(-1) && a < 0 ? A(0) : A(a % b))
 OPERATION2(And, A(a & b))
 OPERATION2(Or, A(a | b))
 OPERATION2(Xor, A(a ^ b))
@@ -100,11 +100,11 @@ OPERATION2(Left, b < sizeof(A) * 8 ? A(a << b) : A(0))
 OPERATION2(Right, b < sizeof(A) * 8 ? A(a >> b) : a < 0 ? A(-1) : A(0))
 OPERATION2(Least, std::min(a, b))
 OPERATION2(Greatest, std::max(a, b))
-// a NaN loses against a number
-OPERATION2(LeastNumber, a < b || b != b ? a : b)
-OPERATION2(GreatestNumber, a > b || b != b ? a : b)
-OPERATION2(GreatestOrNaN, a != a ? a : b != b ? b : a > b ? a : b)
-OPERATION2(LeastOrNaN, a != a ? a : b != b ? b : a < b ? a : b)
+// a NaN loses against a number, and -0 is less than +0
+OPERATION2(LeastNumber, a < b || b != b || (a == b && std::signbit(a)) ? a : b)
+OPERATION2(GreatestNumber, a > b || b != b || (a == b && !std::signbit(a)) ? a : b)
+OPERATION2(GreatestOrNaN, a != a ? a : b != b ? b : GreatestNumber()(a, b))
+OPERATION2(LeastOrNaN, a != a ? a : b != b ? b : LeastNumber()(a, b))
 OPERATION2(High, uint32_t(uint64_t(a) * uint64_t(b) >> 32))
 OPERATION2(HighSigned, int32_t(int64_t(a) * int64_t(b) >> 32))
 OPERATION2(Less, a < b)
@@ -157,6 +157,7 @@ template <class T> void bits(const std::string& type) {
   ternary<T, T, T, bool, Select>("selp." + type);
 }
 
+// ftz flushes nothing here: results are those of the instruction without it
 void floats() {
   for (const char* ftz : {"", "ftz."}) {
     auto name = [&](const char* before) { return std::string(before) + ftz + "f32"; };
@@ -282,6 +283,8 @@ void various() {
   binary<int64_t, int32_t, int32_t, decltype([](int64_t a, int64_t b) { return a * b; })>("mul.wide.s32");
   binary<uint32_t, uint16_t, uint16_t, decltype([](uint32_t a, uint32_t b) { return a * b; })>("mul.wide.u16");
   binary<int32_t, int16_t, int16_t, decltype([](int32_t a, int32_t b) { return a * b; })>("mul.wide.s16");
+  ternary<uint32_t, uint16_t, uint16_t, uint32_t, MultiplyAdd>("mad.wide.u16");
+  ternary<int32_t, int16_t, int16_t, int32_t, MultiplyAdd>("mad.wide.s16");
   ternary<uint64_t, uint32_t, uint32_t, uint64_t, MultiplyAdd>("mad.wide.u32");
   ternary<int64_t, int32_t, int32_t, int64_t, MultiplyAdd>("mad.wide.s32");
   binary<uint32_t, uint32_t, uint32_t, High>("mul.hi.u32");

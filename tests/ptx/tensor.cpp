@@ -13,7 +13,8 @@ namespace {
 constexpr int LANES = 128, COLUMNS = 512;
 
 uint32_t& cell(Machine& m, const Instruction& i, int lane, int column) {
-  if (lane >= LANES || column >= m.tensor_columns) m.fault(i, "outside of the tensor memory that is allocated");
+  if (lane >= LANES || column >= m.tensor_first || !m.tensor_columns)
+    m.fault(i, "outside of the tensor memory that is allocated");
   return m.tensor[size_t(column * LANES + lane)];
 }
 
@@ -38,21 +39,38 @@ void allocate(Machine& m, const Instruction& i) {
   const int t = int(std::find(m.mask, m.mask + (m.all ? 0 : m.threads), 1) - m.mask) * !m.all;
   const uint32_t at = m.at<uint32_t>(i.args[0])[t] + uint32_t(i.args[1].value);
   const int columns = int(i.args[2].value);
-  if (columns < 32 || columns & (columns - 1) || m.tensor_columns + columns > COLUMNS) m.fault(i, "too many columns");
-  const uint32_t first = uint32_t(m.tensor_columns);
+  if (columns < 32 || columns & (columns - 1) || m.tensor_first + columns > COLUMNS) m.fault(i, "too many columns");
+  const uint32_t first = uint32_t(m.tensor_first);
   check(m, i, m.shared, at, 4, t, reinterpret_cast<const uint8_t*>(&first));
   memcpy(m.shared.data + at, &first, 4);
-  m.tensor_columns += columns;
+  m.tensor_columns += columns, m.tensor_first += columns;
 }
 
 void free_columns(Machine& m, const Instruction& i) {
+  if (i.args.back().kind != LITERAL) m.fault(i, "not emulated");
+  m.tensor_columns -= int(i.args.back().value);
+  for (uint32_t loaded : m.tensor_read)
+    if (loaded == m.epoch && m.checks) {
+      m.race(i, "tensor memory is given back without a barrier after the load");
+      break;
+    }
   if (m.flight.columns.size()) m.fault(i, "tensor memory is given back while a product is in flight");
 }
 
 void nothing(Machine&, const Instruction&) {}
 
+// Warps four apart share lanes.
+void among_warps(Machine& m, const Instruction& i, Machine::Access& last, int warp, bool loads) {
+  if (last.stored == m.epoch && last.storer != warp) m.race(i, "tensor memory: no barrier after another warp's store");
+  if (!loads && last.loaded == m.epoch && last.loader != warp)
+    m.race(i, "tensor memory: no barrier after another warp's load");
+  if (loads) last.loaded = m.epoch, last.loader = warp;
+  else last.stored = m.epoch, last.storer = warp;
+}
+
 // i.a: registers; i.b: two halves of a warp, each 16 lanes, the second from another column on
 void move(Machine& m, const Instruction& i) {
+  whole_warps(m, i);
   const bool loads = i.has("ld");
   const size_t at = loads ? size_t(i.a) : 0, first = loads ? 0 : i.args.size() - size_t(i.a);
   const int split = i.b ? int(i.args[at + 2].value) : 0;
@@ -66,24 +84,37 @@ void move(Machine& m, const Instruction& i) {
       const int l = lane + (i.b ? t % 16 : t % 32);
       uint32_t& x = cell(m, i, l, c);
       if (m.checks && m.tensor_busy[half(l, c)]) m.race(i, "tensor memory of a product in flight");
+      if (m.checks && loads && m.tensor_pending[half(l, c)]) m.race(i, "tensor memory that is still stored to");
+      if (m.checks) among_warps(m, i, m.tensor_access[half(l, c) * 4 + size_t(l / 32)], t / 32, loads);
       uint32_t& word = m.at<uint32_t>(i.args[first + size_t(k)])[t];
       loads ? word = x : x = word;
       if (loads) m.tensor_read[half(l, c)] = m.epoch;
       else m.tensor_stored[half(l, c)] = m.epoch, m.tensor_pending[half(l, c)] = 1;
     }
   }
+  for (int k = 0; k < i.a && loads && m.checks; ++k) {
+    const int word = int(i.args[size_t(k)].value);
+    ++m.busy_word[size_t(word)], ++m.busy;
+    m.loads.registers.push_back(word);
+  }
+}
+
+// by any threads: registers of others that wait later are not watched in the meantime
+void wait_for_loads(Machine& m, const Instruction&) {
+  release(m, m.loads, false);
+  m.loads = Flight();
 }
 
 void wait_for_stores(Machine& m, const Instruction&) {
-  std::fill(m.tensor_pending.begin(), m.tensor_pending.end(), uint8_t(0));
+  std::fill(m.tensor_pending.begin(), m.tensor_pending.end(), 0u);
 }
 
 // Blackwell's descriptor differs from Hopper's in the swizzle's code, in the upper three bits
-void read_matrix(Machine& m, const Instruction& i, uint64_t x, int rows, bool transposed, uint16_t* out) {
+void read_matrix(Machine& m, const Instruction& i, uint64_t x, int rows, bool transposed, int warp, uint16_t* out) {
   const int code = int(x >> 61), span = code == 2 ? 128 : code == 4 ? 64 : code == 6 ? 32 : 16;
-  if (code % 2 || (x >> 46 & 7) != 1) m.fault(i, "a descriptor that is not emulated");
+  if (code % 2 || (x >> 46 & 7) != 1 || (x >> 49 & 7)) m.fault(i, "a descriptor that is not emulated");
   gather(m, i, (x & 0x3fff) << 4, (x >> 16 & 0x3fff) << 4, (x >> 32 & 0x3fff) << 4, span, span / 16 - 1, rows,
-         transposed, m.flight, out);
+         transposed, warp, out);
 }
 
 void use(Machine& m, const Instruction& i, size_t c, bool writes) {
@@ -110,7 +141,9 @@ void multiply(Machine& m, const Instruction& i) {
   const uint32_t shape = m.at<uint32_t>(i.args[of_b + 1])[t];
   const int rows = int(shape >> 24 & 31) << 4, columns = int(shape >> 17 & 63) << 3;
   const bool bf16 = shape >> 7 & 7, transposed_a = shape >> 15 & 1, transposed_b = shape >> 16 & 1;
-  if ((shape >> 4 & 3) != 1 || (shape >> 13 & 3) || (rows != 64 && rows != 128)) m.fault(i, "not emulated");
+  const bool same = (shape >> 7 & 7) == (shape >> 10 & 7);
+  if ((shape >> 4 & 3) != 1 || (shape >> 13 & 3) || (rows != 64 && rows != 128) || !same) m.fault(i, "not emulated");
+  if (columns % (rows == 128 ? 16 : 8)) m.fault(i, "a number of columns that it does not take");
   const bool keeps = m.at<bool>(i.args[of_b + 2])[t];
   const uint32_t d = base(m, i.args[0], i.args[1], t);
   auto lane = [&](uint32_t from, int r) { return int(from >> 16) + (rows == 128 ? r : r / 16 * 32 + r % 16); };
@@ -125,9 +158,9 @@ void multiply(Machine& m, const Instruction& i) {
       use_column(m, i, from, k, rows, false);
     }
   } else {
-    read_matrix(m, i, m.at<uint64_t>(i.args[2])[t], rows, transposed_a, a.data());
+    read_matrix(m, i, m.at<uint64_t>(i.args[2])[t], rows, transposed_a, t / 32, a.data());
   }
-  read_matrix(m, i, m.at<uint64_t>(i.args[of_b])[t], columns, transposed_b, b.data());
+  read_matrix(m, i, m.at<uint64_t>(i.args[of_b])[t], columns, transposed_b, t / 32, b.data());
   std::vector<double> wide(size_t(columns) * 16);
   for (int n = 0; n < columns; ++n)
     for (int k = 0; k < 16; ++k) wide[size_t(k * columns + n)] = widen(b[size_t(n * 16 + k)], bf16);
@@ -167,6 +200,7 @@ void initialize(Machine& m, const Instruction& i) {
     const uint8_t state[8] = {};
     check(m, i, m.shared, at, 8, t, state);
     Barrier made;
+    made.thread = t, made.epoch = m.epoch;
     made.expected = made.pending = int(i.args[2].value);
     m.barriers[uint32_t(at)] = made;
   }
@@ -189,17 +223,24 @@ void commit(Machine& m, const Instruction& i) {
 }
 
 void try_wait(Machine& m, const Instruction& i) {
+  std::vector<Barrier*> failed;
   for (int t = 0; t < m.threads; ++t) {
     if (!m.active(t)) continue;
     Barrier& x = barrier_at(m, i, of_barrier(m, i, 1, t));
     const Operand& parity = i.args[3];
     const uint32_t waited = parity.kind == LITERAL ? uint32_t(parity.value) : m.at<uint32_t>(parity)[t];
-    const bool complete = (x.phase & 1) != (waited & 1);
+    if (m.checks && x.epoch == m.epoch && x.thread != t) m.race(i, "no barrier after the mbarrier was made");
+    const bool complete = (x.phase & 1) != (waited & 1) && (x.flights.empty() || x.tried);
     m.at<bool>(i.args[0])[t] = complete;
-    if (!complete) continue;
+    if (!complete) {
+      failed.push_back(&x);
+      continue;
+    }
+    if (m.checks && !m.all && !x.flights.empty()) m.race(i, "a product that some threads alone wait for");
     for (const Flight& flight : x.flights) release(m, flight, false);
-    x.flights.clear();
+    x.flights.clear(), x.tried = false;
   }
+  for (Barrier* x : failed) x->tried = true;
 }
 
 }  // namespace
@@ -217,10 +258,12 @@ Handler tensor(Instruction& i) {
   if (i.has("commit")) return commit;
   if (i.has("mma") && i.has("kind::f16") && i.has("cta_group::1") && !i.has("ws")) return multiply;
   if (i.has("wait::st")) return wait_for_stores;
-  if (i.has("wait::ld") || i.has("relinquish_alloc_permit") || i.has("fence::before_thread_sync") ||
+  if (i.has("wait::ld")) return wait_for_loads;
+  if (i.has("relinquish_alloc_permit") || i.has("fence::before_thread_sync") ||
       i.has("fence::after_thread_sync"))
     return nothing;
-  if ((i.has("ld") || i.has("st")) && (i.has("32x32b") || i.has("16x32bx2")) && !i.has("pack::16b")) {
+  if ((i.has("ld") || i.has("st")) && (i.has("32x32b") || i.has("16x32bx2")) && i.parts.back() == "b32" &&
+      !i.has("pack::16b") && !i.has("unpack::16b")) {
     i.b = i.has("16x32bx2");
     for (const std::string& part : i.parts)
       if (part[0] == 'x') i.a = std::stoi(part.substr(1));

@@ -77,6 +77,7 @@ def test_division(kind):
     b[b == 0] = 3
     overflow = (a == np.iinfo(TYPES[kind]).min) & (b == -1) if kind == "s32" else a != a
     a[overflow] = 5
+    assert apply("div.s32", "b32", ["b32", "b32"], [np.int32([-(2**31)]), np.int32([-1])])[0] == 2**31  # as in hardware
     quotient = np.trunc(a.astype(np.longdouble) / b.astype(np.longdouble)).astype(TYPES[kind])
     same(apply(f"div.{kind}", "b32", ["b32", "b32"], [a, b]), quotient)
     same(apply(f"rem.{kind}", "b32", ["b32", "b32"], [a, b]), a - quotient * b)
@@ -136,6 +137,10 @@ def test_floats(ftz):
         assert np.array_equal(got, number, equal_nan=True)
         got = apply(f"max.{ftz}NaN.f32", "b32", two, [a, b]).view(np.float32)
         assert np.array_equal(got, np.maximum(a, b), equal_nan=True)
+        zeros = np.float32([0.0, -0.0]), np.float32([-0.0, 0.0])
+        for name, signs in (("min", [True, True]), ("max", [False, False])):  # -0 is less than +0
+            got = apply(f"{name}.{ftz}f32", "b32", two, list(zeros)).view(np.float32)
+            assert np.signbit(got).tolist() == signs
 
 
 def test_approximations():
@@ -195,6 +200,12 @@ def test_conversions_of_integers():
     same(
         apply("mul.wide.s32", "b64", ["b32", "b32"], [a, a[::-1].copy()]), a.astype(np.int64) * a[::-1].astype(np.int64)
     )
+    (h, g), (c, _) = pairs("s16"), pairs("s32")
+    n = min(len(h), len(c))
+    same(
+        apply("mad.wide.s16", "b32", ["b16", "b16", "b32"], [h[:n], g[:n], c[:n]]),
+        (h[:n].astype(np.int64) * g[:n] + c[:n]).astype(np.int32),
+    )
     (x,) = pairs("f32", 1)
     want = np.clip(
         np.trunc(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=1e300, neginf=-1e300)), -(2**31), 2**31 - 1
@@ -244,5 +255,7 @@ def test_two_floats_in_a_register():
     with np.errstate(all="ignore"):
         same(apply("add.f32x2", "b64", ["b64"] * 2, words[:2]), a + b)
         same(apply("mul.f32x2", "b64", ["b64"] * 2, words[:2]), a * b)
-    got = apply("fma.rn.f32x2", "b64", ["b64"] * 3, words)
-    same(got, apply("fma.rn.f32", "b32", ["b32"] * 3, [a, b, c]).view(np.float32))
+    got = apply("fma.rn.f32x2", "b64", ["b64"] * 3, words).view(np.float32)
+    exact = a.astype(np.longdouble) * b + c
+    ok = np.isfinite(exact) & (np.abs(exact) < 3e38)
+    assert np.array_equal(got[ok], exact[ok].astype(np.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -136,13 +138,13 @@ def laid_out(x: torch.Tensor, swizzle: int, along_rows: bool) -> tuple[torch.Ten
         for at in range(0, inner, 8):
             across, chunk = at // per, at % per // 8
             atom = (line // 8) * atoms_across + across if along_rows else across * atoms_down + line // 8
+            chunk ^= line % 8 * span // 128 % (span // 16)  # lines of 128 bytes: those of 64 are two in one
             byte = atom * 8 * span + line % 8 * span + chunk * 16
-            if swizzle:
-                byte ^= (byte >> 7 & (swizzle // 16 - 1)) << 4
             out[byte // 2 : byte // 2 + 8] = data[line, at : at + 8]
     atom = 8 * span
     if along_rows:
-        return torch.from_numpy(out), atom, atoms_across * atom, 2 * atoms_across * atom
+        offsets = (atom, atoms_across * atom) if swizzle else (atoms_across * atom, atom)  # they change roles
+        return torch.from_numpy(out), *offsets, 2 * atoms_across * atom
     step = 32 if span > 32 else 32 // span * atoms_down * atom
     return torch.from_numpy(out), atoms_down * atom, atom, step
 
@@ -197,8 +199,9 @@ def test_products_of_a_warpgroup(swizzle, transposed, name):
     torch.testing.assert_close(made.double(), a[:, :32].double() @ b[:, :32].double().t(), rtol=1e-5, atol=1e-5)
 
 
+PART = "setp.lt.u32 %p9, %r0, 32; @%p9"  # the first warp alone
 EDITS = {
-    "a register of wgmma before its wait": lambda body: body.replace("wgmma.wait_group.sync.aligned 0;", ""),
+    "a register before its wait": lambda body: body.replace("wgmma.wait_group.sync.aligned 0;", ""),
     "reads without a barrier after the write": lambda body: body.replace("bar.sync 0;", ""),
     "reads what no fence made visible to the async proxy": lambda body: body.replace(
         "fence.proxy.async.shared::cta;", ""
@@ -225,6 +228,35 @@ def test_races_of_a_warpgroup(race):
     assert any(found.startswith(race + ":") for found in races), races
 
 
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda body: body.replace("wgmma.wait_group", f"{PART} wgmma.wait_group"), "part of a warpgroup"),
+        (lambda body: body.replace("wgmma.fence", f"{PART} wgmma.fence"), "part of a warpgroup"),
+        (lambda body: body.replace("mov.pred %p2, 0;", "setp.ne.u32 %p2, %r0, 0;"), "do not agree"),
+        (
+            lambda body: body.replace("mov.pred %p2, 0;", f"or.b64 %d21, %d21, {3 << 49}; mov.pred %p2, 0;"),
+            "base offset",
+        ),
+        (lambda body: body.replace("k16.f32.bf16.bf16", "k16.f16.f16.f16"), "not emulated"),
+    ],
+)
+def test_faults_of_a_warpgroup(edit, fault):
+    a, b = (random(64, 32, dtype=torch.bfloat16, seed=seed) for seed in range(2))
+    with pytest.raises(Fault, match=fault):
+        product_of_a_warpgroup(a, b, 64, (False, False), "bf16", edit)
+
+
+def test_a_product_of_what_another_one_still_writes():
+    a, b = (random(64, 32, dtype=torch.bfloat16, seed=seed) for seed in range(2))
+    more = f"{{{registers(200, 32)}}}, {{{registers(100, 4)}}}, %d21, 0, 1, 1, 0;"
+    more = f"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {more} wgmma.commit_group"
+    _, races = product_of_a_warpgroup(
+        *(a, b, 64, (False, False), "bf16"), lambda body: body.replace("wgmma.commit_group", more)
+    )
+    assert any(found.startswith("a register before its wait: wgmma") for found in races), races
+
+
 def test_a_matrix_outside_of_shared_memory():
     a, b = (random(64, 32, dtype=torch.bfloat16, seed=seed) for seed in range(2))
     with pytest.raises(Fault, match="outside of shared memory"):
@@ -236,6 +268,25 @@ def test_a_matrix_outside_of_shared_memory():
 
 
 # ---- tcgen05
+
+ALLOCATED = """setp.lt.u32 %p4, %r0, 32; mov.b32 %r9, 40960;
+    @%p4 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r9], 64; bar.sync 0; ld.shared.b32 %r7, [%r9];
+    shr.u32 %r52, %r0, 5; and.b32 %r52, %r52, 3; shl.b32 %r52, %r52, 21; add.s32 %r53, %r7, %r52;
+    mul.wide.u32 %d10, %r0, 4; add.s64 %d11, %d0, %d10; setp.lt.u32 %p8, %r0, 128;"""
+LOADED = """tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r60}, [%r53 + 3]; tcgen05.wait::ld.sync.aligned; bar.sync 0;
+    @%p4 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r7, 64; st.global.b32 [%d11], %r60;"""
+STORED = "@%p8 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r53 + 3], {%r0}; tcgen05.wait::st.sync.aligned; bar.sync 0;"
+
+
+def test_values_in_tensor_memory():
+    """Warps four apart share lanes: what the first four store, all eight load, after a wait and a barrier."""
+    out = torch.zeros(256, dtype=torch.int32)
+    assert not run(ALLOCATED + STORED + LOADED, out, threads=256)
+    assert torch.equal(out, torch.arange(256, dtype=torch.int32) % 128)
+    races = run(ALLOCATED + STORED.replace("bar.sync 0;", "") + LOADED, out, threads=256)
+    assert [race.split(":")[0:2] for race in races] == [["tensor memory", " no barrier after another warp's store"]]
+    body = ALLOCATED + STORED.replace("tcgen05.wait::st.sync.aligned;", "") + LOADED
+    assert any("still stored to" in race for race in run(body, out, threads=128))
 
 
 def product_in_tensor_memory(a, b, rows, edit=lambda body: body):
@@ -263,7 +314,8 @@ def product_in_tensor_memory(a, b, rows, edit=lambda body: body):
         body += f"tcgen05.ld.sync.aligned.32x32b.x{n}.b32 {{{registers(100, n)}}}, [%r53 + 0];"
     else:
         body += f"tcgen05.ld.sync.aligned.16x32bx2.x{n // 2}.b32 {{{registers(100, n // 2)}}}, [%r53 + 0], {n // 2};"
-    body += "tcgen05.wait::ld.sync.aligned;"
+    body += "tcgen05.wait::ld.sync.aligned; bar.sync 0;"
+    body += "@%p4 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r7, 64;"
     body += f"mul.wide.u32 %d13, %r0, {n * 4}; add.s64 %d14, %d0, %d13;"
     body += "".join(f"st.global.b32 [%d14+{4 * k}], %r{100 + k};" for k in range(n if rows == 128 else n // 2))
     races = run(edit(body), out, raw_a[0], raw_b[0])
@@ -284,13 +336,25 @@ def test_products_in_tensor_memory(rows):
     torch.testing.assert_close(made.double(), a.double() @ b.double().t(), rtol=1e-5, atol=1e-5)
 
 
+def without(text):
+    return lambda body: body.replace(text, "", 1)
+
+
 TENSOR_EDITS = {
-    "tensor memory of a product in flight": lambda body: body.replace("@!complete bra.uni waitLoop;", "").replace(
-        "complete, [%r8], 0", "complete, [%r8], 1"
-    ),
-    "reads without a barrier after the write": lambda body: body.replace("bar.sync 0;", "", 1),
+    "tensor memory of a product in flight": without("@!complete bra.uni waitLoop;"),
+    "reads without a barrier after the write": without("bar.sync 0;"),
     "reads what no fence made visible to the async proxy": lambda body: body.replace(
-        "fence.proxy.async.shared::cta;", ""
+        "fence.proxy",
+        "setp.eq.u32 %p9, %r0, 64; @%p9 fence.proxy",  # of a thread that neither writes all nor reads
+    ),
+    "a register before its wait": without("tcgen05.wait::ld.sync.aligned;"),
+    "tensor memory is given back without a barrier after the load": lambda body: body.replace(" bar.sync 0;@", "@"),
+    "no barrier after the mbarrier was made": without("bar.sync 0;"),
+    "touches an mbarrier": lambda body: body.replace(
+        "bar.sync 0; fence", "@%p5 st.shared.b64 [%r8], %d0; bar.sync 0; fence"
+    ),
+    "a product that some threads alone wait for": lambda body: body.replace(
+        "waitLoop: mbarrier", "mov.pred complete, 1; waitLoop: @%p4 mbarrier"
     ),
 }
 
@@ -310,6 +374,13 @@ def test_races_in_tensor_memory(race):
         (lambda body: body.replace("[%r9], 64", "[%r9], 32"), "outside of the tensor memory"),
         (lambda body: body.replace("and.pred %p6, %p6, %p4", "or.pred %p6, %p6, %p4"), "more than one thread"),
         (lambda body: body.replace("[%r8], 0;", "[%r8], 1;"), "more instructions"),  # waits for a second product
+        (lambda body: re.sub(r"@%p4 tcgen05.dealloc[^;]*;", "", body), "not given back"),
+        (
+            lambda body: body.replace(
+                "shr.u32 %r52", "@%p4 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r7, 64; shr.u32 %r52"
+            ),
+            "outside of the tensor memory",
+        ),
     ],
 )
 def test_faults_in_tensor_memory(edit, fault):

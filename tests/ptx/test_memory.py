@@ -96,6 +96,53 @@ def test_misaligned_accesses():
         run("st.shared.b32 [2], %r0;", words())
 
 
+def test_what_several_threads_have_read_is_not_written():
+    """The last of them alone is not the only one: among the lanes of a warp, and among CTAs."""
+    all_read = """mov.b32 %r1, 0; setp.eq.u32 %p2, %r0, 0; @%p2 st.shared.b32 [%r1], %r0; bar.sync 0;
+        ld.shared.b32 %r4, [%r1]; setp.eq.u32 %p1, %r0, 31; MORE @%p1 st.shared.b32 [%r1], %r4; mov.b64 %d9, %d0;"""
+    races = run(all_read.replace("MORE", "add.s32 %r4, %r4, 1;"), words(), threads=32)
+    assert list(races) == ["writes without a barrier after the read: st.shared.b32"]
+    assert not run(all_read.replace("MORE", "add.s32 %r4, %r4, 1; bar.warp.sync -1;"), words(), threads=32)
+    in_place = """mov.u32 %r9, %ctaid.x; mul.wide.u32 %d10, %r9, 4; add.s64 %d11, %d0, %d10; setp.eq.u32 %p1, %r0, 0;
+        @%p1 ld.global.b32 %r4, [%d11]; @%p1 ld.global.b32 %r5, [%d11+4]; add.s32 %r4, %r4, %r5;
+        @%p1 st.global.b32 [%d11], %r4;"""
+    assert list(grid_of(in_place, words(4), ctas=3)) == ["writes what another CTA reads: st.global.b32"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["cp.async.wait_group 0", "bar.warp.sync -1", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r20}, [%r6]"],
+)
+def test_instructions_of_whole_warps(statement):
+    body = (
+        f"{AT} {LANE} st.shared.b32 [%r1], %r0; bar.sync 0; setp.ne.u32 %p1, %r2, 3; mov.b32 %r6, 0; mov.b64 %d13, %d1;"
+    )
+    with pytest.raises(Fault, match="threads of a warp are missing"):
+        run(f"{body} @%p1 {statement};", words(), words())
+    with pytest.raises(Fault, match="a part of a warp"):
+        run(f"{body} redux.sync.add.s32 %r5, %r2, 0xffff;", words(), words())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "shfl.sync.bfly.b32 %r1, %r2, 1;",
+        "shfl.sync.bfly.b32 %h1, %h2, 1, 31, -1;",
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%r7}, {%r8,%r9,%r10,%r11};",
+        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1,%r2}, {%r5,%r6,%r7,%r8}, {%r9,%r10}, {%r11,%r12};",
+        "st.global.v8.b64 [%d0], {%d1,%d2,%d3,%d4,%d5,%d6,%d7,%d8};",
+    ],
+)
+def test_operands_that_an_instruction_does_not_take(statement):
+    with pytest.raises(Fault, match="not emulated"):
+        Kernel(text(statement))
+
+
+def test_copies_of_more_than_they_may():
+    with pytest.raises(Fault, match="more than there is room for"):
+        run("mov.b32 %r2, 4096; mov.b32 %r3, 0; cp.async.cg.shared.global [%r3], [%d0], 16, %r2;", words())
+
+
 def test_a_branch_that_diverges_and_joins():
     out = torch.zeros(128, dtype=torch.int32)
     body = f"""{AT} {LANE} mov.b32 %r4, 0; setp.lt.u32 %p1, %r2, 10;
@@ -202,5 +249,7 @@ def test_atomic_additions_are_no_races():
     add = "mov.b32 %r4, 0f3F800000; red.global.add.f32 [%d0], %r4;"
     assert not grid_of(add, total, ctas=3)
     assert total.item() == 96.0
+    scoped = add.replace("red.global", "red.relaxed.cta.global")
+    assert not grid_of(scoped, total, ctas=1) and grid_of(scoped, total, ctas=2)
     for ctas in (1, 2):  # a plain store among them is one
         assert grid_of(f"setp.eq.u32 %p1, %r0, 5; {add} @%p1 st.global.b32 [%d0], %r0;", total, ctas=ctas)

@@ -6,13 +6,19 @@
 #include "machine.h"
 
 namespace ptx {
-namespace {
 
 void whole_warps(Machine& m, const Instruction& i) {
   for (int w = 0; w < m.warps; ++w)
     for (int t = 32 * w; t < 32 * w + 32; ++t)
       if (m.active(t) != m.active(32 * w)) m.fault(i, "threads of a warp are missing");
+  const std::string& base = i.parts[0];
+  if (base != "shfl" && base != "redux" && base != "vote") return;
+  const uint32_t* members = m.at<uint32_t>(i.args.back());
+  for (int t = 0; t < m.threads; ++t)
+    if (m.active(t) && members[t] != ~0u) m.fault(i, "not emulated: a part of a warp");
 }
+
+namespace {
 
 void shuffle(Machine& m, const Instruction& i) {
   whole_warps(m, i);
@@ -100,6 +106,11 @@ void elect(Machine& m, const Instruction& i) {
 
 Handler warp(Instruction& i) {
   const std::string& base = i.parts[0];
+  const size_t n = i.args.size();
+  const bool three = base == "elect" || base == "vote" || base == "redux";
+  if (base == "shfl" ? n != 5 && n != 6 : !three || n != 3) return nullptr;
+  for (const Operand& x : i.args)
+    if (x.kind == HALF || x.kind == DOUBLE) return nullptr;
   if (base == "shfl") return i.outputs = i.args.size() == 6 ? 2 : 1, shuffle;
   if (base == "elect") return i.outputs = 2, elect;
   if (base == "vote") return i.outputs = 1, vote;

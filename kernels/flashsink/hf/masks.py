@@ -284,24 +284,15 @@ def _doubt_positions(record: Record) -> None:
         record.doubts.append(((positions.diff(dim=-1) != 1).any(), _RESTART))
 
 
-def of_bounds(bounds: Any, inputs: Tensor, record: Record, asking: Asking) -> bool:
-    """Whether packed sequences of a call are known by ``bounds`` (N + 1,), without a look at its positions: of models
-    that want no more than a causal mask."""
-    positions = record.positions
-    if not isinstance(bounds, Tensor) or positions is None or positions.shape != inputs.shape[:2]:
-        return False
-    if len(inputs) != 1 or record.cached or asking.additive or not asking.configs:
-        return False
-    if not all(map(_only_causal, asking.configs)):
-        return False
-    record.bounds = (bounds, positions)
-    return True
-
-
-def _only_causal(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    others = ("sliding_window", "attention_chunk_size")
-    return {*kinds} == {"full_attention"} and not reads(config) and not any(getattr(config, x, None) for x in others)
+def only_causal(asking: Asking) -> bool:
+    """Whether the model wants no more than a causal mask, of which bounds of packed sequences say all."""
+    for config in asking.configs:
+        for kind in getattr(config, "layer_types", None) or ():
+            if kind != "full_attention":
+                return False
+        if reads(config) or getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+            return False
+    return len(asking.configs) > 0 and not asking.additive
 
 
 def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -> Any:

@@ -332,7 +332,8 @@ class Probe:
         if not isinstance(inputs, Tensor):
             return None
         new = masks.of_call(mask, inputs.shape[0], inputs.shape[1], record, masks.here.asking)
-        if mask is None and masks.of_bounds(given.get("cu_seq_lens_q"), inputs, record, masks.here.asking):
+        bounds = given.get("cu_seq_lens_q")
+        if mask is None and bounds is not None and masks.only_causal(asking) and record.pack(bounds, inputs):
             # with a mask transformers does not look at the positions, which would wait for the device
             new = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         masks.here.made.clear()

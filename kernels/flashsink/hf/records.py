@@ -88,6 +88,16 @@ class Record:
             self.spans, self.pairs = self.given.settle(layout, self.layers, validate)
         self.layout = layout
 
+    def pack(self, bounds: Any, inputs: Tensor) -> bool:
+        """Whether ``bounds`` (N + 1,) of packed sequences are known for the row ``inputs``, beside its positions."""
+        positions = self.positions
+        if not isinstance(bounds, Tensor) or positions is None or positions.shape != inputs.shape[:2]:
+            return False
+        if len(inputs) != 1 or self.cached:
+            return False
+        self.bounds = (bounds, positions)
+        return True
+
     @property
     def places(self) -> tuple[Layout, Tensor]:
         """(layout, spans), which every layer of the forward finds settled."""

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -208,7 +209,10 @@ def read_config(source: Path | str) -> Any:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     if source.suffix == ".gguf":
         config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
-        held = source.stat().st_size
+        with source.open("rb") as file:
+            held, tensors = source.stat().st_size, struct.unpack("<Q", file.read(16)[8:])[0]
+        if config.num_hidden_layers > tensors:  # each costs the library of the format 0.2 s
+            raise ValueError(f"it claims {config.num_hidden_layers} layers and holds {tensors} tensors")
     else:
         config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
         held = sum(path.stat().st_size for kind in ("safetensors", "bin") for path in source.glob(f"*.{kind}"))

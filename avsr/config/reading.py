@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from avsr.errors import PASSWORD, UserError
 
@@ -49,14 +50,14 @@ def parse_override(key: str, value: str, types: Mapping[str, str]) -> str:
     table = key.rpartition(".")[0]
     kind = types.get(key) or ("str" if types.get(table) == "dict[str, str]" else "")
     if kind in _TEXT and value:
-        node: Any = yaml.ScalarNode(f"{_TAG}null" if value == "null" else f"{_TAG}str", value)
+        node: Any = ScalarNode(f"{_TAG}null" if value == "null" else f"{_TAG}str", value)
         check_leaves(value, "override", key)
         _refuse_resolver(value, where)
     else:
         _check(value, where)
-        node = yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode(f"{_TAG}null", "")
+        node = yaml.compose(value, Loader=yaml.SafeLoader) or ScalarNode(f"{_TAG}null", "")
     for part in reversed(key.split(".")):
-        node = yaml.MappingNode(f"{_TAG}map", [(_quoted(part), node)])
+        node = MappingNode(f"{_TAG}map", [(_quoted(part), node)])
     _quote_texts(node, "", types)
     return _written(node)
 
@@ -132,10 +133,10 @@ def _refuse_resolver(value: str, where: str) -> None:
 
 
 def _quote_texts(node: Any, prefix: str, types: Mapping[str, str]) -> None:
-    if isinstance(node, yaml.SequenceNode):  # of mappings to merge
+    if isinstance(node, SequenceNode):  # of mappings to merge
         for inner in node.value:
             _quote_texts(inner, prefix, types)
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, MappingNode):
         return
     for place, (name, value) in enumerate(node.value):
         key = f"{prefix}.{name.value}" if prefix else str(name.value)
@@ -144,16 +145,16 @@ def _quote_texts(node: Any, prefix: str, types: Mapping[str, str]) -> None:
             _quote_texts(value, prefix, types)
         elif kind in _TEXT:
             node.value[place] = name, _text(value, nullable=_TEXT[kind])
-        elif kind in _TEXTS and isinstance(value, yaml.SequenceNode):
+        elif kind in _TEXTS and isinstance(value, SequenceNode):
             value.value[:] = [_text(inner) for inner in value.value]
-        elif kind in _TEXTS and isinstance(value, yaml.MappingNode):
+        elif kind in _TEXTS and isinstance(value, MappingNode):
             value.value[:] = [(_text(inner), _text(given)) for inner, given in value.value]
         else:
             _quote_texts(value, key, types)
 
 
 def _text(node: Any, *, nullable: bool = False) -> Any:
-    if not isinstance(node, yaml.ScalarNode) or node.tag.removeprefix(_TAG) not in _PLAIN:
+    if not isinstance(node, ScalarNode) or node.tag.removeprefix(_TAG) not in _PLAIN:
         return node
     null = node.tag == f"{_TAG}null" and (nullable or node.value in ("", "~"))
     return node if null else _quoted(node.value)
@@ -162,8 +163,8 @@ def _text(node: Any, *, nullable: bool = False) -> Any:
 _PLAIN = ("str", "null", "bool", "int", "float", "timestamp", "value")  # what an unquoted text may be taken for
 
 
-def _quoted(text: str) -> yaml.ScalarNode:
-    return yaml.ScalarNode(f"{_TAG}str", text, style='"')
+def _quoted(text: str) -> ScalarNode:
+    return ScalarNode(f"{_TAG}str", text, style='"')
 
 
 def _written(node: Any) -> str:

@@ -213,7 +213,7 @@ def test_rotary_positions_of_a_picture_reach_the_decoder(
             assert conversation[0]["content"][1]["text"] == "Describe the image."
             return inputs
 
-    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda source: Processor())
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda source, **options: Processor())
     subject = load_media_subject(str(tmp_path / "model"), Media(IMAGE, str(picture)), CPU)
     (rows,) = subject.batches()
     assert subject.inputs["position_ids"].shape[1:] == (1, len(rows.names[0]))

@@ -285,6 +285,7 @@ def main() -> int:
     parser.add_argument("--sm", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="problems whose name or dtype contains this")
     parser.add_argument("--quick", action="store_true", help="a few problems")
+    parser.add_argument("--check", action="store_true", help="run nothing; fail where a problem is left or not right")
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
@@ -300,6 +301,9 @@ def main() -> int:
         if sm < 120 or problem.dtype == "bf16"  # it has the tiles and the instructions of sm_80
         if not _holds(done.get((problem.name, problem.dtype, sm)), state)
     ]
+    if arguments.check:
+        print(f"{len(todo)} problems are left, not right, or were solved with other sources")
+        return 1 if todo else 0
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for count, row in enumerate(pool.imap_unordered(_prove, todo), start=1):
             done[key(row)] = {**row, "sources": state}

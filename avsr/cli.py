@@ -227,7 +227,7 @@ _COMMANDS = {
         [
             _RUN,
             _CHECKPOINT,
-            _argument(
+            _path(
                 "--out",
                 metavar="FOLDER",
                 help="of the results (default: the run's for its own settings, else RUN/evaluations/SETTINGS)",

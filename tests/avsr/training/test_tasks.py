@@ -56,7 +56,7 @@ def test_a_task_is_trained_scored_and_used(
     assert streams == {"video": {"video"}, "audiovisual": {"audio", "video"}, "fused": {"fused"}}[task]
     evaluate(folder, [])
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() == {"sentences", "unseen_voices", "decoding"}
+    assert metrics.keys() == {"sentences", "unseen_voices", "decoding", "made_by"}
     assert metrics["sentences"]["utterances"] == 4
     ((_, text),) = transcribe_files(folder, [str(clip(tmp_path / "own.mp4"))], [])
     assert isinstance(text, str)

@@ -2,8 +2,8 @@
 
 A mutant is a kernel's PTX with one statement taken out or changed. It is caught if the emulator reports a race or a
 fault, or if a result differs from the sound kernel's. Prints one JSON object an architecture: for every kind of change,
-how many mutants were caught and how many there were. Those that are not are changes without an effect: barriers,
-waits and fences that another one follows.
+how many mutants were caught and how many there were. Not every change does harm: another barrier
+or wait may follow, or the code may not run here. Which of those that are left do none was not looked into.
 """
 
 from __future__ import annotations

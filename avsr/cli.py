@@ -84,7 +84,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
     for name, score in scores.items():
         counts = f"{score.utterances} utterances, {score.words} words"
-        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}  ({counts})")
+        speed = "" if score.rtfx is None else f"  RTFx {score.rtfx:.4g}"
+        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}{speed}  ({counts})")
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
@@ -242,7 +243,11 @@ _COMMANDS = {
         [
             _RUN,
             _path("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
-            _path("--out", metavar="FOLDER", help="also write transcripts.jsonl there, and go on after a stop"),
+            _path(
+                "--out",
+                metavar="FOLDER",
+                help="write transcripts.jsonl there, too, and go on after a stop; without it nothing is kept",
+            ),
         ],
         _KEYS,
     ),

@@ -274,6 +274,13 @@ class DecodeConfig:
         above=-math.inf,
         below=math.inf,
     )
+    repetition_penalty: float = key(
+        1.0,
+        "lowers the scores of tokens that the text has already, as in transformers (little if decode.beams > 1); 1 = off",
+        at_least=1,
+        below=math.inf,
+    )
+    no_repeat_ngram: int = key(0, "no text has the same sequence of this many tokens twice; 0 = off", at_least=0)
     base_tokens: int = key(8, "token budget = base_tokens + tokens_per_second * duration", at_least=1)
     tokens_per_second: float = key(12.0, "see decode.base_tokens", at_least=0)
     normaliser: str = key("plain", "text normalization before scoring", choices=("plain", "whisper"))

@@ -94,6 +94,11 @@ class SpeechDataset(Dataset[Example]):
     def skipped(self) -> int:
         return len(self.bad)
 
+    @property
+    def cached(self) -> list[str]:
+        """The streams of its task that are read as features of a cache, without their encoder."""
+        return [stream for stream in TASKS[self.reading.task] if stream not in self._store.inside]
+
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         """An :class:`Example`, or possibly a :class:`Lost` when ``reading.lossy``."""
         index, draw = key if isinstance(key, tuple) else (key, None)

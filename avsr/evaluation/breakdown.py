@@ -1,11 +1,11 @@
-"""Error rates by speaker and by length, from the rows of ``hypotheses.jsonl``."""
+"""Error rates by speaker, by length and by normaliser, from the rows of ``hypotheses.jsonl``."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
-from avsr.evaluation.wer import plain, score
+from avsr.evaluation.wer import NORMALISERS, normaliser, plain, score
 from avsr.runtime.rows import Row
 
 WORD_BINS: dict[float, str] = {0: "0", 5: "1-5", 10: "6-10", 20: "11-20"}  # inclusive upper ends; then "21+"
@@ -43,6 +43,12 @@ def by_length(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> d
         "words": _bins(rows, lambda row: len(normalise(row["reference"]).split()), WORD_BINS, "21+", normalise),
         "seconds": _bins(rows, lambda row: row["seconds"], SECOND_BINS, "16+", normalise),
     }
+
+
+def by_normaliser(rows: Sequence[Row]) -> dict[str, float | int | None]:
+    """``{"wer_plain", "wer_whisper"}`` of rows with keys reference and hypothesis; None where the references have no
+    word that the normaliser leaves."""
+    return {f"wer_{name}": _part(rows, normaliser(name))["wer"] for name in NORMALISERS}
 
 
 def _bins(

@@ -3,6 +3,11 @@
 The score of a hypothesis of n text tokens is that of transformers' beam search: the sum of the log-probabilities of its
 tokens and of the end token after them, divided by ``(n + 1) ** length_penalty``. A text that is cut by its budget gets
 the end token for free (log-probability 0), which still counts in n + 1.
+
+``repetition_penalty`` and ``no_repeat_ngram`` are transformers' and see only the new tokens, neither the prompt nor the
+end. They change which texts are found and in which order, not the scores: those stay the model's own log-probabilities,
+so the best by the search need not have the highest score. Greedy decoding applies the penalty to logits (Keskar et al.
+2019), beam search to log-probabilities, where it does little against a token that the model is sure of.
 """
 
 from __future__ import annotations
@@ -14,18 +19,28 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from avsr.config import DecodeConfig
 from avsr.data.batches import Batch, Example, collate
 from avsr.models.speech_llm import SpeechLLM
 
+BUDGET, POSITIONS = "budget", "positions"  # what cuts a text
+
 
 class Hypothesis(NamedTuple):
-    """A decoded text and its score in nats (see the module)."""
+    """A decoded text, its score in nats (see the module), and what cut it: its ``BUDGET``, the ``POSITIONS`` of the
+    language model, or "" where it ended by itself."""
 
     text: str
     score: float
+    cut: str
 
 
 def token_budget(config: DecodeConfig, seconds: float) -> int:
@@ -42,9 +57,9 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
     """
     model.eval()
     rows = model.assemble(batch, with_text=False, left=True)
-    budgets = [token_budget(config, utterance.duration) for utterance in batch.utterances]
+    wanted = [token_budget(config, utterance.duration) for utterance in batch.utterances]
     room = (model.max_positions - rows.mask.sum(dim=1) - 1).tolist()
-    budgets = [max(1, min(pair)) for pair in zip(budgets, room, strict=True)]
+    budgets = [max(1, min(pair)) for pair in zip(wanted, room, strict=True)]
     pad = model.tokenizer.pad_token_id
     generation = GenerationConfig(
         do_sample=False,
@@ -63,15 +78,29 @@ def transcribe_batch(model: SpeechLLM, batch: Batch, config: DecodeConfig) -> li
             inputs_embeds=rows.embeddings,
             attention_mask=rows.mask,
             generation_config=generation,
-            logits_processor=LogitsProcessorList([_OwnBudget(budgets, config.beams, model.eos), trace]),
+            logits_processor=LogitsProcessorList(
+                [trace, *_penalties(config), _OwnBudget(budgets, config.beams, model.eos)]
+            ),
         )
     found: list[list[Hypothesis]] = [[] for _ in budgets]
     for place, row in enumerate(ids.tolist()):
         utterance = place // config.nbest
-        tokens = _until(row[: budgets[utterance]], model.eos)
+        tokens = row[: budgets[utterance]]
+        cut = "" if model.eos in tokens else BUDGET if wanted[utterance] <= room[utterance] else POSITIONS
+        tokens = _until(tokens, model.eos)
         text = str(model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        score = trace.log_probability(utterance, tokens) / (len(tokens) + 1) ** config.length_penalty
-        found[utterance].append(Hypothesis(text, score))
+        total = trace.log_probability(utterance, tokens, ended=not cut)
+        found[utterance].append(Hypothesis(text, total / (len(tokens) + 1) ** config.length_penalty, cut))
+    return found
+
+
+def _penalties(config: DecodeConfig) -> list[LogitsProcessor]:
+    """Not by ``GenerationConfig``, which would spare as many new tokens as the prompt has padding."""
+    found: list[LogitsProcessor] = []
+    if config.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram:
+        found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram))
     return found
 
 
@@ -105,7 +134,7 @@ class _OwnBudget(LogitsProcessor):
 
 
 class _Trace(LogitsProcessor):
-    """Observes a search to give the log-probability of every text that it considered.
+    """Observes the model's logits in a search to give the log-probability of every text that it considered.
 
     transformers returns scores only together with the logits of all steps, gigabytes for 15 beams of a vocabulary of
     128,000. Here every step keeps three small tensors: the rows' tokens so far (R, t), their log-probability (R,) and
@@ -129,13 +158,13 @@ class _Trace(LogitsProcessor):
         self._last = log_probs
         return scores
 
-    def log_probability(self, utterance: int, tokens: list[int]) -> float:
-        """The log-probability of ``tokens`` and the end token, a text that was considered for this utterance."""
+    def log_probability(self, utterance: int, tokens: list[int], *, ended: bool) -> float:
+        """The log-probability of ``tokens`` (and the end token when ``ended``), considered for this utterance."""
         ids, totals, ends = self._steps[len(tokens)]
         own = slice(utterance * self._beams, (utterance + 1) * self._beams)
         same = (ids[own] == torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).all(dim=-1)
         row = own.start + int(same.nonzero()[0])
-        return float(totals[row] + ends[row])
+        return float(totals[row] + ends[row]) if ended else float(totals[row])
 
     def _rows(self, prefixes: Tensor, ids: Tensor) -> Tensor:
         """(R,) row of ``ids`` (R, t) that holds each prefix (R, t), among the beams of the same utterance.

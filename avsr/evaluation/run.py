@@ -22,8 +22,10 @@ from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import Version
 from avsr.errors import UserError, visible
 from avsr.evaluation.act import calibrated
-from avsr.evaluation.breakdown import by_length, by_speaker
-from avsr.evaluation.decode import transcribe
+from avsr.evaluation.breakdown import by_length, by_normaliser, by_speaker
+from avsr.evaluation.confusions import confusions
+from avsr.evaluation.decode import BUDGET, transcribe
+from avsr.evaluation.failures import failures, loops, warning
 from avsr.evaluation.results import (
     ERRORS,
     HYPOTHESES,
@@ -35,6 +37,7 @@ from avsr.evaluation.results import (
     results_folder,
     row_key,
 )
+from avsr.evaluation.speed import TIMES, rtfx, timed
 from avsr.evaluation.wer import Score, alignment, normaliser, score
 from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
@@ -52,15 +55,17 @@ _BATCHES = 8  # files read before their decoding begins, for batches of similar 
 def decode_set(
     model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str, kept: Rows | None = None
 ) -> tuple[Score, list[Row]]:
-    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis;
-    with ``decode.nbest`` > 1 also nbest, a list of text and score, best first). ``kept`` gets every row as it comes;
-    what it holds is not decoded again."""
+    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis,
+    cut as in :class:`~avsr.evaluation.decode.Hypothesis`, loop; with ``decode.nbest`` > 1 also nbest, a list of text,
+    score and cut, best first). ``kept`` gets every row as it comes, with its ``TIMES``; what it holds is not decoded
+    again."""
     held = {} if kept is None else kept.held
     left = [(index, u) for index, u in enumerate(dataset.utterances) if (name, u.id) not in held]
     rows: dict[str, Row] = {}
     with ProgressBar(f"decode {name}", len(dataset), done=len(dataset) - len(left)) as bar:
         seconds = [utterance.duration for _, utterance in left]
-        for place, best in transcribe(model, lambda i: dataset[left[i][0]], seconds, config.decode):
+        decoded = timed(transcribe(model, lambda i: dataset[left[i][0]], seconds, config.decode))
+        for number, ((place, best), took) in enumerate(decoded):
             utterance = left[place][1]
             row: dict[str, Any] = {
                 "set": name,
@@ -69,6 +74,10 @@ def decode_set(
                 "seconds": utterance.duration,
                 "reference": utterance.text,
                 "hypothesis": best[0].text,
+                "cut": best[0].cut,
+                "loop": loops(best[0].text, utterance.text),
+                "took": took,
+                "warm": number >= config.decode.batch,
             }
             if config.decode.nbest > 1:
                 row["nbest"] = [hypothesis._asdict() for hypothesis in best]
@@ -78,7 +87,8 @@ def decode_set(
             bar.advance()
     found = [rows.get(utterance.id) or held[name, utterance.id] for utterance in dataset.utterances]
     references, hypotheses = [row["reference"] for row in found], [row["hypothesis"] for row in found]
-    return score(references, hypotheses, normaliser(config.decode.normaliser)), found
+    total = replace(score(references, hypotheses, normaliser(config.decode.normaliser)), rtfx=rtfx(found))
+    return total, [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
 
 def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str, SpeechDataset]:
@@ -182,11 +192,14 @@ def evaluate_model(
     scores: dict[str, Score] = {}
     rows: list[Row] = []
     result: dict[str, Any] = {}
+    failed: dict[str, dict[str, int]] = {}
     normalise = normaliser(config.decode.normaliser)
     for name, dataset in sets.items():
         scores[name], part = decode_set(model, dataset, config, name, kept)
+        failed[name] = failures(part)
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
-        result[name] = {**asdict(scores[name]), **parts}
+        counts = {"rtfx_without_encoders": dataset.cached, **by_normaliser(part), **failed[name]}
+        result[name] = {**asdict(scores[name]), **counts, **parts}
         rows += part
     result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
     if act:
@@ -194,12 +207,15 @@ def evaluate_model(
     if made:
         result[MADE_BY] = made
     try:
-        write_durably(folder / ERRORS, worst(rows, config).encode("utf-8", errors="backslashreplace"))
+        tables = "\n".join(filter(None, [confusions(rows, normalise), worst(rows, config)]))
+        write_durably(folder / ERRORS, tables.encode("utf-8", errors="backslashreplace"))
         write_durably(folder / METRICS, (json.dumps(result, indent=2) + "\n").encode())
         kept.publish(folder / HYPOTHESES, rows)
     except OSError as error:
         reason = f"{error}; the same command goes on from {unfinished}"
         raise UserError(f"cannot write results to {folder}: {reason}") from error
+    if line := warning(failed):
+        logger.warning(line)
     logger.info("results: %s", folder)
     return scores
 
@@ -227,7 +243,8 @@ def transcribe_files(
     """Transcribes files: (file, text) in order, as they come, with the error instead of a text for an unusable file.
 
     Of a video file the mouth frames, the sound or both are used, as the run's task needs; from a whole face the mouth
-    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on.
+    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on. A text that
+    repeats itself or was cut is warned about.
     """
     if out is None:
         yield from _transcripts(run, files, overrides, None)
@@ -260,6 +277,7 @@ def _transcripts(
         for first in range(0, len(files), together):
             part = files[first : first + together]
             results: dict[int, str | UserError] = {}
+            cuts: dict[int, str] = {}
             examples: list[tuple[int, Example]] = []
             for index, name in enumerate(part):
                 held = None if kept is None else kept.held.get((name, _stamp(name)))
@@ -267,17 +285,30 @@ def _transcripts(
                     if held is None:
                         examples.append((index, _example(name, task, model, store)))
                     else:
-                        results[index] = str(held["text"])
+                        results[index], cuts[index] = str(held["text"]), held["cut"]
                 except UserError as error:
                     results[index] = error
             seconds = [example.utterance.duration for _, example in examples]
             load = [example for _, example in examples].__getitem__
             for place, hypotheses in transcribe(model, load, seconds, config.decode):
-                index, text = examples[place][0], hypotheses[0].text
-                results[index] = text
+                index, (text, _, cut) = examples[place][0], hypotheses[0]
+                results[index], cuts[index] = text, cut
                 if kept is not None:
-                    kept.add({"file": part[index], "stamp": _stamp(part[index]), "text": text})
-            yield from ((name, results[index]) for index, name in enumerate(part))
+                    kept.add({"file": part[index], "stamp": _stamp(part[index]), "text": text, "cut": cut})
+            for index, name in enumerate(part):
+                if index in cuts:
+                    _warn(name, str(results[index]), cuts[index])
+                yield name, results[index]
+
+
+def _warn(name: str, text: str, cut: str) -> None:
+    """Of a text that is probably not what was said."""
+    name = visible(name)
+    if loops(text):
+        logger.warning("%s: its text repeats itself (decode.no_repeat_ngram, decode.repetition_penalty)", name)
+    if cut:
+        keys = "its budget (decode.base_tokens, decode.tokens_per_second)"
+        logger.warning("%s: its text was cut by %s", name, keys if cut == BUDGET else "the language model's positions")
 
 
 def _stamp(name: str) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 ``plain`` (default): lower case, straight apostrophes, every character except letters (with their combining marks),
 digits and apostrophes inside words replaced by a space, white space collapsed. ``whisper``: Whisper's English
-normaliser, opt-in since it rewrites what was said ("o nine" becomes "09").
+normaliser, opt-in since it rewrites what was said ("o nine" becomes "09"). It leaves "colour" and "color" different, as
+transformers does not ship Whisper's list of British and American spellings.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jiwer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from avsr.errors import visible
 
+NORMALISERS = ("plain", "whisper")
 _NOT_WORD = re.compile(r"[^\w']|_|(?<!\w)'|'(?!\w)")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Error counts over a set. Rates are fractions (0.12 = 12%) and may exceed 1."""
+    """Error counts over a set. Rates are fractions (0.12 = 12%) and may exceed 1. ``rtfx`` is that of
+    :mod:`avsr.evaluation.speed`, if it was measured."""
 
     wer: float
     cer: float
@@ -31,6 +34,7 @@ class Score:
     substitutions: int
     deletions: int
     insertions: int
+    rtfx: float | None = field(default=None, compare=False)
 
 
 def plain(text: str) -> str:

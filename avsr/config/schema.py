@@ -276,7 +276,7 @@ class DecodeConfig:
     )
     repetition_penalty: float = key(
         1.0,
-        "lowers the scores of tokens that the text has already, as in transformers (little if decode.beams > 1); 1 = off",
+        "lowers the scores of tokens that the text has already, as in transformers (little with beams > 1); 1 = off",
         at_least=1,
         below=math.inf,
     )

@@ -53,7 +53,7 @@ def stretches(rows: Sequence[Row], normalise: Callable[[str], str]) -> Iterator[
 
 
 def spellings(rows: Sequence[Row]) -> tuple[Pairs, int]:
-    """Differences after ``plain`` that Whisper's English normaliser explains, such as "fifty" / "50" and "mr" / "mister",
+    """Differences after ``plain`` that Whisper's English normaliser explains, such as "fifty" / "50" or "mr" / "mister",
     and the number of word errors in them. "colour" / "color" is none: see :mod:`avsr.evaluation.wer`."""
     whisper = normaliser("whisper")
 

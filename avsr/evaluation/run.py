@@ -243,8 +243,8 @@ def transcribe_files(
     """Transcribes files: (file, text) in order, as they come, with the error instead of a text for an unusable file.
 
     Of a video file the mouth frames, the sound or both are used, as the run's task needs; from a whole face the mouth
-    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on. A text that
-    repeats itself or was cut is warned about.
+    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on. A text
+    that repeats itself or was cut is warned about.
     """
     if out is None:
         yield from _transcripts(run, files, overrides, None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from avsr.cli import main
 from avsr.config import DecodeConfig
 from avsr.data.batches import Example, collate
-from avsr.evaluation.decode import Hypothesis, token_budget, transcribe, transcribe_batch
+from avsr.evaluation.decode import BUDGET, POSITIONS, Hypothesis, token_budget, transcribe, transcribe_batch
 from avsr.models.speech_llm import SpeechLLM
 
 SECONDS = [0.4, 1.3, 0.4, 2.2, 0.7, 0.9, 0.3]
@@ -48,18 +49,34 @@ def examples(make_examples: Callable[..., list[Example]]) -> list[Example]:
     return make_examples(SECONDS)
 
 
-def naive(model: SpeechLLM, example: Example, budget: int) -> str:
+PLAIN = DecodeConfig()
+
+
+def naive(model: SpeechLLM, example: Example, budget: int, config: DecodeConfig = PLAIN) -> str:
     """The most likely token again and again, without a cache."""
     rows = model.assemble(collate([example]), with_text=False)
     sequence, ids = rows.embeddings, []
     with torch.no_grad():
         while len(ids) < budget:
-            best = int(model.llm(inputs_embeds=sequence).logits[0, -1].argmax())
+            best = int(penalized(model.llm(inputs_embeds=sequence).logits[0, -1], ids, config).argmax())
             if best == model.eos:
                 break
             ids.append(best)
             sequence = torch.cat([sequence, model.decoder.get_input_embeddings()(torch.tensor([[best]]))], dim=1)
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def penalized(values: torch.Tensor, tokens: Sequence[int], config: DecodeConfig) -> torch.Tensor:
+    """Logits or log-probabilities (V,) of the token after ``tokens``: those in it are made smaller, and those that
+    would complete a sequence of ``no_repeat_ngram`` tokens for the second time are forbidden."""
+    size, values = config.no_repeat_ngram, values.double().clone()
+    for token in set(tokens):
+        values[token] = values[token] * config.repetition_penalty ** (1 if values[token] < 0 else -1)
+    done = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
+    for token in range(len(values)):
+        if size and (*tokens[len(tokens) - size + 1 :], token) in done:
+            values[token] = -torch.inf
+    return values
 
 
 def decode(model: SpeechLLM, examples: list[Example], config: DecodeConfig) -> list[str]:
@@ -155,10 +172,11 @@ def test_scores_are_log_probabilities_of_the_model(
         assert len(found) == nbest
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
         budget = token_budget(config, example.utterance.duration)
-        for text, score in found:
+        for text, score, cut in found:
             tokens = [int(word) for word in text.split()]
             assert len(tokens) <= budget
             ended = len(tokens) < budget
+            assert cut == ("" if ended else BUDGET)
             kinds.add(ended)
             expected = teacher_forced(ending, example, tokens, ended=ended) / (len(tokens) + 1) ** penalty
             assert score == pytest.approx(expected, abs=2e-5)
@@ -180,20 +198,110 @@ def test_a_larger_length_penalty_favours_longer_texts(ending: SpeechLLM, example
     assert lengths[0] <= lengths[1] <= lengths[2] and lengths[0] < lengths[2]
 
 
+# Against repetition
+
+
+@pytest.mark.parametrize(("penalty", "ngram"), [(1.2, 0), (4.0, 0), (1.0, 1), (1.0, 3), (1.1, 2)])
+def test_greedy_with_penalties_is_the_most_likely_token_that_they_leave(
+    model: SpeechLLM, examples: list[Example], ids_as_text: Callable[[SpeechLLM], None], penalty: float, ngram: int
+) -> None:
+    """The score is the model's, without them; the padding before an utterance does not hide its tokens from them."""
+    model.eos = 3  # <unk>: hardly ever the most likely token
+    ids_as_text(model)
+    config = DecodeConfig(repetition_penalty=penalty, no_repeat_ngram=ngram, tokens_per_second=16.0)
+    without = DecodeConfig(tokens_per_second=16.0)
+    budgets = [token_budget(config, example.utterance.duration) for example in examples]
+    found = [hypotheses[0] for hypotheses in transcribe_batch(model, collate(examples), config)]
+    texts = [naive(model, *each, config) for each in zip(examples, budgets, strict=True)]
+    assert [hypothesis.text for hypothesis in found] == texts != decode(model, examples, without)
+    for example, budget, (text, score, cut) in zip(examples, budgets, found, strict=True):
+        tokens = [int(word) for word in text.split()]
+        assert (len(tokens) == budget) == (cut == BUDGET)
+        expected = teacher_forced(model, example, tokens, ended=not cut) / (len(tokens) + 1)
+        assert score == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(("penalty", "ngram"), [(3.0, 0), (1.0, 1), (2.0, 1)])
+def test_beams_with_penalties_rank_all_texts_by_what_they_leave(
+    ending: SpeechLLM,
+    make_examples: Callable[..., list[Example]],
+    ids_as_text: Callable[[SpeechLLM], None],
+    penalty: float,
+    ngram: int,
+) -> None:
+    """Against all texts of two tokens; the end token is free after them and is never penalized."""
+    (example,) = make_examples([0.5])
+    ids_as_text(ending)
+    options = {"repetition_penalty": penalty, "no_repeat_ngram": ngram, "base_tokens": 2, "tokens_per_second": 0.0}
+    config = DecodeConfig(beams=60, nbest=40, **options)
+    (found,) = transcribe_batch(ending, collate([example]), config)
+    rows = ending.assemble(collate([example]), with_text=False)
+    start = rows.embeddings.shape[1] - 1
+    embed = ending.decoder.get_input_embeddings()
+    vocabulary = torch.arange(ending.decoder.config.vocab_size)
+    with torch.no_grad():
+        inputs = torch.cat([rows.embeddings.expand(len(vocabulary), -1, -1), embed(vocabulary[:, None])], dim=1)
+        log_probs = ending.decoder(inputs_embeds=inputs).logits.double().log_softmax(dim=-1)[:, start:]
+    ranks = {"": float(log_probs[0, 0, ending.eos])}
+    scores = dict(ranks)
+    for first, last in itertools.product(vocabulary.tolist(), repeat=2):
+        if ending.eos == first:
+            continue
+        left = log_probs[first, 0, first] + penalized(log_probs[first, 1], [first], config)[last]
+        text, length = (f"{first}", 2) if last == ending.eos else (f"{first} {last}", 3)
+        ranks[text] = float(left) / length
+        scores[text] = float(log_probs[first, 0, first] + log_probs[first, 1, last]) / length
+    best = sorted(ranks, key=ranks.__getitem__, reverse=True)[: len(found)]
+    assert [hypothesis.text for hypothesis in found] == best
+    assert [hypothesis.score for hypothesis in found] == pytest.approx([scores[text] for text in best], abs=2e-5)
+    assert best != sorted(scores, key=scores.__getitem__, reverse=True)[: len(found)]  # the penalty matters
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_no_sequence_of_tokens_comes_twice(
+    model: SpeechLLM, examples: list[Example], ids_as_text: Callable[[SpeechLLM], None], beams: int
+) -> None:
+    ids_as_text(model)
+    model.eos = 3
+    repeated = []
+    for ngram in (0, 2):
+        config = DecodeConfig(beams=beams, nbest=beams, no_repeat_ngram=ngram, base_tokens=30)
+        lists = transcribe_batch(model, collate(examples), config)
+        pairs = [list(itertools.pairwise(h.text.split())) for found in lists for h in found]
+        repeated.append(sum(len(each) - len(set(each)) for each in pairs))
+    assert repeated[0] > 0 == repeated[1]
+
+
+def test_a_text_is_cut_by_its_budget_or_by_the_models_positions(
+    model: SpeechLLM, make_examples: Callable[..., list[Example]]
+) -> None:
+    model.eos = 3
+    short, long = make_examples([0.5, 17.6])  # the latter leaves almost none of the 256 positions
+    config = DecodeConfig(base_tokens=16, tokens_per_second=4.0)
+    (own,), (other,) = transcribe_batch(model, collate([short, long]), config)
+    assert (own.cut, other.cut) == (BUDGET, POSITIONS) and len(own.text) > 10 > len(other.text)
+    model.eos = model.tokenize(own.text)[3]
+    (ended,), _ = transcribe_batch(model, collate([short, long]), config)
+    assert ended.cut == ""
+
+
 # What does not matter
 
 
 def same(found: list[Hypothesis], other: list[Hypothesis]) -> bool:
-    return [h.text for h in found] == [h.text for h in other] and [h.score for h in found] == pytest.approx(
-        [h.score for h in other], abs=1e-5
-    )
+    return [(h.text, h.cut) for h in found] == [(h.text, h.cut) for h in other] and [
+        h.score for h in found
+    ] == pytest.approx([h.score for h in other], abs=1e-5)
 
 
 @pytest.mark.parametrize("base", [2, 9])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_lists_alone_as_in_a_batch(ending: SpeechLLM, examples: list[Example], beams: int, base: int) -> None:
+@pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.3, "no_repeat_ngram": 2}])
+def test_lists_alone_as_in_a_batch(
+    ending: SpeechLLM, examples: list[Example], beams: int, base: int, penalties: dict[str, Any]
+) -> None:
     """Also where the budget ends a text: other utterances then continue for longer."""
-    config = DecodeConfig(beams=beams, nbest=beams, base_tokens=base, tokens_per_second=6.0, batch=3)
+    config = DecodeConfig(beams=beams, nbest=beams, base_tokens=base, tokens_per_second=6.0, batch=3, **penalties)
     together = transcribe_batch(ending, collate(examples), config)
     assert len({found[0].text for found in together}) > 3
     assert transcribe_batch(ending, collate(examples), config) == together

@@ -1,4 +1,4 @@
-"""Which words are taken for which others, and which errors are a matter of spelling alone."""
+"""Which words are taken for which others, and which errors are a matter of spelling."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ def stretches(rows: Sequence[Row], normalise: Callable[[str], str]) -> Iterator[
 
 
 def spellings(rows: Sequence[Row]) -> tuple[Pairs, int]:
-    """Differences after ``plain`` that Whisper's English normaliser explains, such as "fifty" / "50" or "mr" / "mister",
-    and the number of word errors in them. "colour" / "color" is none: see :mod:`avsr.evaluation.wer`."""
+    """Differences after ``plain`` that Whisper's English normaliser explains, such as "fifty" / "50", "mr" / "mister"
+    or a missing "uh", and the number of word errors in them; not "colour" / "color" (see :mod:`avsr.evaluation.wer`).
+    """
     whisper = normaliser("whisper")
 
     def forms(text: str) -> set[str]:  # the normaliser turns "o nine" into "09", but "09" into "9"
@@ -73,7 +74,7 @@ def confusions(rows: Sequence[Row], normalise: Callable[[str], str] = plain) -> 
         kinds[kind][said, found] = count
     parts = [_table(f"{count.total()} {kind}", count) for kind, count in kinds.items()]
     alike, errors = spellings(rows)
-    parts.append(_table(f"{errors} errors in spelling alone, by Whisper's normaliser", alike))
+    parts.append(_table(f"{errors} errors in spelling, numbers and fillers, by Whisper's normaliser", alike))
     return "\n".join(filter(None, parts))
 
 

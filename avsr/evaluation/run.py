@@ -78,6 +78,7 @@ def decode_set(
                 "loop": loops(best[0].text, utterance.text),
                 "took": took,
                 "warm": number >= config.decode.batch,
+                "cached": dataset.cached,
             }
             if config.decode.nbest > 1:
                 row["nbest"] = [hypothesis._asdict() for hypothesis in best]
@@ -87,7 +88,9 @@ def decode_set(
             bar.advance()
     found = [rows.get(utterance.id) or held[name, utterance.id] for utterance in dataset.utterances]
     references, hypotheses = [row["reference"] for row in found], [row["hypothesis"] for row in found]
-    total = replace(score(references, hypotheses, normaliser(config.decode.normaliser)), rtfx=rtfx(found))
+    total = score(references, hypotheses, normaliser(config.decode.normaliser))
+    cached = sorted({stream for row in found for stream in row["cached"]})
+    total = replace(total, rtfx=rtfx(found), rtfx_without_encoders=cached)
     return total, [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
 
@@ -198,8 +201,7 @@ def evaluate_model(
         scores[name], part = decode_set(model, dataset, config, name, kept)
         failed[name] = failures(part)
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
-        counts = {"rtfx_without_encoders": dataset.cached, **by_normaliser(part), **failed[name]}
-        result[name] = {**asdict(scores[name]), **counts, **parts}
+        result[name] = {**asdict(scores[name]), **by_normaliser(part), **failed[name], **parts}
         rows += part
     result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
     if act:

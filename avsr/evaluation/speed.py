@@ -15,7 +15,7 @@ from typing import TypeVar
 from avsr.runtime.rows import Row
 
 Item = TypeVar("Item")
-TIMES = ("took", "warm")  # keys of rows that differ between two runs of the same
+TIMES = ("took", "warm", "cached")  # keys of rows that differ between two runs of the same
 
 
 def timed(found: Iterable[Item]) -> Iterator[tuple[Item, float]]:

@@ -25,7 +25,7 @@ _NOT_WORD = re.compile(r"[^\w']|_|(?<!\w)'|'(?!\w)")
 @dataclass(frozen=True)
 class Score:
     """Error counts over a set. Rates are fractions (0.12 = 12%) and may exceed 1. ``rtfx`` is that of
-    :mod:`avsr.evaluation.speed`, if it was measured."""
+    :mod:`avsr.evaluation.speed` if it was measured, without the encoders of the streams that were read from a cache."""
 
     wer: float
     cer: float
@@ -35,6 +35,7 @@ class Score:
     deletions: int
     insertions: int
     rtfx: float | None = field(default=None, compare=False)
+    rtfx_without_encoders: list[str] = field(default_factory=list, compare=False)
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Error rates by speaker and by length: parts add up to the whole, whatever the rows."""
+"""Error rates by speaker, length and normaliser: parts add up to the whole, whatever the rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avsr.evaluation.breakdown import by_length, by_speaker
+from avsr.evaluation.breakdown import by_length, by_normaliser, by_speaker
 from avsr.evaluation.wer import normaliser, score
 
 
@@ -77,3 +77,8 @@ def test_parts_add_up_to_the_whole(items: list[tuple[str, str, str, float]]) -> 
         assert sum(part["utterances"] for part in parts.values()) == whole.utterances
         errors = sum(part["wer"] * part["words"] for part in parts.values())
         assert errors == pytest.approx(whole.wer * whole.words)
+
+
+def test_both_normalisers_have_a_rate() -> None:
+    assert by_normaliser([row("fifty one", "51"), row("a b", "a b")]) == {"wer_plain": 0.5, "wer_whisper": 0.0}
+    assert by_normaliser([row("um", "um")]) == {"wer_plain": 0.0, "wer_whisper": None}

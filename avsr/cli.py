@@ -84,11 +84,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
     for name, score in scores.items():
         counts = f"{score.utterances} utterances, {score.words} words"
-        speed = (
-            ""
-            if score.rtfx is None
-            else f"  RTFx {score.rtfx:.4g}{' without encoders' if score.rtfx_without_encoders else ''}"
-        )
+        note = " without encoders" if score.rtfx_without_encoders else ""
+        speed = "" if score.rtfx is None else f"  RTFx {score.rtfx:.4g}{note}"
         print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}{speed}  ({counts})")
 
 

@@ -329,7 +329,11 @@ SECTIONS = [
     ),
     Section("training", "Training", "Loss and gradient norm by step. Dots: the validation split.", _training),
     Section(
-        "errors", "Errors", "The utterances with the most word errors.", partial(_texts, "errors", "worst utterances")
+        "errors",
+        "Errors",
+        "Which words are taken for which others, which errors are a matter of spelling, and the utterances with the most "
+        "word errors.",
+        partial(_texts, "errors", "confusions and worst utterances"),
     ),
     Section("settings", "Settings", "The resolved config of the run.", partial(_texts, "settings", "config")),
 ]

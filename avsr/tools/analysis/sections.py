@@ -331,8 +331,8 @@ SECTIONS = [
     Section(
         "errors",
         "Errors",
-        "Which words are taken for which others, which errors are a matter of spelling, and the utterances with the most "
-        "word errors.",
+        "Which words are taken for which others, which errors are a matter of spelling, and the utterances with the "
+        "most word errors.",
         partial(_texts, "errors", "confusions and worst utterances"),
     ),
     Section("settings", "Settings", "The resolved config of the run.", partial(_texts, "settings", "config")),

@@ -19,6 +19,7 @@ from avsr.evaluation.decode import BUDGET, POSITIONS, Hypothesis, token_budget, 
 from avsr.models.speech_llm import SpeechLLM
 
 SECONDS = [0.4, 1.3, 0.4, 2.2, 0.7, 0.9, 0.3]
+PLAIN = DecodeConfig()
 Make = Callable[..., SpeechLLM]
 
 
@@ -47,9 +48,6 @@ def ending(speech_llm: Make) -> SpeechLLM:
 @pytest.fixture
 def examples(make_examples: Callable[..., list[Example]]) -> list[Example]:
     return make_examples(SECONDS)
-
-
-PLAIN = DecodeConfig()
 
 
 def naive(model: SpeechLLM, example: Example, budget: int, config: DecodeConfig = PLAIN) -> str:

@@ -20,7 +20,7 @@ from avsr.data.video_writer import encode_video, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import process  # noqa: E402 - of the folder that was added to the path
+import process
 
 _FIXTURES = runpy.run_path(str(Path(__file__).parents[1] / "avsr" / "conftest.py"))
 tiny_llm, tiny_whisper, make_corpus, tiny_recipe, draw_face, parts, plain_llm = (

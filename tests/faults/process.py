@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 # that refuses every write, a process that waits until it is told to go on
 KILL, TORN, SIGTERM, FULL, READ_ONLY, WAIT = "kill", "torn", "SIGTERM", "full", "read-only", "wait"
 _TORN = 40  # bytes of a file after which a torn write ends
-_END = b"\0end "
+_PID, WAITS, _END = "\0pid ", "\0waits\n", b"\0end "
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1, "os.link": 2}
 
@@ -85,7 +85,7 @@ class _Watch:
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (_TORN, resource.RLIM_INFINITY))
         elif self.fault == WAIT:
-            os.write(1, b"\0waits\n")
+            os.write(1, WAITS.encode())
             os.read(0, 1)
 
     def _connects(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -116,6 +116,7 @@ class _Serve(socketserver.StreamRequestHandler):
         self.wfile.write(_END + json.dumps([status, writes, hosts]).encode())
 
     def _command(self, asked: dict[str, Any], sink: int) -> None:
+        self.wfile.write(f"{_PID}{os.getpid()}\n".encode())
         for number in (0, 1, 2):
             os.dup2(self.connection.fileno(), number)
         os.environ.update(asked["environment"])
@@ -192,6 +193,11 @@ def ended(connection: socket.socket, until: str = "") -> Ended:
     shown, _, end = data.partition(_END)
     status, writes, hosts = json.loads(end)
     return Ended(status, shown.decode(errors="backslashreplace"), writes, tuple(hosts))
+
+
+def stop(started: Ended) -> None:
+    """Kills a command of which ``ended`` has read the beginning."""
+    os.kill(int(started.shown.partition(_PID)[2].partition("\n")[0]), signal.SIGKILL)
 
 
 @contextmanager

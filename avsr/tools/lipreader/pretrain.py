@@ -42,7 +42,7 @@ logger = logging.getLogger("avsr")
 _SWITCH = 4.0  # cost of a change of the unit in ``best_path``, as a log-probability
 _EVALUATION_BATCH = 32
 _STATISTICS_CLIPS = 256  # for the mean and deviation of the features
-# On CPUs with AVX2 alone torch 2.11's backward pass of a 1x1 convolution of stride 2 over 2 to 5 channels writes outside
+# On a CPU with AVX2, torch 2.11's backward pass of a 1x1 convolution of stride 2 over 2 to 5 channels writes outside
 # its memory
 _LEAST_CHANNELS = 8
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import loading, resolve
-from avsr.runtime.folders import part_of
+from avsr.runtime.folders import write_durably
 from avsr.runtime.tensors import save_file
 
 CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
@@ -211,9 +210,8 @@ def save_visual(model: VisualModel, folder: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part_of(folder / CONFIG).write_text(text, encoding="utf-8")
         save_file(state, folder / WEIGHTS)
-        os.replace(part_of(folder / CONFIG), folder / CONFIG)
+        write_durably(folder / CONFIG, text.encode())
     except OSError as error:
         raise UserError(f"cannot write the visual model to {folder}: {error}") from error
 

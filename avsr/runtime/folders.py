@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from avsr.runtime.pids import namespace, process_start
+
 SUMS = "SHA256SUMS"  # as sha256sum -c reads it
 PROBE = 2**20  # bytes, more than a command's texts take
 
@@ -26,13 +28,25 @@ def cache_folder() -> Path:
 
 def part_of(path: Path) -> Path:
     """Where this process, and no other on any host, writes what will become ``path``."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
+    return path.with_name(f"{path.name}.{platform.node()}-{namespace()}-{os.getpid()}.part")
 
 
 def drop_parts(folder: Path) -> None:
     """Removes everything that this process has begun to write in ``folder``."""
     for path in folder.glob(f"*{glob.escape(part_of(Path('x')).name[1:])}"):
         remove(path)
+
+
+def drop_dead_parts(folder: Path) -> None:
+    """Removes what processes of this host that have ended have begun to write in ``folder``."""
+    if not namespace():
+        return
+    for path in folder.glob("*.part"):
+        pid = path.name.rpartition("-")[2].removesuffix(".part")
+        whole = f".{platform.node()}-{namespace()}-{pid}.part"
+        if pid.isdecimal() and path.name.endswith(whole) and pid != str(os.getpid()) and not process_start(int(pid)):
+            with suppress(OSError):
+                remove(path)
 
 
 def remove(path: Path) -> None:

@@ -29,7 +29,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError, at
-from avsr.runtime.folders import part_of, probe
+from avsr.runtime.folders import drop_dead_parts, part_of, probe
+from avsr.runtime.pids import namespace, process_start
 
 logger = logging.getLogger("avsr")
 LOCK = ".lock"
@@ -52,7 +53,7 @@ class Holder:
     @classmethod
     def own(cls) -> Holder:
         pid = os.getpid()
-        return cls(platform.node(), _namespace(), pid, process_start(pid), int(time.time()), secrets.token_hex(8))
+        return cls(platform.node(), namespace(), pid, process_start(pid), int(time.time()), secrets.token_hex(8))
 
     @classmethod
     def parse(cls, path: Path) -> Holder:
@@ -70,7 +71,7 @@ class Holder:
     @property
     def here(self) -> bool:
         """Whether this process can see that process."""
-        return bool(self.born) and (self.host, self.space) == (platform.node(), _namespace())
+        return bool(self.born) and (self.host, self.space) == (platform.node(), namespace())
 
     @property
     def dead(self) -> bool:
@@ -123,6 +124,7 @@ def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     _HELD.add(path / own.name)
+    drop_dead_parts(folder)
     over = threading.Event()
     thread = threading.Thread(target=_live, args=(path / own.name, over), name="lock", daemon=True)
     thread.start()
@@ -143,15 +145,6 @@ def release_all() -> None:
     """For a process that ends without unwinding, so that nobody has to wait until its locks are stale."""
     for file in _HELD:
         _release(file)
-
-
-def process_start(pid: int) -> int:
-    """Start of a process of this host in clock ticks since boot; 0 without such a process or without /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])  # ended, but not yet reaped by its parent
 
 
 def now_in(folder: Path) -> float:
@@ -252,10 +245,3 @@ def _unwinding() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0

@@ -42,6 +42,9 @@ logger = logging.getLogger("avsr")
 _SWITCH = 4.0  # cost of a change of the unit in ``best_path``, as a log-probability
 _EVALUATION_BATCH = 32
 _STATISTICS_CLIPS = 256  # for the mean and deviation of the features
+# On a CPU with AVX2, torch 2.11's backward pass of a 1x1 convolution of stride 2 over 2 to 5 channels writes outside
+# its memory
+_LEAST_CHANNELS = 8
 
 
 @dataclass
@@ -123,6 +126,8 @@ def _pretrain(config: PretrainConfig, run: Path) -> Path:
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises a ``UserError`` that names the key of an invalid value."""
     check_visual(config.model, "model.")
+    if min(config.model.channels) < _LEAST_CHANNELS:
+        raise UserError(f"model.channels: expected at least {_LEAST_CHANNELS} each, got {list(config.model.channels)}")
     if config.targets not in TARGETS:
         raise UserError(f"targets: expected one of {', '.join(TARGETS)}, got {config.targets!r}")
     for least, keys in (

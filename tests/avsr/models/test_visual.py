@@ -61,7 +61,7 @@ def test_padding_changes_nothing(value: float) -> None:
 def test_heads_match_and_train_over_valid_frames_alone() -> None:
     """In training mode too: the batch statistics and every gradient are those of the valid frames."""
     rows = make_inputs()
-    config = VisualConfig(pool=8, channels=[4, 6, 8], width=12, hidden=7, layers=1, dropout=0.0)
+    config = VisualConfig(pool=8, channels=[8, 8, 8], width=12, hidden=7, layers=1, dropout=0.0)
     found = []
     for frames, value in ((23, 0.0), (40, 255.0)):
         model = make_model(config).train()

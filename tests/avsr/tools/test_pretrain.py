@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 # A word is a bar at its own place for as long as it is said; an eSpeak phoneme goes with it.
 WORDS = {"bin": ("b", 16), "lay": ("l", 32), "set": ("s", 48), "now": ("n", 64)}
-TINY = VisualConfig(pool=8, channels=[4, 8, 8], width=24, hidden=12, layers=1, dropout=0.0)
+TINY = VisualConfig(pool=8, channels=[8, 8, 8], width=24, hidden=12, layers=1, dropout=0.0)
 STILL = FaceAugmentConfig(shift=0.0, zoom=0.0, turn=0.0, gamma=0.0, flip=0.0)
 
 
@@ -274,6 +274,7 @@ def test_bad_rows_and_times_are_refused(changes: dict[str, Any], times: Any, mes
         ({"learning_rate": 0.0}, "learning_rate: expected more than 0"),
         ({"ctc": -1.0}, "ctc: expected at least 0"),
         ({"model": VisualConfig(pool=3)}, r"model\.pool"),
+        ({"model": VisualConfig(channels=[4, 8, 8])}, r"model\.channels: expected at least 8 each"),
         ({"augment": FaceAugmentConfig(flip=2.0)}, r"augment\.flip"),
         ({"train": "nowhere.jsonl"}, "nowhere"),
     ],

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,18 +96,21 @@ def make_batches(
     Raises:
         UserError: one utterance alone has more than ``max_frames``.
     """
-    jitter = (lambda size: size * rng.uniform(0.95, 1.05)) if rng is not None else float
-    order = sorted(range(len(sizes)), key=lambda i: (jitter(sizes[i]), i))
+    lengths = np.asarray(sizes)
+    if rng is not None:
+        lengths = lengths * (0.95 + (1.05 - 0.95) * np.array([rng.random() for _ in sizes]))  # as of rng.uniform
     batches: list[list[int]] = []
     current: list[int] = []
     longest = 0
-    for index in order:
-        if sizes[index] > max_frames:
-            raise UserError(f"an utterance of {sizes[index]} frames does not fit training.frames = {max_frames}")
-        longest = max(longest, sizes[index])
+    for index in np.argsort(lengths, kind="stable").tolist():
+        size = sizes[index]
+        if size > longest:
+            longest = size
+            if size > max_frames:
+                raise UserError(f"an utterance of {size} frames does not fit training.frames = {max_frames}")
         if current and (longest * (len(current) + 1) > max_frames or len(current) >= max_utterances):
             batches.append(current)
-            current, longest = [], sizes[index]
+            current, longest = [], size
         current.append(index)
     if current:
         batches.append(current)

@@ -36,6 +36,16 @@ def test_without_rng_the_order_is_that_of_length() -> None:
     assert [i for batch in make_batches(sizes, 10, 2) for i in batch] == [1, 3, 4, 2, 0]
 
 
+def test_the_order_is_that_of_sizes_jittered_one_by_one() -> None:
+    """As in all earlier versions, so that their runs continue with the batches they began with."""
+    sizes = random_sizes(random.Random(3), 400, 90)
+    batches = make_batches(sizes, 100, 1, random.Random(5))
+    draw = random.Random(5)
+    order = [i for _, i in sorted((size * draw.uniform(0.95, 1.05), i) for i, size in enumerate(sizes))]
+    draw.shuffle(order)
+    assert [i for batch in batches for i in batch] == order
+
+
 def test_padding_stays_small() -> None:
     sizes = random_sizes(random.Random(0), 500, 300)
     batches = make_batches(sizes, 1200, 64, random.Random(1))

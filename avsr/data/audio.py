@@ -18,9 +18,7 @@ from avsr.data.truncation import truncated
 from avsr.errors import UserError, at
 
 SILENCE = 1e-4  # peak below which a clip counts as silent (-80 dB)
-LOUDEST = (
-    4.0  # peak: floats may be 12 dB over full scale, integers are above 4 unless they are silent (-78 dB of 16 bits)
-)
+LOUDEST = 4.0  # peak: floats may be 12 dB over full scale; integers are above, unless silent (-78 dB of 16 bits)
 CANCELLED = 0.05  # peak of the sum of channels, as a share of that of the loudest: one channel that is alone gives 1
 MAX_SAMPLES = 3600 * 48_000  # of one file: an hour at 48 kHz
 RATES = (1000, 400_000)  # Hz
@@ -106,7 +104,8 @@ def _checked_rate(rate: int, where: str) -> int:
 
 
 def _mono(file: soundfile.SoundFile, most: int, name: str) -> Tensor:
-    """The mean of the channels, at most so many samples, in blocks: allocates memory for samples that exist, not for those the header claims."""
+    """The mean of the channels, at most so many samples. In blocks: allocates memory for samples that exist, not for
+    those the header claims."""
     blocks = [torch.empty(0)]
     count, loudest = 0, 0.0
     size = max(1, _BLOCK // file.channels)

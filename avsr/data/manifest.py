@@ -4,9 +4,9 @@ A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths rel
 ``text`` and ``duration`` (seconds), and may have ``offset`` (seconds), ``speaker``, ``times`` and ``sha256``. Other
 fields are ignored.
 
-With ``offset`` a line means the part of its files from there on, for ``duration``; without, all of them, which then last
-``duration``. ``sha256`` is of the file in ``audio``, or in ``video`` of a line without. Both are compared with the files
-when these are read (``avsr.data.measured``).
+With ``offset`` a line means the part of its files from there on, for ``duration``; without, all of them, which then
+last ``duration``. ``sha256`` is of the file in ``audio``, or in ``video`` of a line without. Both are compared with the
+files when these are read (``avsr.data.measured``).
 
 No path leads out of the manifest's folder by its letters, unless ``data.allow_absolute`` permits absolute ones.
 Symbolic links below that folder are followed wherever they lead, since corpora are linked together; so a folder with

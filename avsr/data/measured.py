@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from avsr.data.manifest import Utterance
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
-from avsr.errors import UserError, at, visible
+from avsr.errors import UserError, at
 from avsr.runtime.folders import sha256
 
 SHARE = 0.05  # of the declared duration by which it may be wrong, if that is more than data.max_mismatch
@@ -52,11 +52,11 @@ def refuse_other_length(utterance: Utterance, seconds: float, max_mismatch: floa
     declared = utterance.duration
     if not declared or abs(seconds - declared) <= max(max_mismatch, SHARE * declared):
         return
+    begin = "" if utterance.offset is None else f" from {utterance.offset:g} s on"
     raise UserError(
-        f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {seconds:.2f} s"
-        f"{'' if utterance.offset is None else f' from {utterance.offset:g} s on'}, but its 'duration' is {declared:g} s"
-        f"{_guess(utterance, declared / seconds)}; allowed is a difference of data.max_mismatch = {max_mismatch:g} s or "
-        f"{SHARE:.0%}: correct the line, or replace the file"
+        f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {seconds:.2f} s{begin}, but its 'duration' "
+        f"is {declared:g} s{_guess(utterance, declared / seconds)}; allowed is a difference of data.max_mismatch = "
+        f"{max_mismatch:g} s or {SHARE:.0%}: correct the line, or replace the file"
     )
 
 
@@ -82,8 +82,8 @@ def refuse_other_content(utterance: Utterance) -> None:
     digest = _sha256(path, found.st_size, found.st_mtime_ns)
     if digest != utterance.sha256.lower():
         raise UserError(
-            f"{at(utterance.where)}{path} is not the file that the manifest was made of: its sha256 is {digest[:12]}..., "
-            f"the line of {visible(utterance.id)!r} says {utterance.sha256[:12]}..."
+            f"{at(utterance.where)}{path} is not the file that the manifest was made of (its sha256 begins with "
+            f"{digest[:12]}, that of the line with {utterance.sha256[:12]}): correct the line, or replace the file"
         )
 
 

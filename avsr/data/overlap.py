@@ -12,8 +12,9 @@ from avsr.errors import UserError, visible
 def overlaps(train: Sequence[Utterance], others: Mapping[str, Sequence[Utterance]]) -> list[str]:
     """A line for each kind of overlap that exists.
 
-    Clips are the same if their files are, or their ``sha256``, and the parts of them that ``offset`` names; texts if they differ in case and white space alone.
-    Texts may well occur twice in honest corpora; a model can still have learned them by heart.
+    Clips are the same if their files are, or their ``sha256``, and the parts of them that ``offset`` names; texts if
+    they differ in case and white space alone. Texts may well occur twice in honest corpora; a model can still have
+    learned them by heart.
 
     Args:
         train: of the training manifest.

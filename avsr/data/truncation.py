@@ -1,17 +1,18 @@
 """Sound and video files that are shorter than their own headers say, which decoders accept.
 
-Formats that state their size in bytes: WAV, AVI (RIFF, RF64), AIFF, AU, W64, Matroska and WebM, the boxes of mp4 and
-mov, ASF (wma, wmv), and MP3 with a Xing, Info or VBRI header. Ogg marks its last page. What states a duration alone is
-found by time stamps (``avsr.data.container``). Nothing says how long raw streams (aac, ac3, amr, h264, MP3 without such
-a header), MPEG-TS and MPEG-PS, nut, y4m and gif should be.
+Formats that state their size in bytes: WAV and AVI (RIFF, RF64), AIFF, AU, CAF, W64, Matroska and WebM, mp4 and mov, ASF
+(wma, wmv), and MP3 with a Xing, Info or VBRI header. Ogg marks its last page. What states a duration alone is found by
+time stamps (``avsr.data.container``). Nothing says how long raw streams (aac, ac3, amr, h264, MP3 without such a
+header), MPEG-TS and MPEG-PS, nut, y4m and gif should be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+Order = Literal["little", "big"]
 _ENDLESS = 0x7FFFF000  # writers that cannot seek back leave sizes near 2^31 or 2^32
 _MOST_PARTS = 100_000  # fragments of an mp4
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -36,11 +37,11 @@ def truncated(path: Path) -> str:
     return ""
 
 
-def _number(file: BinaryIO, at: int, count: int, order: str = "little") -> int:
+def _number(file: BinaryIO, at: int, count: int, order: Order = "little") -> int:
     """The unsigned number of ``count`` bytes there; 0 where the file has ended."""
     file.seek(at)
     data = file.read(count)
-    return int.from_bytes(data, "little" if order == "little" else "big") if len(data) == count else 0
+    return int.from_bytes(data, order) if len(data) == count else 0
 
 
 def _known(size: int) -> int:
@@ -67,8 +68,22 @@ def _form(file: BinaryIO) -> int:
     return 8 + _known(_number(file, 4, 4, "big")) - 1
 
 
-def _au(file: BinaryIO) -> int:
-    return _number(file, 4, 4, "big") + _known(_number(file, 8, 4, "big"))
+def _au(file: BinaryIO, order: Order = "big") -> int:
+    return _number(file, 4, 4, order) + _known(_number(file, 8, 4, order))
+
+
+def _little_au(file: BinaryIO) -> int:
+    return _au(file, "little")
+
+
+def _caf(file: BinaryIO) -> int:
+    end = 8
+    for _ in range(_MOST_PARTS):
+        size = _number(file, end + 4, 8, "big")
+        if not 0 < size < 2**63:  # -1 is "to the end of the file"
+            break
+        end += 12 + size
+    return end
 
 
 def _w64(file: BinaryIO) -> int:
@@ -163,6 +178,8 @@ _FORMATS: tuple[tuple[bytes, int, Callable[[BinaryIO], int]], ...] = (
     (b"BW64", 0, _rf64),
     (b"FORM", 0, _form),
     (b".snd", 0, _au),
+    (b"dns.", 0, _little_au),
+    (b"caff", 0, _caf),
     (b"\x1a\x45\xdf\xa3", 0, _matroska),
     (_ASF_HEADER, 0, _asf),
     *((kind, 4, _boxes) for kind in (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"wide")),

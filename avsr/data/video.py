@@ -178,7 +178,7 @@ def _heard(stream: Any, first: int, count: int, name: str) -> tuple[np.ndarray |
 
 
 def _decoded(stream: Any, name: str, begin: float | None) -> Iterator[tuple[np.ndarray, float]]:
-    """(H, W) uint8 gray frames, and their seconds since the first one; with ``begin`` (seconds) from there or before."""
+    """(H, W) uint8 gray frames, and their seconds since the first one, from second ``begin`` or before on."""
     context = stream.codec_context
     if context is None:
         raise UserError(f"{name} has a video stream of a kind that cannot be decoded")

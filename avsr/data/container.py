@@ -118,7 +118,7 @@ def decoded_from(stream: Any, second: float, name: str) -> tuple[float, Iterator
     for margin in (*_MARGINS, second):
         found = _jump(stream, begin + second - margin, name)
         if found is not None and (margin == second or (seconds_of(found[0]) or 0.0) <= begin + second):
-            return begin, chain(*found)
+            return begin, chain([found[0]], found[1])
     raise UserError(
         f"{name} cannot be read from second {second:g} on: convert it to a format with an index, such as mp4"
     )
@@ -129,15 +129,15 @@ def seconds_of(frame: Any) -> float | None:
     return None if frame.pts is None else float(frame.pts * frame.time_base)
 
 
-def _jump(stream: Any, target: float, name: str) -> tuple[list[Any], Iterator[Any]] | None:
-    """The first whole frame after a jump to about ``target``, and those after it. Those before a key frame refer to
-    others that were jumped over."""
+def _jump(stream: Any, target: float, name: str) -> tuple[Any, Iterator[Any]] | None:
+    """The first key frame after a jump to about ``target``, and the frames after it. Those before it refer to others
+    that were jumped over."""
     try:
         stream.container.seek(round(target / stream.time_base), stream=stream)
         frames = _decoded(stream, name)
         for frame in frames:
-            if not frame.is_corrupt and frame.pts is not None:
-                return [frame], frames
+            if frame.key_frame and not frame.is_corrupt and frame.pts is not None:
+                return frame, frames
     except (av.FFmpegError, ValueError, OverflowError, UserError):  # another margin may find it
         return None
     return None

@@ -1,7 +1,7 @@
 """Sound and video files that are shorter than their own headers say, which decoders accept.
 
-Formats that state their size in bytes: WAV and AVI (RIFF, RF64), AIFF, AU, CAF, W64, Matroska and WebM, mp4 and mov, ASF
-(wma, wmv), and MP3 with a Xing, Info or VBRI header. Ogg marks its last page. What states a duration alone is found by
+Formats that state their size in bytes: WAV and AVI (RIFF, RF64), AIFF, AU, CAF, W64, Matroska and WebM, mp4 and mov,
+wma and wmv, and MP3 with a Xing, Info or VBRI header. Ogg marks its last page. What states a duration alone is found by
 time stamps (``avsr.data.container``). Nothing says how long raw streams (aac, ac3, amr, h264, MP3 without such a
 header), MPEG-TS and MPEG-PS, nut, y4m and gif should be.
 """

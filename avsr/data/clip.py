@@ -21,9 +21,11 @@ SOUND_SUFFIXES = (
     *(".m4a", ".m4b", ".aac", ".wma", ".mka", ".ac3", ".eac3", ".amr", ".ape", ".wv", ".tta", ".dts"),
     *(".3gp", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf", ".ogv", ".vob", ".mxf"),
 )
-FLAT = 4  # grey levels between the darkest and the brightest pixel of a picture that shows nothing, and of a pixel over
-# the time of a video that stands still: codecs add a little noise
-STILL = 25  # frames that a video may stand still
+FLAT = 3.0  # standard deviation (grey levels) of a picture that shows nothing; noise that codecs leave of black has 2.8
+STILL = (
+    8  # grey levels over which 99% of the pixels of a video vary if it stands still; lips that move by a pixel make 55
+)
+STILL_FRAMES = 25  # that may do so, as before a word
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
 
@@ -91,11 +93,14 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
 
 
 def refuse_still(mouth: Tensor, name: str) -> None:
-    """Raises a ``UserError`` if (T, H, W) frames show nothing, or the same for more than ``STILL`` frames; ``name`` is
+    """Raises a ``UserError`` if (T, H, W) frames show nothing, or the same for more than ``STILL_FRAMES``; ``name`` is
     that of their file."""
-    if int((mouth.amax(dim=(1, 2)) - mouth.amin(dim=(1, 2))).max()) < FLAT:
-        raise UserError(f"{name} shows nothing: every picture is of one grey, as {int(mouth[0, 0, 0])} of 255")
-    if len(mouth) > STILL and int((mouth.amax(dim=0) - mouth.amin(dim=0)).max()) < FLAT:
+    if float(mouth.flatten(1).float().std(dim=1).max()) < FLAT:
+        raise UserError(
+            f"{name} shows nothing: all of its pictures are of one grey ({int(mouth[0].float().mean())} of 255)"
+        )
+    varied = (mouth.amax(dim=0) - mouth.amin(dim=0)).float()
+    if len(mouth) > STILL_FRAMES and float(varied.quantile(0.99)) < STILL:
         raise UserError(f"{name} stands still: its {len(mouth)} frames show the same picture")
 
 

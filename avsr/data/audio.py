@@ -39,8 +39,9 @@ def load_audio(path: Path, *, where: str = "", cut: Cut | None = None) -> Tensor
     name = f"{at(where)}{path}"
     if not os.path.isfile(path):
         raise UserError(f"{at(where)}there is no file {path}")
-    missing = truncated(path)
+    missing = ""
     try:
+        missing = truncated(path)
         with soundfile.SoundFile(str(path)) as file:
             rate = _checked_rate(file.samplerate, name)
             count = MAX_SAMPLES + 1

@@ -22,9 +22,8 @@ SOUND_SUFFIXES = (
     *(".3gp", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf", ".ogv", ".vob", ".mxf"),
 )
 FLAT = 3.0  # standard deviation (grey levels) of a picture that shows nothing; noise that codecs leave of black has 2.8
-STILL = (
-    8  # grey levels over which 99% of the pixels of a video vary if it stands still; lips that move by a pixel make 55
-)
+STILL = 8  # grey levels by which 99% of the pixels may differ from the first picture of a video that stands still; lips
+# that move by a pixel make 55
 STILL_FRAMES = 25  # that may do so, as before a word
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
@@ -94,13 +93,14 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
 
 def refuse_still(mouth: Tensor, name: str) -> None:
     """Raises a ``UserError`` if (T, H, W) frames show nothing, or the same for more than ``STILL_FRAMES``; ``name`` is
-    that of their file."""
-    if float(mouth.flatten(1).float().std(dim=1).max()) < FLAT:
-        raise UserError(
-            f"{name} shows nothing: all of its pictures are of one grey ({int(mouth[0].float().mean())} of 255)"
-        )
-    varied = (mouth.amax(dim=0) - mouth.amin(dim=0)).float()
-    if len(mouth) > STILL_FRAMES and float(varied.quantile(0.99)) < STILL:
+    that of their file. Looks no further than the first picture that shows otherwise."""
+    if all(float(picture.float().std()) < FLAT for picture in mouth):
+        grey = int(mouth[0].float().mean())
+        raise UserError(f"{name} shows nothing: all of its pictures are of one grey ({grey} of 255)")
+    first = mouth[0].int()
+    if len(mouth) > STILL_FRAMES and all(
+        float(((picture.int() - first).abs() >= STILL).float().mean()) < 0.01 for picture in mouth
+    ):
         raise UserError(f"{name} stands still: its {len(mouth)} frames show the same picture")
 
 

@@ -143,7 +143,7 @@ def read_video_sound(path: Path, where: str = "", cut: Cut | None = None) -> Ten
         if stream.duration:  # the codec's last block is padded
             wave = wave[: max(0, round(float(stream.duration * stream.time_base) * SAMPLE_RATE) - skipped)]
         begin = lead + skipped - first  # of the wave, in samples of the result
-        wave = np.concatenate([np.zeros(max(0, begin), np.float32), wave[max(0, -begin) :]])
+        wave = np.concatenate([np.zeros(min(max(0, begin), count), np.float32), wave[max(0, -begin) :]])
         if cut is None:
             return torch.from_numpy(wave)
         if not len(wave):
@@ -157,24 +157,25 @@ def _heard(stream: Any, first: int, count: int, name: str) -> tuple[np.ndarray |
     begin, frames = decoded_from(stream, first / SAMPLE_RATE, name)
     resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
     parts: list[np.ndarray] = []
-    samples, skipped, loudest, count_of_channels = 0, -1, 0.0, 1
+    samples, loudest, count_of_channels = 0, 0.0, 1
+    skipped: int | None = None
     for frame in chain(frames, [None]):
-        if skipped < 0 and frame is not None:
-            time = seconds_of(frame)
-            skipped = 0 if time is None else round((time - begin) * SAMPLE_RATE)
+        if skipped is None:
+            time = begin if frame is None else seconds_of(frame)
+            skipped = 0 if time is None else max(0, round((time - begin) * SAMPLE_RATE))
         for part in _resampled(resampler, frame, name):
             channels = part.to_ndarray()
             loudest = max(loudest, float(np.abs(channels).max(initial=0)))
             count_of_channels = len(channels)
             parts.append(channels.mean(axis=0, dtype=np.float32))
             samples += len(parts[-1])
-        if max(0, skipped) + samples >= first + count:
+        if skipped + samples >= first + count:
             break
     if not samples:
         return None, 0
     wave = np.concatenate(parts)
     refuse_cancelled(torch.from_numpy(wave), loudest, count_of_channels, name)
-    return wave, max(0, skipped)
+    return wave, skipped or 0
 
 
 def _decoded(stream: Any, name: str, begin: float | None) -> Iterator[tuple[np.ndarray, float]]:

@@ -155,9 +155,15 @@ class DataConfig:
     limit: int = key(0, "use the first n utterances of every manifest; 0 = all", at_least=0)
     workers: int = key(0, "loader processes", at_least=0)
     verify: bool = key(
-        True, "without a cache: read every clip before training; false trusts the durations (avsr prepare checks them)"
+        True,
+        "without a cache: read every clip before training; false trusts the durations until a clip is used"
+        " (avsr prepare checks them)",
     )
-    max_mismatch: float = key(0.2, "seconds by which sound and video of a clip may differ in length", at_least=0)
+    max_mismatch: float = key(
+        0.2,
+        "seconds by which sound, video and declared duration of a clip may differ (the duration always by 5%)",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avsr.data.audio import load_audio, refuse_unusable
 from avsr.data.manifest import Utterance
+from avsr.data.measured import Measured
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.video import read_video, read_video_sound
 from avsr.errors import UserError, at
@@ -20,6 +21,10 @@ SOUND_SUFFIXES = (
     *(".m4a", ".m4b", ".aac", ".wma", ".mka", ".ac3", ".eac3", ".amr", ".ape", ".wv", ".tta", ".dts"),
     *(".3gp", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf", ".ogv", ".vob", ".mxf"),
 )
+FLAT = 3.0  # standard deviation (grey levels) of a picture that shows nothing; noise that codecs leave of black has 2.8
+STILL = 8  # grey levels by which 99% of the pixels may differ from the first picture of a video that stands still; lips
+# that move by a pixel make 55
+STILL_FRAMES = 25  # that may do so, as before a word
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
 
@@ -39,8 +44,12 @@ class Clip:
         return 0 if self.mouth is None else len(self.mouth)
 
     @property
+    def measured(self) -> Measured:
+        return Measured(self.samples, self.video_frames)
+
+    @property
     def seconds(self) -> float:
-        return max(self.samples / SAMPLE_RATE, self.video_frames / FRAMES_PER_SECOND)
+        return self.measured.seconds
 
 
 def center_crop(frames: Tensor, height: int, width: int) -> Tensor:
@@ -58,7 +67,8 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
         max_mismatch: seconds by which the two may differ in length; within it both are cut to the shorter.
 
     Raises:
-        UserError: a file is missing or unusable, the video is not a mouth crop, or the lengths disagree.
+        UserError: a file is missing or unusable, the video is not a mouth crop, shows nothing or stands still, or the
+            lengths disagree.
     """
     place = at(utterance.where)
     clip = Clip()
@@ -67,17 +77,31 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
     if "video" in needs:
         if utterance.video is None:
             raise UserError(f"{place}{utterance.id!r} has no video")
-        mouth = read_video(utterance.video, where=utterance.where)
+        mouth = read_video(utterance.video, where=utterance.where, cut=utterance.cut)
         height, width = mouth.shape[1:]
         if height != width or not MOUTH_SIZES[0] <= height <= MOUTH_SIZES[1]:
             raise UserError(
                 f"{place}{utterance.video} is {width}x{height}, expected a mouth crop of 96x96 pixels; "
                 "make crops of talking faces with 'avsr prepare'"
             )
+        refuse_still(mouth, f"{place}{utterance.video}")
         clip = replace(clip, mouth=mouth)
     if clip.wave is None or clip.mouth is None:
         return clip
     return _aligned(clip.wave, clip.mouth, max_mismatch, f"{place}{utterance.id!r}")
+
+
+def refuse_still(mouth: Tensor, name: str) -> None:
+    """Raises a ``UserError`` if (T, H, W) frames show nothing, or the same for more than ``STILL_FRAMES``; ``name`` is
+    that of their file. Looks no further than the first picture that shows otherwise."""
+    if all(float(picture.float().std()) < FLAT for picture in mouth):
+        grey = int(mouth[0].float().mean())
+        raise UserError(f"{name} shows nothing: all of its pictures are of one grey ({grey} of 255)")
+    first = mouth[0].int()
+    if len(mouth) > STILL_FRAMES and all(
+        float(((picture.int() - first).abs() >= STILL).float().mean()) < 0.01 for picture in mouth
+    ):
+        raise UserError(f"{name} stands still: its {len(mouth)} frames show the same picture")
 
 
 def _sound(utterance: Utterance, place: str) -> Tensor:
@@ -85,8 +109,8 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     if path is None:
         raise UserError(f"{place}{utterance.id!r} has no audio")
     if path.suffix.lower() not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
-        return load_audio(path, where=utterance.where)
-    wave = read_video_sound(path, where=utterance.where)
+        return load_audio(path, where=utterance.where, cut=utterance.cut)
+    wave = read_video_sound(path, where=utterance.where, cut=utterance.cut)
     if wave is None:
         raise UserError(f"{place}{path} has no sound track")
     refuse_unusable(wave, f"{place}{path}")

@@ -17,6 +17,7 @@ from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest, write_manifest
+from avsr.data.measured import Measured
 from avsr.data.transforms import PLAIN, Version
 from avsr.errors import ClipError, UserError, visible
 
@@ -29,7 +30,7 @@ class Checked(NamedTuple):
     """What one rank found out about its share of a manifest, by utterance id."""
 
     bad: dict[str, str]  # reasons of refusals
-    sizes: dict[str, tuple[int, int]]  # samples and mouth frames
+    measured: dict[str, Measured]
     frames: dict[str, int]  # encoder frames over all streams
     failure: str = ""  # the error that ended the check on this rank
 
@@ -170,7 +171,7 @@ def load_dataset(
         if part.failure:
             raise UserError(part.failure)
         bad.update(part.bad)
-        store.sizes.update(part.sizes)
+        store.measured.update(part.measured)
         frames.update(part.frames)
     if rejected is not None and rank == 0 and config.on_bad == "skip":
         _keep_rejected(rejected, manifest, bad)
@@ -216,12 +217,17 @@ def _check(
                 continue
             counts = store.frames(utterance, versions[0])  # all versions have the same length
             frames[utterance.id] = sum(counts.values())
+            try:
+                store.measure(utterance, counts)
+            except UserError as error:
+                bad[utterance.id] = str(error)
+                continue
             if reason := refuse(utterance, counts):
                 bad[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
     except UserError as error:  # such as a full disk; the other ranks wait for this one's answer
         return Checked({}, {}, {}, str(error))
-    # sizes of this manifest only: another one may use the same ids
-    return Checked(bad, {u.id: store.sizes[u.id] for u in mine if u.id in store.sizes}, frames)
+    # of this manifest only: another one may use the same ids
+    return Checked(bad, {u.id: store.measured[u.id] for u in mine if u.id in store.measured}, frames)
 
 
 def _keep_rejected(path: Path, manifest: str, bad: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
-from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
+from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
 from avsr.runtime.folders import part_of
@@ -70,7 +70,7 @@ class FeatureStore:
         self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes itself
         self._data = data
         self._transforms = transforms
-        self.sizes: dict[str, tuple[int, int]] = {}  # samples and mouth frames of every clip read, by id
+        self.measured: dict[str, Measured] = {}  # of every clip read, by id
         self._folders: dict[str, Path] = {}
         for name in self.active:
             if name not in self.inside:
@@ -94,9 +94,10 @@ class FeatureStore:
             By id, why an utterance cannot be used.
         """
         if not self._data.verify and not self._folders:
-            for u in utterances:
-                self.sizes[u.id] = (round(u.duration * SAMPLE_RATE), round(u.duration * FRAMES_PER_SECOND))
+            self.measured.update((u.id, lasting(u.duration)) for u in utterances)
             return {}
+        for u in utterances:  # another manifest may use the same ids
+            self.measured.pop(u.id, None)
         todo = [u for u in utterances if self.inside or any(self._missing(u, version) for version in versions)]
         bad: dict[str, str] = {}
         if not todo:
@@ -149,18 +150,28 @@ class FeatureStore:
         out = {}
         for name in self.active:
             if name in self.inside:
-                out[name] = self.encoders[name].frames(*self.sizes[utterance.id])
+                out[name] = self.encoders[name].frames(*self.measured[utterance.id])
             else:
                 out[name] = int(_read_cached(self._path(name, utterance, version), mmap_mode="r").shape[0])
         return out
 
     def seconds(self, utterance: Utterance) -> float:
         """Length in seconds of an utterance that was loaded."""
-        if utterance.id in self.sizes:
-            samples, frames = self.sizes[utterance.id]
-            return max(samples / SAMPLE_RATE, frames / FRAMES_PER_SECOND)
-        frames_of = self.frames(utterance)
-        return max(count / self.encoders[name].frames_per_second for name, count in frames_of.items())
+        if utterance.id not in self.measured:
+            self.measure(utterance, self.frames(utterance))
+        return self.measured[utterance.id].seconds
+
+    def measure(self, utterance: Utterance, frames: Mapping[str, int]) -> None:
+        """Measures an utterance by its ``frames`` if all of its features were in the cache.
+
+        Raises:
+            UserError: it has another length than its line declares.
+        """
+        if utterance.id in self.measured:
+            return
+        seconds = max(count / self.encoders[name].frames_per_second for name, count in frames.items())
+        refuse_other_length(utterance, seconds, self._data.max_mismatch)
+        self.measured[utterance.id] = lasting(seconds)
 
     def _fill(
         self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], version: Version, bad: dict[str, str]
@@ -184,10 +195,11 @@ class FeatureStore:
         return any(not self._path(name, utterance, version).is_file() for name in self._folders)
 
     def _checked(self, utterance: Utterance) -> Clip:
-        """The unchanged clip, within the limits; records its lengths."""
+        """The unchanged clip, within the limits and as its line declares it; records what was measured."""
         encoders = [self.encoders[name] for name in self.active]
         needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
         clip = load_clip(utterance, needs, self._data.max_mismatch)
+        refuse_other_length(utterance, clip.seconds, self._data.max_mismatch)
         most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
         if not self._data.min_seconds <= clip.seconds <= most:
             raise UserError(
@@ -195,11 +207,14 @@ class FeatureStore:
                 f"{self._data.min_seconds:g} to {most:g} s "
                 "(data.min_seconds, data.max_seconds, and the encoder's positions)"
             )
-        self.sizes[utterance.id] = (clip.samples, clip.video_frames)
+        refuse_other_content(utterance)
+        self.measured[utterance.id] = clip.measured
         return clip
 
     def _path(self, name: str, utterance: Utterance, version: Version) -> Path:
         state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
+        if utterance.cut is not None:
+            state += f" {utterance.cut}"
         identity = self._transforms.identity(version, self.encoders[name].needs)
         if identity:
             state += f" {utterance.id} {utterance.speaker} {identity}"

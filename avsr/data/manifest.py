@@ -1,7 +1,12 @@
 """Manifests: one JSON object per line, or the label CSV of Llama-AVSR or auto_avsr.
 
 A manifest line has the fields ``id``, ``audio`` or ``video`` or both (paths relative to the manifest's folder),
-``text`` and ``duration`` (seconds), and may have ``speaker``, ``times`` and ``sha256``. Other fields are ignored.
+``text`` and ``duration`` (seconds), and may have ``offset`` (seconds), ``speaker``, ``times`` and ``sha256``. Other
+fields are ignored.
+
+With ``offset`` a line means the part of its files from there on, for ``duration``; without, all of them, which then
+last ``duration``. ``sha256`` is of the file in ``audio``, or in ``video`` of a line without. Both are compared with the
+files when these are read (``avsr.data.measured``).
 
 No path leads out of the manifest's folder by its letters, unless ``data.allow_absolute`` permits absolute ones.
 Symbolic links below that folder are followed wherever they lead, since corpora are linked together; so a folder with
@@ -12,16 +17,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avsr.data.cut import Cut
 from avsr.errors import UserError
 from avsr.runtime.folders import write_durably
 from avsr.runtime.rows import as_lines
 
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
 _MOST_DIGITS = 9  # of a frame count: int() refuses 5,000 digits
 
 
@@ -38,6 +46,11 @@ class Utterance:
     sha256: str = ""
     times: Path | None = None  # words and phonemes of a synthetic clip
     where: str = ""  # "file:line", for messages
+    offset: float | None = None  # seconds into the files; None = all of them
+
+    @property
+    def cut(self) -> Cut | None:
+        return None if self.offset is None else Cut(self.offset, self.duration)
 
 
 def read_manifest(
@@ -114,9 +127,13 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     for field in ("id", "text"):
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field!r} must be a text that is not empty, got {row[field]!r}")
-    duration = row["duration"]
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration < 1e6:
+    duration, offset, digest = row["duration"], row.get("offset"), row.get("sha256") or ""
+    if not _is_number(duration) or not 0 < duration < 1e6:
         raise UserError(f"{where}: 'duration' must be seconds above 0, got {duration!r}")
+    if offset is not None and (not _is_number(offset) or not 0 <= offset < 1e6):
+        raise UserError(f"{where}: 'offset' must be seconds from 0 on or null, got {offset!r}")
+    if digest and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+        raise UserError(f"{where}: 'sha256' must be 64 hexadecimal digits, got {digest!r}")
     paths = {}
     for field in ("audio", "video", "times"):
         path = row.get(field)
@@ -134,10 +151,15 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
         duration=float(duration),
         speaker=str(row.get("speaker") or ""),
         video=paths["video"],
-        sha256=str(row.get("sha256") or ""),
+        sha256=digest,
         times=paths["times"],
         where=where,
+        offset=None if offset is None else float(offset),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

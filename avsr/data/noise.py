@@ -53,7 +53,7 @@ class Babble:
             self._own = {
                 name: (bisect_left(speakers, name), bisect_right(speakers, name)) for name in {*speakers} - {""}
             }
-            self._place = {row.audio or row.video: index for index, row in enumerate(self._utterances)}
+            self._place = {_source(row): index for index, row in enumerate(self._utterances)}
         stat = Path(self._source).stat()
         self.identity = f"babble {self._source} {stat.st_size} {stat.st_mtime_ns} talkers={config.talkers}"
 
@@ -85,12 +85,16 @@ class Babble:
     def _others(self, clip: Utterance, rng: random.Random) -> list[Utterance]:
         """Twice as many utterances of other speakers as there are talkers, since some may be unusable. Never lists all
         others, which would be slow for every clip of a large corpus."""
-        place = self._place.get(clip.audio or clip.video)
+        place = self._place.get(_source(clip))
         itself = (0, 0) if place is None else (place, place + 1)
         first, last = self._own.get(clip.speaker, itself)
         count = len(self._utterances) - (last - first)
         chosen = rng.sample(range(count), min(2 * self._talkers, count))
         return [self._utterances[index if index < first else index + last - first] for index in chosen]
+
+
+def _source(utterance: Utterance) -> tuple[Path | None, float | None]:
+    return utterance.audio or utterance.video, utterance.offset
 
 
 def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:

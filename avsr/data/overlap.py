@@ -12,8 +12,9 @@ from avsr.errors import UserError, visible
 def overlaps(train: Sequence[Utterance], others: Mapping[str, Sequence[Utterance]]) -> list[str]:
     """A line for each kind of overlap that exists.
 
-    Clips are the same if their files are, or their ``sha256``; texts if they differ in case and white space alone.
-    Texts may well occur twice in honest corpora; a model can still have learned them by heart.
+    Clips are the same if their files are, or their ``sha256``, and the parts of them that ``offset`` names; texts if
+    they differ in case and white space alone. Texts may well occur twice in honest corpora; a model can still have
+    learned them by heart.
 
     Args:
         train: of the training manifest.
@@ -62,11 +63,12 @@ def _twice(rows: Sequence[Utterance]) -> list[tuple[Utterance, Utterance]]:
 
 
 def _marks(utterance: Utterance) -> Iterator[str]:
+    part = "" if utterance.cut is None else f" {utterance.cut}"
     if utterance.sha256:
-        yield f"sha256 {utterance.sha256.lower()}"
+        yield f"sha256 {utterance.sha256.lower()}{part}"
     for path in (utterance.audio, utterance.video):
         if path is not None:
-            yield str(path)
+            yield f"{path}{part}"
 
 
 def _plain(text: str) -> str:

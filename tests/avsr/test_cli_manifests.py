@@ -38,6 +38,7 @@ def change_rows(manifest: Path, changes: dict[int, dict[str, Any] | str]) -> Non
 
 
 GONE = {number: {"audio": f"gone{number}.wav"} for number in range(1, 9)}
+LONG = {"audio": "3s.wav", "duration": 3.0}
 BROKEN: dict[str, tuple[str, dict[int, Any], list[str], list[str]]] = {
     # what it is of: manifest, changed rows, what the message has, and what it has not
     "bad lines": (
@@ -59,8 +60,14 @@ BROKEN: dict[str, tuple[str, dict[int, Any], list[str], list[str]]] = {
         [":3: ", "41 tokens", "data.max_text_tokens = 40"],
         [":4: "],
     ),
-    "a long training clip": ("train", {2: {"audio": "3s.wav"}}, [":2: ", "training.frames = 120"], []),
-    "a long validation clip": ("validation", {2: {"audio": "3s.wav"}}, [":2: ", "training.frames = 120"], []),
+    "a long training clip": ("train", {2: LONG}, [":2: ", "training.frames = 120"], []),
+    "a long validation clip": ("validation", {2: LONG}, [":2: ", "training.frames = 120"], []),
+    "another clip than declared": (
+        "train",
+        {2: {"audio": "3s.wav"}, 4: {"duration": 600}, 5: {"sha256": "0" * 64}, 6: {"offset": 0.3, "duration": 0.2}},
+        ["3 of 8", ":2: ", "3.00 s, but its 'duration' is 0.6 s", ":4: ", "milliseconds?", ":5: ", "sha256"],
+        [":6: "],
+    ),
 }
 
 

@@ -98,7 +98,7 @@ def _load(row: Utterance, targets: str, pool: int) -> TimedClip:
         raise UserError(f"{row.where}: {row.id} has no video; a synthetic corpus gets one by: avsr synth OUT video=1")
     if row.times is None:
         raise UserError(f"{row.where}: {row.id} has no times of words and phonemes (the field 'times')")
-    frames = read_video(row.video, where=row.where)
+    frames = read_video(row.video, where=row.where, cut=row.cut)
     expected = row.duration * FRAMES_PER_SECOND
     if abs(len(frames) - expected) > _SLACK:
         raise UserError(

@@ -13,6 +13,7 @@ import torch
 
 from avsr.data.audio import load_audio
 from avsr.data.rates import SAMPLE_RATE
+from avsr.data.video import read_video_sound
 from avsr.errors import UserError
 
 
@@ -114,6 +115,39 @@ TONE = tone(440, 0.5, 16_000)
 def test_what_is_no_sound_is_refused(tmp_path: Path, name: str, make: Callable[[Path], Any], part: str) -> None:
     make(tmp_path / name)
     assert part in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("wave", "part"),
+    [
+        (TONE * 32_767, "a peak of 16383.5"),  # 16-bit integers
+        (TONE * 255, "integers in a file of floats?"),
+        (tone(440, 0.5, 16_000, 100 / 32_768) * 32_767, "a peak of 99.9"),  # of a very quiet speaker
+        (TONE * 8.1, "a peak of 4.05"),
+        (TONE * 7.9, ""),  # 12 dB over full scale
+        (TONE * 2.4, ""),
+        (np.stack([TONE, -TONE], 1), "2 channels that cancel each other out (peak 0.5, of their mean 0)"),
+        (np.stack([TONE, -0.98 * TONE], 1), "cancel each other out"),
+        (np.stack([TONE, TONE, -TONE, -TONE], 1), "4 channels that cancel"),
+        (np.stack([TONE, 0 * TONE], 1), ""),
+        (np.stack([TONE, *[0 * TONE] * 7], 1), ""),
+        (np.stack([TONE, -0.7 * TONE], 1), ""),
+        (np.stack([0 * TONE, 0 * TONE], 1), "silent"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_audio, read_video_sound])
+def test_what_cannot_be_speech(tmp_path: Path, wave: np.ndarray, part: str, read: Any) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), wave, 16_000, subtype="FLOAT")
+    if read is read_video_sound and "cancel" not in part:
+        return  # whoever reads the sound of a video looks at the rest
+    if part:
+        with pytest.raises(UserError) as caught:
+            read(path, where="m.jsonl:4")
+        assert str(caught.value).startswith(f"m.jsonl:4: {path} ") and part in str(caught.value)
+    else:
+        mean = wave if wave.ndim == 1 else wave.mean(axis=1)
+        torch.testing.assert_close(read(path), torch.from_numpy(mean), rtol=0, atol=1e-6)
 
 
 def test_a_wav_written_to_a_pipe_is_not_truncated(tmp_path: Path) -> None:

@@ -174,6 +174,35 @@ def test_sound_that_libsndfile_does_not_read(tmp_path: Path, name: str, format: 
     assert abs(np.sqrt(2 * np.square(middle).mean()) - 0.4) < 0.04
 
 
+NOISE = np.rint(np.random.default_rng(1).normal(0, 1, (60, 96, 96)))  # of a camera in the dark, or of a codec
+
+
+@pytest.mark.parametrize(
+    ("frames", "part"),
+    [
+        (np.zeros((10, 96, 96), np.uint8), "shows nothing: all of its pictures are of one grey (0 of 255)"),
+        (np.full((1, 96, 96), 255, np.uint8), "shows nothing"),
+        (np.arange(60, dtype=np.uint8)[:, None, None].repeat(96, 1).repeat(96, 2), "shows nothing"),
+        ((100 + NOISE).astype(np.uint8), "shows nothing"),
+        (pictures(1, 96).repeat(60, 0), "stands still: its 60 frames show the same picture"),
+        ((pictures(1, 96) + 4 * NOISE).astype(np.uint8), ""),  # a live camera, even if nothing moves
+        (pictures(1, 96).repeat(25, 0), ""),  # a second, as before a word
+        (np.concatenate([pictures(1, 96).repeat(59, 0), pictures(9, 96)[8:]]), ""),
+        (np.concatenate([np.zeros((30, 96, 96), np.uint8), pictures(30, 96)]), ""),
+    ],
+)
+def test_mouths_that_show_nothing(tmp_path: Path, frames: np.ndarray, part: str) -> None:
+    """As a camera with its lid on, or a player that hangs; compressed, with a little noise."""
+    write_video(tmp_path / "a.mp4", frames)
+    row = utterance(video=tmp_path / "a.mp4")
+    if not part:
+        assert load_clip(row, {"video"}, 0.2).video_frames == len(frames)
+        return
+    with pytest.raises(UserError) as caught:
+        load_clip(row, {"video"}, 0.2)
+    assert str(caught.value).startswith(f"m.jsonl:3: {tmp_path / 'a.mp4'} ") and part in str(caught.value)
+
+
 def test_sound_of_no_known_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.m4a").write_bytes(b"no sound")
     with pytest.raises(UserError, match=r"a\.m4a"):

@@ -12,6 +12,7 @@ import pytest
 from avsr.data.manifest import read_manifest, write_manifest
 from avsr.errors import UserError
 
+SUM = "0123456789abcdefABCDEF" + "0" * 42
 GOOD: dict[str, Any] = {"id": "a", "audio": "wav/a.wav", "text": "hello", "duration": 1.5}
 
 
@@ -40,16 +41,17 @@ def test_good_rows(write: Callable[..., Path]) -> None:
     path = write(
         row(),
         "",
-        row(id="b", audio="./x/../b.flac", duration=2, speaker="s1", video="v/b.mp4", sha256="ff", other=[1]),
-        row(id="c", text="Grüße, “world”", speaker=None, video=None),
+        row(id="b", audio="./x/../b.flac", duration=2, speaker="s1", video="v/b.mp4", sha256=SUM, other=[1]),
+        row(id="c", text="Grüße, “world”", speaker=None, video=None, offset=0),
     )
     first, second, third = read_manifest(path)
     root = path.resolve().parent
     assert (first.id, first.audio, first.text, first.duration) == ("a", root / "wav/a.wav", "hello", 1.5)
     assert (first.speaker, first.video, first.sha256, first.where) == ("", None, "", f"{path}:1")
     assert (second.audio, second.video) == (root / "b.flac", root / "v/b.mp4")
-    assert (second.speaker, second.sha256, second.where) == ("s1", "ff", f"{path}:3")
+    assert (second.speaker, second.sha256, second.where) == ("s1", SUM, f"{path}:3")
     assert isinstance(second.duration, float)
+    assert first.offset is None is first.cut and third.cut == (0.0, 1.5) and isinstance(third.offset, float)
     assert (third.text, third.speaker, third.video) == ("Grüße, “world”", "", None)
 
 
@@ -87,6 +89,8 @@ def test_a_relative_manifest_gives_absolute_paths(write: Callable[..., Path], mo
         (row(duration=None), ["'duration'", "None"]),
         (row(duration=float("nan")), ["'duration'", "nan"]),
         (row(duration=float("inf")), ["'duration'", "inf"]),
+        *((row(offset=x), ["'offset'", repr(x)]) for x in (-0.1, float("nan"), float("inf"), 1e6, "1", True, [1])),
+        *((row(sha256=x), ["'sha256'", "64 hexadecimal digits"]) for x in ("ff", SUM[:-1] + "g", SUM + "0", 5)),
         (row(video=3), ["'video'", "3"]),
         (row(audio="../a.wav"), ["../a.wav", "outside"]),
         (row(audio="wav/../../a.wav"), ["outside"]),

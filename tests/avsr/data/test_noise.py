@@ -145,6 +145,19 @@ def test_without_names_of_speakers_the_clip_itself_stays_out(tmp_path: Path) -> 
     assert powers(babble.draw(16_000, with_name, random.Random(0)), 3) == pytest.approx([1.0, 0.0, 1.0], abs=1e-3)
 
 
+def test_another_part_of_its_file_is_babble_for_a_clip(tmp_path: Path) -> None:
+    """Without names of speakers only the part itself stays out."""
+    tones(tmp_path, ["", "", ""], 1.0)
+    waves = [soundfile.read(str(tmp_path / f"{index}.wav"))[0] for index in range(3)]
+    soundfile.write(str(tmp_path / "all.wav"), np.concatenate(waves), 16_000, subtype="FLOAT")
+    rows = [{"id": str(n), "audio": "all.wav", "text": "x", "offset": n, "duration": 1} for n in range(3)]
+    write_manifest(tmp_path / "parts.jsonl", rows)
+    for index, clip in enumerate(read_manifest(tmp_path / "parts.jsonl")):
+        babble = Babble(NoiseConfig(), str(tmp_path / "parts.jsonl"))
+        found = powers(babble.draw(16_000, clip, random.Random(0)), 3)
+        assert found == pytest.approx([float(n != index) for n in range(3)], abs=1e-3)
+
+
 def test_the_sound_of_videos_is_babble_too(tmp_path: Path, make_corpus: Callable[..., Path]) -> None:
     manifest = tmp_path / "m.jsonl"
     rows = []

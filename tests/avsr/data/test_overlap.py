@@ -42,6 +42,14 @@ def test_a_clip_under_two_ids() -> None:
     ]
 
 
+def test_parts_of_one_file_are_different_clips() -> None:
+    parts = [Utterance(f"p{n}", Path("/c/a.wav"), f"part {n}", 1.0, sha256="ab", offset=n) for n in (0.0, 1.0, 2.0)]
+    assert overlaps(parts[:2], {"t": parts[2:]}) == []
+    assert overlaps(parts[:2], {"t": [Utterance("q", Path("/c/a.wav"), "q", 1.0, offset=1.0)]}) == [
+        "t: 1 of 1 clips are also in data.train, first at q"
+    ]
+
+
 def test_the_manifests_that_judge(tmp_path: Path) -> None:
     rows = [{"id": name, "audio": f"{name}.wav", "text": "x", "duration": 1} for name in "ab"]
     write_manifest(tmp_path / "m.jsonl", [*rows, {"id": "c"}])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.format import formats_available
 
-from avsr.data import video
+from avsr.data import container
 from avsr.data.video import read_video, read_video_sound, write_video
 from avsr.errors import UserError
 
@@ -147,4 +147,4 @@ def test_formats_that_are_read(tmp_path: Path, name: str, codec: str, sound: str
 def test_every_name_is_a_format_of_ffmpeg() -> None:
     """A misspelled one would shut its files out in silence."""
     known = {part for name in formats_available for part in name.split(",")}
-    assert set(video._FORMATS) <= known
+    assert set(container._FORMATS) <= known

@@ -234,6 +234,33 @@ def test_everything_bad_is_named_and_counted(
         assert row["reason"] and "\n" not in row["reason"]
 
 
+def test_mouths_that_stand_still_and_sound_that_cancels_make_no_clips(
+    tmp_path: Path, go: Callable[..., run.Prepared]
+) -> None:
+    """Of mouths that are cropped already."""
+    rows, columns = np.mgrid[:96, :96]
+    for name, moves, black in (("good", 3, 1), ("still", 0, 1), ("black", 3, 0)):
+        bars = (rows + columns + moves * np.arange(50)[:, None, None]) % 32 < 16
+        path = tmp_path / "in" / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode_video((bars * 200 * black).astype(np.uint8), sound=sound(2.0)))
+        path.with_suffix(".txt").write_text(name)
+    shutil.copy(tmp_path / "in/good.mp4", tmp_path / "in/inverted.mp4")
+    (tmp_path / "in/inverted.txt").write_text("x")
+    silent = encode_video((((rows + columns + np.arange(50)[:, None, None]) % 32 < 16) * 200).astype(np.uint8))
+    (tmp_path / "in/inverted.mp4").write_bytes(silent)
+    soundfile.write(str(tmp_path / "in/inverted.wav"), np.stack([sound(2.0), -sound(2.0)], 1), 16_000)
+    go("videos", cropped=True, landmarks="detect")
+    found = refusals(tmp_path)
+    assert {name: row["kind"] for name, row in found.items()} == {
+        "still": "still",
+        "black": "still",
+        "inverted": "audio",
+    }
+    assert "stands still" in found["still"]["reason"] and "cancel each other out" in found["inverted"]["reason"]
+    assert "shows nothing" in found["black"]["reason"]
+
+
 def test_two_videos_never_write_the_same_clip(
     corpus: Callable[..., Path], go: Callable[..., run.Prepared], tmp_path: Path
 ) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avsr.data.audio import SILENCE
+from avsr.data.audio import SILENCE, refuse_impossible
+from avsr.data.clip import refuse_still
 from avsr.data.mouth.crop import CROP, MIN_FRAMES
 from avsr.data.mouth.cut import Refused, check_landmarks, cut_mouths
 from avsr.data.mouth.faces import track_landmarks
@@ -115,8 +116,8 @@ def _sound(source: Source) -> Tensor:
             sound = read_video_sound(file)
     if sound is None or not len(sound):
         raise Refused("no audio", f"the sound of {source.video} holds no samples")
-    if not bool(torch.isfinite(sound).all()):
-        raise Refused("audio", f"the sound of {source.video} holds NaN or infinite samples")
+    with _refused_as("audio"):
+        refuse_impossible(sound, f"the sound of {source.video}")
     return sound
 
 
@@ -203,6 +204,8 @@ def _write(job: Job, name: str, sound: Tensor, frames: np.ndarray, start: int, e
     wave[: len(part)] = part
     if float(np.abs(wave).max()) < SILENCE:
         raise Refused("silent", f"the sound of {job.source.video} is silent (peak below {SILENCE})")
+    with _refused_as("still"):
+        refuse_still(torch.from_numpy(frames[start:end]), f"the mouth in {job.source.video}")
     wav = encode_wav(wave)
     made = Made(name, start, end, hashlib.sha256(wav).hexdigest())
     target = Path(job.out, made.video)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +24,8 @@ from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import loading, resolve
-from avsr.runtime.folders import part_of
-from avsr.runtime.tensors import save_file
+from avsr.runtime.folders import write_flushed
+from avsr.runtime.tensors import refuse_nonfinite, save_file
 
 CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -211,9 +210,8 @@ def save_visual(model: VisualModel, folder: Path) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part_of(folder / CONFIG).write_text(text, encoding="utf-8")
         save_file(state, folder / WEIGHTS)
-        os.replace(part_of(folder / CONFIG), folder / CONFIG)
+        write_flushed(folder / CONFIG, text.encode())
     except OSError as error:
         raise UserError(f"cannot write the visual model to {folder}: {error}") from error
 
@@ -222,7 +220,8 @@ def load_visual(folder: Path) -> VisualModel:
     """The model of a folder, in eval mode.
 
     Raises:
-        UserError: a file is missing, damaged or of another format, or the two do not fit together.
+        UserError: a file is missing, damaged or of another format, a weight is not finite, or the two do not fit
+            together.
     """
     model = _from_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -236,6 +235,7 @@ def load_visual(folder: Path) -> VisualModel:
                 f"{path} does not fit {CONFIG}: "
                 f"{name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
             )
+    refuse_nonfinite(state.items(), str(path))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

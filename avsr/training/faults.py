@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor
 from avsr.config import Config
 from avsr.data.batches import Batch, Lost
 from avsr.errors import UserError, visible
-from avsr.runtime.folders import append
+from avsr.runtime.rows import append_row, read_rows
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
 
@@ -72,20 +71,20 @@ class LostClips:
         dist.all_gather_object(parts, own)
         if dist.get_rank():
             return
-        written = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
+        written = {row["where"] for row in read_rows(self._path, lambda row: hash(row["where"]))}
         for name, where, reason in (row for part in parts for row in part):
             place = where or name
             if place in self._known:
                 continue
             self._known.add(place)
             logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", visible(name), step, reason)
-            if f'"where": {json.dumps(place)}' not in written:  # by an earlier run of this folder
+            if place not in written:  # by an earlier run of this folder
                 _append(self._path, {"step": step, "id": name, "where": place, "reason": reason})
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
-        append(path, (json.dumps(entry) + "\n").encode())
+        append_row(path, entry)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error)
 

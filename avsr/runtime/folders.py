@@ -169,6 +169,11 @@ def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def has_content(path: Path) -> bool:
+    """Whether there is such a file, and not an empty one, as a power failure can leave behind."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits; 100 MB take 0.1 to 0.3 s."""
     with path.open("rb") as file:

@@ -8,19 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from avsr.config import Config
 from avsr.data.batches import Batch, Lost
 from avsr.errors import UserError, visible
+from avsr.runtime.machine import lacks_memory
 from avsr.runtime.rows import append_row, read_rows
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
 
 logger = logging.getLogger("avsr")
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class Nonfinite:
@@ -94,7 +93,7 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
     """Turns out-of-memory errors and dead loader processes into messages that say what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise UserError(
@@ -107,8 +106,7 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
                 f"the loader processes lack shared memory at step {progress.step} ({text.splitlines()[-1]}): enlarge "
                 "/dev/shm (docker run --shm-size=8g), or set data.workers=0; then continue with resume=true"
             ) from error
-        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
-        if not lacking:
+        if not lacks_memory(error):
             raise
         raise UserError(_out_of_memory(engine, config, progress, text.splitlines()[0])) from error
 

@@ -89,9 +89,8 @@ def analyze(
         folder = results_folder(targets[0], overrides) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
     advice = "lower training.frames, those of a batch" if kind == RUN else "give it shorter input"
     with claim(folder, ANALYSIS, "--out" if out else ""):
-        for target in targets if out and kind == RUN else []:
-            made = made_by(target, read_run_config(target, overrides))
-            refuse_other(folder / ANALYSIS, made, "name another folder with --out", run_label(target, targets))
+        if out and kind == RUN:
+            _refuse_replacing(folder / ANALYSIS, targets, overrides)
         analyses: list[Run] = []
         for target in targets:
             label = run_label(target, targets)
@@ -107,6 +106,12 @@ def analyze(
                 analyses.append((label, measure()))
             del measure  # with its model, before the next one is loaded
         return write_results(folder, analyses)
+
+
+def _refuse_replacing(path: Path, runs: list[str], overrides: list[str]) -> None:
+    for run in runs:
+        made = made_by(run, read_run_config(run, overrides))
+        refuse_other(path, made, "name another folder with --out", run_label(run, runs))
 
 
 def kind_of(target: str) -> str:

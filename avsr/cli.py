@@ -273,7 +273,10 @@ _COMMANDS = {
             _path("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
             _path("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
             _path("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
-            _path("--out", help="folder of the report (default: the first run, or runs/analysis/NAME)"),
+            _path(
+                "--out",
+                help="folder of the report (default: as evaluate's, of the first run, or runs/analysis/NAME)",
+            ),
         ],
     ),
     "average": _Command(

@@ -15,14 +15,14 @@ EXIT_HUNG = 124  # ended by the watchdog
 EXIT_INTERRUPTED = 130
 
 # Control characters, ends of lines of Unicode, those that turn the direction of what follows, and halves of pairs
-_HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+HIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL, with the user name before it
 
 
 def visible(text: str, keep: str = "") -> str:
     """``text`` on one line for a terminal or a page: characters that would act instead of being seen are escaped as in
     Python, except those in ``keep``. Names of files and transcripts may hold any."""
-    return _HIDDEN.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+    return HIDDEN.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 class UserError(Exception):

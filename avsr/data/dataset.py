@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from avsr.data.manifest import Utterance, read_manifest, write_manifest
 from avsr.data.measured import Measured
 from avsr.data.transforms import PLAIN, Version
 from avsr.errors import ClipError, UserError, visible
+from avsr.runtime.rows import read_rows
 
 logger = logging.getLogger("avsr")
 REJECTED = "rejected.jsonl"  # in the folder of a run
@@ -215,7 +215,11 @@ def _check(
         for utterance in mine:
             if utterance.id in bad:
                 continue
-            counts = store.frames(utterance, versions[0])  # all versions have the same length
+            try:
+                counts = store.frames(utterance, versions[0])  # all versions have the same length
+            except ClipError as error:
+                bad[utterance.id] = str(error)
+                continue
             frames[utterance.id] = sum(counts.values())
             try:
                 store.measure(utterance, counts)
@@ -232,12 +236,9 @@ def _check(
 
 def _keep_rejected(path: Path, manifest: str, bad: dict[str, str]) -> None:
     try:
-        rows = (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.is_file() else []
-        )
-        others = [row for row in rows if row["manifest"] != manifest]
+        others = [row for row in read_rows(path, lambda row: row["manifest"]) if row["manifest"] != manifest]
         write_manifest(path, [*others, *({"manifest": manifest, "id": id, "reason": bad[id]} for id in bad)])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, UserError) as error:
         logger.warning("%s: cannot keep the list of what is left out: %s", path, error)
 
 

@@ -2,14 +2,15 @@
 
 With ``data.cache``, a frozen encoder runs once for every clip and version. A cache file is a float16 array (T, D); its
 folder is named after the encoder, the file itself after the clip's files (path, size, modification time) and the
-version. Without a cache, and for an encoder that is trained (LoRA), the store returns encoder inputs and the model runs
-the encoder.
+version. One that is damaged is computed again. Without a cache, and for an encoder that is trained (LoRA), the store
+returns encoder inputs and the model runs the encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
@@ -24,9 +26,10 @@ from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
-from avsr.runtime.folders import part_of
+from avsr.runtime.folders import write_flushed
 from avsr.runtime.progress import ProgressBar
 
+logger = logging.getLogger("avsr")
 _GROUP = 64  # clips read before they are sorted by length and encoded
 
 
@@ -72,6 +75,7 @@ class FeatureStore:
         self._transforms = transforms
         self.measured: dict[str, Measured] = {}  # of every clip read, by id
         self._folders: dict[str, Path] = {}
+        self._warned = False  # of a damaged file
         for name in self.active:
             if name not in self.inside:
                 digest = hashlib.sha256(self.encoders[name].identity.encode()).hexdigest()[:16]
@@ -129,8 +133,9 @@ class FeatureStore:
         out: dict[str, Tensor] = {}
         for name in self.active if streams is None else streams:
             path = None if name in self.inside else self._path(name, utterance, version)
-            if path is not None and path.is_file():
-                out[name] = torch.from_numpy(_read_cached(path)).float()
+            held = None if path is None else self._read_cached(path, name)
+            if held is not None:
+                out[name] = torch.from_numpy(held).float()
                 continue
             try:
                 clip = clip or self._transforms(self._checked(utterance), utterance, version)
@@ -140,19 +145,29 @@ class FeatureStore:
             if path is None:
                 out[name] = inputs
                 continue
+            if get_worker_info() is not None and torch.cuda.is_available():  # a forked process cannot use the device
+                raise ClipError(
+                    f"{at(utterance.where)}{path} is damaged or gone, and a loader process cannot encode: the next "
+                    "start (resume=true) does, or set data.workers=0"
+                )
             features = self.encoders[name].run([inputs])[0].half().cpu()
-            _save(path, features)
+            _save(path, features, utterance)
             out[name] = features.float()
         return out
 
     def frames(self, utterance: Utterance, version: Version = PLAIN) -> dict[str, int]:
-        """Encoder frames by stream, of an utterance that was prepared or loaded in this version."""
+        """Encoder frames by stream, of an utterance that was prepared or loaded in this version.
+
+        Raises:
+            ClipError: its cache file is damaged, and the clip cannot be used any more.
+        """
         out = {}
         for name in self.active:
             if name in self.inside:
                 out[name] = self.encoders[name].frames(*self.measured[utterance.id])
             else:
-                out[name] = int(_read_cached(self._path(name, utterance, version), mmap_mode="r").shape[0])
+                held = self._read_cached(self._path(name, utterance, version), name, shape_alone=True)
+                out[name] = len(self.load(utterance, version, [name])[name] if held is None else held)
         return out
 
     def seconds(self, utterance: Utterance) -> float:
@@ -189,7 +204,10 @@ class FeatureStore:
         by_id = {utterance.id: utterance for utterance in utterances}
         for name, rows in inputs.items():
             for key, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
-                _save(self._path(name, by_id[key], version), features.half().cpu())
+                try:
+                    _save(self._path(name, by_id[key], version), features.half().cpu(), by_id[key])
+                except ClipError as error:
+                    bad[key] = str(error)
 
     def _missing(self, utterance: Utterance, version: Version) -> bool:
         return any(not self._path(name, utterance, version).is_file() for name in self._folders)
@@ -211,6 +229,23 @@ class FeatureStore:
         self.measured[utterance.id] = clip.measured
         return clip
 
+    def _read_cached(self, path: Path, name: str, *, shape_alone: bool = False) -> np.ndarray[Any, Any] | None:
+        """The (T, D) float16 features in a file of the stream ``name``; None if there is none or it is damaged, which
+        is said once for all files. ``shape_alone``: the values are not looked at."""
+        try:
+            held: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, mmap_mode="r" if shape_alone else None)
+            problem = _damage(held, self.encoders[name].width, shape_alone)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # numpy raises what it likes for a damaged header
+            problem = str(error) or type(error).__name__
+        if not problem:
+            return held
+        if not self._warned:
+            logger.warning("data.cache: %s is damaged (%s); it and others like it are computed again", path, problem)
+            self._warned = True
+        return None
+
     def _path(self, name: str, utterance: Utterance, version: Version) -> Path:
         state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
         if utterance.cut is not None:
@@ -230,21 +265,25 @@ def _stamp(path: Path) -> str:
         return f"{path} missing"
 
 
-def _read_cached(path: Path, **options: Any) -> np.ndarray[Any, Any]:
-    try:
-        array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, **options)
-        return array
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"data.cache: {path} is damaged; delete it: {error}") from error
+def _damage(held: np.ndarray[Any, Any], width: int, shape_alone: bool) -> str:
+    """What is wrong with the features of a cache file, or ""."""
+    if held.dtype != np.float16 or held.ndim != 2 or held.shape[1] != width or not len(held):
+        return f"{held.dtype} {held.shape}, expected float16 (frames, {width})"
+    if shape_alone:
+        return ""
+    if not np.isfinite(held).all():
+        return "its values are not finite"
+    return "" if held.any() else "all its values are zero"
 
 
-def _save(path: Path, features: Tensor) -> None:
-    part = part_of(path)
+def _save(path: Path, features: Tensor, utterance: Utterance) -> None:
+    if not bool(features.isfinite().all()):
+        clip = utterance.audio or utterance.video
+        raise ClipError(f"{at(utterance.where)}{clip}: the encoder's features of it are not finite in float16")
+    content = io.BytesIO()
     try:
         path.parent.mkdir(exist_ok=True)
-        with part.open("wb") as file:
-            np.save(file, features.numpy(), allow_pickle=False)
-        os.replace(part, path)
+        np.save(content, features.numpy(), allow_pickle=False)
+        write_flushed(path, content.getvalue())
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"data.cache: cannot write features to {path.parent}: {error}") from error

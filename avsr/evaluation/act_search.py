@@ -37,6 +37,7 @@ from avsr.models.rows import Assembled
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import write_durably
 from avsr.runtime.locks import claim
+from avsr.runtime.machine import enough_memory
 from avsr.runtime.progress import ProgressBar
 from avsr.runtime.rows import Row, Rows
 
@@ -108,7 +109,8 @@ def _act_search(run: str | Path, overrides: list[str], which: str, path: Path) -
         reading=Reading(task),
         refuse=model.layout.unusable,
     )
-    found = search(model, dataset, config, kept)
+    with enough_memory("searching heads", f"lower training.frames = {config.training.frames}, those of a batch"):
+        found = search(model, dataset, config, kept)
     before, after = _error_rates(config, model, dataset, found.heads, kept)
     layers, count = size_of(model)
     held: dict[str, Any] = {

@@ -30,6 +30,7 @@ from transformers import (
 from avsr.config import DecodeConfig
 from avsr.data.batches import Batch, Example, collate
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.machine import enough_memory
 
 BUDGET, POSITIONS = "budget", "positions"  # what cuts a text
 
@@ -184,11 +185,18 @@ def transcribe(
 
     ``load`` returns the example of an index when its batch is due, so a test set need not fit into memory; utterances
     are grouped by ``seconds``.
+
+    Raises:
+        UserError: a batch does not fit into memory.
     """
     order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
     for first in range(0, len(order), config.batch):
         part = order[first : first + config.batch]
-        found = transcribe_batch(model, collate([load(i) for i in part]), config)
+        doing = f"decoding {len(part)} utterances of up to {max(seconds[i] for i in part):.1f} s"
+        advice = f"lower decode.batch = {config.batch} or decode.beams = {config.beams}"
+        batch = collate([load(i) for i in part])
+        with enough_memory(doing, advice):
+            found = transcribe_batch(model, batch, config)
         yield from zip(part, found, strict=True)
 
 

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import flashsink
 from avsr.config import Config, read_run_config
 from avsr.config.composing import leaves
 from avsr.errors import UserError
 from avsr.evaluation.act import heads_file
 from avsr.models.build import WEIGHTS, find_checkpoint
+from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import sha256
 from avsr.runtime.machine import settled_precision
 from avsr.runtime.rows import Row
@@ -31,7 +36,7 @@ _LONGEST = 80  # letters of the settings in a folder's name
 
 def made_by(run: str | Path, config: Config, which: str = "best") -> dict[str, Any]:
     """Everything that the decoding of a run depends on: keys of its config, and checksums (``NAME.sha256``; None of a
-    missing file) of the checkpoint, the test manifests and the heads of ACT."""
+    missing file) of the checkpoint, the test manifests, the source of noise and the heads of ACT."""
     checkpoint = find_checkpoint(run, which)
     made: dict[str, Any] = {"checkpoint": checkpoint.name, f"checkpoint{_SHA256}": _sum(checkpoint / WEIGHTS)}
     made |= {name: value for name, value in leaves(config) if name.startswith(_GROUPS) and not name.startswith(_IDLE)}
@@ -43,14 +48,24 @@ def made_by(run: str | Path, config: Config, which: str = "best") -> dict[str, A
     elif config.act.heads != "all":
         made[f"act.heads{_SHA256}"] = _sum(heads_file(config))
     if config.noise.snr:
-        made["training.seed"] = config.training.seed
+        source = config.noise.file or config.noise.babble or config.data.train
+        made |= {"training.seed": config.training.seed, f"noise{_SHA256}": _sum(Path(source))}
     else:
         made = {name: value for name, value in made.items() if not name.startswith(("noise.", "data.train"))}
     return dict(json.loads(json.dumps(made)))
 
 
+def environment(model: SpeechLLM) -> dict[str, Any]:
+    """What a result can depend on in its last digits: where ``model`` is, what computes its attention, and versions. It
+    makes no other result: an evaluation may go on elsewhere."""
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+    versions = {module.__name__: module.__version__ for module in (flashsink, torch, transformers)}
+    return {"device": device, "attention": model.decoder.config._attn_implementation, "versions": versions}
+
+
 def results_folder(run: str | Path, overrides: list[str], which: str = "best") -> Path:
-    """Where ``avsr evaluate`` writes: the run's folder for its own settings, else ``evaluations/SETTINGS`` in it."""
+    """Where ``avsr evaluate`` and ``analyze`` write: the run's folder for its own settings, else in it
+    ``evaluations/SETTINGS``."""
     found = _settings(made_by(run, read_run_config(run, overrides), which))
     try:
         own = _settings(made_by(run, read_run_config(run)))
@@ -64,10 +79,12 @@ def results_folder(run: str | Path, overrides: list[str], which: str = "best") -
     return Path(run, OTHERS, f"{shown}-{digest}")
 
 
-def refuse_other(path: Path, made: Mapping[str, Any], advice: str) -> None:
-    """Raises a ``UserError`` if the JSON file ``path`` is a result of other settings than ``made``."""
+def refuse_other(path: Path, made: Mapping[str, Any], advice: str, part: str = "") -> None:
+    """Raises a ``UserError`` if the JSON file ``path``, or the ``part`` of it, is a result of other settings than
+    ``made``."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))[MADE_BY]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        held = (content[part] if part else content)[MADE_BY]
         there, wanted = _settings(held), _settings(made)
     except FileNotFoundError:
         return

@@ -32,6 +32,7 @@ from avsr.evaluation.results import (
     MADE_BY,
     METRICS,
     UNFINISHED,
+    environment,
     made_by,
     refuse_other,
     results_folder,
@@ -203,7 +204,7 @@ def evaluate_model(
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
         result[name] = {**asdict(scores[name]), **by_normaliser(part), **failed[name], **parts}
         rows += part
-    result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser}
+    result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser, **environment(model)}
     if act:
         result["decoding"]["act"] = act
     if made:

@@ -48,7 +48,7 @@ class AVHubertEncoder(SpeechEncoder):
         self.needs = _NEEDS[stream]
         self.batch = config.batch
         self.width = model.config.width
-        self.identity = f"avhubert {config.name} {fingerprint(model)} {stream}"
+        self.identity = f"avhubert {config.name} {fingerprint(model, str(config.name))} {stream}"
         self.model = model.to(device)
         add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
         self.eval()

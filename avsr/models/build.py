@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,10 +12,9 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from avsr.config import TASKS, Config, ModelConfig, read_run_config
-from avsr.config.composing import differences
+from avsr.config.composing import differences, leaves
 from avsr.data.features import FeatureStore
 from avsr.data.noise import make_babble
 from avsr.data.transforms import Transforms
@@ -26,8 +26,10 @@ from avsr.models.sources import inside_run
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import folders
 from avsr.runtime.machine import settled_precision
+from avsr.runtime.tensors import read_file
 
 WEIGHTS = "model.safetensors"
+logger = logging.getLogger("avsr")
 
 
 def pick_device() -> torch.device:
@@ -147,8 +149,8 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
     """Loads adapter, projector and delimiter tokens.
 
     Raises:
-        UserError: the file is damaged, or a tensor is missing, unknown or of another shape; the message names
-            the first such tensor and, if the checkpoint's config differs, its keys.
+        UserError: the file is damaged, or a tensor is missing, unknown, of another shape or not finite; the message
+            names the first such tensor and, where it does not fit, keys in which the checkpoint's config differs.
     """
     path = folder / WEIGHTS
     shapes = checkpoint_shapes(folder)
@@ -165,7 +167,7 @@ def load_weights(model: SpeechLLM, folder: Path) -> None:
             differing = _config_differences(model.config, folder)
             raise UserError(f"{path} does not fit the config: {problem}{differing}")
     with torch.no_grad():
-        for name, tensor in load_file(str(path)).items():
+        for name, tensor in read_file(path).items():
             own[name].copy_(tensor.to(own[name]))
 
 
@@ -173,13 +175,11 @@ def load_some_weights(model: SpeechLLM, path: Path) -> None:
     """Loads initial weights: a safetensors file with any of the tensors of a checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, or one of its tensors has no place in the model or another shape.
+        UserError: the file is missing or damaged, or one of its tensors is not finite, has no place in the model or
+            another shape.
     """
     own = model.own_state()
-    try:
-        given = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"training.initial_weights: {path} is no readable safetensors file: {error}") from error
+    given = read_file(path, "training.initial_weights")
     for name, tensor in given.items():
         place = own.get(name)
         if place is None or place.shape != tensor.shape:
@@ -197,7 +197,8 @@ def load_run(
 ) -> tuple[Config, SpeechLLM, FeatureStore]:
     """A trained run, ready for decoding, with ``key=value`` overrides of its config.
 
-    It can decode all of ``decode.tasks`` and ``noise.snr``, or if ``single`` only the first task, without noise.
+    It can decode all of ``decode.tasks`` and ``noise.snr``, or if ``single`` only the first task, without noise. Every
+    ``model.*`` that is not as in training is said: the weights may fit, and the results still be others.
     """
     config = read_run_config(run, overrides)
     folder = find_checkpoint(run, which)
@@ -208,6 +209,7 @@ def load_run(
     store = build_store(config, device, tasks, levels, widths)
     model, _ = build_model(config, store, device, widths)
     load_weights(model, folder)
+    _say_differences(config, folder)
     return config, model.eval(), store
 
 
@@ -220,6 +222,14 @@ def _projected_widths(model: ModelConfig, folder: Path) -> dict[str, int]:
         if shape is not None and len(shape) == 2:
             widths[name] = shape[1] // (part.compression.rate if part.compression.kind == "stack" else 1)
     return widths
+
+
+def _say_differences(config: Config, folder: Path) -> None:
+    """``folder`` is the checkpoint's; a run's own config may have been edited since."""
+    trained = read_run_config(folder if (folder / "config.yaml").is_file() else config.run)
+    for (name, ours), (_, theirs) in zip(leaves(config.model), leaves(trained.model), strict=True):
+        if ours != theirs:
+            logger.warning("model.%s: trained with %r, evaluated with %r", name, theirs, ours)
 
 
 def _config_differences(ours: ModelConfig, folder: Path) -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from avsr.data.clip import Clip
+from avsr.errors import UserError
 from avsr.models.encoder_lora import set_lora_mode
+from avsr.runtime.tensors import NOT_FINITE
 
 
 class SpeechEncoder(nn.Module):
@@ -80,10 +82,17 @@ class SpeechEncoder(nn.Module):
         return [out[i] for i in range(len(inputs))]
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A short hash of the parameter names and values, for caches."""
+def fingerprint(module: nn.Module, where: str) -> str:
+    """A short hash of the parameter names and values, for caches.
+
+    Raises:
+        UserError: a value is not finite; the message begins with ``where`` and names the tensor.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        total = tensor.detach().double().sum().cpu()
+        if not bool(total.isfinite()):
+            raise UserError(f"{where}: {name} {NOT_FINITE}")
         digest.update(name.encode())
-        digest.update(tensor.detach().double().sum().cpu().numpy().tobytes())
+        digest.update(total.numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -23,6 +23,7 @@ from avsr.models.lora_targets import adapted_layers
 from avsr.models.sources import convert_once, locate, read_config
 from avsr.runtime.folders import cache_folder
 from avsr.runtime.packages import verify
+from avsr.runtime.tensors import refuse_nonfinite
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def whole_model(source: str, **options: Any) -> Any:
 
     Raises:
         ValueError: a weight is missing or has another shape than the config says.
+        UserError: a weight is not finite.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
         source, output_loading_info=True, trust_remote_code=False, **options
@@ -155,6 +157,7 @@ def whole_model(source: str, **options: Any) -> Any:
         raise ValueError(f"its files lack {len(missing)} weights ({missing[0]} ...)")
     if wrong := sorted(report["mismatched_keys"]):
         raise ValueError(f"{len(wrong)} weights have other shapes than its config says ({wrong[0][0]} ...)")
+    refuse_nonfinite(model.named_parameters(), "its files")
     return model
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from avsr.errors import UserError
+from avsr.runtime.folders import flush, remove
 from avsr.runtime.packages import PACKAGES, SUMS, install
 from avsr.runtime.tensors import like_new
 
@@ -164,7 +166,7 @@ def _below(root: Path, inside: str, name: str) -> Path:
 
 
 def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], None]) -> Path:
-    """``target``, a folder in the cache, converted from ``source`` if it does not exist yet.
+    """``target``, a folder in the cache, converted from ``source`` if it does not exist yet or its weights are damaged.
 
     Processes that start together (the ranks of a training) each write a folder of their own, and the first one to
     finish is kept: others may already be reading it.
@@ -179,7 +181,10 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
         UserError: ``write`` fails, or the cache cannot be written.
     """
     if (target / last).is_file():
-        return target
+        if _is_whole(target):
+            return target
+        _log.warning("%s is damaged and is made again", target)
+        remove(target)
     part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with loading(f"{source}: cannot convert to {target}"):
@@ -188,6 +193,7 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
             write(part)
             for path in part.iterdir():
                 like_new(path)
+                flush(path)
             try:
                 os.replace(part, target)  # fails where another process was faster
             except OSError:
@@ -196,6 +202,17 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the weights in a converted folder can be opened, which compares their sizes with their headers."""
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(str(path), framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def read_config(source: Path | str) -> Any:

@@ -25,7 +25,7 @@ from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.sources import loading, resolve
 from avsr.runtime.folders import write_durably
-from avsr.runtime.tensors import save_file
+from avsr.runtime.tensors import refuse_nonfinite, save_file
 
 CROP = 88  # pixels of the central square of a mouth frame that is read, as in AV-HuBERT
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -220,7 +220,8 @@ def load_visual(folder: Path) -> VisualModel:
     """The model of a folder, in eval mode.
 
     Raises:
-        UserError: a file is missing, damaged or of another format, or the two do not fit together.
+        UserError: a file is missing, damaged or of another format, a weight is not finite, or the two do not fit
+            together.
     """
     model = _from_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -234,6 +235,7 @@ def load_visual(folder: Path) -> VisualModel:
                 f"{path} does not fit {CONFIG}: "
                 f"{name} is {found.get(name, 'missing')}, expected {own.get(name, 'none')}"
             )
+    refuse_nonfinite(state.items(), str(path))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -43,7 +43,7 @@ class WavLMEncoder(SpeechEncoder):
         self.batch = config.batch
         self.width = int(model.config.hidden_size)
         self.frames_per_second = SAMPLE_RATE // math.prod(stride for _, stride in self._convolutions)
-        self.identity = f"wavlm {config.name} {fingerprint(model)} normalise={self._normalise}"
+        self.identity = f"wavlm {config.name} {fingerprint(model, str(config.name))} normalise={self._normalise}"
         self.model = model.to(device)
         self.eval()
 

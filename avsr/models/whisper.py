@@ -43,7 +43,7 @@ class Whisper(SpeechEncoder):
         self._positions = int(self._encoder.config.max_source_positions)
         self.max_seconds = self._positions * SAMPLES_PER_FRAME / SAMPLE_RATE
         options = f"pad_to_30s={self._pad}" + (" normalised" if self._normalise else "")
-        self.identity = f"whisper {config.name} {fingerprint(self._encoder)} {options}"
+        self.identity = f"whisper {config.name} {fingerprint(self._encoder, str(config.name))} {options}"
         self._mel = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE,
             n_fft=WINDOW,

@@ -96,13 +96,13 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: it cannot be written; the error names the path, which that of a full disk does not by itself.
     """
     part = path.with_name(path.name + ".part")
-    with _named(part):
-        part.write_bytes(data)
-        os.replace(part, path)
+    _write_flushed(part, data)
+    os.replace(part, path)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power failure; the old one stays until then.
+def write_flushed(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, whoever else writes it. After a power failure the old one may
+    still be there, or none: of a cache that is as good, and 0.5 ms cheaper than :func:`write_durably` (1 ms).
 
     Raises:
         OSError: it cannot be written; the old one stays.
@@ -115,7 +115,16 @@ def write_durably(path: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole or not at all, also after a power failure; the old one stays until then.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    write_flushed(path, data)
+    flush(path.parent)
 
 
 def seal(folder: Path) -> None:
@@ -128,7 +137,7 @@ def seal(folder: Path) -> None:
     lines = [f"{sha256(path)}  {path.name}\n" for path in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     for path in (*files, folder / SUMS, folder):
-        _flush(path)
+        flush(path)
 
 
 def damage(folder: Path, name: str = "") -> str:
@@ -169,15 +178,29 @@ def swap_in(new: Path, place: Path, *, keep: Path | None = None) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(place, old)
     os.replace(new, place)
-    _flush(place.parent)
+    flush(place.parent)
     if keep is None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def has_content(path: Path) -> bool:
+    """Whether there is such a file, and not an empty one, as a power failure can leave behind."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits; 100 MB take 0.1 to 0.3 s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Returns when the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_flushed(path: Path, data: bytes) -> None:
@@ -194,11 +217,3 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

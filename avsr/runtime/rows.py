@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from avsr.errors import UserError
+from avsr.errors import HIDDEN, UserError
 from avsr.runtime.folders import append, write_durably
 
 logger = logging.getLogger("avsr")
@@ -85,22 +85,64 @@ class Rows:
                 return
             lines[0] = b""
         self._fresh = not lines
-        damaged = []
-        for number, line in enumerate(lines, 1):
-            row = _parsed(line)
-            try:
-                if line.strip():
-                    self.held[self._key(row)] = row
-            except (KeyError, TypeError, ValueError):
-                damaged.append(number)
-        if damaged:
-            logger.warning("%s: line %d is no row, left out (%d in all)", self.path, damaged[0], len(damaged))
+        self.held = {self._key(row): row for row in _sound(self.path, lines, self._key)}
+
+
+def read_rows(path: Path, check: Callable[[Row], object]) -> list[Row]:
+    """The rows of a file, none if it is missing. Lines that a kill or a full disk cut short, and those for which
+    ``check`` raises KeyError, TypeError or ValueError, are left out with one message.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not os.path.isfile(path):
+        return []
+    try:
+        return list(_sound(path, path.read_bytes().split(b"\n"), check))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Appends a row, on a line of its own even if the last one was cut short.
+
+    Raises:
+        OSError: nothing was appended.
+    """
+    append(path, (b"" if _ended(path) else b"\n") + as_lines([row]))
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:
-    """One JSON object per line. A file name may hold bytes that are not UTF-8; Python's escape for them is JSON too."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", errors="backslashreplace")
+    """One JSON object per line. Characters that would act on a terminal are escaped, and so are the bytes of file names
+    that are not UTF-8."""
+    lines = (HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False)) for row in rows)
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _sound(path: Path, lines: Iterable[bytes], check: Callable[[Row], object]) -> Iterator[Row]:
+    """The rows of ``lines``, of the file ``path``; those that are none are named at the end."""
+    damaged = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parsed(line)
+        try:
+            check(row)
+        except (KeyError, TypeError, ValueError):
+            damaged.append(number)
+        else:
+            yield row
+    if damaged:
+        logger.warning("%s: line %d is no row, left out (%d in all)", path, damaged[0], len(damaged))
+
+
+def _ended(path: Path) -> bool:
+    """Whether the last line of a file is whole, as that of an empty one or of none."""
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _parsed(line: bytes) -> Any:

@@ -6,19 +6,20 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avsr.config import Config, to_yaml
+from avsr.config import Config, read_run_config, to_yaml
 from avsr.data.dataset import SpeechDataset
 from avsr.data.noise import CLEAN
 from avsr.errors import UserError
+from avsr.evaluation.results import ERRORS, MADE_BY, METRICS, made_by, refuse_other, results_folder
 from avsr.evaluation.run import test_sets
 from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import write_durably
 from avsr.runtime.locks import claim
+from avsr.runtime.machine import enough_memory
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.collect import collect
 from avsr.tools.analysis.composite import ASKED, Media, load_media_subject
@@ -59,13 +60,14 @@ def analyze(
             file, ``package:NAME/path``), over plain text. A target named twice counts once.
         overrides: ``key=value``: of a run's config, or a model's (``model.llm.bos_token``, ``model.llm.eos_token``,
             ``limit``).
-        out: folder of both files; by default the first run's, or ``runs/analysis/NAME`` of a model.
+        out: folder of both files; by default that of the first run's results with these ``overrides`` (see
+            :func:`~avsr.evaluation.results.results_folder`), or ``runs/analysis/NAME`` of a model.
         text: a file with one text a line, for models.
         media: a file that a speech or vision language model reads instead, in its own chat template.
 
     Raises:
         UserError: a target is neither, cannot be analyzed, or cannot be compared with the first; the folder cannot be
-            written, or another process writes its report.
+            written, another process writes its report, or ``out`` holds that of runs with other settings.
     """
     by_path: dict[Path, str] = {}
     for target in targets:
@@ -81,23 +83,35 @@ def analyze(
         raise UserError(f"--{media.kind} {media.file}: expected neither --text nor key=value beside it")
     if kind == RUN and text is not None:
         raise UserError(f"--text {text}: runs read their test set; a text file is for language models")
-    default = Path(targets[0]) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
-    folder = Path(out) if out else default
+    if out:
+        folder = Path(out)
+    else:
+        folder = results_folder(targets[0], overrides) if kind == RUN else Path(MODELS_OUT, name_of(targets[0]))
+    advice = "lower training.frames, those of a batch" if kind == RUN else "give it shorter input"
     with claim(folder, ANALYSIS, "--out" if out else ""):
+        if out and kind == RUN:
+            _refuse_replacing(folder / ANALYSIS, targets, overrides)
         analyses: list[Run] = []
         for target in targets:
             label = run_label(target, targets)
-            if media is not None:
-                identity, measure = _open_media(target, media)
-            elif kind == RUN:
-                identity, measure = _open_run(target, overrides)
-            else:
-                identity, measure = _open_model(target, overrides, text)
-            if analyses:
-                refuse_unlike(analyses[0], (label, identity))
-            analyses.append((label, measure()))
+            with enough_memory(f"analyzing {target}", advice):
+                if media is not None:
+                    identity, measure = _open_media(target, media)
+                elif kind == RUN:
+                    identity, measure = _open_run(target, overrides)
+                else:
+                    identity, measure = _open_model(target, overrides, text)
+                if analyses:
+                    refuse_unlike(analyses[0], (label, identity))
+                analyses.append((label, measure()))
             del measure  # with its model, before the next one is loaded
         return write_results(folder, analyses)
+
+
+def _refuse_replacing(path: Path, runs: list[str], overrides: list[str]) -> None:
+    for run in runs:
+        made = made_by(run, read_run_config(run, overrides))
+        refuse_other(path, made, "name another folder with --out", run_label(run, runs))
 
 
 def kind_of(target: str) -> str:
@@ -147,14 +161,18 @@ def analyze_subject(subject: Subject) -> dict[str, Any]:
     return analysis
 
 
-def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run: Path) -> dict[str, Any]:
-    """Statistics of a loaded run with its curve, scores and errors (as far as it has them).
+def analyze_model(
+    config: Config, model: SpeechLLM, dataset: SpeechDataset, run: Path, results: Path | None = None
+) -> dict[str, Any]:
+    """Statistics of a loaded run with its curve, and the scores and errors in the folder ``results`` (default: the
+    run's), as far as there are any.
 
     Raises:
-        UserError: ``metrics.jsonl`` or ``metrics.json`` is damaged.
+        UserError: ``metrics.json`` is damaged, or a file cannot be read.
     """
-    held = {"curve": read_metrics(run), "scores": _scores(run)}
-    errors = run / "errors.txt"
+    results = results or run
+    held = {"curve": read_metrics(run), "scores": _scores(results)}
+    errors = results / ERRORS
     held["errors"] = errors.read_text(encoding="utf-8", errors="replace") if errors.is_file() else ""
     subject = speech_subject(model, dataset, config)
     analysis: dict[str, Any] = {"identity": _run_identity(subject, config, dataset)} | analyze_subject(subject)
@@ -163,9 +181,9 @@ def analyze_model(config: Config, model: SpeechLLM, dataset: SpeechDataset, run:
     return analysis | held
 
 
-def _scores(run: Path) -> dict[str, Any]:
+def _scores(results: Path) -> dict[str, Any]:
     """By test set what ``metrics.json`` says, as far as there is one."""
-    path = run / "metrics.json"
+    path = results / METRICS
     if not path.is_file():
         return {}
     try:
@@ -183,12 +201,13 @@ def _scores(run: Path) -> dict[str, Any]:
 
 def _open_run(run: str, overrides: list[str]) -> tuple[dict[str, Any], Measure]:
     """The identity of a run's first test set, task and noise level, and what analyzes it."""
+    made, results = made_by(run, read_run_config(run, overrides)), results_folder(run, overrides)
     config, model, store = load_run(run, overrides, pick_device())
     config.data.test = dict(list(config.data.test.items())[:1])
     config.decode.tasks, config.noise.snr = config.decode.tasks[:1], config.noise.snr[:1]
     dataset = next(iter(test_sets(config, model, store).values()))
     identity = _run_identity(speech_subject(model, dataset, config), config, dataset)
-    return identity, partial(analyze_model, config, model, dataset, Path(run))
+    return identity, lambda: {MADE_BY: made} | analyze_model(config, model, dataset, Path(run), results)
 
 
 def _open_model(name: str, overrides: list[str], file: str | None) -> tuple[dict[str, Any], Measure]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from avsr.config import read_run_config
@@ -13,6 +12,7 @@ from avsr.config.composing import differences
 from avsr.errors import UserError
 from avsr.models.build import WEIGHTS, checkpoint_shapes, step_checkpoints
 from avsr.runtime.locks import claim
+from avsr.runtime.tensors import read_file
 from avsr.training.checkpoint import publish
 
 NAME = "average"
@@ -51,7 +51,7 @@ def _write(target: Path, folders: list[Path]) -> Path:
     _check(folders)
     mean: dict[str, Tensor] = {}
     for folder in folders:
-        for name, tensor in load_file(str(folder / WEIGHTS)).items():
+        for name, tensor in read_file(folder / WEIGHTS).items():
             mean[name] = mean.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
     state = {name: (total / len(folders)).float() for name, total in mean.items()}
     steps = [int(folder.name.removeprefix("step-")) for folder in folders]

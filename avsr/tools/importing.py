@@ -23,7 +23,7 @@ from avsr.models.sources import RUN
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import part_of
 from avsr.runtime.locks import claim
-from avsr.runtime.tensors import save_file
+from avsr.runtime.tensors import refuse_nonfinite, save_file
 from avsr.training.checkpoint import publish
 
 logger = logging.getLogger("avsr")
@@ -110,6 +110,7 @@ def _write(part: Path, out: Path, state: official.State, config: Config, path: P
     store = build_store(config, torch.device("cpu"))
     model, _ = build_model(config, store, torch.device("cpu"))
     translated = official.translate(state, model, path)
+    refuse_nonfinite(translated.items(), str(path))
     compared = compare_frozen(state, model, speech_encoders(store), path)
     publish(part / "checkpoints" / "best", translated, saved, {"step": 0, "imported": path.name})
     (part / "config.yaml").write_text(to_yaml(saved), encoding="utf-8")
@@ -198,6 +199,7 @@ def _export_encoder(part: Path, stream: str, state: official.State, config: Conf
     if not (part / file).is_file():
         (part / file).parent.mkdir(parents=True, exist_ok=True)
         kept = {name: t.contiguous().clone() for name, t in tensors.items() if not TRAINING_ONLY.match(name)}
+        refuse_nonfinite(((f"{prefix}.{name}", tensor) for name, tensor in kept.items()), str(where))
         save_file(kept, str(part / file))
     return file
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from avsr.config import Config
 from avsr.data.batches import Batch, Lost
 from avsr.errors import UserError, visible
-from avsr.runtime.folders import append
+from avsr.runtime.machine import lacks_memory
+from avsr.runtime.rows import append_row, read_rows
 from avsr.training.checkpoint import Progress
 from avsr.training.memory import measured
 
 logger = logging.getLogger("avsr")
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class Nonfinite:
@@ -72,20 +70,20 @@ class LostClips:
         dist.all_gather_object(parts, own)
         if dist.get_rank():
             return
-        written = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
+        written = {row["where"] for row in read_rows(self._path, lambda row: hash(row["where"]))}
         for name, where, reason in (row for part in parts for row in part):
             place = where or name
             if place in self._known:
                 continue
             self._known.add(place)
             logger.warning("%s is left out wherever it cannot be read, now in step %d: %s", visible(name), step, reason)
-            if f'"where": {json.dumps(place)}' not in written:  # by an earlier run of this folder
+            if place not in written:  # by an earlier run of this folder
                 _append(self._path, {"step": step, "id": name, "where": place, "reason": reason})
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
-        append(path, (json.dumps(entry) + "\n").encode())
+        append_row(path, entry)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error)
 
@@ -95,7 +93,7 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
     """Turns out-of-memory errors and dead loader processes into messages that say what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise UserError(
@@ -108,8 +106,7 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
                 f"the loader processes lack shared memory at step {progress.step} ({text.splitlines()[-1]}): enlarge "
                 "/dev/shm (docker run --shm-size=8g), or set data.workers=0; then continue with resume=true"
             ) from error
-        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(x in text for x in _OUT_OF_MEMORY)
-        if not lacking:
+        if not lacks_memory(error):
             raise
         raise UserError(_out_of_memory(engine, config, progress, text.splitlines()[0])) from error
 

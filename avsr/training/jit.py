@@ -42,7 +42,14 @@ def supervise(builder: Any) -> None:
     @functools.wraps(compile_op)
     def jit_load(self: Any, verbose: bool = True) -> Any:
         make_ready(self.name)
-        return compile_op(self, verbose)
+        try:
+            return compile_op(self, verbose)
+        except (ImportError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            place = Path(os.environ[_FOLDER]) / self.name
+            raise UserError(
+                f"deepspeed.config: the compiled {self.name} cannot be loaded ({reason}): delete {place}"
+            ) from error
 
     builder.jit_load = jit_load
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from avsr.config import LogConfig
 from avsr.errors import UserError
-from avsr.runtime.folders import append, part_of
+from avsr.runtime.folders import append, write_durably
+from avsr.runtime.rows import Row, as_lines, read_rows
 
 logger = logging.getLogger("avsr")
+METRICS = "metrics.jsonl"
 DRAWN = ("ce", "decorrelation", "grad_norm", "validation_ce")  # as curves, by ``avsr analyze``
 
 
@@ -28,13 +30,15 @@ class MetricsLogger:
     """Appends one JSON object per step; with ``resume_at``, first drops the rows of later steps."""
 
     def __init__(self, run: Path, config: LogConfig, *, resume_at: int | None = None) -> None:
-        self._path = run / "metrics.jsonl"
+        self._path = run / METRICS
         if resume_at is None:
             self._path.unlink(missing_ok=True)
         elif self._path.is_file():
-            rows = zip(_whole(self._path), read_metrics(run), strict=True)
-            kept = [line for line, row in rows if row["step"] <= resume_at]
-            _replace(self._path, "".join(line + "\n" for line in kept))
+            kept = as_lines(row for row in read_metrics(run) if row["step"] <= resume_at)
+            try:
+                write_durably(self._path, kept)
+            except OSError as error:
+                raise UserError(f"resume: cannot write {self._path}: {error}") from error
         self._unwritten: list[str] = []
         self._writers: dict[str, Any] = {}
         if config.tensorboard:
@@ -125,43 +129,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.jsonl``; none if there is no such file.
+def read_metrics(run: Path) -> list[Row]:
+    """The rows of a run's ``metrics.jsonl``; none if there is no such file. Lines that are not what
+    :class:`MetricsLogger` writes are left out, with a message.
 
     Raises:
-        UserError: a line is not what :class:`MetricsLogger` writes.
+        UserError: the file cannot be read.
     """
-    path = run / "metrics.jsonl"
-    if not os.path.isfile(path):
-        return []
-    rows: list[dict[str, Any]] = []
-    try:
-        for line in _whole(path):
-            row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
-                raise ValueError("no object with a step")
-            for key in ("step", *DRAWN):
-                if not isinstance(row.get(key, 0), int | float | None) or abs(row.get(key) or 0) > sys.float_info.max:
-                    raise ValueError(f"{key} is no number")
-            rows.append(row)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {len(rows) + 1} is damaged: {error}") from error
-    return rows
+    return read_rows(run / METRICS, _check)
 
 
-def _replace(path: Path, text: str) -> None:
-    part = part_of(path)
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"resume: cannot write {path}: {error}") from error
-
-
-def _whole(path: Path) -> list[str]:
-    """The complete lines of ``path``: a full disk or a kill may have cut the last one short."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+def _check(row: Row) -> None:
+    """Raises ValueError for what cannot be drawn."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no object with a step")
+    for key in ("step", *DRAWN):
+        if not isinstance(row.get(key, 0), int | float | None) or abs(row.get(key) or 0) > sys.float_info.max:
+            raise ValueError(f"{key} is no number")
 
 
 def peak_memory_mb() -> float:

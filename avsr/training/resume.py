@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,9 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from avsr.config import Config, read_run_config, to_yaml
@@ -25,6 +21,7 @@ from avsr.models.build import WEIGHTS, load_weights
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime import folders
 from avsr.runtime.locks import LOCK
+from avsr.runtime.tensors import read_file
 from avsr.training import optimizer_state
 from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
 from avsr.training.engine import learning_rate_factor
@@ -93,7 +90,7 @@ def prepare_run(config: Config, ranks: int) -> str:
                 folders.remove(part)
         if not config.resume:
             (run / FRAMES).unlink(missing_ok=True)  # left by a start that was refused
-        _replace(saved, to_yaml(config))
+        folders.write_durably(saved, to_yaml(config).encode())
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     return name
@@ -124,15 +121,9 @@ def write_frames(run: Path, frames: dict[str, dict[str, int]]) -> None:
     """Records the utterances that a run begins with, in order, and their encoder frames. They determine the batches,
     which must be the same after a resume even if clips have vanished since."""
     try:
-        _replace(run / FRAMES, json.dumps(frames))
+        folders.write_durably(run / FRAMES, json.dumps(frames).encode())
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    part = folders.part_of(path)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _newest(run: Path) -> str:
@@ -255,8 +246,8 @@ def load_engine(engine: Any, start: Start) -> None:
         UserError: the state belongs to another model or optimizer.
     """
     record = start.record
-    state = OptimizerState(_read(start.folder / OPTIMIZER), record["optimizer"])
-    optimizer_state.scatter(engine, state, _read(start.folder / WEIGHTS))
+    state = OptimizerState(read_file(start.folder / OPTIMIZER, "resume"), record["optimizer"])
+    optimizer_state.scatter(engine, state, read_file(start.folder / WEIGHTS, "resume"))
     scheduler = engine.lr_scheduler
     if scheduler is not None:
         own = scheduler.state_dict()
@@ -275,7 +266,7 @@ def load_engine(engine: Any, start: Start) -> None:
         logger.warning("resume: another number of ranks: the same batches, but dropout draws other numbers")
         return
     _set_random(random, record["random"])
-    generators = _read(start.folder / GENERATORS)
+    generators = read_file(start.folder / GENERATORS, "resume")
     cuda = generators.get(f"cuda/{dist.get_rank()}")
     try:
         torch.set_rng_state(generators[f"cpu/{dist.get_rank()}"])
@@ -283,10 +274,3 @@ def load_engine(engine: Any, start: Start) -> None:
             torch.cuda.set_rng_state(cuda)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"resume: {start.folder / GENERATORS} holds no states of generators: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"resume: {path} cannot be read: {error}") from error

@@ -180,7 +180,7 @@ def remembered(device: torch.device, kernel: Kernel) -> str | None:
     path = place(device, kernel)
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     expected = {**environment(device), "kernel": str(kernel)}
     reason = content.pop("wrong", None) if isinstance(content, dict) else None

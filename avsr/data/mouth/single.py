@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from pathlib import Path
 
 from avsr.data.clip import MOUTH_SIZES
@@ -11,7 +11,9 @@ from avsr.data.mouth.cut import COVERAGE, FORMAT, Refused, check_landmarks, cut_
 from avsr.data.mouth.faces import require_detector, track_landmarks
 from avsr.data.video import encode_video, video_frames
 from avsr.errors import UserError
-from avsr.runtime.folders import cache_folder, part_of
+from avsr.runtime.folders import cache_folder, write_flushed
+
+logger = logging.getLogger("avsr")
 
 
 def mouth_video(path: Path) -> Path:
@@ -28,7 +30,12 @@ def mouth_video(path: Path) -> Path:
     key = hashlib.sha256(f"{FORMAT} {path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
     target = cache_folder() / "mouths" / f"{key}.mp4"
     if target.is_file():
-        return target
+        try:
+            for _ in video_frames(target):
+                pass
+            return target
+        except UserError as error:
+            logger.warning("the cached mouth is damaged and is cut out again: %s", error)
     try:
         require_detector()
     except UserError as error:
@@ -38,11 +45,9 @@ def mouth_video(path: Path) -> Path:
         check_landmarks(valid, outside, COVERAGE)
     except Refused as refused:
         raise UserError(f"no mouth could be cut out of {path} ({width}x{height}): {refused}") from refused
-    part = part_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(encode_video(frames))
-        os.replace(part, target)
+        write_flushed(target, encode_video(frames))
     except OSError as error:
         raise UserError(f"cannot write the mouth of {path} to {target}: {error}") from error
     return target

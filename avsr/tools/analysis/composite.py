@@ -18,6 +18,7 @@ from avsr.data.rates import SAMPLE_RATE
 from avsr.errors import UserError
 from avsr.models.rows import Assembled
 from avsr.models.sources import locate
+from avsr.runtime.tensors import refuse_nonfinite
 from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.subject import Subject
 from flashsink.hf import models
@@ -116,6 +117,7 @@ def _open(name: str, source: str, device: torch.device) -> tuple[Any, Any]:
         model = AutoModelForMultimodalLM.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the same
         raise UserError(f"{name}: cannot be loaded: {_line(error)}") from error
+    refuse_nonfinite(model.named_parameters(), name)
     return processor, model.to(device).eval().requires_grad_(False)
 
 

@@ -131,7 +131,7 @@ def test_what_is_skipped_is_listed_and_has_a_limit(
         assert row.audio is not None
         row.audio.write_bytes(content)
     path = tmp_path / "rejected.jsonl"
-    path.write_text(json.dumps({"manifest": "other", "id": "a", "reason": "r"}) + "\n")
+    path.write_text('{"manif\n' + json.dumps({"manifest": "other", "id": "a", "reason": "r"}) + '\n{"manifest": "o')
     store = build_store(config, torch.device("cpu"))
     for _ in range(2):  # a second reading replaces what the first one wrote
         with pytest.raises(UserError, match=r"2 of 8 .* more than data\.max_bad = 0\.24") if refused else nullcontext():

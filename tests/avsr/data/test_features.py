@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from avsr.config import AugmentConfig, DataConfig, EncoderConfig
 from avsr.data import features as features_module
+from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.transforms import Transforms
-from avsr.errors import UserError
+from avsr.errors import ClipError, UserError
 from avsr.models.encoders import build_encoder
 
 SECONDS = [0.6, 0.25, 1.013, 0.61, 0.6, 0.333]
@@ -232,18 +234,95 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(
     assert files(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"not numpy at all"])
-def test_a_damaged_cache_file_is_replaced_or_named(
-    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, content: bytes
+def array(features: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, features)
+    return content.getvalue()
+
+
+GOOD = np.ones((30, 32), np.float16)  # as a file of the first utterance could be
+DAMAGED = {
+    "empty": b"",
+    "cut in its header": b"\x93NUMPY\x01\x00",
+    "cut": array(GOOD)[:-7],
+    "zeros": bytes(len(array(GOOD))),
+    "zeros after the header": array(0 * GOOD),
+    "not of numpy": b"not numpy at all",
+    "an archive": b"PK\x03\x04 and no more",
+    "a header that is no Python": array(GOOD).replace(b"}", b"("),
+    "another width": array(GOOD[:, :31]),
+    "another type": array(GOOD.astype(np.float32)),
+    "another shape": array(GOOD.reshape(-1)),
+    "no frames": array(GOOD[:0]),
+    "NaN": array(np.where(np.arange(32) == 5, np.nan, GOOD).astype(np.float16)),
+    "infinite": array(GOOD * np.float16(np.inf)),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("start", [True, False], ids=["at the start", "while training"])
+def test_a_damaged_cache_file_is_computed_again_and_said_once(
+    store: Callable[..., FeatureStore],
+    corpus: list[Utterance],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+    start: bool,
+) -> None:
+    made, two = store(), [corpus[0], corpus[4]]  # of one length
+    made.prepare(two, title="x", shown=False)
+    good, whole = [made.sound(u) for u in two], [path.read_bytes() for path in files(tmp_path / "cache")]
+    for path in files(tmp_path / "cache"):
+        path.write_bytes(content)
+    again = store()
+    if start:
+        assert again.prepare(two, title="x", shown=False) == {}
+        assert [again.count(u) for u in two] == [len(features) for features in good]
+    for utterance, features in zip(two, good, strict=True):
+        torch.testing.assert_close(again.sound(utterance), features, rtol=0, atol=4e-3)
+        assert again.count(utterance) == len(features)
+    assert [path.stat().st_size for path in files(tmp_path / "cache")] == [len(data) for data in whole]
+    assert [m for m in caplog.messages if "damaged" in m and str(tmp_path / "cache") in m] == caplog.messages[:1]
+
+
+def test_a_damaged_cache_file_of_a_clip_that_is_bad_or_gone_is_a_bad_utterance(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
+) -> None:
+    made, (one, two) = store(), corpus[:2]
+    made.prepare([one, two], title="x", shown=False)
+    for path in files(tmp_path / "cache"):
+        path.write_bytes(b"damaged")
+    stat = one.audio.stat()
+    one.audio.write_bytes(bytes(stat.st_size))  # its name, size and time are still those of the cache
+    os.utime(one.audio, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    two.audio.unlink()
+    for utterance in (one, two):
+        with pytest.raises(ClipError, match=rf"{utterance.where}: .*{utterance.audio.name}"):
+            made.sound(utterance)
+    data = DataConfig(train="t", validation="v", cache=str(tmp_path / "cache"), on_bad="skip", max_bad=1.0)
+    found = load_dataset(str(tmp_path / "corpus/manifest.jsonl"), data, made, list, title="x", reading=Reading("audio"))
+    assert set(found.bad) == {one.id, two.id} and len(found) == len(corpus) - 2
+
+
+def test_features_that_float16_cannot_hold_make_a_bad_utterance(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made = store()
-    good = made.sound(corpus[0])
-    (path,) = files(tmp_path / "cache")
-    path.write_bytes(content)
-    try:
-        reasons = made.prepare([corpus[0]], title="x", shown=False)
-        frames, features = made.count(corpus[0]), made.sound(corpus[0])
-    except UserError as error:
-        assert str(path) in str(error)
-    else:
-        assert reasons == {} and frames == len(good) and torch.equal(features, good)
+    real = made.encoders["audio"].run
+    monkeypatch.setattr(made.encoders["audio"], "run", lambda rows: [1e6 * row for row in real(rows)])
+    reasons = made.prepare(corpus[:1], title="x", shown=False)
+    assert "not finite in float16" in reasons[corpus[0].id] and str(corpus[0].audio) in reasons[corpus[0].id]
+    with pytest.raises(ClipError, match="not finite in float16"):
+        made.sound(corpus[0])
+    assert files(tmp_path / "cache") == []
+
+
+def test_features_are_on_the_disk_before_they_get_their_name(
+    store: Callable[..., FeatureStore], corpus: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
+    store().sound(corpus[0])
+    assert done == ["fsync", "replace"]

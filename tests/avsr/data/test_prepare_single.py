@@ -138,3 +138,16 @@ def test_a_cache_that_cannot_be_written(talking: Talking, cache: Path) -> None:
     cache.parent.write_text("")
     with pytest.raises(UserError, match=r"cannot write the mouth of .*talk\.mp4"):
         mouth_video(talking(20))
+
+
+def test_a_damaged_mouth_is_cut_out_again(
+    talking: Talking, searches: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = talking(20)
+    found = mouth_video(path)
+    whole = found.read_bytes()
+    for count, content in enumerate((b"", whole[: len(whole) // 2], bytes(len(whole))), 2):
+        found.write_bytes(content)
+        caplog.clear()
+        assert mouth_video(path) == found and found.read_bytes() == whole and len(searches) == count
+        assert "the cached mouth is damaged and is cut out again" in caplog.text

@@ -39,6 +39,8 @@ def test_evaluate_repeats_itself_and_transcribe_gives_the_same(
     assert {row["set"] for row in rows} == set(first)
     assert all({"id", "speaker", "reference", "hypothesis"} <= row.keys() for row in rows)
     assert metrics["sentences"]["wer"] == pytest.approx(first["sentences"].wer)
+    assert metrics["decoding"]["device"] == "cpu" and metrics["decoding"]["attention"] == "sdpa"
+    assert metrics["decoding"]["versions"]["torch"] == torch.__version__
     assert "REF" in (run_folder / "errors.txt").read_text()  # an untrained model: everything is wrong
     assert evaluate(run_folder, []) == first
     assert [json.loads(line) for line in (run_folder / "hypotheses.jsonl").read_text().splitlines()] == rows
@@ -300,3 +302,13 @@ def test_what_tests_share_with_training_is_said(run_folder: Path, caplog: pytest
     config.data.train = "gone.jsonl"
     load_test_sets(config, model, store)
     assert "data.train" not in caplog.text
+
+
+def test_other_noise_under_the_same_name_is_another_result(
+    run_folder: Path, tone: Callable[[Path, float], Path], tmp_path: Path
+) -> None:
+    config = read_run_config(run_folder, ["noise.snr=[0]", f"noise.file={tone(tmp_path / 'noise.wav', 1.0)}"])
+    first = made_by(run_folder, config)
+    assert made_by(run_folder, config) == first
+    tone(tmp_path / "noise.wav", 1.5)
+    assert {name for name, value in made_by(run_folder, config).items() if first[name] != value} == {"noise.sha256"}

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from avsr.errors import UserError
+from avsr.errors import HIDDEN, UserError
 from avsr.runtime.folders import write_durably, write_whole
-from avsr.runtime.rows import Rows
+from avsr.runtime.rows import Rows, append_row, as_lines, read_rows
 
 
 def by_id(row: Any) -> str:
@@ -118,3 +118,30 @@ def test_a_full_disk_keeps_whole_rows_and_the_old_result(tmp_path: Path) -> None
     assert json.loads(place.read_text()) == {"id": "ü"} and not path.exists()
     write_durably(place, b"new")
     assert place.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 21])
+def test_torn_lines_cost_themselves_alone_and_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int
+) -> None:
+    """A kill or a full disk cuts the end of a file, to which the next process appends."""
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path, by_id) == []
+    for name in ("a", "b"):
+        append_row(path, {"id": name, "text": "ü" * 10})
+    path.write_bytes(path.read_bytes()[:-cut])
+    whole = cut == 1  # without its end a row is whole
+    assert [row["id"] for row in read_rows(path, by_id)] == (["a", "b"] if whole else ["a"])
+    append_row(path, {"id": "c"})
+    append_row(path, {"name": "of another kind"})
+    caplog.clear()
+    assert [row["id"] for row in read_rows(path, by_id)] == (["a", "b", "c"] if whole else ["a", "c"])
+    first, count = (4, 1) if whole else (2, 2)
+    assert caplog.messages == [f"{path}: line {first} is no row, left out ({count} in all)"]
+
+
+def test_what_would_act_on_a_terminal_is_escaped_and_comes_back() -> None:
+    every = "".join(map(chr, [*range(0x100), *range(0x2000, 0x2070), 0xD800, 0x20, 0xDFFF, 0xFEFF, 0x1F600]))
+    text = as_lines([{every: every}]).decode()
+    assert not HIDDEN.search(text.removesuffix("\n")) and "\U0001f600" in text and "\xe4" in text
+    assert json.loads(text) == {every: every}

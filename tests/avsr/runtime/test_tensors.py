@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -11,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from avsr.errors import UserError
 from avsr.models.sources import convert_once
-from avsr.runtime.tensors import save_file
+from avsr.runtime.tensors import refuse_nonfinite, save_file
 
 TENSORS = {"a": torch.arange(1000.0)}
 
@@ -58,3 +61,36 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path: Path) -> N
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load_file(path)["a"].tolist() == [1, 1] and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(), (1,), (1023,), (7, 129)])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    good = {
+        "ends": torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype),  # their squares are not
+        "none": torch.zeros(0, dtype=dtype),
+        "whole": torch.tensor([2**40, -1]),
+        "meta": torch.empty(3, device="meta"),
+    }
+    refuse_nonfinite(good.items(), "file")
+    count = math.prod(shape)
+    for place, value in itertools.product({0, count // 2, count - 1}, (math.nan, math.inf, -math.inf)):
+        bad = torch.ones(count)
+        bad[place] = value
+        with pytest.raises(UserError, match=r"^file: bad has values that are not finite"):
+            refuse_nonfinite({**good, "bad": bad.to(dtype).reshape(shape)}.items(), "file")
+
+
+def test_a_conversion_whose_weights_are_cut_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def write(folder: Path) -> None:
+        save_file(TENSORS, folder / "model.safetensors")
+        (folder / "done").touch()
+
+    target = convert_once(tmp_path / "source", tmp_path / "target", "done", write)
+    whole = (target / "model.safetensors").read_bytes()
+    for content in (b"", whole[:-1], bytes(len(whole))):
+        (target / "model.safetensors").write_bytes(content)
+        caplog.clear()
+        assert convert_once(tmp_path / "source", target, "done", write) == target
+        assert (target / "model.safetensors").read_bytes() == whole and f"{target} is damaged" in caplog.text
+    assert os.listdir(tmp_path) == ["target"]

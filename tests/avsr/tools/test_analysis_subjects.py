@@ -34,6 +34,7 @@ from transformers import T5ForConditionalGeneration as T5
 import avsr.tools.analyze
 from avsr.cli import main
 from avsr.errors import UserError
+from avsr.evaluation.results import results_folder
 from avsr.models.llm import LoadedLLM
 from avsr.models.rows import Assembled
 from avsr.tools.analysis import inputs
@@ -229,7 +230,10 @@ def test_runs_over_other_test_sets(
 def test_one_condition_of_a_run_is_read_and_the_scores_that_are_word_error_rates(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run_folder / "metrics.json").write_text('{"sentences": {"wer": 0.5}, "decoding": {"beams": 1}, "note": "wer"}')
+    (run_folder / "metrics.json").write_text('{"sentences": {"wer": 0.1}}')
+    own = results_folder(run_folder, ["noise.snr=[5,0]"])
+    own.mkdir(parents=True)
+    (own / "metrics.json").write_text('{"sentences": {"wer": 0.5}, "decoding": {"beams": 1}, "note": "wer"}')
     main(["analyze", str(run_folder), "noise.snr=[5,0]", "--out", str(tmp_path / "out")])
     assert "sentences 5 dB" in (shown := capsys.readouterr().err) and "0 dB" not in shown.replace("5 dB", "")
     held = analyses_in(tmp_path / "out")["run"]
@@ -242,8 +246,6 @@ def test_one_condition_of_a_run_is_read_and_the_scores_that_are_word_error_rates
     [
         ("metrics.json", '{"sentences": {"we', "not a readable JSON file"),
         ("metrics.json", "[1]", "expected an object"),
-        ("metrics.jsonl", '{"step": 1}\n{"ste\n', "line 2 is damaged"),
-        ("metrics.jsonl", "3\n", "line 1 is damaged"),
     ],
 )
 def test_damaged_files_of_a_run_are_named_before_anything_is_measured(
@@ -253,6 +255,42 @@ def test_damaged_files_of_a_run_are_named_before_anything_is_measured(
     monkeypatch.setattr(avsr.tools.analyze, "analyze_subject", None)
     message = refuse("analyze", run_folder)
     assert f"{run_folder / name}: " in message and why in message and "\n" not in message
+
+
+def test_an_analysis_of_other_settings_replaces_none(
+    run_folder: Path, refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avsr.tools.analyze, "analyze_subject", lambda subject: {})
+    monkeypatch.setattr(avsr.tools.analyze, "write_report", lambda path, *rest: path.write_text("report"))
+    (run_folder / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+    own = analyze([str(run_folder)], [])
+    held = analyses_in(run_folder)
+    assert own == run_folder / "report.html" and held["run"]["curve"] == [{"step": 1}]
+    assert held["run"]["made_by"]["checkpoint"] == "best" and held["run"]["made_by"]["data.limit"] == 0
+    assert analyze([str(run_folder)], ["decode.batch=1"]) == own  # changes nothing
+    held = analyses_in(run_folder)
+    part = analyze([str(run_folder)], ["data.limit=2"])
+    assert part.parent == results_folder(run_folder, ["data.limit=2"]) and analyses_in(run_folder) == held
+    assert analyses_in(part.parent)["run"]["made_by"]["data.limit"] == 2
+
+    out = tmp_path / "out"
+    for _ in range(2):
+        analyze([str(run_folder)], ["data.limit=2"], str(out))
+    message = refuse("analyze", run_folder, "--out", out)
+    assert f"{out / 'analysis.json'} is the result of other settings (data.limit is 2 there, not 0)" in message
+    assert "name another folder with --out" in message
+    (out / "analysis.json").write_text("{}")
+    assert "does not say what made it" in refuse("analyze", run_folder, "data.limit=2", "--out", out)
+
+
+def test_too_little_memory_is_one_line(run_folder: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(subject: Subject) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(avsr.tools.analyze, "analyze_subject", measure)
+    message = refuse("analyze", run_folder)
+    assert f"out of memory while analyzing {run_folder} (CUDA out of memory" in message
+    assert "lower training.frames" in message and "\n" not in message
 
 
 def test_runs_of_other_tasks() -> None:

@@ -38,6 +38,11 @@ def has(message: str, *parts: str) -> None:
         assert part in message, f"{part!r} is not in {message!r}"
 
 
+def test_values_that_are_not_finite(official: Any, refused: Callable[..., str]) -> None:
+    official.state[QUERY.format("up")][0, 0] = torch.nan
+    has(refused(official), "llm.base_model.", "layers.0.self_attn.q_proj.lora_B", "has values that are not finite")
+
+
 def test_another_compression(official: Any, refused: Callable[..., str]) -> None:
     """Issue 2 of Llama-AVSR: video_proj.0 of 3 frames stacked where the config stacks 2."""
     official.state["audio_proj.0.weight"] = torch.randn(32, 96)

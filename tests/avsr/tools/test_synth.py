@@ -346,6 +346,7 @@ def test_a_stopped_run_goes_on_from_what_is_whole(
         file.write('{"set": "grid", "voi')
     damaged, *kept = sorted(path for path in tmp_path.rglob("*.wav") if "us_f3" not in str(path))
     damaged.write_bytes(b"half a file")
+    next(iter(sorted(tmp_path.rglob("*.json")))).write_bytes(b"")
     begun: list[str] = []
 
     def counted(work: Any, jobs: Any, *rest: Any, **named: Any) -> Any:

@@ -115,3 +115,15 @@ def test_every_op_of_deepspeed_passes_there(monkeypatch: pytest.MonkeyPatch) -> 
     CPUAdamBuilder().jit_load()
     assert came == ["cpu_adam", "cpu_adam"]
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(jit.own_folder())
+
+
+def test_a_damaged_op_is_one_line(built: Path) -> None:
+    class Builder:
+        name = "cpu_adam"
+
+        def jit_load(self, verbose: bool = True) -> None:
+            raise ImportError(f"{built}/cpu_adam.so: file too short\nand more")
+
+    jit.supervise(Builder)
+    with pytest.raises(UserError, match=rf"cpu_adam cannot be loaded \(.*file too short\): delete {built}$"):
+        Builder().jit_load()

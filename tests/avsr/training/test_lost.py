@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from avsr.config import load_config
-from avsr.data.batches import Batch, collate
+from avsr.data.batches import Batch, Lost, collate
 from avsr.data.dataset import Reading, load_dataset
-from avsr.data.manifest import read_manifest
+from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
+from avsr.training import faults
 from avsr.training.metrics import read_metrics
 from avsr.training.trainer import Trainer
 
@@ -254,3 +255,20 @@ def test_refused_where_clips_must_be_whole_and_skipped_when_it_goes_on(
     run(recipe, "resume=true", "data.on_bad=skip")
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert all(math.isfinite(row["ce"]) for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_torn_list_of_lost_clips_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an earlier run of the folder; what it has whole is not written twice."""
+    monkeypatch.setattr(faults.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(faults.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(faults.dist, "all_gather_object", lambda parts, own: parts.__setitem__(0, own))
+    lost = [Lost(Utterance(f"u{n}", None, "x", 1.0, where=f"m\u202e.jsonl:{n}"), "audio", "gone") for n in range(3)]
+    faults.LostClips(tmp_path).add(1, lost[:2])
+    path = tmp_path / "lost.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    faults.LostClips(tmp_path).add(2, lost)
+    assert f"{path}: line 2 is no row, left out (1 in all)" in caplog.messages
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [(row["step"], row["id"]) for row in rows] == [(1, "u0"), (2, "u1"), (2, "u2")]

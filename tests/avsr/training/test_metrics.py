@@ -147,3 +147,16 @@ def test_wandb_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"log\.wandb: .* pip install wandb"):
         MetricsLogger(tmp_path, LogConfig(tensorboard=False, wandb="mine"))
+
+
+def test_torn_lines_are_left_out_and_said_when_a_run_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [f'{{"step": {step}, "ce": {1 / step!r}}}\n' for step in range(1, 6)]
+    path.write_text(whole[0] + '{"step": 2, "c\n' + whole[2] + "null\n[]\n" + '{"ce": 1.0}\n' + whole[4] + '{"step')
+    log = MetricsLogger(tmp_path, LogConfig(tensorboard=False), resume_at=4)
+    assert caplog.messages == [f"{path}: line 2 is no row, left out (5 in all)"]
+    log.write({"step": 5, "ce": 0.25})
+    assert path.read_text() == whole[0] + whole[2] + '{"step": 5, "ce": 0.25}\n'
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 5] and len(caplog.messages) == 1

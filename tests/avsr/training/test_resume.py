@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from avsr.errors import EXIT_PREEMPTED, UserError
 from avsr.models.build import load_run
@@ -132,6 +134,19 @@ def test_a_damaged_checkpoint_is_never_chosen(
     spoil(checkpoints / "best" / "model.safetensors")
     with pytest.raises(UserError, match=r"best/model\.safetensors is damaged"):
         load_run(parts, [], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "model.safetensors"])
+def test_a_state_that_is_not_finite_is_refused(recipe: Path, parts: Path, run: Run, file: str) -> None:
+    """Even where its sums are right."""
+    folder = parts / "checkpoints" / "last"
+    state = load_file(str(folder / file))
+    name = sorted(state)[-1]
+    state[name].view(-1)[0] = math.nan
+    save_file(state, str(folder / file))
+    folders.seal(folder)
+    with pytest.raises(UserError, match=rf"last/{file}: {re.escape(name)} has values that are not finite"):
+        run(recipe, f"run={parts}", "resume=true")
 
 
 def test_a_run_is_continued_only_as_it_was(

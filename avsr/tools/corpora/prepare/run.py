@@ -22,6 +22,7 @@ from avsr.data.mouth.faces import require_detector
 from avsr.data.mouth.landmarks import find_landmarks
 from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
+from avsr.runtime.folders import has_content
 from avsr.runtime.locks import claim
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
@@ -192,7 +193,7 @@ def _left_to_do(job: Job, entry: Entry) -> Job | None:
     """The job with the clips that exist already; None if nothing is left to do."""
     if entry.asked != _asked(job.source):
         return job
-    there = tuple(c for c in entry.made if all(Path(job.out, name).is_file() for name in (c.video, c.audio)))
+    there = tuple(c for c in entry.made if all(has_content(Path(job.out, name)) for name in (c.video, c.audio)))
     if len(there) == len(entry.made) and (not entry.refused or entry.tried == _tried(job)):
         return None
     return replace(job, keep=there)

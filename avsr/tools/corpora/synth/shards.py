@@ -20,7 +20,7 @@ import numpy as np
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.video_writer import encode_video
 from avsr.errors import UserError
-from avsr.runtime.folders import sha256, write_whole
+from avsr.runtime.folders import has_content, sha256, write_whole
 from avsr.runtime.pool import tick
 from avsr.tools.corpora.synth.espeak import Espeak, Span
 from avsr.tools.corpora.synth.mouth import draw_mouth
@@ -112,7 +112,7 @@ def is_whole(shard: Shard, rendered: Any) -> bool:
     try:
         ids = [row["id"] for _, row in rendered]
         sums = [sha256(folder / row["audio"]) == row["sha256"] for _, row in rendered]
-        sums += [(folder / row[kind]).is_file() for _, row in rendered for kind in ("times", "video") if row[kind]]
+        sums += [has_content(folder / row[kind]) for _, row in rendered for kind in ("times", "video") if row[kind]]
     except (OSError, TypeError, ValueError, KeyError):
         return False
     return ids == [line.id for line in shard.lines] and all(sums)
@@ -131,7 +131,7 @@ def _render_line(shard: Shard, line: Line, espeak: Espeak) -> dict[str, Any]:
     }
     write_whole(folder / times, (json.dumps(spans, ensure_ascii=False) + "\n").encode())
     video = f"video/{speaker}/{line.id}.mp4" if shard.video else None
-    if video and not (folder / video).is_file():  # else of a process that was stopped: drawing takes longest
+    if video and not has_content(folder / video):  # else of a process that was stopped: drawing takes longest
         # the file has the times of the sound; the lips move at loosened ones, so a boundary in a label made from the
         # file may be off by up to 40 ms (2 * LOOSE), one frame
         phonemes = [Span(*row) for row in spans["phonemes"]]

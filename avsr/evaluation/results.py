@@ -90,7 +90,8 @@ def refuse_other(path: Path, made: Mapping[str, Any], advice: str, part: str = "
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} does not say what made it and would be replaced: {advice}") from None
-    changed = [name for name in sorted(there | wanted) if there.get(name) != wanted.get(name)]
+    older = {**json.loads(json.dumps(dict(leaves(Config())))), **there}  # it lacks keys that are newer than it
+    changed = [name for name in sorted(there | wanted) if older.get(name) != wanted.get(name)]
     if changed:
         shown = "; ".join(f"{name} is {there.get(name)!r} there, not {wanted.get(name)!r}" for name in changed)
         raise UserError(f"{path} is the result of other settings ({shown}): {advice}")

@@ -151,7 +151,7 @@ def test_scores_of_texts_that_end_by_themselves(
     ended = 0
     for example, found in zip(examples, got, strict=True):
         budget = token_budget(config.decode, example.utterance.duration)
-        for text, score in found:
+        for text, score, _ in found:
             ids = [int(word) for word in text.split()]
             targets = [*ids, model.eos] if len(ids) < budget else ids
             ended += len(ids) < budget

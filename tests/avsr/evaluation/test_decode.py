@@ -15,7 +15,6 @@ import torch
 from avsr.cli import main
 from avsr.config import DecodeConfig
 from avsr.data.batches import Example, collate
-from avsr.errors import UserError
 from avsr.evaluation.decode import BUDGET, POSITIONS, Hypothesis, token_budget, transcribe, transcribe_batch
 from avsr.models.speech_llm import SpeechLLM
 
@@ -399,31 +398,3 @@ def test_no_more_hypotheses_than_beams(refuse: Callable[..., str], run_folder: P
     message = refuse("evaluate", run_folder, "decode.nbest=4", "decode.beams=3")
     assert "decode.nbest" in message and "decode.beams = 3" in message and "4" in message
     assert "decode.nbest" in refuse("evaluate", run_folder, "decode.nbest=0")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
-        MemoryError(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_too_little_memory_names_what_to_lower(
-    model: SpeechLLM, examples: list[Example], monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def generate(**_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(model.llm, "generate", generate)
-    config = DecodeConfig(beams=5, batch=3)
-    with pytest.raises(UserError) as caught:
-        next(transcribe(model, examples.__getitem__, SECONDS, config))
-    message = str(caught.value)
-    assert message.startswith("out of memory while decoding 3 utterances of up to 0.4 s (") and "\n" not in message
-    assert message.endswith("lower decode.batch = 3 or decode.beams = 5")
-    error = RuntimeError("of another kind")
-    with pytest.raises(RuntimeError, match="of another kind"):
-        next(transcribe(model, examples.__getitem__, SECONDS, config))

@@ -22,7 +22,7 @@ from avsr.data.manifest import write_manifest
 from avsr.errors import EXIT_PREEMPTED, UserError
 from avsr.evaluation import decode
 from avsr.evaluation import run as run_module
-from avsr.evaluation.results import HYPOTHESES, made_by, results_folder, row_key
+from avsr.evaluation.results import HYPOTHESES, made_by, refuse_other, results_folder, row_key
 from avsr.evaluation.run import evaluate, transcribe_files
 from avsr.evaluation.run import test_sets as load_test_sets
 from avsr.models.build import load_run
@@ -312,3 +312,13 @@ def test_other_noise_under_the_same_name_is_another_result(
     assert made_by(run_folder, config) == first
     tone(tmp_path / "noise.wav", 1.5)
     assert {name for name, value in made_by(run_folder, config).items() if first[name] != value} == {"noise.sha256"}
+
+
+def test_a_result_of_a_version_without_a_key_was_made_with_its_default(run_folder: Path, tmp_path: Path) -> None:
+    made = made_by(run_folder, read_run_config(run_folder))
+    older = {name: value for name, value in made.items() if name != "decode.repetition_penalty"}
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"made_by": older}))
+    refuse_other(path, made, "name another")
+    with pytest.raises(UserError, match=r"decode\.repetition_penalty is None there, not 1\.3\): name another"):
+        refuse_other(path, {**made, "decode.repetition_penalty": 1.3}, "name another")

@@ -208,11 +208,11 @@ def test_everything_bad_is_named_and_counted(
     corpus("mute", 1.0, "x", wave=None)
     corpus("silent", 1.0, "x", wave=np.zeros(16_000))
     corpus("black", 1.0, "x").write_bytes(encode_video(np.zeros((25, 240, 320), np.uint8), sound=sound(1.0)))
-    inverted = corpus("inverted", 1.0, "x", wave=None).with_suffix(".wav")
-    soundfile.write(str(inverted), np.stack([sound(1.0), -sound(1.0)], 1), 16_000)
+    stereo = np.stack([sound(1.0), -sound(1.0)], 1)
+    soundfile.write(corpus("inverted", 1.0, "x", wave=None).with_suffix(".wav"), stereo, 16_000)
     corpus("skewed", 1.0, "x", wave=sound(1.5))
-    corpus("unmarked", 1.0, "x", keep=0)
-    corpus("short-marks", 1.0, "x", keep=20)
+    for name, keep in (("unmarked", 0), ("short-marks", 20)):
+        corpus(name, 1.0, "x", keep=keep)
     corpus("aside", 1.0, "x", shift=120.0)
     corpus("wordless", 1.0, " {NS} ")
     corpus("long", 3.0, "x")
@@ -225,9 +225,10 @@ def test_everything_bad_is_named_and_counted(
     found = refusals(tmp_path)
     assert {name: row["kind"] for name, row in found.items()} == {
         "corrupt": "video", "empty": "video", "noise": "video", "faceless": "no face", "nearly": "no face",
-        "seldom": "no face", "tiny": "no face", "mute": "no audio", "silent": "silent", "skewed": "streams", "twin": "twice",
+        "seldom": "no face", "tiny": "no face", "mute": "no audio", "silent": "silent", "skewed": "streams",
         "unmarked": "no landmarks", "short-marks": "landmarks", "aside": "outside", "wordless": "text", "long": "long",
-        "late_00": "text", "late_01": "text", "foreign": "landmarks", "black": "still", "inverted": "audio",
+        "late_00": "text", "late_01": "text", "twin": "twice", "foreign": "landmarks", "black": "still",
+        "inverted": "audio",
     }  # fmt: skip
     assert sum(report.refused.values()) == len(found) == 21 and report.manifests == {"all": 2} and report.made == 2
     assert "os.system" in found["foreign"]["reason"] and found["foreign"]["file"] == str(bad)

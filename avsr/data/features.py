@@ -22,6 +22,7 @@ from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
+from avsr.data.rates import SAMPLE_RATE
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
 from avsr.runtime.folders import part_of
@@ -171,7 +172,7 @@ class FeatureStore:
             return
         seconds = max(count / self.encoders[name].frames_per_second for name, count in frames.items())
         refuse_other_length(utterance, seconds, self._data.max_mismatch)
-        self.measured[utterance.id] = lasting(seconds)
+        self.measured[utterance.id] = Measured(round(seconds * SAMPLE_RATE), 0)
 
     def _fill(
         self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], version: Version, bad: dict[str, str]

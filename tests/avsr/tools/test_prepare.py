@@ -205,12 +205,11 @@ def test_everything_bad_is_named_and_counted(
     corpus("nearly", 1.0, "x", lost=range(14))
     corpus("seldom", 2.0, "x", lost=range(30))
     corpus("tiny", 0.44, "x", wave=sound(0.44))
-    corpus("mute", 1.0, "x", wave=None)
-    corpus("silent", 1.0, "x", wave=np.zeros(16_000))
+    for name, wave in (("mute", None), ("silent", np.zeros(16_000)), ("skewed", sound(1.5))):
+        corpus(name, 1.0, "x", wave=wave)
     corpus("black", 1.0, "x").write_bytes(encode_video(np.zeros((25, 240, 320), np.uint8), sound=sound(1.0)))
     stereo = np.stack([sound(1.0), -sound(1.0)], 1)
     soundfile.write(corpus("inverted", 1.0, "x", wave=None).with_suffix(".wav"), stereo, 16_000)
-    corpus("skewed", 1.0, "x", wave=sound(1.5))
     for name, keep in (("unmarked", 0), ("short-marks", 20)):
         corpus(name, 1.0, "x", keep=keep)
     corpus("aside", 1.0, "x", shift=120.0)

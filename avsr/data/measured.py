@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 
 def lasting(seconds: float) -> Measured:
-    """The measures of a clip of which only the length is known."""
+    """What a clip of so many seconds would measure."""
     return Measured(round(seconds * SAMPLE_RATE), round(seconds * FRAMES_PER_SECOND))
 
 

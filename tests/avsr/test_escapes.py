@@ -66,8 +66,8 @@ def test_names_that_no_file_below_a_folder_can_have(name: str) -> None:
 def test_clips_of_prepare_stay_in_its_folder(tmp_path: Path) -> None:
     root, out = tmp_path / "a" / "b" / "muavic", tmp_path / "a" / "b" / "out"
     (root / "v").mkdir(parents=True)
-    frames = np.full((30, 96, 96), 90, np.uint8)
-    write_video(root / "v" / "a.mp4", frames, sound=0.3 * np.sin(np.arange(30 * 640) / 9))
+    frames = (np.arange(30)[:, None, None] + np.arange(96) + np.zeros((96, 1))) % 32 * 6
+    write_video(root / "v" / "a.mp4", frames.astype(np.uint8), sound=0.3 * np.sin(np.arange(30 * 640) / 9))
     names = [name for name in HOSTILE if name != "\udcff"]
     rows = "".join(f"{name}\tv/a.mp4\tv/a.wav\t30\t19200\n" for name in [*names, "good/a"])
     (root / "train.tsv").write_text(f"/\n{rows}", encoding="utf-8")

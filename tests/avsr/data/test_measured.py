@@ -118,6 +118,7 @@ def test_the_parts_of_a_long_file_are_their_own_clips(store: Callable[..., Featu
         assert made.prepare(rows, title="x", shown=False) == {}
         assert [made.measured[row.id] for row in rows] == [(24_000, 0)] * 4
         assert [made.frames(row)["audio"] for row in rows] == [75] * 4
+    assert [store(cached=True).seconds(row) for row in rows] == [1.5] * 4  # by their features alone
     found = [cached.load(row)["audio"] for row in rows]
     assert not any(torch.equal(found[0], other) for other in found[1:])
     wave = soundfile.read(str(path), dtype="float32")[0]

@@ -16,20 +16,26 @@ links of a stranger is read like a program of a stranger.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from avsr.data.cut import Cut
-from avsr.errors import UserError
+from avsr.errors import UserError, visible
 from avsr.runtime.folders import write_durably
 from avsr.runtime.rows import as_lines
 
+logger = logging.getLogger("avsr")
+
 LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also for audio
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
+_HALF = re.compile(r"\\u[dD]")
+_FIELDS = {"id", "audio", "video", "text", "duration", "offset", "speaker", "times", "sha256"}
 _MOST_DIGITS = 9  # of a frame count: int() refuses 5,000 digits
 
 
@@ -76,6 +82,7 @@ def read_manifest(
     parse, root = (
         (_parse_csv, path.resolve().parent.parent) if path.suffix == ".csv" else (_parse_json, path.resolve().parent)
     )
+    within = _Root(root, absolute, {})
     rows: list[Utterance] = []
     seen: dict[str, str] = {}
     refused = ""
@@ -84,7 +91,7 @@ def read_manifest(
             continue
         where = f"{path}:{number}"
         try:
-            row = parse(line, _Root(root, absolute), where)
+            row = parse(line, within, where)
             if row.id in seen:
                 raise UserError(f"{where}: the id {row.id!r} was already used at {seen[row.id]}")
         except UserError as error:
@@ -97,6 +104,9 @@ def read_manifest(
         rows.append(row)
     if not rows:
         raise UserError(f"the manifest {path} has no usable line{refused}")
+    for field, where in within.unread.items():
+        if meant := get_close_matches(field, _FIELDS, 1, 0.75):
+            logger.warning("%s: the field %r is not read; did you mean %r?", where, visible(field), meant[0])
     return rows
 
 
@@ -107,20 +117,25 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Root:
-    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves."""
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; and where
+    every field that is not read was first seen."""
 
     folder: Path
     absolute: bool
+    unread: dict[str, str]
 
 
 def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is not text
+        if _HALF.search(line):  # perhaps half of a surrogate pair, which is not text
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON object: {str(error).splitlines()[0]}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    for other in row.keys() - _FIELDS:
+        root.unread.setdefault(other, where)
     for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):
         if field not in row:
             raise UserError(f"{where}: the field {field!r} is missing (it has {', '.join(row) or 'none'})")
@@ -237,11 +252,12 @@ def _parallel_text(root: _Root, dataset: str, relative: str, where: str) -> str:
 
 def _inside(root: _Root, relative: str, where: str) -> Path:
     """``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
-    path = Path(os.path.normpath(root.folder / relative))
+    folder = str(root.folder)  # texts: pathlib would take most of the time of a large manifest
+    path = os.path.normpath(os.path.join(folder, relative))
     if "\0" in relative:
         raise UserError(f"{where}: {relative!r} cannot be the path of a file")
     named = os.path.isabs(relative)
-    if not path.is_relative_to(root.folder) and not (named and root.absolute):
+    if not f"{path}/".startswith(f"{folder.rstrip('/')}/") and not (named and root.absolute):
         advice = "; avsr train and evaluate permit it with data.allow_absolute=true" if named else ""
         raise UserError(f"{where}: the path {relative!r} leads outside {root.folder}{advice}")
-    return path
+    return Path(path)

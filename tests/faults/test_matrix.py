@@ -23,7 +23,8 @@ from avsr.errors import EXIT_PREEMPTED, EXIT_USER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 Known = dict[str, tuple[Ended, Result]]  # by command, in an undisturbed folder
-MOMENTS = 10  # of a command's writes, in the slow tests
+MOMENTS, FEW = 6, 3  # of a command's writes, in the slow tests
+LONG = {"train", "profile", "analyze", "synth"}  # commands of which there are few
 LEFT_OVER = ("*.part", ".lock", ".*.lock", "*.unfinished", "*.old")
 
 
@@ -259,7 +260,8 @@ def test_every_moment(room: Room, command: str, fault: str, before: bool) -> Non
     """``again``: where there is a result already, which stays until the new one is whole."""
     if before and not COMMANDS[command].replaces:
         return
-    shares = [0.0] if fault == "read-only" else [index / MOMENTS for index in range(MOMENTS + 1)]
+    last = (FEW if command in LONG else MOMENTS) - 1
+    shares = [0.0] if fault == "read-only" else [index / last for index in range(last + 1)]
     for share in shares:
         FAULTS[fault](room, command, share, before)
 

@@ -53,7 +53,7 @@ class Media:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise UserError(f"--image {self.file}: {picture.width} x {picture.height} pixels are too many")
                 return picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, MemoryError) as error:
             raise UserError(f"--image {self.file}: not a readable picture: {error}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UserError(f"--image {self.file}: {error}") from error

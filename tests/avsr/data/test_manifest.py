@@ -111,6 +111,15 @@ def test_a_bad_line_is_refused_with_its_place(write: Callable[..., Path], line: 
     assert "\n" not in message
 
 
+def test_a_misspelt_field_is_named_once(write: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    path = write(row(voice="en", wavs=1), row(id="b", speeker="s1"), row(id="c", speeker="s2", sha265=SUM))
+    assert [found.speaker for found in read_manifest(path)] == ["", "", ""]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{path}:2: the field 'speeker' is not read; did you mean 'speaker'?",
+        f"{path}:3: the field 'sha265' is not read; did you mean 'sha256'?",
+    ]
+
+
 def test_a_path_that_leaves_and_comes_back_is_fine(write: Callable[..., Path]) -> None:
     (found,) = read_manifest(write(row(audio="../home/wav/a.wav")))
     assert found.audio.parts[-3:] == ("home", "wav", "a.wav")

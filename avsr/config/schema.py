@@ -173,6 +173,7 @@ class NoiseConfig:
     file: str | None = key(None, "sound file with noise", path=True)
     babble: str | None = key(None, "without noise.file: manifest whose speakers babble; null = data.train", path=True)
     talkers: int = key(8, "voices mixed from the manifest", at_least=1)
+    pool: int = key(500, "utterances of the manifest that babble, the same for all clips; 0 = all", at_least=0)
     snr: list[float] = key([], "dB at which avsr evaluate scores; inf = clean; empty = clean only")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,11 +13,9 @@ from torch import Tensor
 
 from avsr.config import NoiseConfig
 from avsr.data.audio import load_audio
-from avsr.data.clip import load_clip
-from avsr.data.manifest import Utterance, read_manifest
-from avsr.errors import UserError, visible
-
-logger = logging.getLogger("avsr")
+from avsr.data.manifest import Utterance
+from avsr.data.talkers import open_talkers, source_of
+from avsr.errors import UserError
 
 CLEAN = float("inf")  # dB
 
@@ -28,8 +24,9 @@ class Babble:
     """Noise for a clip; determined by the random generator that is passed in.
 
     From a manifest: the sum of ``talkers`` utterances of other speakers, each repeated from a random start over the
-    clip's length and scaled to the same power. From a file: a random segment of it. Where a manifest does not name
-    speakers, every utterance except the clip itself may be used.
+    clip's length and scaled to the same power. They are among ``config.pool`` utterances that are the same for all
+    clips. From a file: a random segment of it. Where a manifest does not name speakers, every utterance except the clip
+    itself may be used.
 
     Args:
         config: file, or manifest and number of talkers.
@@ -41,21 +38,20 @@ class Babble:
     """
 
     def __init__(self, config: NoiseConfig, manifest: str, absolute: bool = False) -> None:
-        self._talkers = config.talkers
+        self._count = config.talkers
         self._source = config.file or config.babble or manifest
         self._wave = load_audio(Path(config.file), where="noise.file") if config.file else None
-        self._utterances: list[Utterance] = []
+        pool = ""
         if config.file is None:
-            bad: list[str] = []
-            rows = read_manifest(self._source, on_bad=bad.append, absolute=absolute)
-            self._utterances = sorted(rows, key=lambda row: row.speaker)
-            speakers = [row.speaker for row in self._utterances]
+            self._talkers = open_talkers(self._source, config.pool, absolute)
+            speakers = self._talkers.speakers
             self._own = {
                 name: (bisect_left(speakers, name), bisect_right(speakers, name)) for name in {*speakers} - {""}
             }
-            self._place = {_source(row): index for index, row in enumerate(self._utterances)}
+            self._place = {source: index for index, source in enumerate(self._talkers.sources)}
+            pool = "" if len(self._talkers) == self._talkers.total else f" pool={config.pool}"
         stat = Path(self._source).stat()
-        self.identity = f"babble {self._source} {stat.st_size} {stat.st_mtime_ns} talkers={config.talkers}"
+        self.identity = f"babble {self._source} {stat.st_size} {stat.st_mtime_ns} talkers={config.talkers}{pool}"
 
     def draw(self, samples: int, clip: Utterance, rng: random.Random) -> Tensor:
         """(samples,) float32 noise for ``clip``.
@@ -66,14 +62,14 @@ class Babble:
         if self._wave is not None:
             return _segment(self._wave, samples, rng)
         total, count = torch.zeros(samples), 0
-        for utterance in self._others(clip, rng):
-            wave = _usable(utterance)
+        for index in self._others(clip, rng):
+            wave = self._talkers.wave(index)
             if wave is None:
                 continue
             piece = _segment(wave, samples, rng)
             total += piece / piece.square().mean().sqrt()
             count += 1
-            if count == self._talkers:
+            if count == self._count:
                 break
         if not count:
             raise UserError(
@@ -82,19 +78,15 @@ class Babble:
             )
         return total
 
-    def _others(self, clip: Utterance, rng: random.Random) -> list[Utterance]:
+    def _others(self, clip: Utterance, rng: random.Random) -> list[int]:
         """Twice as many utterances of other speakers as there are talkers, since some may be unusable. Never lists all
         others, which would be slow for every clip of a large corpus."""
-        place = self._place.get(_source(clip))
+        place = self._place.get(source_of(clip))
         itself = (0, 0) if place is None else (place, place + 1)
         first, last = self._own.get(clip.speaker, itself)
-        count = len(self._utterances) - (last - first)
-        chosen = rng.sample(range(count), min(2 * self._talkers, count))
-        return [self._utterances[index if index < first else index + last - first] for index in chosen]
-
-
-def _source(utterance: Utterance) -> tuple[Path | None, float | None]:
-    return utterance.audio or utterance.video, utterance.offset
+        count = len(self._talkers) - (last - first)
+        chosen = rng.sample(range(count), min(2 * self._count, count))
+        return [index if index < first else index + last - first for index in chosen]
 
 
 def add_babble(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
@@ -121,12 +113,3 @@ def _repeated(wave: Tensor, start: int, samples: int) -> Tensor:
     if start + samples <= len(wave):
         return wave[start : start + samples]
     return torch.cat([wave[start:], wave.repeat(-(-samples // len(wave)))])[:samples]
-
-
-@lru_cache(maxsize=64)
-def _usable(utterance: Utterance) -> Tensor | None:
-    try:
-        return load_clip(utterance, frozenset({"audio"}), 0.0).wave
-    except UserError as error:
-        logger.warning("%s: left out of the babble", visible(str(error)))
-        return None

@@ -37,6 +37,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_talkers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cache of babble is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr("avsr.data.talkers.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def left_behind() -> Iterator[None]:
     """What a training leaves in the environment must not reach the processes of other tests, nor the linear layer that

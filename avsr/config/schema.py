@@ -278,8 +278,8 @@ class DecodeConfig:
     length_penalty: float = key(
         1.0,
         "the score of a hypothesis is its log-probability / tokens ** length_penalty",
-        above=-math.inf,
-        below=math.inf,
+        at_least=-10,
+        at_most=10,
     )
     repetition_penalty: float = key(
         1.0,

@@ -22,8 +22,9 @@ SOUND_SUFFIXES = (
     *(".3gp", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf", ".ogv", ".vob", ".mxf"),
 )
 FLAT = 3.0  # standard deviation (grey levels) of a picture that shows nothing; noise that codecs leave of black has 2.8
-STILL = 8  # grey levels by which 99% of the pixels may differ from the first picture of a video that stands still; lips
-# that move by a pixel make 55
+# Share of its standard deviation, but 2 to so many grey levels, by which 99% of the pixels may differ from the first
+# picture of a video that stands still; lips that move by a pixel make 55 levels of a bright face
+STILL = 0.2, 8.0
 STILL_FRAMES = 25  # that may do so, as before a word
 MOUTH_SIZES = (88, 128)  # smallest and largest side in pixels of a usable mouth crop; 96 in all known corpora
 
@@ -98,8 +99,9 @@ def refuse_still(mouth: Tensor, name: str) -> None:
         grey = int(mouth[0].float().mean())
         raise UserError(f"{name} shows nothing: all of its pictures are of one grey ({grey} of 255)")
     first = mouth[0].int()
+    levels = max(2.0, min(STILL[1], STILL[0] * float(first.float().std())))
     if len(mouth) > STILL_FRAMES and all(
-        float(((picture.int() - first).abs() >= STILL).float().mean()) < 0.01 for picture in mouth
+        float(((picture.int() - first).abs() >= levels).float().mean()) < 0.01 for picture in mouth
     ):
         raise UserError(f"{name} stands still: its {len(mouth)} frames show the same picture")
 

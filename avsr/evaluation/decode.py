@@ -29,6 +29,7 @@ from transformers import (
 
 from avsr.config import DecodeConfig
 from avsr.data.batches import Batch, Example, collate
+from avsr.errors import UserError
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.machine import enough_memory
 
@@ -149,6 +150,11 @@ class _Trace(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_probs = scores.float().log_softmax(dim=-1)
+        if bool(log_probs.isnan().any()):
+            raise UserError(
+                "the language model's logits are NaN, so no text can be found: look at what changes its values (LoRA's "
+                "alpha, the weights), and try training.precision=fp32"
+            )
         if self._steps:
             before, totals, _ = self._steps[-1]
             parents = self._rows(input_ids[:, :-1], before)
@@ -187,7 +193,7 @@ def transcribe(
     are grouped by ``seconds``.
 
     Raises:
-        UserError: a batch does not fit into memory.
+        UserError: a batch does not fit into memory, or logits are NaN.
     """
     order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
     for first in range(0, len(order), config.batch):

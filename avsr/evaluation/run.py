@@ -324,7 +324,7 @@ def _stamp(name: str) -> tuple[int, int]:
 
 
 def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Example:
-    path = Path(name).resolve()
+    path = Path(os.path.realpath(name))  # where Path.resolve raises, for a link to itself, it is just no file
     moving = path.suffix.lower() in VIDEO_SUFFIXES
     utterance = Utterance(id=name, audio=path, text="", duration=0, video=None)
     if moving and any("video" in store.encoders[stream].needs for stream in store.active):

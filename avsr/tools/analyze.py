@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +70,9 @@ def analyze(
         UserError: a target is neither, cannot be analyzed, or cannot be compared with the first; the folder cannot be
             written, another process writes its report, or ``out`` holds that of runs with other settings.
     """
-    by_path: dict[Path, str] = {}
+    by_path: dict[str, str] = {}
     for target in targets:
-        by_path.setdefault(Path(target).resolve(), target)
+        by_path.setdefault(os.path.realpath(target), target)
     targets = list(by_path.values())
     kinds = {kind_of(target) for target in targets}
     if len(kinds) > 1:
@@ -109,6 +110,13 @@ def analyze(
 
 
 def _refuse_replacing(path: Path, runs: list[str], overrides: list[str]) -> None:
+    labels = {run_label(run, runs) for run in runs}
+    try:
+        there = set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):  # what cannot be read is judged below
+        there = labels
+    if there != labels:
+        raise UserError(f"{path} is the report of {', '.join(sorted(there))}: name another folder with --out")
     for run in runs:
         made = made_by(run, read_run_config(run, overrides))
         refuse_other(path, made, "name another folder with --out", run_label(run, runs))

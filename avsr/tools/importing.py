@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -205,7 +206,7 @@ def _export_encoder(part: Path, stream: str, state: official.State, config: Conf
 
 
 def _reduced(state: official.State, reduction: int, alpha: float, where: Path) -> LoraConfig:
-    if reduction < 1 or alpha <= 0:
+    if reduction < 1 or not 0 < alpha < math.inf:
         raise UserError(f"--reduction and --alpha: expected numbers above 0, got {reduction} and {alpha}")
     if official.TABLE not in state:
         raise UserError(f"{where}: {official.TABLE} is missing")

@@ -108,7 +108,8 @@ def explained(engine: Any, config: Config, progress: Progress) -> Iterator[None]
             ) from error
         if not lacks_memory(error):
             raise
-        raise UserError(_out_of_memory(engine, config, progress, text.splitlines()[0])) from error
+        cause = (text.splitlines() or [type(error).__name__])[0]
+        raise UserError(_out_of_memory(engine, config, progress, cause)) from error
 
 
 def _out_of_memory(engine: Any, config: Config, progress: Progress, cause: str) -> str:

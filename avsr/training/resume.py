@@ -114,7 +114,8 @@ def read_frames(run: Path) -> dict[str, dict[str, int]]:
                 raise ValueError("these are no numbers of frames")
         return found
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"resume: {path} cannot be read: {error}") from error
+        advice = "restore it, or delete it if all clips are there that the run began with"
+        raise UserError(f"resume: {path} cannot be read ({error}); {advice}") from error
 
 
 def write_frames(run: Path, frames: dict[str, dict[str, int]]) -> None:

@@ -84,7 +84,7 @@ def _all(*parts: Callable[[Path], Result]) -> Callable[[Path], Result]:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _steady(item) for name, item in value.items() if name not in _VOLATILE}
+        return {name: _steady(item) for name, item in value.items() if isinstance(item, dict) or name not in _VOLATILE}
     return [_steady(item) for item in value] if isinstance(value, list) else value
 
 

@@ -177,6 +177,11 @@ def test_sound_that_libsndfile_does_not_read(tmp_path: Path, name: str, format: 
 NOISE = np.rint(np.random.default_rng(1).normal(0, 1, (60, 96, 96)))  # of a camera in the dark, or of a codec
 
 
+# a dark mouth that opens and closes, 7 grey levels from black to white
+DIM = 20 + np.rint(7 * (np.hypot(*np.mgrid[-48:48, -48:48]) < 20 + 9 * np.sin(np.arange(60) / 4)[:, None, None]))
+DIM = DIM.astype(np.uint8)
+
+
 @pytest.mark.parametrize(
     ("frames", "part"),
     [
@@ -189,6 +194,7 @@ NOISE = np.rint(np.random.default_rng(1).normal(0, 1, (60, 96, 96)))  # of a cam
         (pictures(1, 96).repeat(25, 0), ""),  # a second, as before a word
         (np.concatenate([pictures(1, 96).repeat(59, 0), pictures(9, 96)[8:]]), ""),
         (np.concatenate([np.zeros((30, 96, 96), np.uint8), pictures(30, 96)]), ""),
+        (DIM, ""),  # it moves by less than the levels of a bright one
     ],
 )
 def test_mouths_that_show_nothing(tmp_path: Path, frames: np.ndarray, part: str) -> None:

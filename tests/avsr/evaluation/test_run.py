@@ -255,6 +255,7 @@ def test_transcribe_writes_as_it_goes_and_goes_on(
 ) -> None:
     names = [str(tone(tmp_path / f"{n}.wav", 0.4 + 0.1 * n)) for n in range(12)]
     names[3:3] = [str(tmp_path / "gone.wav")]
+    (tmp_path / "gone.wav").symlink_to("gone.wav")  # to itself
     settings, out = ["decode.batch=1"], tmp_path / "out"
     whole = list(transcribe_files(run_folder, names, settings))
     decoded.clear()

@@ -197,6 +197,8 @@ def test_bad_options(refuse: Refuse, official: Any, audio_recipe: Callable[..., 
     has(refuse(*command, "--reduction", "6"), "--reduction and --alpha go together")
     has(refuse(*command, "--alpha", "6"), "--reduction and --alpha go together")
     has(refuse(*command, "--reduction", "0", "--alpha", "3"), "above 0")
+    for alpha in ("nan", "inf", "-1"):
+        has(refuse(*command, "--reduction", "6", f"--alpha={alpha}"), "above 0")
     has(refuse(*command, "model.lora.rnk=3"), "model.lora.rank")
     out.mkdir()
     (out / "something").write_text("")

@@ -150,6 +150,16 @@ def test_a_signal_during_validation_or_a_save_takes_no_further_step(
     assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 2
 
 
+def test_lack_of_memory_without_a_word_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avsr.training.faults.measured", lambda engine: {})
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    with (
+        pytest.raises(UserError, match=r"step 3 on rank 0 \(MemoryError\)"),
+        explained(None, Config(), Progress(step=3)),
+    ):
+        raise MemoryError
+
+
 def test_lack_of_memory_ends_with_the_peak_by_part_and_what_helps(
     tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

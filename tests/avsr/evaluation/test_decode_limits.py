@@ -1,4 +1,4 @@
-"""Too little memory for decoding is one line."""
+"""What ends decoding with one line: too little memory, logits that are NaN."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def test_too_little_memory_names_what_to_lower(
     error = RuntimeError("of another kind")
     with pytest.raises(RuntimeError, match="of another kind"):
         next(transcribe(model, examples.__getitem__, SECONDS, config))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_logits_that_are_nan_are_no_text(
+    speech_llm: Callable[..., SpeechLLM], make_examples: Callable[..., list[Example]], beams: int
+) -> None:
+    """Finite weights can overflow; an empty text would be scored like any other."""
+    model = speech_llm()
+    with torch.no_grad():
+        model.decoder.lm_head.weight.fill_(1e38)
+    with pytest.raises(UserError, match="logits are NaN.*training.precision=fp32"):
+        next(transcribe(model, make_examples(SECONDS).__getitem__, SECONDS, DecodeConfig(beams=beams, nbest=beams)))

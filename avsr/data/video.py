@@ -155,7 +155,8 @@ def _heard(stream: Any, first: int, count: int, name: str) -> tuple[np.ndarray |
     """Samples of a track from ``first`` or before on, at least ``count`` from there if it has so many; None if it has
     none at all. Also how many were skipped."""
     begin, frames = decoded_from(stream, first / SAMPLE_RATE, name)
-    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+    # interleaved: PyAV reads beyond its planes where there are 8 channels
+    resampler = av.AudioResampler(format="flt", rate=SAMPLE_RATE)
     parts: list[np.ndarray] = []
     samples, loudest, count_of_channels = 0, 0.0, 1
     skipped: int | None = None
@@ -164,7 +165,7 @@ def _heard(stream: Any, first: int, count: int, name: str) -> tuple[np.ndarray |
             time = begin if frame is None else seconds_of(frame)
             skipped = 0 if time is None else max(0, round((time - begin) * SAMPLE_RATE))
         for part in _resampled(resampler, frame, name):
-            channels = part.to_ndarray()
+            channels = np.ascontiguousarray(part.to_ndarray().reshape(-1, part.layout.nb_channels).T)
             loudest = max(loudest, float(np.abs(channels).max(initial=0)))
             count_of_channels = len(channels)
             parts.append(channels.mean(axis=0, dtype=np.float32))

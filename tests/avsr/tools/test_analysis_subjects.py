@@ -279,8 +279,13 @@ def test_an_analysis_of_other_settings_replaces_none(
     message = refuse("analyze", run_folder, "--out", out)
     assert f"{out / 'analysis.json'} is the result of other settings (data.limit is 2 there, not 0)" in message
     assert "name another folder with --out" in message
-    (out / "analysis.json").write_text("{}")
-    assert "does not say what made it" in refuse("analyze", run_folder, "data.limit=2", "--out", out)
+    content = analyses_in(out)
+    (out / "analysis.json").write_text(json.dumps(content | {"other": content["run"]}))
+    message = refuse("analyze", run_folder, "data.limit=2", "--out", out)
+    assert f"{out / 'analysis.json'} is the report of other, run: name another folder with --out" in message
+    for text in ('{"run": {}}', "{"):
+        (out / "analysis.json").write_text(text)
+        assert "does not say what made it" in refuse("analyze", run_folder, "data.limit=2", "--out", out)
 
 
 def test_too_little_memory_is_one_line(run_folder: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:

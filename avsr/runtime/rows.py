@@ -85,7 +85,7 @@ class Rows:
                 return
             lines[0] = b""
         self._fresh = not lines
-        self.held = {self._key(row): row for row in _sound(self.path, lines, self._key)}
+        self.held = {self._key(row): row for row in _sound(self.path, lines, lambda row: hash(self._key(row)))}
 
 
 def read_rows(path: Path, check: Callable[[Row], object]) -> list[Row]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from avsr.data.cut import Cut
-from avsr.errors import UserError, visible
+from avsr.errors import UserError
 from avsr.runtime.folders import write_durably
 from avsr.runtime.rows import as_lines
 
@@ -106,7 +106,7 @@ def read_manifest(
         raise UserError(f"the manifest {path} has no usable line{refused}")
     for field, where in within.unread.items():
         if meant := get_close_matches(field, _FIELDS, 1, 0.75):
-            logger.warning("%s: the field %r is not read; did you mean %r?", where, visible(field), meant[0])
+            logger.warning("%s: the field %r is not read; did you mean %r?", where, field, meant[0])
     return rows
 
 

@@ -165,6 +165,7 @@ def load_dataset(
                 f"data.max_text_tokens = {config.max_text_tokens}"
             )
     mine = [u for u in utterances if u.id not in bad][rank::world]
+    store.refresh()
     own = _check(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id]))
     frames: dict[str, int] = {}
     for part in _gather(own, world):
@@ -173,6 +174,7 @@ def load_dataset(
         bad.update(part.bad)
         store.measured.update(part.measured)
         frames.update(part.frames)
+    store.refresh()  # with what the other ranks have encoded
     if rejected is not None and rank == 0 and config.on_bad == "skip":
         _keep_rejected(rejected, manifest, bad)
     if bad:

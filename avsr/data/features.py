@@ -1,37 +1,37 @@
 """What the model receives for an utterance: features of frozen encoders from a cache, or the inputs of its encoders.
 
-With ``data.cache``, a frozen encoder runs once for every clip and version. A cache file is a float16 array (T, D); its
-folder is named after the encoder, the file itself after the clip's files (path, size, modification time) and the
-version. One that is damaged is computed again. Without a cache, and for an encoder that is trained (LoRA), the store
+With ``data.cache``, a frozen encoder runs once for every clip and version. Every encoder has a folder of the cache
+(``avsr.data.feature_cache``), in which a clip's key is made of its files (path, size, modification time) and the
+version. What is damaged is computed again. Without a cache, and for an encoder that is trained (LoRA), the store
 returns encoder inputs and the model runs the encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
+from avsr.data.feature_cache import DIGITS, FeatureCache
+from avsr.data.feature_index import Array
 from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
-from avsr.runtime.folders import write_flushed
 from avsr.runtime.progress import ProgressBar
 
 logger = logging.getLogger("avsr")
 _GROUP = 64  # clips read before they are sorted by length and encoded
+_LOOKUP = 4096  # clips whose keys are held at once
 
 
 class Encoder(Protocol):
@@ -59,6 +59,13 @@ class FeatureStore:
         transforms: makes the versions.
         trained: streams whose encoders are trained, and therefore never cached.
         active: streams to read; default all.
+
+    Attributes:
+        inside: streams that the model encodes itself.
+        measured: of every clip read, by id.
+        stamps: gives the size in bytes and the modification time in ns of a clip's file as they are known, such as from
+            an index of the manifest; for None, and without it, the file system is asked, once or twice for every clip
+            and version that is looked up or loaded.
     """
 
     def __init__(
@@ -71,54 +78,70 @@ class FeatureStore:
     ) -> None:
         self.encoders = dict(encoders)
         self.active = list(encoders if active is None else active)
-        self.inside = set(encoders if data.cache is None else trained)  # streams that the model encodes itself
+        self.inside = set(encoders if data.cache is None else trained)
         self._data = data
         self._transforms = transforms
-        self.measured: dict[str, Measured] = {}  # of every clip read, by id
-        self._folders: dict[str, Path] = {}
+        self.measured: dict[str, Measured] = {}
+        self.stamps: Callable[[Path], tuple[int, int] | None] | None = None
+        self._caches: dict[str, FeatureCache] = {}
         self._warned = False  # of a damaged file
         for name in self.active:
             if name not in self.inside:
                 digest = hashlib.sha256(self.encoders[name].identity.encode()).hexdigest()[:16]
-                self._folders[name] = Path(str(data.cache)) / digest
-                try:
-                    self._folders[name].mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise UserError(f"data.cache: cannot write to {data.cache}: {error}") from error
+                folder = Path(str(data.cache)) / digest
+                self._caches[name] = FeatureCache(folder, self.encoders[name].width, self._say_damaged)
 
     @property
     def widths(self) -> dict[str, int]:
         return {name: encoder.width for name, encoder in self.encoders.items()}
 
+    def refresh(self) -> None:
+        """Learns what the cache holds by now: before :meth:`prepare`, what others have added since the last time; after
+        it, what the other ranks have. Every rank must call it at the same time. When nothing is new it lists one folder
+        for every stream, on rank 0, and at the first time reads one file.
+
+        Raises:
+            UserError: the cache cannot be read.
+        """
+        for cache in self._caches.values():
+            cache.refresh()
+
     def prepare(
         self, utterances: Sequence[Utterance], *, title: str, versions: Sequence[Version] = (PLAIN,), shown: bool = True
     ) -> dict[str, str]:
-        """Reads every clip that the cache lacks and encodes it for the cache.
+        """Reads every clip that the cache lacks and encodes it for the cache. Of clips that it has, no file is opened.
 
         Returns:
             By id, why an utterance cannot be used.
+
+        Raises:
+            UserError: the cache cannot be used.
         """
-        if not self._data.verify and not self._folders:
+        if not self._data.verify and not self._caches:
             self.measured.update((u.id, lasting(u.duration)) for u in utterances)
             return {}
         for u in utterances:  # another manifest may use the same ids
             self.measured.pop(u.id, None)
-        todo = [u for u in utterances if self.inside or any(self._missing(u, version) for version in versions)]
+        todo = utterances if self.inside else self._lacking(utterances, versions)
         bad: dict[str, str] = {}
         if not todo:
             return bad
-        with ProgressBar(title, len(todo), shown=shown) as bar:
-            for first in range(0, len(todo), _GROUP):
-                group = todo[first : first + _GROUP]
-                clips = {}
-                for utterance in group:
-                    try:
-                        clips[utterance.id] = self._checked(utterance)
-                    except UserError as error:
-                        bad[utterance.id] = str(error)
-                for version in versions:
-                    self._fill([u for u in group if u.id in clips and u.id not in bad], clips, version, bad)
-                bar.advance(len(group), f"{len(bad)} unusable" if bad else "")
+        try:
+            with ProgressBar(title, len(todo), shown=shown) as bar:
+                for first in range(0, len(todo), _GROUP):
+                    group = todo[first : first + _GROUP]
+                    clips = {}
+                    for utterance in group:
+                        try:
+                            clips[utterance.id] = self._checked(utterance)
+                        except UserError as error:
+                            bad[utterance.id] = str(error)
+                    for version in versions:
+                        self._fill([u for u in group if u.id in clips and u.id not in bad], clips, version, bad)
+                    bar.advance(len(group), f"{len(bad)} unusable" if bad else "")
+        finally:  # also when it is stopped
+            for cache in self._caches.values():
+                cache.flush()
         return bad
 
     def load(
@@ -133,8 +156,9 @@ class FeatureStore:
         clip: Clip | None = None
         out: dict[str, Tensor] = {}
         for name in self.active if streams is None else streams:
-            path = None if name in self.inside else self._path(name, utterance, version)
-            held = None if path is None else self._read_cached(path, name)
+            cache = None if name in self.inside else self._caches[name]
+            key = "" if cache is None else self._key(name, utterance, version)
+            held = None if cache is None else cache.read(key)
             if held is not None:
                 out[name] = torch.from_numpy(held).float()
                 continue
@@ -143,16 +167,16 @@ class FeatureStore:
                 inputs = self.encoders[name].prepare(clip)
             except UserError as error:
                 raise ClipError(str(error)) from None
-            if path is None:
+            if cache is None:
                 out[name] = inputs
                 continue
             if get_worker_info() is not None and torch.cuda.is_available():  # a forked process cannot use the device
                 raise ClipError(
-                    f"{at(utterance.where)}{path} is damaged or gone, and a loader process cannot encode: the next "
-                    "start (resume=true) does, or set data.workers=0"
+                    f"{at(utterance.where)}{cache.where(key)} is damaged or gone, and a loader process cannot encode: "
+                    "the next start (resume=true) does, or set data.workers=0"
                 )
             features = self.encoders[name].run([inputs])[0].half().cpu()
-            _save(path, features, utterance)
+            cache.keep(key, _finite(features, utterance))
             out[name] = features.float()
         return out
 
@@ -160,15 +184,15 @@ class FeatureStore:
         """Encoder frames by stream, of an utterance that was prepared or loaded in this version.
 
         Raises:
-            ClipError: its cache file is damaged, and the clip cannot be used any more.
+            ClipError: its features are damaged, and the clip cannot be used any more.
         """
         out = {}
         for name in self.active:
             if name in self.inside:
                 out[name] = self.encoders[name].frames(*self.measured[utterance.id])
             else:
-                held = self._read_cached(self._path(name, utterance, version), name, shape_alone=True)
-                out[name] = len(self.load(utterance, version, [name])[name] if held is None else held)
+                held = self._caches[name].frames(self._key(name, utterance, version))
+                out[name] = held or len(self.load(utterance, version, [name])[name])
         return out
 
     def seconds(self, utterance: Utterance) -> float:
@@ -193,25 +217,40 @@ class FeatureStore:
         self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], version: Version, bad: dict[str, str]
     ) -> None:
         """Encodes what the cache lacks of a version; an utterance whose version cannot be made is added to ``bad``."""
-        inputs: dict[str, dict[str, Tensor]] = {name: {} for name in self._folders}
+        keys = {name: {u.id: self._key(name, u, version) for u in utterances} for name in self._caches}
+        lacking = {
+            name: {id for id, there in zip(keys[name], cache.find(list(keys[name].values())), strict=True) if not there}
+            for name, cache in self._caches.items()
+        }
+        inputs: dict[str, dict[str, Tensor]] = {name: {} for name in self._caches}
         for utterance in utterances:
-            lacking = [name for name in self._folders if not self._path(name, utterance, version).is_file()]
+            streams = [name for name in self._caches if utterance.id in lacking[name]]
             try:
-                clip = self._transforms(clips[utterance.id], utterance, version) if lacking else Clip()
-                for name in lacking:
+                clip = self._transforms(clips[utterance.id], utterance, version) if streams else Clip()
+                for name in streams:
                     inputs[name][utterance.id] = self.encoders[name].prepare(clip)
             except UserError as error:
                 bad[utterance.id] = f"{at(utterance.where)}{error}"
         by_id = {utterance.id: utterance for utterance in utterances}
         for name, rows in inputs.items():
-            for key, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
+            for id, features in zip(rows, self.encoders[name].run(list(rows.values())), strict=True):
                 try:
-                    _save(self._path(name, by_id[key], version), features.half().cpu(), by_id[key])
+                    self._caches[name].add(keys[name][id], _finite(features.half().cpu(), by_id[id]))
                 except ClipError as error:
-                    bad[key] = str(error)
+                    bad[id] = str(error)
 
-    def _missing(self, utterance: Utterance, version: Version) -> bool:
-        return any(not self._path(name, utterance, version).is_file() for name in self._folders)
+    def _lacking(self, utterances: Sequence[Utterance], versions: Sequence[Version]) -> list[Utterance]:
+        """The utterances of which the cache lacks something."""
+        lacking = []
+        for first in range(0, len(utterances), _LOOKUP):
+            part = utterances[first : first + _LOOKUP]
+            there = [
+                cache.find([self._key(name, u, version) for u in part])
+                for name, cache in self._caches.items()
+                for version in versions
+            ]
+            lacking += [u for u, *found in zip(part, *there, strict=True) if not all(found)]
+        return lacking
 
     def _checked(self, utterance: Utterance) -> Clip:
         """The unchanged clip, within the limits and as its line declares it; records what was measured."""
@@ -230,61 +269,35 @@ class FeatureStore:
         self.measured[utterance.id] = clip.measured
         return clip
 
-    def _read_cached(self, path: Path, name: str, *, shape_alone: bool = False) -> np.ndarray[Any, Any] | None:
-        """The (T, D) float16 features in a file of the stream ``name``; None if there is none or it is damaged, which
-        is said once for all files. ``shape_alone``: the values are not looked at."""
-        try:
-            held: np.ndarray[Any, Any] = np.load(path, allow_pickle=False, mmap_mode="r" if shape_alone else None)
-            problem = _damage(held, self.encoders[name].width, shape_alone)
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # numpy raises what it likes for a damaged header
-            problem = str(error) or type(error).__name__
-        if not problem:
-            return held
+    def _say_damaged(self, path: Path, problem: str) -> None:
+        """Once for all files."""
         if not self._warned:
             logger.warning("data.cache: %s is damaged (%s); it and others like it are computed again", path, problem)
             self._warned = True
-        return None
 
-    def _path(self, name: str, utterance: Utterance, version: Version) -> Path:
-        state = "+".join(_stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
+    def _key(self, name: str, utterance: Utterance, version: Version) -> str:
+        state = "+".join(self._stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
         if utterance.cut is not None:
             state += f" {utterance.cut}"
         identity = self._transforms.identity(version, self.encoders[name].needs)
         if identity:
             state += f" {utterance.id} {utterance.speaker} {identity}"
-        key = hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()
-        return self._folders[name] / key[:2] / f"{key[2:34]}.npy"
+        return hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()[:DIGITS]
+
+    def _stamp(self, path: Path) -> str:
+        known = None if self.stamps is None else self.stamps(path)
+        if known is None:
+            try:
+                stat = path.stat()
+            except OSError:
+                return f"{path} missing"
+            known = stat.st_size, stat.st_mtime_ns
+        return f"{path} {known[0]} {known[1]}"
 
 
-def _stamp(path: Path) -> str:
-    try:
-        stat = path.stat()
-        return f"{path} {stat.st_size} {stat.st_mtime_ns}"
-    except OSError:
-        return f"{path} missing"
-
-
-def _damage(held: np.ndarray[Any, Any], width: int, shape_alone: bool) -> str:
-    """What is wrong with the features of a cache file, or ""."""
-    if held.dtype != np.float16 or held.ndim != 2 or held.shape[1] != width or not len(held):
-        return f"{held.dtype} {held.shape}, expected float16 (frames, {width})"
-    if shape_alone:
-        return ""
-    if not np.isfinite(held).all():
-        return "its values are not finite"
-    return "" if held.any() else "all its values are zero"
-
-
-def _save(path: Path, features: Tensor, utterance: Utterance) -> None:
+def _finite(features: Tensor, utterance: Utterance) -> Array:
+    """Raises a ``ClipError`` for features (T, D) that float16 does not hold."""
     if not bool(features.isfinite().all()):
         clip = utterance.audio or utterance.video
         raise ClipError(f"{at(utterance.where)}{clip}: the encoder's features of it are not finite in float16")
-    content = io.BytesIO()
-    try:
-        path.parent.mkdir(exist_ok=True)
-        np.save(content, features.numpy(), allow_pickle=False)
-        write_flushed(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"data.cache: cannot write features to {path.parent}: {error}") from error
+    return features.numpy()

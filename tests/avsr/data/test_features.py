@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from avsr.config import AugmentConfig, DataConfig, EncoderConfig
-from avsr.data import features as features_module
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.transforms import Transforms
 from avsr.errors import ClipError, UserError
 from avsr.models.encoders import build_encoder
+from avsr.runtime import folders
 
 SECONDS = [0.6, 0.25, 1.013, 0.61, 0.6, 0.333]
 
@@ -73,7 +74,8 @@ def test_cached_and_uncached_features_are_the_same_numbers(
 ) -> None:
     cached, plain = store(batch=4), store(None, batch=4)
     assert cached.prepare(corpus, title="x", shown=False) == {} == plain.prepare(corpus, title="x", shown=False)
-    assert len(files(tmp_path / "cache")) == len(corpus)
+    (shard,) = files(tmp_path / "cache")
+    assert len(load_file(str(shard))) == len(corpus)
     for utterance in corpus:
         one, two = cached.sound(utterance), plain.sound(utterance)
         assert one.dtype == two.dtype == torch.float32 and one.shape[1] == cached.widths["audio"] == 32
@@ -222,16 +224,17 @@ def test_a_cache_below_a_file(store: Callable[..., FeatureStore], tmp_path: Path
 def test_a_full_disk_is_named_and_leaves_nothing_behind(
     store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: Any, *args: object, **kwargs: object) -> None:
-        file.write(b"half")
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     made = store()
-    monkeypatch.setattr(features_module.np, "save", full)
-    with pytest.raises(UserError) as caught:
-        made.prepare(corpus, title="x", shown=False)
-    assert "data.cache" in str(caught.value) and "No space left" in str(caught.value)
-    assert files(tmp_path / "cache") == []
+    monkeypatch.setattr(folders, "_write_flushed", full)
+    for fill in (lambda: made.prepare(corpus, title="x", shown=False), lambda: made.sound(corpus[0])):
+        with pytest.raises(UserError) as caught:
+            fill()
+        assert "data.cache" in str(caught.value) and "No space left" in str(caught.value)
+        assert "\n" not in str(caught.value) and files(tmp_path / "cache") == []
 
 
 def array(features: np.ndarray) -> bytes:
@@ -269,19 +272,22 @@ def test_a_damaged_cache_file_is_computed_again_and_said_once(
     content: bytes,
     start: bool,
 ) -> None:
+    """A file with one clip, as all of an older cache are."""
     made, two = store(), [corpus[0], corpus[4]]  # of one length
-    made.prepare(two, title="x", shown=False)
-    good, whole = [made.sound(u) for u in two], [path.read_bytes() for path in files(tmp_path / "cache")]
-    for path in files(tmp_path / "cache"):
+    good = [made.sound(u) for u in two]
+    paths = files(tmp_path / "cache")
+    whole = [path.stat().st_size for path in paths]
+    for path in paths:
         path.write_bytes(content)
     again = store()
     if start:
         assert again.prepare(two, title="x", shown=False) == {}
+        assert files(tmp_path / "cache") == paths
         assert [again.count(u) for u in two] == [len(features) for features in good]
     for utterance, features in zip(two, good, strict=True):
         torch.testing.assert_close(again.sound(utterance), features, rtol=0, atol=4e-3)
         assert again.count(utterance) == len(features)
-    assert [path.stat().st_size for path in files(tmp_path / "cache")] == [len(data) for data in whole]
+    assert [path.stat().st_size for path in paths] == whole
     assert [m for m in caplog.messages if "damaged" in m and str(tmp_path / "cache") in m] == caplog.messages[:1]
 
 

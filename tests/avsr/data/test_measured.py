@@ -134,7 +134,7 @@ def test_the_parts_of_a_long_file_are_their_own_clips(store: Callable[..., Featu
 def test_cache_files_of_whole_clips_keep_their_names(store: Callable[..., FeatureStore], tmp_path: Path) -> None:
     """Features that were computed before parts could be named are still found."""
     path = write(tmp_path / "a.wav", 0.6)
-    store(cached=True).prepare([declared(0.6, audio=path)], title="x", shown=False)
+    store(cached=True).load(declared(0.6, audio=path))
     stat = path.stat()
     key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns} ['audio']".encode()).hexdigest()
     (found,) = (tmp_path / "cache").rglob("*.npy")

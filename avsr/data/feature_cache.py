@@ -15,7 +15,6 @@ import resource
 import secrets
 import time
 import weakref
-import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ from avsr.data.feature_index import (
     Damaged,
     Index,
     Place,
+    checksum,
     merge,
     read_header,
     read_index,
@@ -126,7 +126,7 @@ class FeatureCache:
             return self._read_alone(key)
         try:
             data = self._bytes(place)
-            problem = "" if zlib.crc32(data) == place.checksum else "a checksum is wrong"
+            problem = "" if checksum(key, data) == place.checksum else "a checksum is wrong"
         except OSError as error:
             problem = error.strerror or str(error)
         if not problem:
@@ -160,7 +160,7 @@ class FeatureCache:
         """
         if not self._pending:
             return
-        data = save({f"{key[:32]}.{zlib.crc32(part.data):08x}": part for key, part in self._pending.items()})
+        data = save({f"{key[:32]}.{checksum(key, part.data):08x}": part for key, part in self._pending.items()})
         name = f"{secrets.token_hex(8)}{SHARD}"
         try:
             self._shards.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Where the clips of a feature cache are: the index of its shards.
 
 A shard is a safetensors file with a float16 tensor (frames, width) for each of some hundred clips, named KEY.CHECKSUM:
-32 hexadecimal digits of the clip's key, and the CRC-32 of its bytes. It is written once and never changed. An empty
+32 hexadecimal digits of the clip's key, and the CRC-32 of both. It is written once and never changed. An empty
 file ``SHARD.KEY.damaged`` beside it says that a reader found this clip damaged.
 """
 
@@ -24,12 +24,12 @@ from avsr.runtime.folders import write_flushed
 Array = np.ndarray[Any, Any]
 Damaged = Callable[[Path, str], None]  # told the path of a damaged file and what is wrong with it
 SHARD, MARK = ".safetensors", ".damaged"
-_LONGEST = 2**24  # bytes of a header
+_LONGEST = 2**22  # bytes of a header
 _NO_SHARD = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Place(NamedTuple):
-    """Where a clip is: the name of its shard, its first byte there, frames, CRC-32."""
+    """Where a clip is: the name of its shard, its first byte there, frames, :func:`checksum`."""
 
     shard: str
     offset: int
@@ -76,7 +76,10 @@ def read_index(path: Path, damaged: Damaged) -> Index:
         with safe_open(str(path), "np") as file:
             metadata, keys, places = file.metadata(), file.get_tensor("keys"), file.get_tensor("places")
         if metadata["checksum"] != _checksum(metadata["names"], keys, places):
-            raise ValueError("its checksum is wrong")
+            raise ValueError("a checksum is wrong")
+        shapes = (keys.shape, keys.dtype, places.shape, places.dtype)
+        if shapes != ((len(keys), 16), np.uint8, (len(keys), 4), np.int64):
+            raise ValueError(f"{shapes} is no index")
         return Index(json.loads(metadata["names"]), keys.view("S16").reshape(-1), places)
     except FileNotFoundError:
         return EMPTY
@@ -91,6 +94,11 @@ def write_index(path: Path, index: Index) -> None:
     names = json.dumps(index.names)
     metadata = {"names": names, "checksum": _checksum(names, keys, index.places)}
     write_flushed(path, save({"keys": keys, "places": index.places}, metadata))
+
+
+def checksum(key: str, data: bytes | bytearray | memoryview) -> int:
+    """CRC-32 of 32 digits of a clip's key and of the bytes of its features."""
+    return zlib.crc32(data, zlib.crc32(key[:32].encode()))
 
 
 def merge(old: Index, names: list[str], folder: Path, width: int, damaged: Damaged) -> Index:
@@ -126,7 +134,7 @@ def merge(old: Index, names: list[str], folder: Path, width: int, damaged: Damag
 
 
 def read_header(file: BinaryIO, width: int) -> dict[str, tuple[int, int, int]]:
-    """By 32 digits of their keys, the first byte, the frames and the CRC-32 of the clips in a shard.
+    """By 32 digits of their keys, the first byte, the frames and the checksum of the clips in a shard.
 
     Raises:
         ValueError: it is none, or one of the other errors in :data:`_NO_SHARD`.
@@ -136,13 +144,13 @@ def read_header(file: BinaryIO, width: int) -> dict[str, tuple[int, int, int]]:
         raise ValueError(f"its header has {length} bytes")
     found = {}
     for name, entry in json.loads(file.read(length)).items():
-        key, _, checksum = name.partition(".")
+        key, _, digits = name.partition(".")
         (frames, wide), (begin, end) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F16" or wide != width or not 0 < 2 * frames * width == end - begin or begin < 0:
             raise ValueError(f"{entry}, expected F16 (frames, {width})")
-        if len(bytes.fromhex(key)) != 16 or len(checksum) != 8:
+        if len(bytes.fromhex(key)) != 16 or len(digits) != 8:
             raise ValueError(f"{name!r} is no key with a checksum")
-        found[key] = 8 + length + int(begin), int(frames), int(checksum, 16)
+        found[key] = 8 + length + int(begin), int(frames), int(digits, 16)
     return found
 
 
@@ -155,15 +163,15 @@ def _read_shard(path: Path, width: int, marked: bool, damaged: Damaged) -> dict[
             whole = {key: row for key, row in found.items() if row[0] + 2 * row[1] * width <= size}
             if len(whole) < len(found):
                 damaged(path, "it is cut short")
-            return {key: row for key, row in whole.items() if not marked or _sound(file, width, *row)}
+            return {key: row for key, row in whole.items() if not marked or _sound(file, width, key, *row)}
     except (OSError, *_NO_SHARD) as error:
         damaged(path, f"{type(error).__name__}: {error}")
         return {}
 
 
-def _sound(file: BinaryIO, width: int, offset: int, frames: int, checksum: int) -> bool:
+def _sound(file: BinaryIO, width: int, key: str, offset: int, frames: int, expected: int) -> bool:
     file.seek(offset)
-    return zlib.crc32(file.read(2 * frames * width)) == checksum
+    return checksum(key, file.read(2 * frames * width)) == expected
 
 
 def _checksum(names: str, keys: Array, places: Array) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,54 +14,11 @@ import pytest
 import soundfile
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor
 
-from avsr.config import AugmentConfig, DataConfig, EncoderConfig
-from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance, read_manifest
-from avsr.data.transforms import Transforms
+from avsr.data.manifest import Utterance
 from avsr.errors import ClipError, UserError
-from avsr.models.encoders import build_encoder
 from avsr.runtime import folders
-
-SECONDS = [0.6, 0.25, 1.013, 0.61, 0.6, 0.333]
-
-
-class SoundStore(FeatureStore):
-    """The store of one audio encoder; without a cache its features as the model makes them."""
-
-    def sound(self, utterance: Utterance) -> Tensor:
-        rows = self.load(utterance)["audio"]
-        return self.encoders["audio"].run([rows])[0].half().float() if self.inside else rows
-
-    def count(self, utterance: Utterance) -> int:
-        return self.frames(utterance)["audio"]
-
-
-@pytest.fixture
-def store(tiny_whisper: Path, tmp_path: Path) -> Callable[..., FeatureStore]:
-    def make(cache: Path | None | str = "", **options: Any) -> FeatureStore:
-        encoder = {"name": str(tiny_whisper), **{k: options.pop(k) for k in ("pad_to_30s", "batch") if k in options}}
-        folder = None if cache is None else str(cache or tmp_path / "cache")
-        data = DataConfig(train="t", validation="v", cache=folder, **options)
-        return SoundStore(
-            {"audio": build_encoder(EncoderConfig(**encoder), "audio")}, data, Transforms(AugmentConfig(), None, 0)
-        )
-
-    return make
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, make_corpus: Callable[..., Path]) -> list[Utterance]:
-    return read_manifest(make_corpus(tmp_path / "corpus", seconds=SECONDS))
-
-
-def forbid_encoding(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(waves: object) -> None:
-        raise AssertionError("encoded again")
-
-    monkeypatch.setattr(store.encoders["audio"], "run", encode)
 
 
 def files(folder: Path) -> list[Path]:
@@ -128,7 +84,7 @@ def test_a_cache_hit_does_not_encode(
     first.prepare(corpus, title="x", shown=False)
     kept = [first.sound(u) for u in corpus]
     second = store()
-    forbid_encoding(second, monkeypatch)
+    second.forbid_encoding(monkeypatch)
     assert second.prepare(corpus, title="x", shown=False) == {}
     assert all(torch.equal(a, second.sound(u)) for a, u in zip(kept, corpus, strict=True))
 
@@ -235,79 +191,6 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(
             fill()
         assert "data.cache" in str(caught.value) and "No space left" in str(caught.value)
         assert "\n" not in str(caught.value) and files(tmp_path / "cache") == []
-
-
-def array(features: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    np.save(content, features)
-    return content.getvalue()
-
-
-GOOD = np.ones((30, 32), np.float16)  # as a file of the first utterance could be
-DAMAGED = {
-    "empty": b"",
-    "cut in its header": b"\x93NUMPY\x01\x00",
-    "cut": array(GOOD)[:-7],
-    "zeros": bytes(len(array(GOOD))),
-    "zeros after the header": array(0 * GOOD),
-    "not of numpy": b"not numpy at all",
-    "an archive": b"PK\x03\x04 and no more",
-    "a header that is no Python": array(GOOD).replace(b"}", b"("),
-    "another width": array(GOOD[:, :31]),
-    "another type": array(GOOD.astype(np.float32)),
-    "another shape": array(GOOD.reshape(-1)),
-    "no frames": array(GOOD[:0]),
-    "NaN": array(np.where(np.arange(32) == 5, np.nan, GOOD).astype(np.float16)),
-    "infinite": array(GOOD * np.float16(np.inf)),
-}
-
-
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-@pytest.mark.parametrize("start", [True, False], ids=["at the start", "while training"])
-def test_a_damaged_cache_file_is_computed_again_and_said_once(
-    store: Callable[..., FeatureStore],
-    corpus: list[Utterance],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    content: bytes,
-    start: bool,
-) -> None:
-    """A file with one clip, as all of an older cache are."""
-    made, two = store(), [corpus[0], corpus[4]]  # of one length
-    good = [made.sound(u) for u in two]
-    paths = files(tmp_path / "cache")
-    whole = [path.stat().st_size for path in paths]
-    for path in paths:
-        path.write_bytes(content)
-    again = store()
-    if start:
-        assert again.prepare(two, title="x", shown=False) == {}
-        assert files(tmp_path / "cache") == paths
-        assert [again.count(u) for u in two] == [len(features) for features in good]
-    for utterance, features in zip(two, good, strict=True):
-        torch.testing.assert_close(again.sound(utterance), features, rtol=0, atol=4e-3)
-        assert again.count(utterance) == len(features)
-    assert [path.stat().st_size for path in paths] == whole
-    assert [m for m in caplog.messages if "damaged" in m and str(tmp_path / "cache") in m] == caplog.messages[:1]
-
-
-def test_a_damaged_cache_file_of_a_clip_that_is_bad_or_gone_is_a_bad_utterance(
-    store: Callable[..., FeatureStore], corpus: list[Utterance], tmp_path: Path
-) -> None:
-    made, (one, two) = store(), corpus[:2]
-    made.prepare([one, two], title="x", shown=False)
-    for path in files(tmp_path / "cache"):
-        path.write_bytes(b"damaged")
-    stat = one.audio.stat()
-    one.audio.write_bytes(bytes(stat.st_size))  # its name, size and time are still those of the cache
-    os.utime(one.audio, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    two.audio.unlink()
-    for utterance in (one, two):
-        with pytest.raises(ClipError, match=rf"{utterance.where}: .*{utterance.audio.name}"):
-            made.sound(utterance)
-    data = DataConfig(train="t", validation="v", cache=str(tmp_path / "cache"), on_bad="skip", max_bad=1.0)
-    found = load_dataset(str(tmp_path / "corpus/manifest.jsonl"), data, made, list, title="x", reading=Reading("audio"))
-    assert set(found.bad) == {one.id, two.id} and len(found) == len(corpus) - 2
 
 
 def test_features_that_float16_cannot_hold_make_a_bad_utterance(

@@ -98,20 +98,21 @@ def test_a_start_opens_no_shard(tmp_path: Path) -> None:
     assert start.said == []
 
 
+def handles(folder: Path) -> list[str]:
+    """Those of files in ``folder`` that this process holds open."""
+    links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    return [link.name for link in links if link.is_symlink() and str(folder) in os.readlink(link)]
+
+
 def test_no_more_shards_are_open_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "_CLIPS", 2)
     monkeypatch.setattr(feature_cache, "_OPEN", 3)
     opened = Opened(tmp_path).fill(range(16))
-
-    def held() -> int:
-        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
-        return sum(str(tmp_path) in os.readlink(link) for link in links if link.is_symlink())
-
     for numbers in (range(16), range(15, -1, -1), range(0, 16, 3)):
-        assert opened.right(numbers) == list(numbers) and held() == 3
+        assert opened.right(numbers) == list(numbers) and len(handles(tmp_path)) == 3
     del opened
     gc.collect()
-    assert held() == 0
+    assert handles(tmp_path) == []
 
 
 def fork(run: Callable[[], bool]) -> int:
@@ -140,6 +141,8 @@ def test_forks_read_the_same_shards(tmp_path: Path) -> None:
 
     children = [fork(lambda seed=seed: read(seed)) for seed in range(4)]  # type: ignore[misc]
     assert [status_of(pid) for pid in children] == [0] * 4
+    for handle in handles(tmp_path):  # a position would be shared: reads that move it would meet sooner or later
+        assert "pos:\t0\n" in Path(f"/proc/self/fdinfo/{handle}").read_text()
 
 
 def test_a_killed_process_loses_the_shard_that_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,31 @@ class FeatureStore:
     def widths(self) -> dict[str, int]:
         return {name: encoder.width for name, encoder in self.encoders.items()}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether features of a stream are in a cache."""
+        return bool(self._folders)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals that the active streams are made of, "audio" and "video"."""
+        return frozenset[str]().union(*(self.encoders[name].needs for name in self.active))
+
+    @property
+    def max_mismatch(self) -> float:
+        return self._data.max_mismatch
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Seconds of the shortest and the longest clip that is permitted."""
+        most = min([self._data.max_seconds, *(self.encoders[name].max_seconds for name in self.active)])
+        return self._data.min_seconds, most
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether :meth:`prepare` reads clips or features; it does not where durations are trusted."""
+        return self._data.verify or bool(self._folders)
+
     def prepare(
         self, utterances: Sequence[Utterance], *, title: str, versions: Sequence[Version] = (PLAIN,), shown: bool = True
     ) -> dict[str, str]:
@@ -98,7 +123,7 @@ class FeatureStore:
         Returns:
             By id, why an utterance cannot be used.
         """
-        if not self._data.verify and not self._folders:
+        if not self.reads_before:
             self.measured.update((u.id, lasting(u.duration)) for u in utterances)
             return {}
         for u in utterances:  # another manifest may use the same ids
@@ -213,20 +238,21 @@ class FeatureStore:
     def _missing(self, utterance: Utterance, version: Version) -> bool:
         return any(not self._path(name, utterance, version).is_file() for name in self._folders)
 
+    def refuse_length(self, utterance: Utterance, seconds: float) -> None:
+        """Raises a ``UserError`` if a clip of so many seconds is not as its line declares it, or not permitted."""
+        refuse_other_length(utterance, seconds, self._data.max_mismatch)
+        least, most = self.limits
+        if not least <= seconds <= most:
+            raise UserError(
+                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {seconds:.2f} s, allowed are "
+                f"{least:g} to {most:g} s (data.min_seconds, data.max_seconds, and the encoder's positions)"
+            )
+
     def _checked(self, utterance: Utterance) -> Clip:
         """The unchanged clip, within the limits and as its line declares it; records what was measured."""
-        encoders = [self.encoders[name] for name in self.active]
-        needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
-        clip = load_clip(utterance, needs, self._data.max_mismatch)
-        refuse_other_length(utterance, clip.seconds, self._data.max_mismatch)
-        most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
-        if not self._data.min_seconds <= clip.seconds <= most:
-            raise UserError(
-                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
-                f"{self._data.min_seconds:g} to {most:g} s "
-                "(data.min_seconds, data.max_seconds, and the encoder's positions)"
-            )
-        refuse_other_content(utterance)
+        clip = load_clip(utterance, self.needs, self._data.max_mismatch)
+        self.refuse_length(utterance, clip.seconds)
+        refuse_other_content(utterance, self.needs)
         self.measured[utterance.id] = clip.measured
         return clip
 

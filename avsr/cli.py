@@ -168,6 +168,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print(f"the reasons are in {Path(arguments.out, REFUSED)}")
 
 
+def _index(arguments: argparse.Namespace) -> None:
+    from avsr.tools.index import index_manifest
+
+    share = (0, 1)
+    print(
+        "\n".join(index_manifest(arguments.manifest, media=not arguments.lines, workers=arguments.workers, share=share))
+    )
+
+
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, options
 
@@ -301,6 +310,15 @@ _COMMANDS = {
         _KEYS,
     ),
     "doctor": _Command(_doctor, "print versions, devices, backends and what is missing"),
+    "index": _Command(
+        _index,
+        "parse a manifest and measure its clips once for all runs, and describe it",
+        [
+            _path("manifest", help="a .jsonl manifest or a label CSV"),
+            _argument("--lines", action="store_true", help="parse its lines only; read no clip"),
+            _argument("--workers", type=int, default=0, help="processes (default: one for each CPU)"),
+        ],
+    ),
     "synth": _Command(
         _synth,
         "make a corpus of synthetic speech",

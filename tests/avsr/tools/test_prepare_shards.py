@@ -17,6 +17,7 @@ from avsr.runtime.folders import sha256
 from avsr.runtime.locks import hold
 from avsr.runtime.share import Share
 from avsr.tools.corpora.prepare import clips, run
+from avsr.tools.corpora.prepare import journal as journal_module
 from avsr.tools.corpora.prepare.options import PrepareOptions
 from avsr.tools.corpora.prepare.run import Prepared, prepare
 
@@ -236,3 +237,22 @@ def test_what_must_not_run_at_once_is_refused_in_one_line(go: Prepare, tmp_path:
     with hold(out, "shard-1-of-3.jsonl"):
         go(Share(2, COUNT))  # as they should
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_shards_may_begin_at_the_same_moment(
+    go: Prepare, alone: tuple[Prepared, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one begins, and finishes, just after this one has found no corpus."""
+    real, others = journal_module.read_state, [SHARES[0]]
+
+    def late(*arguments: Any) -> Any:
+        found = real(*arguments)
+        if others:
+            go(others.pop())
+        return found
+
+    monkeypatch.setattr(journal_module, "read_state", late)
+    go(SHARES[1])
+    go(SHARES[2])
+    go(merge=True)
+    assert not others and sums(tmp_path / "out") == alone[1]

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,31 @@ def test_what_does_not_fit_together_is_refused_and_stays(tmp_path: Path) -> None
         synthesise(out, options, merge=True)
     assert synthesise(out, other) and not list(out.glob("shard-*"))
     assert json.loads((out / "corpus.json").read_text())["options"]["seed"] == 5
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("place", ["read_state", "suppress"])
+def test_shards_may_begin_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Another one begins, and finishes, just after this one has found no corpus, or no mark of one."""
+    options, out, others = parse_options(SMALL), tmp_path / "out", [Share(1, 2)]
+    expected = synthesise(tmp_path / "alone", options)
+    real = getattr(corpus, place)
+
+    def meanwhile(found: Any) -> Any:
+        if others:
+            synthesise(out, options, others.pop())
+        return found
+
+    @contextmanager
+    def suppressed(*kinds: Any) -> Iterator[None]:
+        with real(*kinds):
+            yield
+        meanwhile(None)
+
+    monkeypatch.setattr(corpus, place, suppressed if place == "suppress" else lambda *given: meanwhile(real(*given)))
+    synthesise(out, options, Share(2, 2))
+    assert not others
+    assert synthesise(out, options, merge=True) == expected and tree(out) == tree(tmp_path / "alone")
 
 
 def test_every_shard_has_about_as_much_to_say(tmp_path: Path) -> None:

@@ -183,9 +183,15 @@ def journal_has_refusals(path: Path) -> bool:
     return any(row["refused"] for row in journal(path).values())
 
 
-def test_doubles_and_gaps_of_files_are_refused(go: Prepare, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no shards that could be merged"):
-        go(merge=True)
+def test_doubles_and_gaps_of_files_are_refused(go: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise UserError("there is no detector")
+
+    monkeypatch.setattr(run, "require_detector", missing)
+    with pytest.raises(UserError, match="no detector"):
+        go(Share(1, COUNT), landmarks="detect")
+    with pytest.raises(UserError, match="no shards that could be merged"):  # a merge needs none
+        go(merge=True, landmarks="detect")
     for share in SHARES:
         go(share)
     out = tmp_path / "out"

@@ -109,6 +109,7 @@ def _open_folder(out: Path, described: dict[str, Any]) -> dict[str, Any]:
         refuse_differences(out, held, wanted)
     else:
         refuse_foreign(out, names)
+        out.mkdir(parents=True, exist_ok=True)
         write_durably(out / STATE, (json.dumps(wanted, indent=2) + "\n").encode())
     (out / CLIPS).mkdir(exist_ok=True)
     return wanted

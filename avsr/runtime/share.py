@@ -139,8 +139,10 @@ def take_over(rows: Rows, shared: dict[Share, list[Row]]) -> None:
     Raises:
         OSError: a file cannot be written or deleted. After a stop in between another call takes over the same.
     """
-    if any(shared.values()):
-        rows.add(*(row for part in shared.values() for row in part))
+    parts = [part for part in shared.values() if part]
+    for part in parts:
+        rows.add(*part)
+    if parts:
         flush(rows.path)
     for share in shared:
         (rows.path.parent / share.file).unlink(missing_ok=True)

@@ -192,6 +192,7 @@ def test_doubles_and_gaps_of_files_are_refused(go: Prepare, tmp_path: Path, monk
         go(Share(1, COUNT), landmarks="detect")
     with pytest.raises(UserError, match="no shards that could be merged"):  # a merge needs none
         go(merge=True, landmarks="detect")
+    assert not (tmp_path / "out").exists()
     for share in SHARES:
         go(share)
     out = tmp_path / "out"

@@ -32,7 +32,7 @@ from avsr.runtime.share import Share, claim_share, claim_whole, owner, unfinishe
 from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
 from avsr.tools.corpora.muavic import read_muavic
 from avsr.tools.corpora.prepare.clips import Job, Made, Outcome, make_clips
-from avsr.tools.corpora.prepare.journal import Entry, Journal
+from avsr.tools.corpora.prepare.journal import STATE, Entry, Journal
 from avsr.tools.corpora.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
 from avsr.tools.corpora.source import Refusal, Source
 from avsr.tools.corpora.videos import read_videos
@@ -99,6 +99,8 @@ def prepare(
 def _prepare(
     corpus: str, root: Path, out: Path, landmarks: str, options: PrepareOptions, share: Share | None, merge: bool
 ) -> Prepared:
+    if merge and not (out / STATE).exists():
+        raise unfinished(out, (), lambda _: ())
     labels = read_labels(Path(options.labels)) if options.labels else {}
     sources, refused = _sources(_read(corpus, root, out, options))
     jobs = [Job(source, str(out), landmarks, options.skew, options.coverage) for source in sources]

@@ -23,6 +23,7 @@ from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.transforms import Version
 from avsr.data.utterances import Utterances
 from avsr.errors import ClipError, UserError
+from avsr.runtime.share import Share
 
 Numbers = np.ndarray[Any, Any]
 Found = tuple[dict[str, Numbers], dict[int, str]]
@@ -33,7 +34,7 @@ def measure_missing(index: Index | None, manifest: str, store: FeatureStore, wor
     if index is None or not store.reads_before or store.keeps:
         return
     together = dist.is_initialized() and dist.get_world_size() > 1
-    share = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    share = Share(dist.get_rank() + 1, dist.get_world_size()) if together else None
     for signal in sorted(store.needs):
         if measured(index, [signal]) is None:
             measure(Path(manifest), signal, workers=max(workers, 1), share=share)

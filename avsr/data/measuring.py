@@ -20,8 +20,10 @@ from avsr.data.manifest import Utterance
 from avsr.data.measured import refuse_other_content
 from avsr.errors import UserError
 from avsr.runtime.folders import remove
+from avsr.runtime.locks import hold
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.share import Share
 
 logger = logging.getLogger("avsr")
 SIGNALS = ("audio", "video")
@@ -53,7 +55,7 @@ def measured(index: Index | None, signals: Iterable[str]) -> dict[str, pa.Table]
     return found
 
 
-def measure(manifest: Path, signal: str, *, workers: int = 0, share: tuple[int, int] = (0, 1)) -> None:
+def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | None = None) -> None:
     """Measures the clips of a manifest whose files have changed since, or that have never been measured; what a killed
     process has measured stays.
 
@@ -61,7 +63,7 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: tuple[int, 
         manifest: the manifest; gets an index if it has none.
         signal: "audio" or "video".
         workers: processes; 0 = one for each CPU.
-        share: (n, of): every ``of``-th part, beginning with part n from 0 on. Whoever finds all parts there joins them.
+        share: of the work; None = all of it. The process that finds what all shares have measured joins it.
 
     Raises:
         UserError: the index cannot be written, or a process died.
@@ -69,22 +71,20 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: tuple[int, 
     index = make_index(manifest)
     rows = len(index.table)
     folder = index.folder / f"parts-{index.sum}-{signal}"
-    held = measured(index, [signal])
     try:
         folder.mkdir(exist_ok=True)
         jobs = [
             _Job(str(manifest), signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
             for first in range(0, rows, RANGE)
         ]
-        todo = [job for job in jobs[share[0] :: share[1]] if not os.path.exists(job.part)]
-        _run(todo, workers, f"measure {signal}", len(jobs[share[0] :: share[1]]))
-        if all(os.path.exists(job.part) for job in jobs):
-            tables = [read_arrow(Path(job.part)) for job in jobs]
-            write_arrow(_place(index, signal), pa.concat_tables(tables) if tables else MEASURED.empty_table())
-            remove(folder)
+        own = jobs if share is None else list(share.of(jobs))
+        _run([job for job in own if not os.path.exists(job.part)], workers, f"measure {signal}", len(own))
+        with hold(index.folder, f"measured-{signal}", wait=True):
+            if all(os.path.exists(job.part) for job in jobs):
+                write_arrow(_place(index, signal), pa.concat_tables([read_arrow(Path(job.part)) for job in jobs]))
+                remove(folder)
     except OSError as error:
-        if held is None or not isinstance(error, FileNotFoundError):
-            raise UserError(f"cannot write to the index of {manifest}: {error}") from error
+        raise UserError(f"cannot write to the index of {manifest}: {error}") from error
 
 
 class _Job(NamedTuple):

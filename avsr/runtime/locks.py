@@ -142,6 +142,20 @@ def hold(folder: Path, name: str = "", key: str = "", *, wait: bool = False) -> 
                     folder.rmdir()
 
 
+def refuse_held(folder: Path) -> None:
+    """Raises a ``UserError`` if a process that may be alive holds the lock of ``folder``. Does not wait, takes none."""
+    path = folder / LOCK
+    while there := _files(path):
+        holder = Holder.parse(path / there[0])
+        try:
+            silent = now_in(folder) - (path / there[0]).stat().st_mtime
+        except FileNotFoundError:  # released or taken over
+            continue
+        if not holder.dead and silent <= STALE:
+            raise _in_use(folder, holder)
+        return
+
+
 def release_all() -> None:
     """For a process that ends without unwinding, so that nobody has to wait until its locks are stale."""
     for file in _HELD:
@@ -196,12 +210,16 @@ def _enter(path: Path, own: str, new: Path, output: Path, patient: bool) -> None
             time.sleep(min(0.2, BEAT / 4))
             continue
         if holder.here or seen not in (None, (file.name, beat)):
-            raise UserError(f"{output} is in use by {holder}: wait for its end, or stop it")
+            raise _in_use(output, holder)
         if seen is None:
             wait = STALE - silent
             logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", output, holder, wait)
         seen = file.name, beat
         time.sleep(min(1.0, BEAT / 4))
+
+
+def _in_use(output: Path, holder: Holder) -> UserError:
+    return UserError(f"{output} is in use by {holder}: wait for its end, or stop it")
 
 
 def _release(file: Path) -> None:

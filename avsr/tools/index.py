@@ -16,6 +16,7 @@ from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.data.utterances import Utterances
 from avsr.errors import UserError, visible
 from avsr.runtime.folders import write_durably
+from avsr.runtime.share import Share
 
 PICTURE = "lengths.png"
 _SHOWN = 3  # reasons of rejection
@@ -23,7 +24,7 @@ _RATES = {"audio": SAMPLE_RATE, "video": FRAMES_PER_SECOND}
 
 
 def index_manifest(
-    manifest: str | Path, *, media: bool = True, workers: int = 0, share: tuple[int, int] = (0, 1)
+    manifest: str | Path, *, media: bool = True, workers: int = 0, share: Share | None = None
 ) -> list[str]:
     """Makes the index of a manifest, or brings it up to date, and writes a picture of the lengths beside it.
 
@@ -31,7 +32,7 @@ def index_manifest(
         manifest: a ``.jsonl`` manifest or a label CSV.
         media: whether the clips are read; files that have not changed since the last time are not.
         workers: processes; 0 = one for each CPU.
-        share: (n, of): measures every ``of``-th part, beginning with part n from 0 on.
+        share: of the clips that this process measures; None = all of them.
 
     Returns:
         Lines for the user.

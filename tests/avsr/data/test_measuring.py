@@ -21,6 +21,7 @@ from avsr.data.manifest import write_manifest
 from avsr.data.measuring import SIGNALS, measure, measured
 from avsr.errors import UserError
 from avsr.models.build import build_store
+from avsr.runtime.share import Share
 
 
 def change(manifest: Path, number: int, **fields: Any) -> None:
@@ -92,17 +93,17 @@ def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     whole = measured(index, ["audio"])
     assert whole is not None
     index.file("measured-{}-audio.arrow").unlink()
-    measure(corpus, "audio", workers=1, share=(1, 3))
+    measure(corpus, "audio", workers=1, share=Share(2, 3))
     assert measured(index, ["audio"]) is None
-    measure(corpus, "audio", workers=1, share=(0, 3))
+    measure(corpus, "audio", workers=1, share=Share(1, 3))
 
     def dies(job: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(measuring, "_measure", dies)
-        measure(corpus, "audio", workers=1, share=(2, 3))
-    measure(corpus, "audio", workers=1, share=(2, 3))
+        measure(corpus, "audio", workers=1, share=Share(3, 3))
+    measure(corpus, "audio", workers=1, share=Share(3, 3))
     found = measured(index, ["audio"])
     assert found is not None and found["audio"].equals(whole["audio"])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from avsr.errors import EXIT_USER, UserError, guarded, visible
+from avsr.runtime.share import Share
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,22 +151,46 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _synth(arguments: argparse.Namespace) -> None:
     from avsr.tools.corpora.synth.corpus import parse_options, synthesise
 
-    for name, count in synthesise(Path(arguments.out), parse_options(arguments.overrides)).items():
+    share = _share(arguments)
+    options = parse_options(arguments.overrides)
+    for name, count in synthesise(Path(arguments.out), options, share, merge=arguments.merge).items():
         print(f"{count:7d}  {name}")
+    _print_share(share)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from avsr.tools.corpora.prepare.options import parse_options
     from avsr.tools.corpora.prepare.run import REFUSED, prepare
 
+    share = _share(arguments)
     options = parse_options(arguments.corpus, arguments.overrides)
-    report = prepare(arguments.corpus, arguments.root, arguments.out, options)
+    report = prepare(arguments.corpus, arguments.root, arguments.out, options, share, merge=arguments.merge)
     for name, count in report.manifests.items():
         print(f"{count:7d}  {name}.jsonl")
     for kind, count in report.refused.items():
         print(f"{count:7d}  refused: {kind}")
-    if report.refused:
+    _print_share(share)
+    if report.refused and share is None:
         print(f"the reasons are in {Path(arguments.out, REFUSED)}")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from avsr.tools.index import index_manifest
+
+    options = {"media": not arguments.lines, "workers": arguments.workers, "share": _share(arguments)}
+    print("\n".join(index_manifest(arguments.manifest, **options)))
+
+
+def _share(arguments: argparse.Namespace) -> Share | None:
+    """What ``--shard`` says."""
+    if arguments.shard is not None and getattr(arguments, "merge", False):
+        raise UserError("expected --shard I/N or --merge, got both")
+    return None if arguments.shard is None else Share.parse(arguments.shard)
+
+
+def _print_share(share: Share | None) -> None:
+    if share is not None:
+        print(f"shard {share} is done; when all {share.count} are, --merge instead of --shard writes the manifests")
 
 
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -181,6 +206,12 @@ _CONFIG = _path("config", help="a YAML file or a recipe's name")
 _RUN = _path("run", help="the run folder")
 _CHECKPOINT = _argument("--checkpoint", default="best", help="best, last, average or step-NNNNNN")
 _OVERRIDES = _argument("overrides", nargs="*", metavar="key=value")
+_SHARES = [
+    _argument(
+        "--shard", metavar="I/N", help="do the I-th of N shares of the work, such as 3/16; other hosts do the rest"
+    ),
+    _argument("--merge", action="store_true", help="write the manifests of what all shards have made"),
+]
 _KEYS, _PRETRAIN_KEYS = "avsr.config:Config", "avsr.tools.lipreader.pretrain:PretrainConfig"
 _SYNTH_KEYS, _PREPARE_KEYS = (
     "avsr.tools.corpora.synth.options:SynthOptions",
@@ -301,10 +332,20 @@ _COMMANDS = {
         _KEYS,
     ),
     "doctor": _Command(_doctor, "print versions, devices, backends and what is missing"),
+    "index": _Command(
+        _index,
+        "parse a manifest and measure its clips once for all runs, and describe it",
+        [
+            _path("manifest", help="a .jsonl manifest or a label CSV"),
+            _argument("--lines", action="store_true", help="parse its lines only; read no clip"),
+            _argument("--workers", type=int, default=0, help="processes (default: one for each CPU)"),
+            _argument("--shard", metavar="I/N", help="measure the I-th of N shares of the clips; the last joins them"),
+        ],
+    ),
     "synth": _Command(
         _synth,
         "make a corpus of synthetic speech",
-        [_path("out", help="the folder to create"), _OVERRIDES],
+        [_path("out", help="the folder to create"), *_SHARES, _OVERRIDES],
         _SYNTH_KEYS,
     ),
     "prepare": _Command(
@@ -314,6 +355,7 @@ _COMMANDS = {
             _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
             _path("root", help="the corpus as it was distributed"),
             _path("out", help="the folder to create"),
+            *_SHARES,
             _OVERRIDES,
         ],
         _PREPARE_KEYS,

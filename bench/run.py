@@ -1,6 +1,7 @@
 """``make bench``: measures the claims on this machine and appends every row to ``bench/results/ledger.csv``.
 
-``python -m bench.run [NAME ...]``: all modules of :mod:`bench.claims`, or the named ones.
+``python -m bench.run [NAME ...]``: all modules of :mod:`bench.claims`, or the named ones. ``data`` measures large
+corpora (:mod:`bench.corpus.run`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.claims import MODULES
+from bench.corpus.run import main as measure_corpora
 from bench.runner import ledger, rehearsal
 from bench.runner.ledger import Row
 from bench.runner.measure import Bench, Comparison, DeviceLost, one_line
@@ -25,6 +27,8 @@ WEIGHTS = {"training_step": 4.0, "options": 4.0, "attention_statistics": 3.0, "p
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["data"]:
+        return measure_corpora(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
     parser.add_argument("--seconds", type=float, default=0.0, help="for the rounds of one comparison")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from avsr.data.manifest import Utterance
 from avsr.errors import UserError
+
+Numbers = np.ndarray[Any, Any]
+_WINDOW = 64  # utterances looked at for one batch, or more if all of them fit
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def collate(found: Sequence[Example | Lost]) -> Batch:
 
 
 def make_batches(
-    sizes: Sequence[int], max_frames: int, max_utterances: int, rng: random.Random | None = None
+    sizes: Sequence[int] | Numbers, max_frames: int, max_utterances: int, rng: random.Random | None = None
 ) -> list[list[int]]:
     """Groups indices of utterances so that (utterances x largest size) is at most ``max_frames`` in every batch.
 
@@ -96,27 +100,39 @@ def make_batches(
     Raises:
         UserError: one utterance alone has more than ``max_frames``.
     """
-    lengths = np.asarray(sizes)
+    return [batch.tolist() for batch in _grouped(np.asarray(sizes), max_frames, max_utterances, rng)]
+
+
+def _grouped(sizes: Numbers, max_frames: int, max_utterances: int, rng: random.Random | None) -> list[Numbers]:
+    """As :func:`make_batches`, in arrays that share the memory of one."""
+    if len(sizes) and sizes.max() > max_frames:
+        size = next(size for size in sizes.tolist() if size > max_frames)
+        raise UserError(f"an utterance of {size} frames does not fit training.frames = {max_frames}")
+    lengths = sizes
     if rng is not None:
-        lengths = lengths * (0.95 + (1.05 - 0.95) * np.array([rng.random() for _ in sizes]))  # as of rng.uniform
-    batches: list[list[int]] = []
-    current: list[int] = []
-    longest = 0
-    for index in np.argsort(lengths, kind="stable").tolist():
-        size = sizes[index]
-        if size > longest:
-            longest = size
-            if size > max_frames:
-                raise UserError(f"an utterance of {size} frames does not fit training.frames = {max_frames}")
-        if current and (longest * (len(current) + 1) > max_frames or len(current) >= max_utterances):
-            batches.append(current)
-            current, longest = [], size
-        current.append(index)
-    if current:
-        batches.append(current)
+        lengths = sizes * (0.95 + (1.05 - 0.95) * np.fromiter((rng.random() for _ in sizes), float, len(sizes)))
+    order = np.argsort(lengths, kind="stable")
+    ordered = sizes[order]
+    batches = []
+    first = 0
+    while first < len(order):
+        window = ordered[first : first + min(max_utterances, _WINDOW)]
+        count = _fitting(window, max_frames)
+        while count == len(window) < max_utterances and first + count < len(order):  # of very short ones
+            window = ordered[first : first + min(max_utterances, 2 * count)]
+            count = _fitting(window, max_frames)
+        batches.append(order[first : first + count])
+        first += count
     if rng is not None:
         rng.shuffle(batches)
     return batches
+
+
+def _fitting(sizes: Numbers, max_frames: int) -> int:
+    """How many of ``sizes``, from the first on, fit a batch: their number times the largest of them."""
+    areas = np.maximum.accumulate(sizes) * np.arange(1, len(sizes) + 1)
+    beyond = areas > max_frames
+    return int(beyond.argmax()) if beyond.any() else len(sizes)
 
 
 @dataclass(frozen=True)
@@ -127,20 +143,21 @@ class BatchSampler:
     leaves out others in the next one.
     """
 
-    sizes: tuple[int, ...]
+    sizes: Numbers  # (N,) int64
     max_frames: int
     max_utterances: int
     seed: int
     world: int = 1
     accumulation: int = 1
 
-    def epoch_steps(self, epoch: int, rank: int) -> list[list[list[int]]]:
+    def epoch_steps(self, epoch: int, rank: int) -> Steps:
         """All steps of an epoch for ``rank``.
 
         Raises:
             UserError: the epoch has fewer batches than one step needs.
         """
-        batches = self._epoch(epoch)
+        rng = random.Random(f"{self.seed} {epoch}")
+        batches = _grouped(np.asarray(self.sizes), self.max_frames, self.max_utterances, rng)
         per_step = self.world * self.accumulation
         if len(batches) < per_step:
             raise UserError(
@@ -148,10 +165,26 @@ class BatchSampler:
                 f"training.accumulation = {self.accumulation} needs {per_step}; lower training.frames, "
                 "training.utterances or training.accumulation"
             )
-        return [
-            [batches[first + micro * self.world + rank] for micro in range(self.accumulation)]
-            for first in range(0, len(batches) - per_step + 1, per_step)
-        ]
+        return Steps(batches[rank :: self.world], self.accumulation, len(batches) // per_step)
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        return make_batches(self.sizes, self.max_frames, self.max_utterances, random.Random(f"{self.seed} {epoch}"))
+
+@dataclass(frozen=True)
+class Steps(Sequence[list[list[int]]]):
+    """The steps of one rank, each a list of micro-batches, made when it is asked for."""
+
+    batches: list[Numbers]
+    accumulation: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    @overload
+    def __getitem__(self, index: int) -> list[list[int]]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[list[int]]]: ...
+    def __getitem__(self, index: int | slice) -> list[list[int]] | list[list[list[int]]]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(self.total)[index]]
+        first = range(self.total)[index] * self.accumulation
+        return [batch.tolist() for batch in self.batches[first : first + self.accumulation]]

@@ -89,7 +89,8 @@ def load_clip(utterance: Utterance, needs: Set[str], max_mismatch: float) -> Cli
         clip = replace(clip, mouth=mouth)
     if clip.wave is None or clip.mouth is None:
         return clip
-    return _aligned(clip.wave, clip.mouth, max_mismatch, f"{place}{utterance.id!r}")
+    refuse_mismatch(len(clip.wave), len(clip.mouth), max_mismatch, utterance)
+    return _aligned(clip.wave, clip.mouth)
 
 
 def refuse_still(mouth: Tensor, name: str) -> None:
@@ -119,13 +120,18 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     return wave
 
 
-def _aligned(wave: Tensor, mouth: Tensor, max_mismatch: float, name: str) -> Clip:
-    sound, video = len(wave) / SAMPLE_RATE, len(mouth) / FRAMES_PER_SECOND
+def refuse_mismatch(samples: int, frames: int, max_mismatch: float, utterance: Utterance) -> None:
+    """Raises a ``UserError`` if sound of so many samples and so many video frames differ by more than ``max_mismatch``
+    seconds."""
+    sound, video = samples / SAMPLE_RATE, frames / FRAMES_PER_SECOND
     if abs(sound - video) > max_mismatch:
         raise UserError(
-            f"{name}: the sound lasts {sound:.2f} s and the video {video:.2f} s, allowed is a difference of "
-            f"data.max_mismatch = {max_mismatch:g} s"
+            f"{at(utterance.where)}{utterance.id!r}: the sound lasts {sound:.2f} s and the video {video:.2f} s, "
+            f"allowed is a difference of data.max_mismatch = {max_mismatch:g} s"
         )
+
+
+def _aligned(wave: Tensor, mouth: Tensor) -> Clip:
     frames = min(len(mouth), -(-len(wave) // SAMPLES_PER_FRAME))
     samples = frames * SAMPLES_PER_FRAME
     padded = torch.nn.functional.pad(wave[:samples], (0, max(samples - len(wave), 0)))

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance, read_manifest, write_manifest
-from avsr.data.measured import Measured
+from avsr.data.index import Index, open_manifest
+from avsr.data.lengths import frames_of, measure_missing
+from avsr.data.manifest import Utterance, write_manifest
+from avsr.data.tokens import count_tokens
 from avsr.data.transforms import PLAIN, Version
+from avsr.data.utterances import Utterances
 from avsr.errors import ClipError, UserError, visible
 from avsr.runtime.rows import read_rows
 
@@ -26,12 +32,21 @@ REJECTED = "rejected.jsonl"  # in the folder of a run
 _SHOWN = 5  # bad lines named in one message
 
 
-class Checked(NamedTuple):
-    """What one rank found out about its share of a manifest, by utterance id."""
+Numbers = np.ndarray[Any, Any]
 
-    bad: dict[str, str]  # reasons of refusals
-    measured: dict[str, Measured]
-    frames: dict[str, int]  # encoder frames over all streams
+
+class Sizes(NamedTuple):
+    """The utterances of a dataset in order: their ids (N,), and encoder frames over all streams (N,) int64."""
+
+    ids: pa.ChunkedArray
+    frames: Numbers
+
+
+class Checked(NamedTuple):
+    """What one rank found out about its share of a manifest, by place in the share."""
+
+    bad: dict[int, str]  # reasons of refusals
+    frames: Numbers  # (N,) int64 encoder frames over all streams
     failure: str = ""  # the error that ended the check on this rank
 
 
@@ -67,26 +82,30 @@ class Reading:
 class SpeechDataset(Dataset[Example]):
     """Examples of a manifest's utterances, by index or by (index, draw).
 
-    ``frames`` holds encoder frames over all streams by id, ``sizes`` the same in order; ``bad`` holds the reason of
-    every refusal by id. A resumed run keeps the utterances it began with, also those in ``bad``: they are always lost.
+    It holds numbers and a table that is mapped, so that loader processes share its memory. ``sizes`` are (N,) int64
+    encoder frames over all streams; ``bad`` holds the reason of every refusal by id. A resumed run keeps the utterances
+    it began with, also those in ``bad``: they are always lost.
     """
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
-        frames: Mapping[str, int],
+        utterances: Utterances,
+        sizes: Numbers,
         bad: Mapping[str, str],
         store: FeatureStore,
         tokenize: Callable[[str], list[int]],
         reading: Reading,
     ) -> None:
-        self.utterances = list(utterances)
-        self.frames = {utterance.id: frames[utterance.id] for utterance in self.utterances}
-        self.sizes = tuple(self.frames.values())
+        self.utterances = utterances
+        self.sizes = sizes
         self.bad = dict(bad)
         self.reading = reading
         self._store = store
         self._tokenize = tokenize
+
+    @property
+    def frames(self) -> Sizes:
+        return Sizes(self.utterances.column("id"), self.sizes)
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -128,7 +147,7 @@ def load_dataset(
     title: str,
     reading: Reading,
     refuse: Refuse = lambda frames, tokens: "",
-    began: Mapping[str, int] | None = None,
+    began: Sizes | None = None,
     rejected: Path | None = None,
 ) -> SpeechDataset:
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
@@ -152,88 +171,87 @@ def load_dataset(
             cannot, or none can; or the manifest lacks one of ``began``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append, absolute=config.allow_absolute)[: config.limit or None]
-    bad = {f"bad line {number}": line for number, line in enumerate(lines)}
+    found = open_manifest(manifest, absolute=config.allow_absolute)
+    utterances = found.utterances[: config.limit or None]
     if began is not None:
         utterances = _again(utterances, began, manifest)
-    tokens = {utterance.id: len(tokenize(utterance.text)) for utterance in utterances}
-    for utterance in utterances:
-        if tokens[utterance.id] > config.max_text_tokens:
-            bad[utterance.id] = (
-                f"{utterance.where}: the transcript has {tokens[utterance.id]} tokens, allowed are "
-                f"data.max_text_tokens = {config.max_text_tokens}"
-            )
-    mine = [u for u in utterances if u.id not in bad][rank::world]
+    tokens = count_tokens(utterances, found.index, tokenize, shown=rank == 0)
+    refused = {
+        place: f"{utterances.where(place)}: the transcript has {tokens[place]} tokens, allowed are "
+        f"data.max_text_tokens = {config.max_text_tokens}"
+        for place in np.nonzero(tokens > config.max_text_tokens)[0].tolist()
+    }
+    left = np.setdiff1d(np.arange(len(utterances)), list(refused))
+    mine = left[rank::world]
+    measure_missing(found.index, manifest, store, config.workers)
     store.refresh()
-    own = _check(mine, store, reading, (title, rank == 0), lambda u, f: refuse(f, tokens[u.id]))
-    frames: dict[str, int] = {}
-    for part in _gather(own, world):
+    own = _check(utterances.select(mine), tokens[mine], found.index, store, reading, (title, rank == 0), refuse)
+    frames = np.zeros(len(utterances), dtype=np.int64)
+    for share, part in enumerate(_gather(own, world)):
         if part.failure:
             raise UserError(part.failure)
-        bad.update(part.bad)
-        store.measured.update(part.measured)
-        frames.update(part.frames)
+        places = left[share::world]
+        frames[places] = part.frames
+        refused |= {int(places[place]): reason for place, reason in part.bad.items()}
     store.refresh()  # with what the other ranks have encoded
+    bad = {f"bad line {number}": line for number, line in enumerate(found.bad)}
+    bad |= {utterances[place].id: refused[place] for place in sorted(refused)}
     if rejected is not None and rank == 0 and config.on_bad == "skip":
         _keep_rejected(rejected, manifest, bad)
     if bad:
-        _report(bad, manifest, len(utterances) + len(lines), config, rejected)
-    usable = [u for u in utterances if u.id not in bad]
-    if not usable:
+        _report(bad, manifest, len(utterances) + len(found.bad), config, rejected)
+    usable = np.setdiff1d(np.arange(len(utterances)), list(refused))
+    if not len(usable):
         raise UserError(f"{manifest}: no utterance can be used")
-    kept, sizes = (usable, frames) if began is None else (utterances, began)
-    return SpeechDataset(kept, sizes, bad, store, tokenize, reading)
+    if began is not None:
+        return SpeechDataset(utterances, began.frames, bad, store, tokenize, reading)
+    kept = utterances if len(usable) == len(utterances) else utterances.select(usable)
+    return SpeechDataset(kept, frames[usable], bad, store, tokenize, reading)
 
 
-def _again(utterances: list[Utterance], began: Mapping[str, int], manifest: str) -> list[Utterance]:
+def _again(utterances: Utterances, began: Sizes, manifest: str) -> Utterances:
     """The utterances that a run began with, in its order."""
-    by_id = {utterance.id: utterance for utterance in utterances}
-    gone = [name for name in began if name not in by_id]
-    if gone:
-        first = ", ".join(map(visible, gone[:_SHOWN]))
+    ids = utterances.column("id")
+    if ids.equals(began.ids):
+        return utterances
+    places = pc.index_in(began.ids, value_set=ids.combine_chunks())
+    gone = began.ids.filter(pc.is_null(places))
+    if len(gone):
+        first = ", ".join(map(visible, gone[:_SHOWN].to_pylist()))
         raise UserError(
             f"resume: {manifest} lacks {len(gone)} utterances that the run began with ({first}); "
             "restore its lines, or begin a new run with run="
         )
-    if len(by_id) > len(began):
-        extra = len(by_id) - len(began)
+    if len(ids) > len(began.ids):
+        extra = len(ids) - len(began.ids)
         logger.warning("%s: %d utterances are left out, since the run began without them", manifest, extra)
-    return [by_id[name] for name in began]
+    return utterances.select(np.asarray(places.to_numpy(), dtype=np.int64))
 
 
 def _check(
-    mine: Sequence[Utterance],
+    mine: Utterances,
+    tokens: Numbers,
+    index: Index | None,
     store: FeatureStore,
     reading: Reading,
     bar: tuple[str, bool],
-    refuse: Callable[[Utterance, dict[str, int]], str],
+    refuse: Refuse,
 ) -> Checked:
     """This rank's share. ``bar`` is the title of the progress bar, and whether it is shown."""
-    versions = reading.all_versions()
-    frames: dict[str, int] = {}
     try:
-        bad = store.prepare(mine, title=bar[0], versions=versions, shown=bar[1])
-        for utterance in mine:
-            if utterance.id in bad:
-                continue
-            try:
-                counts = store.frames(utterance, versions[0])  # all versions have the same length
-            except ClipError as error:
-                bad[utterance.id] = str(error)
-                continue
-            frames[utterance.id] = sum(counts.values())
-            try:
-                store.measure(utterance, counts)
-            except UserError as error:
-                bad[utterance.id] = str(error)
-                continue
-            if reason := refuse(utterance, counts):
-                bad[utterance.id] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
-    except UserError as error:  # such as a full disk; the other ranks wait for this one's answer
-        return Checked({}, {}, {}, str(error))
-    # of this manifest only: another one may use the same ids
-    return Checked(bad, {u.id: store.measured[u.id] for u in mine if u.id in store.measured}, frames)
+        counts, bad = frames_of(mine, index, store, reading.all_versions(), bar)
+    except UserError as error:
+        return Checked({}, np.zeros(len(mine), dtype=np.int64), str(error))
+    usable = np.setdiff1d(np.arange(len(mine)), list(bad))
+    names = list(counts)
+    columns = np.stack([*(counts[name][usable] for name in names), tokens[usable]], axis=1)
+    kinds, which = np.unique(columns, axis=0, return_inverse=True)
+    for kind, numbers in enumerate(kinds.tolist()):  # far fewer than utterances
+        if reason := refuse(dict(zip(names, numbers, strict=False)), numbers[-1]):
+            for place in usable[which.ravel() == kind].tolist():
+                utterance = mine[place]
+                bad[place] = f"{utterance.where}: {utterance.audio or utterance.video} {reason}"
+    return Checked(bad, np.stack(list(counts.values())).sum(axis=0))
 
 
 def _keep_rejected(path: Path, manifest: str, bad: dict[str, str]) -> None:

@@ -95,6 +95,31 @@ class FeatureStore:
     def widths(self) -> dict[str, int]:
         return {name: encoder.width for name, encoder in self.encoders.items()}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether features of a stream are in a cache."""
+        return bool(self._caches)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals that the active streams are made of, "audio" and "video"."""
+        return frozenset[str]().union(*(self.encoders[name].needs for name in self.active))
+
+    @property
+    def max_mismatch(self) -> float:
+        return self._data.max_mismatch
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Seconds of the shortest and the longest clip that is permitted."""
+        most = min([self._data.max_seconds, *(self.encoders[name].max_seconds for name in self.active)])
+        return self._data.min_seconds, most
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether :meth:`prepare` reads clips or features; it does not where durations are trusted."""
+        return self._data.verify or bool(self._caches)
+
     def refresh(self) -> None:
         """Learns what the cache holds by now: before :meth:`prepare`, what others have added since the last time; after
         it, what the other ranks have. Every rank must call it at the same time. When nothing is new it lists one folder
@@ -117,7 +142,7 @@ class FeatureStore:
         Raises:
             UserError: the cache cannot be used.
         """
-        if not self._data.verify and not self._caches:
+        if not self.reads_before:
             self.measured.update((u.id, lasting(u.duration)) for u in utterances)
             return {}
         for u in utterances:  # another manifest may use the same ids
@@ -129,7 +154,7 @@ class FeatureStore:
         try:
             with ProgressBar(title, len(todo), shown=shown) as bar:
                 for first in range(0, len(todo), _GROUP):
-                    group = todo[first : first + _GROUP]
+                    group = list(todo[first : first + _GROUP])
                     clips = {}
                     for utterance in group:
                         try:
@@ -243,7 +268,7 @@ class FeatureStore:
         """The utterances of which the cache lacks something."""
         lacking = []
         for first in range(0, len(utterances), _LOOKUP):
-            part = utterances[first : first + _LOOKUP]
+            part = list(utterances[first : first + _LOOKUP])
             there = [
                 cache.find([self._key(name, u, version) for u in part])
                 for name, cache in self._caches.items()
@@ -252,20 +277,21 @@ class FeatureStore:
             lacking += [u for u, *found in zip(part, *there, strict=True) if not all(found)]
         return lacking
 
+    def refuse_length(self, utterance: Utterance, seconds: float) -> None:
+        """Raises a ``UserError`` if a clip of so many seconds is not as its line declares it, or not permitted."""
+        refuse_other_length(utterance, seconds, self._data.max_mismatch)
+        least, most = self.limits
+        if not least <= seconds <= most:
+            raise UserError(
+                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {seconds:.2f} s, allowed are "
+                f"{least:g} to {most:g} s (data.min_seconds, data.max_seconds, and the encoder's positions)"
+            )
+
     def _checked(self, utterance: Utterance) -> Clip:
         """The unchanged clip, within the limits and as its line declares it; records what was measured."""
-        encoders = [self.encoders[name] for name in self.active]
-        needs = frozenset[str]().union(*(encoder.needs for encoder in encoders))
-        clip = load_clip(utterance, needs, self._data.max_mismatch)
-        refuse_other_length(utterance, clip.seconds, self._data.max_mismatch)
-        most = min([self._data.max_seconds, *(encoder.max_seconds for encoder in encoders)])
-        if not self._data.min_seconds <= clip.seconds <= most:
-            raise UserError(
-                f"{at(utterance.where)}{utterance.audio or utterance.video} lasts {clip.seconds:.2f} s, allowed are "
-                f"{self._data.min_seconds:g} to {most:g} s "
-                "(data.min_seconds, data.max_seconds, and the encoder's positions)"
-            )
-        refuse_other_content(utterance)
+        clip = load_clip(utterance, self.needs, self._data.max_mismatch)
+        self.refuse_length(utterance, clip.seconds)
+        refuse_other_content(utterance, self.needs)
         self.measured[utterance.id] = clip.measured
         return clip
 

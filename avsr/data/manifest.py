@@ -19,11 +19,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from avsr.data.cut import Cut
 from avsr.errors import UserError
@@ -59,10 +59,30 @@ class Utterance:
         return None if self.offset is None else Cut(self.offset, self.duration)
 
 
+class Line(NamedTuple):
+    """One row of a manifest as texts and numbers; paths are absolute."""
+
+    id: str
+    audio: str | None
+    text: str
+    duration: float
+    speaker: str = ""
+    video: str | None = None
+    sha256: str = ""
+    times: str | None = None
+    offset: float | None = None
+
+    def utterance(self, where: str) -> Utterance:
+        audio, video, times = (None if path is None else Path(path) for path in (self.audio, self.video, self.times))
+        rest = self.sha256, times, where, self.offset
+        return Utterance(self.id, audio, self.text, self.duration, self.speaker, video, *rest)
+
+
 def read_manifest(
     path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False
 ) -> list[Utterance]:
-    """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr.
+    """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr. For those that may be large see
+    :func:`avsr.data.index.open_manifest`.
 
     Args:
         path: the manifest. CSV paths are taken relative to the parent of the folder that holds the file
@@ -74,40 +94,40 @@ def read_manifest(
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
     """
-    path = Path(path)
+    return [line.utterance(f"{path}:{number}") for number, line in read_lines(Path(path), on_bad or _raise, absolute)]
+
+
+def read_lines(path: Path, on_bad: Callable[[str], None], absolute: bool) -> list[tuple[int, Line]]:
+    """The lines that can be used, with their numbers; arguments as of :func:`read_manifest`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # a name with a NUL, or not UTF-8
         raise UserError(f"cannot read the manifest {path}: {error}") from error
-    parse, root = (
-        (_parse_csv, path.resolve().parent.parent) if path.suffix == ".csv" else (_parse_json, path.resolve().parent)
-    )
-    within = _Root(root, absolute, {})
-    rows: list[Utterance] = []
-    seen: dict[str, str] = {}
+    within = Root.of(path, absolute)
+    rows: list[tuple[int, Line]] = []
+    seen: dict[str, int] = {}
     refused = ""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, found in parse_lines(lines, path, within):
+        if isinstance(found, Line) and found.id in seen:
+            found = f"{path}:{number}{used_twice(found.id)}{path}:{seen[found.id]}"
+        if isinstance(found, str):
+            on_bad(found)
+            refused = refused or f"; the first: {found}"
             continue
-        where = f"{path}:{number}"
-        try:
-            row = parse(line, within, where)
-            if row.id in seen:
-                raise UserError(f"{where}: the id {row.id!r} was already used at {seen[row.id]}")
-        except UserError as error:
-            if on_bad is None:
-                raise
-            on_bad(str(error))
-            refused = refused or f"; the first: {error}"
-            continue
-        seen[row.id] = where
-        rows.append(row)
+        seen[found.id] = number
+        rows.append((number, found))
     if not rows:
-        raise UserError(f"the manifest {path} has no usable line{refused}")
-    for field, where in within.unread.items():
-        if meant := get_close_matches(field, _FIELDS, 1, 0.75):
-            logger.warning("%s: the field %r is not read; did you mean %r?", where, field, meant[0])
+        raise no_line(path, refused)
+    warn_of_unread(path, within.unread)
     return rows
+
+
+def no_line(path: Path, refused: str) -> UserError:
+    return UserError(f"the manifest {path} has no usable line{refused}")
+
+
+def _raise(reason: str) -> None:
+    raise UserError(reason)
 
 
 def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -116,16 +136,52 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 @dataclass(frozen=True)
-class _Root:
-    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; and where
-    every field that is not read was first seen."""
+class Root:
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; and the
+    lines where every field that is not read was first seen."""
 
     folder: Path
     absolute: bool
-    unread: dict[str, str]
+    unread: dict[str, int]
+
+    def refusal(self, path: str) -> str:
+        """The reason for which ``path``, as the manifest names it, is refused."""
+        advice = "; avsr train and evaluate permit it with data.allow_absolute=true" if os.path.isabs(path) else ""
+        return f"the path {path!r} leads outside {self.folder}{advice}"
+
+    @classmethod
+    def of(cls, manifest: Path, absolute: bool) -> Root:
+        """Of a manifest; paths of a label CSV begin in the parent of its folder."""
+        folder = manifest.resolve().parent
+        return cls(folder.parent if manifest.suffix == ".csv" else folder, absolute, {})
 
 
-def _parse_json(line: str, root: _Root, where: str) -> Utterance:
+def parse_lines(lines: Iterable[str], path: Path, root: Root, first: int = 1) -> Iterator[tuple[int, Line | str]]:
+    """(number, row or reason of its refusal) of each line of the manifest ``path`` that is not blank; the first one has
+    the number ``first``."""
+    parse = _parse_csv if path.suffix == ".csv" else _parse_json
+    for number, line in enumerate(lines, first):
+        if not line.strip():
+            continue
+        try:
+            yield number, parse(line, root, f"{path}:{number}")
+        except UserError as error:
+            yield number, str(error)
+
+
+def used_twice(name: str) -> str:
+    """What the message of a line says between its place and that of an earlier line with the same id."""
+    return f": the id {name!r} was already used at "
+
+
+def warn_of_unread(path: Path, fields: Mapping[str, int]) -> None:
+    """Warns of fields that may be misspelt, by the number of the line where each was first seen."""
+    for field, number in fields.items():
+        if meant := get_close_matches(field, _FIELDS, 1, 0.75):
+            logger.warning("%s:%d: the field %r is not read; did you mean %r?", path, number, field, meant[0])
+
+
+def _parse_json(line: str, root: Root, where: str) -> Line:
     try:
         row = json.loads(line)
         if _HALF.search(line):  # perhaps half of a surrogate pair, which is not text
@@ -135,7 +191,7 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     for other in row.keys() - _FIELDS:
-        root.unread.setdefault(other, where)
+        root.unread.setdefault(other, int(where.rpartition(":")[2]))
     for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):
         if field not in row:
             raise UserError(f"{where}: the field {field!r} is missing (it has {', '.join(row) or 'none'})")
@@ -159,7 +215,7 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
         paths[field] = _inside(root, path, where) if path is not None else None
     if paths["audio"] is None and paths["video"] is None:
         raise UserError(f"{where}: the line has neither 'audio' nor 'video'")
-    return Utterance(
+    return Line(
         id=row["id"],
         audio=paths["audio"],
         text=row["text"],
@@ -168,7 +224,6 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
         video=paths["video"],
         sha256=digest,
         times=paths["times"],
-        where=where,
         offset=None if offset is None else float(offset),
     )
 
@@ -210,22 +265,22 @@ def parse_label(line: str, where: str) -> Label:
     return Label(dataset, path, int(frames), _unquoted(fields[4]) if len(fields) == 5 else None)
 
 
-def _parse_csv(line: str, root: _Root, where: str) -> Utterance:
+def _parse_csv(line: str, root: Root, where: str) -> Line:
     """A line without a text (auto_avsr's) takes it from the parallel text tree: ``lrs3_text_seg16s/x.txt`` for
     ``lrs3_video_seg16s/x.mp4``."""
     label = parse_label(line, where)
     video = _inside(root, f"{label.dataset}/{label.path}", where)
+    sound = str(Path(video).with_suffix(".wav"))
     text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
     if not text:
         raise UserError(f"{where}: the transcript is empty")
-    return Utterance(
+    return Line(
         id=f"{label.dataset}/{label.path}",
-        audio=video.with_suffix(".wav"),
+        audio=sound,
         text=text,
         duration=label.frames / LABEL_FRAMES_PER_SECOND,
         speaker=Path(label.path).parent.name,
         video=video,
-        where=where,
     )
 
 
@@ -236,28 +291,27 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _parallel_text(root: _Root, dataset: str, relative: str, where: str) -> str:
+def _parallel_text(root: Root, dataset: str, relative: str, where: str) -> str:
     first, slash, rest = relative.partition("/")
     if "_video_" not in first or not slash:
         raise UserError(
             f"{where}: the line has no text, and {relative!r} is not in a folder like {dataset}_video_seg16s, next"
             f" to which {dataset}_text_seg16s would have it"
         )
-    path = _inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where).with_suffix(".txt")
+    path = Path(_inside(root, f"{dataset}/{first.replace('_video_', '_text_')}/{rest}", where)).with_suffix(".txt")
     try:
         return " ".join(path.read_text(encoding="utf-8-sig").lower().split())
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
 
 
-def _inside(root: _Root, relative: str, where: str) -> Path:
-    """``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
+def _inside(root: Root, relative: str, where: str) -> str:
+    """The path of ``relative`` below ``root``; it may contain ``..`` as long as it stays there."""
     folder = str(root.folder)  # texts: pathlib would take most of the time of a large manifest
     path = os.path.normpath(os.path.join(folder, relative))
     if "\0" in relative:
         raise UserError(f"{where}: {relative!r} cannot be the path of a file")
     named = os.path.isabs(relative)
     if not f"{path}/".startswith(f"{folder.rstrip('/')}/") and not (named and root.absolute):
-        advice = "; avsr train and evaluate permit it with data.allow_absolute=true" if named else ""
-        raise UserError(f"{where}: the path {relative!r} leads outside {root.folder}{advice}")
-    return Path(path)
+        raise UserError(f"{where}: {root.refusal(relative)}")
+    return path

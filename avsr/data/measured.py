@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from avsr.data.manifest import Utterance
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
@@ -40,6 +43,11 @@ def lasting(seconds: float) -> Measured:
     return Measured(round(seconds * SAMPLE_RATE), round(seconds * FRAMES_PER_SECOND))
 
 
+def lasting_many(seconds: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """:func:`lasting` of (N,) seconds: (N,) int64 samples and frames."""
+    return tuple(np.rint(seconds * rate).astype(np.int64) for rate in (SAMPLE_RATE, FRAMES_PER_SECOND))  # type: ignore[return-value]
+
+
 def refuse_other_length(utterance: Utterance, seconds: float, max_mismatch: float) -> None:
     """Compares the measured length of a clip with its ``duration``; 0 declares nothing.
 
@@ -69,14 +77,15 @@ def _guess(utterance: Utterance, factor: float) -> str:
     return " (the file ends earlier)" if utterance.offset is not None else ""
 
 
-def refuse_other_content(utterance: Utterance) -> None:
-    """Compares the file of the sound, or of a line without ``audio`` that of the video, with ``sha256``.
+def refuse_other_content(utterance: Utterance, needs: Set[str]) -> None:
+    """Compares the file of the sound, or of a line without ``audio`` that of the video, with ``sha256``, if it is read
+    for one of the signals ``needs``.
 
     Raises:
         UserError: it is another file than the manifest was made of.
     """
     path = utterance.audio or utterance.video
-    if not utterance.sha256 or path is None:
+    if not utterance.sha256 or path is None or utterance.audio is not None and "audio" not in needs:
         return
     found = os.stat(path)
     digest = _sha256(path, found.st_size, found.st_mtime_ns)

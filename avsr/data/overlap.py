@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from avsr.config import DataConfig
-from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.index import open_manifest
+from avsr.data.marks import CLIPS
+from avsr.data.utterances import Utterances, twice
 from avsr.errors import UserError, visible
 
 
-def overlaps(train: Sequence[Utterance], others: Mapping[str, Sequence[Utterance]]) -> list[str]:
+def overlaps(train: Utterances, others: Mapping[str, Utterances]) -> list[str]:
     """A line for each kind of overlap that exists.
 
     Clips are the same if their files are, or their ``sha256``, and the parts of them that ``offset`` names; texts if
@@ -18,58 +23,45 @@ def overlaps(train: Sequence[Utterance], others: Mapping[str, Sequence[Utterance
 
     Args:
         train: of the training manifest.
-        others: utterances of other manifests by name.
+        others: of other manifests by name.
     """
     lines = []
     for name, rows in {"data.train": train, **others}.items():
-        if twice := _twice(rows):
-            first = " and ".join(visible(u.id) for u in twice[0])
-            lines.append(f"{name}: {len(twice)} of {len(rows)} clips are there under two ids, as {first}")
-    clips = {mark for utterance in train for mark in _marks(utterance)}
-    texts = {_plain(utterance.text) for utterance in train}
+        count, first, second = rows.twice or twice(rows)
+        if count:
+            pair = f"{visible(first)} and {visible(second)}"
+            lines.append(f"{name}: {count} of {len(rows)} clips are there under two ids, as {pair}")
     for name, rows in others.items():
-        for what, shared in (
-            ("clips", [u for u in rows if not clips.isdisjoint(_marks(u))]),
-            ("texts", [u for u in rows if _plain(u.text) in texts]),
-        ):
-            if shared:
-                place = shared[0].where or visible(shared[0].id)
-                lines.append(f"{name}: {len(shared)} of {len(rows)} {what} are also in data.train, first at {place}")
+        for kind, columns in (("clips", CLIPS), ("texts", ("text_mark",))):
+            places = np.flatnonzero(np.any([_shared(rows, train, column, columns) for column in columns], axis=0))
+            if len(places):
+                where = rows.where(int(places[0]))
+                lines.append(f"{name}: {len(places)} of {len(rows)} {kind} are also in data.train, first at {where}")
     return lines
 
 
-def judges(data: DataConfig) -> dict[str, list[Utterance]]:
+def judges(data: DataConfig) -> dict[str, Utterances]:
     """The utterances of the test manifests by key; a manifest that cannot be read yet is left out, since training does
     not need it."""
     found = {}
     for name, manifest in data.test.items():
         try:
-            rows = read_manifest(manifest, on_bad=lambda line: None, absolute=data.allow_absolute)
+            rows = open_manifest(manifest, absolute=data.allow_absolute).utterances
         except UserError:
             continue
         found[f"data.test.{name}"] = rows[: data.limit or None]
     return found
 
 
-def _twice(rows: Sequence[Utterance]) -> list[tuple[Utterance, Utterance]]:
-    seen: dict[str, Utterance] = {}
-    pairs = []
-    for utterance in rows:
-        marks = list(_marks(utterance))
-        if other := next((seen[mark] for mark in marks if mark in seen), None):
-            pairs.append((other, utterance))
-        seen.update(dict.fromkeys(marks, utterance))
-    return pairs
-
-
-def _marks(utterance: Utterance) -> Iterator[str]:
-    part = "" if utterance.cut is None else f" {utterance.cut}"
-    if utterance.sha256:
-        yield f"sha256 {utterance.sha256.lower()}{part}"
-    for path in (utterance.audio, utterance.video):
-        if path is not None:
-            yield f"{path}{part}"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+def _shared(rows: Utterances, train: Utterances, column: str, columns: Sequence[str]) -> np.ndarray[Any, Any]:
+    """(N,) whether the mark of each row in ``column`` is in one of the ``columns`` of ``train``, which is larger."""
+    marks = rows.numbers(column)
+    wanted = np.unique(marks[marks != 0])
+    if not len(wanted):
+        return np.zeros(len(rows), dtype=bool)
+    there = []
+    for other in columns:
+        theirs = train.numbers(other)
+        places = np.searchsorted(wanted, theirs).clip(max=len(wanted) - 1)
+        there.append(theirs[wanted[places] == theirs])
+    return np.isin(marks, np.concatenate(there))

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avsr.data.clip import load_clip
-from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.index import open_manifest
+from avsr.data.manifest import Utterance
 from avsr.errors import UserError, visible
 from avsr.runtime.folders import cache_folder, flush, part_of, remove
 from avsr.runtime.progress import ProgressBar
@@ -108,17 +109,18 @@ def _after_the_first_rank() -> Iterator[None]:
 
 def _choose(manifest: str, most: int, absolute: bool) -> tuple[list[Utterance], int]:
     """Of as many speakers as possible; an utterance without a name counts as a speaker of its own."""
-    rows = read_manifest(manifest, on_bad=lambda line: None, absolute=absolute)
-    chosen = rows
+    rows = open_manifest(manifest, absolute=absolute).utterances
+    speakers = rows.column("speaker").to_pylist()
+    chosen = list(range(len(rows)))
     if 0 < most < len(rows):
-        random.Random("talkers").shuffle(rows)
+        random.Random("talkers").shuffle(chosen)
         seen: Counter[str] = Counter()
         turns = []
-        for row in rows:
-            turns.append(seen[row.speaker])
-            seen[row.speaker] += bool(row.speaker)
-        chosen = [rows[index] for index in np.argsort(turns, kind="stable")[:most]]
-    return sorted(chosen, key=lambda row: row.speaker), len(rows)
+        for place in chosen:
+            turns.append(seen[speakers[place]])
+            seen[speakers[place]] += bool(speakers[place])
+        chosen = [chosen[index] for index in np.argsort(turns, kind="stable")[:most]]
+    return [rows[place] for place in sorted(chosen, key=lambda place: speakers[place])], len(rows)
 
 
 def _make(folder: Path, utterances: list[Utterance], total: int) -> Talkers:

@@ -15,7 +15,8 @@ from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
-from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.index import open_manifest
+from avsr.data.manifest import Utterance
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
 from avsr.data.overlap import judges, overlaps
@@ -134,7 +135,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
 
 def _overlaps(config: Config) -> list[str]:
     try:
-        train = read_manifest(config.data.train, on_bad=lambda line: None, absolute=config.data.allow_absolute)
+        train = open_manifest(config.data.train, absolute=config.data.allow_absolute).utterances
     except UserError:  # a run may be evaluated where its training data is not
         return []
     return overlaps(train[: config.data.limit or None], judges(config.data))

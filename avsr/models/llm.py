@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from avsr.runtime.folders import cache_folder
 from avsr.runtime.packages import verify
 from avsr.runtime.tensors import refuse_nonfinite
 
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+
 
 @dataclass(frozen=True)
 class LoadedLLM:
@@ -35,15 +40,44 @@ class LoadedLLM:
     bos: int
     eos: int
 
-    def tokenize(self, text: str) -> list[int]:
+    @property
+    def tokenize(self) -> TextTokens:
+        return TextTokens(self.tokenizer, self.model)
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Tokenises texts for a model."""
+
+    tokenizer: Any
+    model: Any
+
+    def __call__(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens.
 
         Raises:
             UserError: the model has no embedding for one of them.
         """
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         refuse_beyond(ids, self.tokenizer, self.model)
         return ids
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each of many texts, by several threads."""
+        before = os.environ.get(_PARALLEL)
+        os.environ[_PARALLEL] = before or "true"
+        try:
+            found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        finally:
+            os.environ[_PARALLEL] = before or "false"  # or tokenizers warns in every loader process
+        refuse_beyond([max(ids) for ids in found if ids], self.tokenizer, self.model)
+        return [len(ids) for ids in found]
+
+    @cached_property
+    def identity(self) -> str:
+        """Names everything that the ids depend on; "" where that is not known."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return "" if backend is None else f"{type(self.tokenizer).__name__} {backend.to_str()}"
 
 
 def load_llm(

@@ -103,14 +103,15 @@ def claim(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
+def hold(folder: Path, name: str = "", key: str = "", *, wait: bool = False) -> Iterator[None]:
     """Creates ``folder`` and holds its lock, or with ``name`` that of this one output in it. Readers do not need it.
     ``key`` is what the user named the folder with, for messages.
 
     If the holder is on another host and may be dead, this waits for a sign of life, for at most :data:`STALE` seconds.
+    With ``wait`` it waits until the holder has left.
 
     Raises:
-        UserError: another process writes there, or the folder is not writable.
+        UserError: another process writes there (unless ``wait``), or the folder is not writable.
     """
     path, own = folder / (f".{name}{LOCK}" if name else LOCK), Holder.own()
     new, made = part_of(path), not folder.exists()
@@ -118,7 +119,7 @@ def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         (new / own.name).touch()
-        _enter(path, own.name, new, folder / name)
+        _enter(path, own.name, new, folder / name, wait)
     except OSError as error:
         raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
     finally:
@@ -141,6 +142,20 @@ def hold(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
                     folder.rmdir()
 
 
+def refuse_held(folder: Path) -> None:
+    """Raises a ``UserError`` if a process that may be alive holds the lock of ``folder``. Does not wait, takes none."""
+    path = folder / LOCK
+    while there := _files(path):
+        holder = Holder.parse(path / there[0])
+        try:
+            silent = now_in(folder) - (path / there[0]).stat().st_mtime
+        except FileNotFoundError:  # released or taken over
+            continue
+        if not holder.dead and silent <= STALE:
+            raise _in_use(folder, holder)
+        return
+
+
 def release_all() -> None:
     """For a process that ends without unwinding, so that nobody has to wait until its locks are stale."""
     for file in _HELD:
@@ -157,9 +172,10 @@ def now_in(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _enter(path: Path, own: str, new: Path, output: Path) -> None:
+def _enter(path: Path, own: str, new: Path, output: Path, patient: bool) -> None:
     """Makes ``own`` the file in ``path``, the lock of ``output``; ``new`` is a folder with a file of that name."""
     seen: tuple[str, float] | None = None
+    waits_for = ""
     while True:
         refused: OSError | None = None
         try:
@@ -187,13 +203,23 @@ def _enter(path: Path, own: str, new: Path, output: Path) -> None:
                 os.utime(file)  # before the rename, or the new name would look just as old
                 os.rename(file, path / own)
             continue
+        if patient:
+            if waits_for != holder.name:
+                logger.info("%s is being made by %s: waiting for it", output, holder)
+            waits_for = holder.name
+            time.sleep(min(0.2, BEAT / 4))
+            continue
         if holder.here or seen not in (None, (file.name, beat)):
-            raise UserError(f"{output} is in use by {holder}: wait for its end, or stop it")
+            raise _in_use(output, holder)
         if seen is None:
             wait = STALE - silent
             logger.warning("%s: waiting for a sign of life of %s, at most %.0f s", output, holder, wait)
         seen = file.name, beat
         time.sleep(min(1.0, BEAT / 4))
+
+
+def _in_use(output: Path, holder: Holder) -> UserError:
+    return UserError(f"{output} is in use by {holder}: wait for its end, or stop it")
 
 
 def _release(file: Path) -> None:

@@ -45,21 +45,21 @@ class Rows:
         except OSError as error:
             raise UserError(f"cannot continue {path}: {error.strerror or error}") from error
 
-    def add(self, row: Row) -> None:
-        """Keeps a row.
+    def add(self, *rows: Row) -> None:
+        """Keeps rows.
 
         Raises:
-            UserError: the disk is full; the rows before it are kept.
+            UserError: the disk is full; the rows before them are kept.
         """
         first = [self._header] if self._fresh and self._header is not None else []
         try:
-            append(self.path, as_lines([*first, row]))
+            append(self.path, as_lines([*first, *rows]))
         except OSError as error:
             reason = error.strerror or str(error)
             kept = "the rows before are kept, the same command goes on"
             raise UserError(f"cannot write {self.path}: {reason}; {kept}") from error
         self._fresh = False
-        self.held[self._key(row)] = row
+        self.held |= {self._key(row): row for row in rows}
 
     def publish(self, place: Path, rows: Iterable[Row]) -> None:
         """Writes the final file, which replaces an older one only when it is whole, and deletes this one.

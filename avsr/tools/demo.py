@@ -163,7 +163,11 @@ def command(
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded(), claim(Path(arguments.folder)):
-        summary = run(Path(arguments.folder), arguments.overrides)
+        try:
+            summary = run(Path(arguments.folder), arguments.overrides)
+        except (KeyboardInterrupt, SystemExit):  # the commands that it runs promise that they go on
+            say("stopped: the same command begins the demo again, with the corpus as far as it is made")
+            raise
     Console().print(table(summary))
     return Path(arguments.folder)
 

@@ -25,6 +25,7 @@ from avsr.runtime.tensors import read_file
 from avsr.training import optimizer_state
 from avsr.training.checkpoint import GENERATORS, OPTIMIZER, STATE, Progress
 from avsr.training.engine import learning_rate_factor
+from avsr.training.frames import FRAMES, MANY
 from avsr.training.optimizer_state import OptimizerState
 
 logger = logging.getLogger("avsr")
@@ -42,8 +43,7 @@ _FREE = (
 
 _COUNTS = ("step", "epoch", "step_in_epoch", "clipped", "skipped", "ranks", "accumulation")
 _KEYS = {*_COUNTS, "best", "validation", "optimizer", "scheduler", "random"}
-FRAMES = "frames.json"
-_OWN = ("config.yaml.", f"{FRAMES}.", "metrics.jsonl.", "last.", "best.", "step-")  # what training alone writes
+_OWN = ("config.yaml.", "frames.", "metrics.jsonl.", "last.", "best.", "step-")  # what training alone writes
 _MOST = 2**53  # floats represent every integer up to here
 
 
@@ -89,42 +89,12 @@ def prepare_run(config: Config, ranks: int) -> str:
             if part.name.startswith(_OWN):  # left by a killed training; of others' a live process may be the owner
                 folders.remove(part)
         if not config.resume:
-            (run / FRAMES).unlink(missing_ok=True)  # left by a start that was refused
+            for frames in (FRAMES, *MANY.values()):
+                (run / frames).unlink(missing_ok=True)  # left by a start that was refused
         folders.write_durably(saved, to_yaml(config).encode())
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     return name
-
-
-def read_frames(run: Path) -> dict[str, dict[str, int]]:
-    """What :func:`write_frames` wrote when the run began, or an empty dict.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = run / FRAMES
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.keys() != {"train", "validation"}:
-            raise ValueError("it is not that of a training")
-        for part in found.values():
-            if not part or not all(type(count) is int and 0 <= count <= _MOST for count in part.values()):
-                raise ValueError("these are no numbers of frames")
-        return found
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        advice = "restore it, or delete it if all clips are there that the run began with"
-        raise UserError(f"resume: {path} cannot be read ({error}); {advice}") from error
-
-
-def write_frames(run: Path, frames: dict[str, dict[str, int]]) -> None:
-    """Records the utterances that a run begins with, in order, and their encoder frames. They determine the batches,
-    which must be the same after a resume even if clips have vanished since."""
-    try:
-        folders.write_durably(run / FRAMES, json.dumps(frames).encode())
-    except OSError as error:
-        raise UserError(f"run: cannot write to {run}: {error}") from error
 
 
 def _newest(run: Path) -> str:
@@ -177,7 +147,7 @@ def _check_steps(config: Config, before: int, done: int) -> None:
 
 def _holds_something(run: Path) -> bool:
     """Whether ``run`` has more than :func:`prepare_run` leaves when training is refused before its first step."""
-    known = {"config.yaml", FRAMES, REJECTED, LOCK, "checkpoints"}
+    known = {"config.yaml", FRAMES, *MANY.values(), REJECTED, LOCK, "checkpoints"}
     extra = [item for item in run.iterdir() if item.name not in known and item.suffix != ".part"]
     return bool(extra) or (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
 

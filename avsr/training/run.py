@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from avsr.config import Config, load_config
-from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
+from avsr.data.dataset import REJECTED, Reading, Sizes, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import PLAIN
@@ -32,6 +32,7 @@ from avsr.runtime.machine import settled_precision
 from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
+from avsr.training.frames import read_frames, write_frames
 from avsr.training.trainer import Trainer, seed_everything
 from avsr.training.watchdog import Watchdog
 
@@ -104,15 +105,15 @@ def make_trainer(config: Config, prepare: Prepare | None = None, held: ExitStack
     return Trainer(engine, config, train_set, validation, start.progress if start else Progress(), watchdog)
 
 
-def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tuple[str, dict[str, dict[str, int]]]:
+def _begin(config: Config, rank: int, world: int, held: ExitStack | None) -> tuple[str, dict[str, Sizes]]:
     """Locks and makes the run folder, on rank 0. Returns the name of the checkpoint to resume from, or "", and what
-    :func:`avsr.training.resume.read_frames` found."""
+    :func:`~avsr.training.frames.read_frames` found."""
     found: list[Any] = ["", "", {}]
     if rank == 0:
         try:
             if held is not None:
                 held.enter_context(locks.hold(Path(config.run), key="run"))
-            found[1:] = resume.prepare_run(config, world), resume.read_frames(Path(config.run))
+            found[1:] = resume.prepare_run(config, world), read_frames(Path(config.run))
         except UserError as error:
             found[0] = str(error)
     dist.broadcast_object_list(found, src=0)
@@ -126,7 +127,7 @@ def _keep_frames(run: Path, rank: int, train: SpeechDataset, validation: SpeechD
     failure = ""
     if rank == 0:
         try:
-            resume.write_frames(run, {"train": train.frames, "validation": validation.frames})
+            write_frames(run, {"train": train.frames, "validation": validation.frames})
         except UserError as error:
             failure = str(error)
     if failure := agree(failure):
@@ -138,7 +139,7 @@ def _load_splits(
     store: FeatureStore,
     model: SpeechLLM,
     tokenize: Callable[[str], list[int]],
-    began: Mapping[str, Mapping[str, int]],
+    began: Mapping[str, Sizes],
 ) -> tuple[SpeechDataset, SpeechDataset]:
     """The training and the validation set; ``began`` holds the frames of both when the run began, if it did."""
     settings = config.training

@@ -137,27 +137,27 @@ class Trainer:
 
     def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of every step, from the current progress on, epoch after epoch."""
-        progress, micro = self.progress, self.settings.accumulation
-        while True:
-            steps = self._sampler.epoch_steps(progress.epoch, self.rank)[progress.step_in_epoch :]
-            loader = DataLoader(
-                self.train,
-                batch_sampler=[[(i, progress.epoch) for i in indices] for step in steps for indices in step],
-                collate_fn=collate,
-                num_workers=self.config.data.workers,
-                # separate, so that making a loader after a resume draws nothing from the model's
-                generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
-            )
-            batches: list[Batch] = []
-            for batch in _plain_errors(_started(loader)):
-                batches.append(batch)
-                if len(batches) == micro:
-                    progress.step_in_epoch += 1
-                    progress.step += 1
-                    yield batches
-                    batches = []
-            progress.epoch += 1
-            progress.step_in_epoch = 0
+        progress = self.progress
+        schedule = _Schedule(self._sampler, self.rank, progress.epoch, progress.step_in_epoch)
+        loader = DataLoader(
+            self.train,
+            batch_sampler=schedule,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=self.config.data.workers,
+            # separate, so that making a loader after a resume draws nothing from the model's
+            generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
+        )
+        batches: list[Batch] = []
+        for batch in _plain_errors(_started(loader)):
+            batches.append(batch)
+            if len(batches) < self.settings.accumulation:
+                continue
+            if progress.step_in_epoch == schedule.steps[progress.epoch]:
+                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            progress.step_in_epoch += 1
+            progress.step += 1
+            yield batches
+            batches = []
 
     def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
         """Runs one optimizer step. Returns the metrics row, and the signal that asked any rank to stop, or 0."""
@@ -287,6 +287,25 @@ class Trainer:
         if not self._stop:
             logger.warning("stopping after this step; a checkpoint will be written")
         self._stop = max(self._stop, number)
+
+
+class _Schedule:
+    """The micro-batches of one rank, each a list of (utterance, epoch): without end, so that the loader processes go on
+    from epoch to epoch. ``steps`` holds the number of steps of every epoch that was begun."""
+
+    def __init__(self, sampler: BatchSampler, rank: int, epoch: int, step: int) -> None:
+        self.steps: dict[int, int] = {}
+        self._sampler, self._rank, self._start = sampler, rank, (epoch, step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = self._start
+        while True:
+            steps = self._sampler.epoch_steps(epoch, self._rank)
+            self.steps[epoch] = len(steps)
+            for number in range(step, len(steps)):
+                for batch in steps[number]:
+                    yield [(index, epoch) for index in batch]
+            epoch, step = epoch + 1, 0
 
 
 @contextmanager

@@ -22,7 +22,7 @@ FIELDS += ["p20_ms", "p50_ms", "p80_ms", "peak_mib"]
 # of the ratio named by metric (time, memory, bandwidth, MFU): percentiles over paired samples
 FIELDS += ["metric", "against", "ratio_p20", "ratio", "ratio_p80", "target", "verdict", "note"]
 
-CHANGE = ("results/ledger.csv", "LOG.md", "README.md")
+CHANGE = ("results/ledger.csv", "results/corpus.csv", "LOG.md", "README.md")
 
 Row = dict[str, str]
 HOST_BOUND = "host-bound"  # ends the note of a step in which the device waited for the host
@@ -79,7 +79,7 @@ def origin(device: torch.device) -> Row:
     """The columns that say when, from which commit and on what a row was measured."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -92,14 +92,14 @@ def device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _commit() -> str:
+def commit(tree: Path = ROOT) -> str:
     """``$BENCH_COMMIT`` (for a copy of the tree without its history), else what git says."""
     given = os.environ.get("BENCH_COMMIT", "").strip()
     if given:
         return given
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
+        command = ["git", "-C", str(tree), *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:  # no git on this machine

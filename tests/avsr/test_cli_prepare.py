@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +88,71 @@ def test_bad_input_is_one_line(videos: Path, refuse: Refuse, change: dict[int, s
 
 def test_a_folder_is_missing_on_the_command_line(refuse: Refuse) -> None:
     assert "required: root, out" in refuse("prepare", "videos")
+
+
+def test_shards_and_their_merge_on_the_command_line(
+    videos: Path, capsys: pytest.CaptureFixture[str], refuse: Refuse
+) -> None:
+    (videos / "c.mp4").write_bytes(b"no video")
+    main(start(videos, out="alone"))
+    alone = capsys.readouterr().out
+    for index in ("1", "2"):
+        main(start(videos, "--shard", f"{index}/2"))
+    counts = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
+    assert counts == ["      1  refused: video"]  # the reasons have no file yet
+    main(start(videos, "--merge"))
+    assert capsys.readouterr().out == alone.replace("/alone/", "/out/")
+    assert "got both" in refuse(*start(videos, "--shard", "1/2", "--merge"))
+
+
+@pytest.mark.parametrize("given", ["0/3", "4/3", "3", "1/0", "-1/3", "1/3/5", "one/3", "1 / 3", "", "1/9999999"])
+def test_a_shard_that_is_none_is_refused(videos: Path, refuse: Refuse, given: str) -> None:
+    message = refuse(*start(videos, f"--shard={given}"))
+    assert message == f"avsr: --shard: expected I/N with I from 1 to N, such as 3/16, got {given!r}"
+    assert not (videos.parent / "out").exists()
+
+
+SCRIPT = Path(__file__).parents[2] / "configs/slurm/prepare.sbatch"
+SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+AVSR = f'exec {sys.executable} -m avsr.cli "$@"'
+
+
+def submit(videos: Path, avsr: str = AVSR, **slurm: str) -> subprocess.Popen[str]:
+    """Starts the script as SLURM would, on this machine, with ``avsr`` as the command."""
+    beside = videos.parent
+    for name, line in ((".venv/bin/avsr", avsr), ("bin/srun", SRUN), ("bin/scontrol", 'echo "$@" > requeued')):
+        (beside / name).parent.mkdir(parents=True, exist_ok=True)
+        (beside / name).write_text(f"#!/bin/bash\n{line}\n")
+        (beside / name).chmod(0o755)
+    slurm |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "4711", "PATH": f"{beside}/bin:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPT), *start(videos)[1:]]
+    return subprocess.Popen(command, cwd=beside, stdout=-1, stderr=-1, text=True, env=os.environ | slurm)
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_array_run_at_once_and_the_job_after_them_merges(
+    videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(start(videos, out="alone"))
+    tasks = [submit(videos, SLURM_ARRAY_TASK_ID=index, SLURM_ARRAY_TASK_COUNT="2") for index in ("1", "2")]
+    for index, task in enumerate(tasks, 1):
+        out, err = task.communicate(timeout=100)
+        assert task.returncode == 0 and f"shard {index}/2 is done" in out, err
+    assert not (videos.parent / "out/all.jsonl").exists()
+    merge = submit(videos)
+    out, err = merge.communicate(timeout=100)
+    assert merge.returncode == 0 and out == capsys.readouterr().out, err
+    manifests = [(videos.parent / name / "all.jsonl").read_bytes() for name in ("out", "alone")]
+    assert manifests[0] == manifests[1] and not (videos.parent / "requeued").exists()
+
+
+@pytest.mark.parametrize("status", [0, 2, 75])
+@pytest.mark.parametrize("task", [{"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}, {}])
+def test_only_a_task_that_was_stopped_returns_to_the_queue(videos: Path, status: int, task: dict[str, str]) -> None:
+    """And each is told which shard it is; a job that is no array's task merges."""
+    job = submit(videos, f'echo "$@"; exit {status}', **task)
+    given, _ = job.communicate(timeout=20)
+    assert given.split() == [*start(videos), *(("--shard", "3/16") if task else ("--merge",))]
+    assert job.returncode == status
+    requeued = videos.parent / "requeued"
+    assert requeued.read_text() == "requeue 4711\n" if status == 75 else not requeued.exists()

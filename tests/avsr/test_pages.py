@@ -87,8 +87,12 @@ def _check(words: list[str]) -> None:
             assert rest[module + 1] == "avsr.train"
             load_config(rest[module + 2], rest[module + 3 :])
         case "sbatch":
-            assert (ROOT / rest[0]).is_file()
-            load_config(rest[1], rest[2:])
+            script, *given = [word for word in rest if not word.startswith("--")]
+            assert (ROOT / script).is_file()
+            if Path(script).stem == "train":
+                load_config(given[0], given[1:])
+            else:
+                _check_avsr([Path(script).stem, *given])
         case "nsys" | "ncu":
             if ".venv/bin/avsr" in rest:
                 _check_avsr(rest[rest.index(".venv/bin/avsr") + 1 :])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 Result = dict[str, Any]
 NOTHING = "writes nothing"
-_VOLATILE = {"seconds", "total_seconds", "wait_seconds", "peak_memory_mb", "rtfx", "created", "run"}
+_VOLATILE = {"seconds", "wait_seconds", "total_seconds", "peak_memory_mb", "rtfx", "created", "run"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,9 +43,15 @@ def refuse_differences(out: Path, held: Mapping[str, Any], wanted: Mapping[str, 
         raise UserError(f"{out} holds another corpus ({'; '.join(different)}): {_ADVICE}")
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raises a ``UserError`` if there is anything in ``out`` but its lock."""
-    names = sorted(path.name for path in out.iterdir() if not path.name.startswith(LOCK)) if out.is_dir() else []
+def contents(out: Path) -> list[str]:
+    """The names in ``out``, without locks and what is being written: of another shard, which begins with the file for
+    :func:`read_state`. So list them before reading that, and refuse them if there is none."""
+    names = sorted(os.listdir(out)) if out.is_dir() else []
+    return [name for name in names if not (name.endswith(".part") or name.startswith(".") and name.endswith(LOCK))]
+
+
+def refuse_foreign(out: Path, names: list[str]) -> None:
+    """Raises a ``UserError`` if ``names``, the :func:`contents` of ``out``, are any."""
     if names:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise UserError(f"{out} holds something else ({listed}): {_ADVICE}")

@@ -13,7 +13,7 @@ import torch
 
 from avsr.config import Config
 from avsr.data.batches import make_batches
-from avsr.data.manifest import read_manifest
+from avsr.data.index import open_manifest
 from avsr.errors import UserError
 from avsr.models.compression import compressed_width
 from avsr.models.llm import add_lora
@@ -150,9 +150,12 @@ def _rows(
     layout = PromptLayout.of(model, count_tokens)
     clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
     if there:
-        utterances = read_manifest(config.data.train, absolute=config.data.allow_absolute)
-        clips = [(u.duration, count_tokens(u.text)) for u in utterances]
-        clips = clips[: config.data.limit or None]
+        found = open_manifest(config.data.train, absolute=config.data.allow_absolute)
+        if found.bad:
+            raise UserError(found.bad[0])
+        utterances = found.utterances[: config.data.limit or None]
+        tokens = map(count_tokens, utterances.column("text").to_pylist())
+        clips = list(zip(utterances.numbers("duration").tolist(), tokens, strict=True))
     rows = []
     for seconds, text in clips:
         frames = {name: max(round(seconds * encoders[name].frames_per_second), 1) for name in model.streams}

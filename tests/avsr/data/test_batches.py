@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,7 @@ def test_one_item_larger_than_the_budget_is_refused() -> None:
 
 def schedule(sizes: list[int], **changes: int) -> BatchSampler:
     options = {"max_frames": 200, "max_utterances": 8, "seed": 3, "world": 1, "accumulation": 1, **changes}
-    return BatchSampler(tuple(sizes), **options)
+    return BatchSampler(np.array(sizes), **options)
 
 
 SIZES = random_sizes(random.Random(5), 120, 80)
@@ -77,16 +78,16 @@ SIZES = random_sizes(random.Random(5), 120, 80)
 
 def test_the_same_seed_and_epoch_give_the_same_batches() -> None:
     one, two = schedule(SIZES), schedule(list(SIZES))
-    assert one.epoch_steps(4, 0) == two.epoch_steps(4, 0)
+    assert list(one.epoch_steps(4, 0)) == list(two.epoch_steps(4, 0))
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_company() -> None:
     plan = schedule(SIZES)
-    epochs = [plan.epoch_steps(epoch, 0) for epoch in range(4)]
+    epochs = [list(plan.epoch_steps(epoch, 0)) for epoch in range(4)]
     assert len({str(epoch) for epoch in epochs}) == 4
     companies = [{frozenset(micro) for step in epoch for micro in step} for epoch in epochs]
     assert companies[0] != companies[1]
-    assert schedule(SIZES, seed=4).epoch_steps(0, 0) != epochs[0]
+    assert list(schedule(SIZES, seed=4).epoch_steps(0, 0)) != epochs[0]
 
 
 def test_batches_do_not_come_in_order_of_length() -> None:

@@ -46,7 +46,7 @@ def read_both(recipe: str, *overrides: str) -> dict[str, Any]:
         data = load_dataset(
             manifest, config.data, store, list, title=name, reading=Reading(config.model.task), refuse=too_long
         )
-        found[name] = [[u.id for u in data.utterances], list(data.sizes), data.skipped]
+        found[name] = [[u.id for u in data.utterances], data.sizes.tolist(), data.skipped]
         found[f"{name} lengths"] = [{k: len(v) for k, v in data[i].features.items()} for i in range(len(data))]
     return found
 

@@ -88,7 +88,7 @@ def test_a_duration_in_another_unit_is_refused_at_start(
     manifest = make_corpus(tmp_path / "corpus", count=3)
     options: dict[str, Any] = {"title": "x", "reading": Reading("audio")}
     config = DataConfig(train="t", validation="v")
-    assert load_dataset(str(manifest), config, store(cached), lambda text: [1], **options).sizes == (30,) * 3
+    assert load_dataset(str(manifest), config, store(cached), lambda text: [1], **options).sizes.tolist() == [30] * 3
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rows[1]["duration"] *= unit
     write_manifest(manifest, rows)
@@ -161,5 +161,5 @@ def test_a_long_file_is_summed_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     right, calls = hashlib.sha256(path.read_bytes()).hexdigest(), []
     monkeypatch.setattr(measured, "sha256", lambda path: calls.append(path) or right)
     for offset in range(3):
-        measured.refuse_other_content(declared(1.0, offset, path, sha256=right))
+        measured.refuse_other_content(declared(1.0, offset, path, sha256=right), {"audio"})
     assert calls == [path]

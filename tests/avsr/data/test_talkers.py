@@ -58,7 +58,7 @@ def test_the_second_time_neither_manifest_nor_clips_are_read(manifest: str, monk
     def no(*arguments: object, **options: object) -> None:
         raise AssertionError("it is read again")
 
-    monkeypatch.setattr(talkers, "read_manifest", no)
+    monkeypatch.setattr(talkers, "open_manifest", no)
     monkeypatch.setattr(talkers, "load_clip", no)
     again = Babble(NoiseConfig(talkers=2), manifest)
     clip = Utterance(id="u000", audio=Path(manifest).parent / "u000.wav", text="x", duration=0.3, speaker="s0")

@@ -238,7 +238,7 @@ def test_a_cache_holds_so_many_versions_and_epochs_take_turns(av_recipe: Callabl
         for early, late in pairwise(by_epoch):
             assert not torch.equal(early[name], late[name])
         assert torch.equal(by_epoch[0][name], by_epoch[2][name]) and torch.equal(by_epoch[1][name], by_epoch[3][name])
-    assert data.sizes == (30 + 15,) * 8
+    assert data.sizes.tolist() == [30 + 15] * 8
     # the same numbers without a cache, from the encoders that the model would run
     _, plain = make_store(recipe, *AUGMENTED, "noise.talkers=2", "data.cache=null")
     for draw in range(2):

@@ -10,6 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from avsr.errors import EXIT_INTERRUPTED
+from avsr.tools import demo
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(75)])
+def test_a_demo_that_is_stopped_says_that_it_begins_again(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(folder: Path, overrides: list[str]) -> None:
+        raise stop
+
+    monkeypatch.setattr(sys, "argv", ["demo", f"--folder={tmp_path / 'demo'}"])
+    with pytest.raises(SystemExit) as ended:
+        demo.command("demo", "", "", run, lambda summary: demo.make_table("", ()))
+    assert ended.value.code == (75 if isinstance(stop, SystemExit) else EXIT_INTERRUPTED)
+    assert "begins the demo again" in capsys.readouterr().err
+
 
 @pytest.mark.slow
 @pytest.mark.smollm

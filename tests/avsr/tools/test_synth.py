@@ -307,7 +307,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_a_write_error_in_a_worker_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(out: Path, described: dict[str, Any]) -> None:
+    def start(out: Path, described: dict[str, Any], **_: Any) -> None:
         out.mkdir(exist_ok=True)
         (out / "grid").write_text("in the way")
 

@@ -5,6 +5,9 @@ frame. ``OUT/NAME.jsonl`` are the manifests; clips without a text are in ``untra
 ``OUT/refused.jsonl`` has a line with the reason for everything that was left out. The same command continues a run that
 was stopped; after a finished run it retries what was refused if its landmarks, sound or options have changed, and
 rewrites the manifests.
+
+Shards (:mod:`avsr.runtime.share`) make the clips of their videos only, in the same folder. A merge writes the manifests
+when all are made; a run of the whole takes over what shards have done and makes the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from avsr.data.mouth.landmarks import find_landmarks
 from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.errors import UserError
 from avsr.runtime.folders import has_content
-from avsr.runtime.locks import claim
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.share import Share, claim_share, claim_whole, owner, unfinished
 from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
 from avsr.tools.corpora.muavic import read_muavic
 from avsr.tools.corpora.prepare.clips import Job, Made, Outcome, make_clips
-from avsr.tools.corpora.prepare.journal import Entry, Journal
+from avsr.tools.corpora.prepare.journal import STATE, Entry, Journal
 from avsr.tools.corpora.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
 from avsr.tools.corpora.source import Refusal, Source
 from avsr.tools.corpora.videos import read_videos
@@ -51,7 +54,15 @@ class Prepared:
     made: int
 
 
-def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOptions) -> Prepared:
+def prepare(
+    corpus: str,
+    root: str | Path,
+    out: str | Path,
+    options: PrepareOptions,
+    share: Share | None = None,
+    *,
+    merge: bool = False,
+) -> Prepared:
     """Prepares a corpus, or continues with it.
 
     A script that calls this needs the usual ``if __name__ == "__main__"``, because it starts processes.
@@ -61,10 +72,12 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
         root: the corpus as distributed.
         out: the folder to make.
         options: how.
+        share: make only the clips of this share of the videos, and no manifests.
+        merge: make no clips, only the manifests of those that the shards have made.
 
     Raises:
         UserError: bad options, ``root`` is not such a corpus, the landmark detector is missing, ``out`` holds
-            something else, is in use or cannot be written, or no clip could be made.
+            something else, is in use or cannot be written, no clip could be made, or ``merge`` and a clip is missing.
     """
     check_corpus(corpus)
     check_options(options)
@@ -75,21 +88,30 @@ def prepare(corpus: str, root: str | Path, out: str | Path, options: PrepareOpti
     if landmarks != DETECT and not Path(landmarks).is_dir():
         raise UserError(f"option landmarks: there is no folder {landmarks}")
     ready = corpus == "muavic" and options.cropped
-    if landmarks == DETECT and not ready:
+    if landmarks == DETECT and not ready and not merge:
         require_detector()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder: choose another one")
-    with claim(out):
-        return _prepare(corpus, root, out, landmarks, options)
+    with claim_whole(out) if share is None else claim_share(out, share):
+        return _prepare(corpus, root, out, landmarks, options, share, merge)
 
 
-def _prepare(corpus: str, root: Path, out: Path, landmarks: str, options: PrepareOptions) -> Prepared:
+def _prepare(
+    corpus: str, root: Path, out: Path, landmarks: str, options: PrepareOptions, share: Share | None, merge: bool
+) -> Prepared:
+    if merge and not (out / STATE).exists():
+        raise unfinished(out, (), lambda _: ())
     labels = read_labels(Path(options.labels)) if options.labels else {}
     sources, refused = _sources(_read(corpus, root, out, options))
     jobs = [Job(source, str(out), landmarks, options.skew, options.coverage) for source in sources]
     try:
-        journal = Journal(out, {"corpus": corpus, "root": str(root), "seg": options.seg})
-        made = _make(jobs, journal, options.workers)
+        journal = Journal(out, {"corpus": corpus, "root": str(root), "seg": options.seg}, share)
+        if share is not None:
+            return _make_share(jobs, journal, options.workers, share)
+        if merge:
+            _refuse_unfinished(out, jobs, journal)
+        journal.take_over()
+        made = 0 if merge else _make(jobs, journal, options.workers, "prepare")
         for source in sources:
             refused += journal.entry(source.id).refused
         report = _write(out, _rows(sources, journal, labels), refused, made)
@@ -99,6 +121,24 @@ def _prepare(corpus: str, root: Path, out: Path, landmarks: str, options: Prepar
         first = refused[0].reason if refused else "nothing was found"
         raise UserError(f"no clip could be made; {out / REFUSED} has the reasons; the first: {first}")
     return report
+
+
+def _make_share(jobs: list[Job], journal: Journal, workers: int, share: Share) -> Prepared:
+    own = [job for job in jobs if share.has(job.source.id)]
+    made = _make(own, journal, workers, f"prepare, shard {share}")
+    kinds = Counter(refusal.kind for job in own for refusal in journal.entry(job.source.id).refused)
+    return Prepared({}, dict(kinds.most_common()), made)
+
+
+def _refuse_unfinished(out: Path, jobs: list[Job], journal: Journal) -> None:
+    left = [job.source.id for job in jobs if not _is_done(job, journal.entry(job.source.id))]
+    if left:
+        raise unfinished(out, journal.shared, lambda count: (owner(name, count) for name in left))
+
+
+def _is_done(job: Job, entry: Entry) -> bool:
+    """Whether one process would go on to the manifests: a video that crashed its decoder is tried again only then."""
+    return _left_to_do(job, entry if entry.tried else replace(entry, tried=_tried(job))) is None
 
 
 def _read(corpus: str, root: Path, out: Path, options: PrepareOptions) -> Iterator[Source | Refusal]:
@@ -157,12 +197,12 @@ def _names(source: Source) -> tuple[list[tuple[str, str]], list[tuple[str, str]]
     return names, foreign
 
 
-def _make(jobs: list[Job], journal: Journal, workers: int) -> int:
+def _make(jobs: list[Job], journal: Journal, workers: int, title: str) -> int:
     """Makes what is missing, records it in the journal, and returns the number of clips made."""
     todo = [job for known in jobs if (job := _left_to_do(known, journal.entry(known.source.id))) is not None]
     logger.info("%d of %d videos are done", len(jobs) - len(todo), len(jobs))
     made = refused = 0
-    with ProgressBar("prepare", len(jobs), done=len(jobs) - len(todo)) as bar:
+    with ProgressBar(title, len(jobs), done=len(jobs) - len(todo)) as bar:
         for job, outcome in _outcomes(todo, workers):
             source = job.source
             asked, tried = _asked(source), _tried(job)

@@ -1,0 +1,140 @@
+"""Lengths of the utterances of a dataset in encoder frames: from the index of their manifest, if they were measured for
+it, else by reading every clip, or from features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+
+from avsr.data.clip import refuse_mismatch
+from avsr.data.features import FeatureStore
+from avsr.data.index import Index
+from avsr.data.manifest import Utterance
+from avsr.data.measured import SHARE, Measured, lasting_many
+from avsr.data.measuring import measure, measured
+from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
+from avsr.data.transforms import Version
+from avsr.data.utterances import Utterances
+from avsr.errors import ClipError, UserError
+from avsr.runtime.share import Share
+
+Numbers = np.ndarray[Any, Any]
+Found = tuple[dict[str, Numbers], dict[int, str]]
+
+
+def measure_missing(index: Index | None, manifest: str, store: FeatureStore, workers: int) -> None:
+    """Measures the clips of a manifest with an index if nothing else reads them before training. Collective."""
+    if index is None or not store.reads_before or store.keeps:
+        return
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    share = Share(dist.get_rank() + 1, dist.get_world_size()) if together else None
+    for signal in sorted(store.needs):
+        if measured(index, [signal]) is None:
+            measure(Path(manifest), signal, workers=max(workers, 1), share=share)
+    if together:
+        dist.barrier()
+
+
+def frames_of(
+    mine: Utterances, index: Index | None, store: FeatureStore, versions: list[Version], bar: tuple[str, bool]
+) -> Found:
+    """Encoder frames by stream, (N,) int64 each, and by place the reasons of refusals.
+
+    Args:
+        mine: N utterances; what a cache of features lacks of them is encoded.
+        index: of their manifest.
+        store: of their features.
+        versions: that are read.
+        bar: the title of the progress bar, and whether it is shown.
+    """
+    if not store.reads_before:
+        return _encoded(store, *lasting_many(mine.numbers("duration"))), {}
+    tables = measured(index, sorted(store.needs))
+    unusable: dict[str, str] = {}
+    if tables is None or store.keeps:
+        unusable = store.prepare(mine, title=bar[0], versions=versions, shown=bar[1])
+    if tables is None:
+        return _looked_up(mine, store, versions[0], unusable)
+    bad: dict[int, str] = {}
+    if unusable:
+        ids = pa.array(list(unusable))
+        for place in np.flatnonzero(pc.is_in(mine.column("id"), ids).to_numpy()).tolist():
+            bad[place] = unusable[mine[place].id]
+    return _measured(mine, tables, store, bad)
+
+
+def _looked_up(mine: Utterances, store: FeatureStore, version: Version, unusable: dict[str, str]) -> Found:
+    """Of utterances that were prepared; all versions have the same length."""
+    frames = {name: np.zeros(len(mine), dtype=np.int64) for name in store.active}
+    bad: dict[int, str] = {}
+    for place, utterance in enumerate(mine):
+        if utterance.id in unusable:
+            bad[place] = unusable[utterance.id]
+            continue
+        try:
+            counts = store.frames(utterance, version)
+        except ClipError as error:
+            bad[place] = str(error)
+            continue
+        for name, count in counts.items():
+            frames[name][place] = count
+        try:
+            store.measure(utterance, counts)
+        except UserError as error:
+            bad[place] = str(error)
+    store.measured.clear()  # nobody asks again, and a corpus has many
+    return frames, bad
+
+
+def _measured(mine: Utterances, tables: dict[str, pa.Table], store: FeatureStore, bad: dict[int, str]) -> Found:
+    rows = pa.array(mine.rows)
+    found = {signal: table.take(rows) for signal, table in tables.items()}
+    lengths = {signal: np.asarray(part.column("length")) for signal, part in found.items()}
+    none = np.zeros(len(mine), dtype=np.int64)
+    samples, pictures = (lengths.get(signal, none).clip(min=0) for signal in ("audio", "video"))
+    for signal, part in found.items():
+        for place in np.flatnonzero(lengths[signal] <= 0).tolist():
+            utterance = mine[place]
+            reason = part.column("reason")[place].as_py() or f"{utterance.id!r} has no {signal}"
+            bad.setdefault(place, f"{utterance.where}: {reason}")
+    if len(found) == 2:
+        apart = np.abs(samples / SAMPLE_RATE - pictures / FRAMES_PER_SECOND) > store.max_mismatch
+        for place in np.flatnonzero(apart).tolist():
+            counts = int(samples[place]), int(pictures[place])
+            _refuse(bad, place, partial(refuse_mismatch, *counts, store.max_mismatch), mine)
+        pictures = np.minimum(pictures, -(-samples // SAMPLES_PER_FRAME))
+        samples = pictures * SAMPLES_PER_FRAME
+    seconds = np.maximum(samples / SAMPLE_RATE, pictures / FRAMES_PER_SECOND)
+    declared = mine.numbers("duration")
+    low, high = store.limits
+    doubtful = np.abs(seconds - declared) > np.maximum(store.max_mismatch, SHARE * declared)
+    for place in np.flatnonzero(doubtful | (seconds < low) | (seconds > high)).tolist():
+        _refuse(bad, place, partial(store.refuse_length, seconds=float(seconds[place])), mine)
+    return _encoded(store, samples, pictures), bad
+
+
+def _refuse(bad: dict[int, str], place: int, check: Callable[[Utterance], None], mine: Utterances) -> None:
+    if place in bad:
+        return
+    try:
+        check(mine[place])
+    except UserError as error:
+        bad[place] = str(error)
+
+
+def _encoded(store: FeatureStore, samples: Numbers, pictures: Numbers) -> dict[str, Numbers]:
+    """(N,) int64 frames by stream that the encoders make of clips of so many ``samples`` (N,) at 16 kHz and
+    ``pictures`` (N,) at 25 fps."""
+    kinds, which = np.unique(np.stack([samples, pictures], axis=1), axis=0, return_inverse=True)
+    out = {}
+    for name in store.active:
+        counts = [store.encoders[name].frames(*Measured(*kind)) for kind in kinds.tolist()]  # far fewer than clips
+        out[name] = np.array(counts, dtype=np.int64)[which.ravel()]
+    return out

@@ -1,0 +1,142 @@
+"""Lengths of all clips of a manifest, measured once by many processes and kept in its index.
+
+Of each signal, sound or video, ``measured-SUM-SIGNAL.arrow`` has a row for each of the manifest's rows: its length, why
+it cannot be used, and size and time of its file, by which changed files are found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from avsr.data.clip import load_clip
+from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow
+from avsr.data.manifest import Utterance
+from avsr.data.measured import refuse_other_content
+from avsr.errors import UserError
+from avsr.runtime.folders import remove
+from avsr.runtime.locks import hold
+from avsr.runtime.pool import Lost, run_jobs
+from avsr.runtime.progress import ProgressBar
+from avsr.runtime.share import Share
+
+logger = logging.getLogger("avsr")
+SIGNALS = ("audio", "video")
+RANGE = 512  # rows that a process measures at once: what a kill can lose
+MEASURED = pa.schema(
+    [
+        ("length", pa.int64()),  # samples at 16 kHz or frames at 25 fps; -1 = there is no such file
+        ("reason", pa.string()),  # why it cannot be used; null = it can
+        ("size", pa.int64()),  # bytes of the file
+        ("time", pa.int64()),  # of its last change, ns
+    ]
+)
+
+
+def measured(index: Index | None, signals: Iterable[str]) -> dict[str, pa.Table] | None:
+    """What was measured of ``signals``; None unless all of it is there."""
+    found = {}
+    for signal in signals:
+        path = None if index is None else _place(index, signal)
+        if path is None or not path.is_file():
+            return None
+        try:
+            found[signal] = read_arrow(path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged, its clips are measured again: %s", path, error)
+            return None
+        if index is None or len(found[signal]) != len(index.table):
+            return None
+    return found
+
+
+def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | None = None) -> None:
+    """Measures the clips of a manifest whose files have changed since, or that have never been measured; what a killed
+    process has measured stays.
+
+    Args:
+        manifest: the manifest; gets an index if it has none.
+        signal: "audio" or "video".
+        workers: processes; 0 = one for each CPU.
+        share: of the work; None = all of it. The process that finds what all shares have measured joins it.
+
+    Raises:
+        UserError: the index cannot be written, or a process died.
+    """
+    index = make_index(manifest)
+    rows = len(index.table)
+    folder = index.folder / f"parts-{index.sum}-{signal}"
+    try:
+        folder.mkdir(exist_ok=True)
+        jobs = [
+            _Job(str(manifest), signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
+            for first in range(0, rows, RANGE)
+        ]
+        own = jobs if share is None else list(share.of(jobs))
+        _run([job for job in own if not os.path.exists(job.part)], workers, f"measure {signal}", len(own))
+        with hold(index.folder, f"measured-{signal}", wait=True):
+            if all(os.path.exists(job.part) for job in jobs):
+                write_arrow(_place(index, signal), pa.concat_tables([read_arrow(Path(job.part)) for job in jobs]))
+                remove(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to the index of {manifest}: {error}") from error
+
+
+class _Job(NamedTuple):
+    manifest: str
+    signal: str
+    first: int
+    end: int
+    part: str
+
+
+def _run(jobs: list[_Job], workers: int, title: str, total: int) -> None:
+    with ProgressBar(title, total, done=total - len(jobs)) as bar:
+        for job, result in run_jobs(_measure, jobs, workers if len(jobs) > 1 else 1):
+            if isinstance(result, Lost):
+                raise UserError(
+                    f"{job.manifest}: a process that measured rows {job.first} to {job.end} {result.reason}"
+                )
+            bar.advance()
+
+
+def _measure(job: _Job) -> None:
+    found = open_manifest(job.manifest, absolute=True)
+    index, utterances = found.index, found.utterances[job.first : job.end]
+    assert index is not None
+    before = measured(index, [job.signal])
+    held = None if before is None else before[job.signal].slice(job.first, len(utterances)).to_pylist()
+    rows = [_row(u, job.signal, None if held is None else held[place]) for place, u in enumerate(utterances)]
+    write_arrow(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+
+
+def _row(utterance: Utterance, signal: str, held: dict[str, Any] | None) -> dict[str, Any]:
+    path = utterance.video if signal == "video" else utterance.audio or utterance.video
+    if path is None:
+        return {"length": -1, "reason": None, "size": 0, "time": 0}
+    size, time = _stamp(path)
+    if held is not None and (held["size"], held["time"]) == (size, time):
+        return held
+    try:
+        clip = load_clip(utterance, frozenset({signal}), 0.0)
+        refuse_other_content(utterance, {signal})
+        return {"length": clip.samples if signal == "audio" else clip.video_frames, "size": size, "time": time}
+    except UserError as error:
+        return {"length": 0, "reason": str(error).removeprefix(f"{utterance.where}: "), "size": size, "time": time}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
+def _place(index: Index, signal: str) -> Path:
+    return index.file(f"measured-{{}}-{signal}.arrow")

@@ -24,6 +24,7 @@ from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
 from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
+from avsr.data.members import stamp
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
@@ -260,9 +261,8 @@ class FeatureStore:
 
 def _stamp(path: Path) -> str:
     try:
-        stat = path.stat()
-        return f"{path} {stat.st_size} {stat.st_mtime_ns}"
-    except OSError:
+        return f"{path} {stamp(path)}"
+    except (OSError, UserError):  # of a container that is damaged
         return f"{path} missing"
 
 

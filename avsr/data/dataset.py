@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
+from avsr.data.foreign import resolve
 from avsr.data.manifest import Utterance, read_manifest, write_manifest
 from avsr.data.measured import Measured
 from avsr.data.transforms import PLAIN, Version
@@ -134,7 +135,7 @@ def load_dataset(
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
 
     Args:
-        manifest: path of a manifest.
+        manifest: path of a manifest, or a dataset (:func:`~avsr.data.foreign.resolve`).
         config: limits, and what to do about bad utterances.
         store: source of the features.
         tokenize: text to token ids.
@@ -153,7 +154,8 @@ def load_dataset(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lines: list[str] = []
-    utterances = read_manifest(manifest, on_bad=lines.append, absolute=config.allow_absolute)[: config.limit or None]
+    path, absolute = resolve(manifest, config)
+    utterances = read_manifest(path, on_bad=lines.append, absolute=absolute)[: config.limit or None]
     bad = {f"bad line {number}": line for number, line in enumerate(lines)}
     if began is not None:
         utterances = _again(utterances, began, manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from avsr.config import DataConfig
+from avsr.data.foreign import resolve
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError, visible
 
@@ -44,7 +45,8 @@ def judges(data: DataConfig) -> dict[str, list[Utterance]]:
     found = {}
     for name, manifest in data.test.items():
         try:
-            rows = read_manifest(manifest, on_bad=lambda line: None, absolute=data.allow_absolute)
+            path, absolute = resolve(manifest, data, alone=True)
+            rows = read_manifest(path, on_bad=lambda line: None, absolute=absolute)
         except UserError:
             continue
         found[f"data.test.{name}"] = rows[: data.limit or None]

@@ -15,6 +15,7 @@ from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
+from avsr.data.foreign import resolve
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
@@ -134,7 +135,8 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
 
 def _overlaps(config: Config) -> list[str]:
     try:
-        train = read_manifest(config.data.train, on_bad=lambda line: None, absolute=config.data.allow_absolute)
+        path, absolute = resolve(config.data.train, config.data, alone=True, load=False)
+        train = read_manifest(path, on_bad=lambda line: None, absolute=absolute)
     except UserError:  # a run may be evaluated where its training data is not
         return []
     return overlaps(train[: config.data.limit or None], judges(config.data))

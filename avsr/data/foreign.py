@@ -83,7 +83,8 @@ def _made(spec: str, columns: tuple[tuple[str, Any], ...]) -> str:
         rows = list((tar_rows if spec.startswith(WDS) else arrow_rows)(spec, files, own))
         if not rows:
             raise UserError(f"{spec} holds no row")
-        _measure([row for row in rows if row["duration"] is None], spec)
+        if unknown := [row for row in rows if row["duration"] is None]:
+            _measure(unknown, spec)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             write_manifest(place, rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,3 +235,32 @@ def test_a_cache_that_takes_no_files(own: list[Utterance], tmp_path: Path, monke
     monkeypatch.setenv("AVSR_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write .*AVSR_CACHE names the cache"):
         rows_of(str(tmp_path / "saved"))
+
+
+RANK = """
+import json, sys, time
+import torch.distributed as dist
+from avsr.config import DataConfig
+from avsr.data import foreign
+
+rank, folder, write, made = int(sys.argv[1]), sys.argv[2], foreign.write_manifest, []
+foreign.write_manifest = lambda *arguments: (time.sleep(1), made.append(rank), write(*arguments))
+dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+if rank == 0:  # as for the overlaps of test sets, of which the other ranks know nothing
+    foreign.resolve(f"{folder}/other", DataConfig(), alone=True)
+paths = [foreign.resolve(f"{folder}/saved", DataConfig())[0] for _ in range(2)]
+print(json.dumps([len(made), paths]))
+"""
+
+
+@pytest.mark.integration
+def test_the_first_rank_makes_the_manifest(own: list[Utterance], tmp_path: Path) -> None:
+    for name in "saved", "other":
+        table(own).save_to_disk(str(tmp_path / name))
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in ranks]
+    assert [made for made, _ in found] == [2, 0] and found[0][1] == found[1][1]
+    assert len(read_manifest(found[0][1][0], absolute=True)) == 7

@@ -97,8 +97,8 @@ def _folder(files: list[Path], what: str) -> Path:
     """Of the cache, for what is made of these files as they are now."""
     try:
         stats = [(str(path), os.stat(path)) for path in files]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise UserError(f"a file of the dataset cannot be read: {error}") from error
     state = f"{_VERSION} {what} {[(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]}"
     return cache_folder() / "datasets" / hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -140,7 +140,7 @@ def _saved(folder: Path) -> list[Path]:
         names = [str(item["filename"]) for item in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{folder} is not a dataset as save_to_disk writes it: {error!r}") from error
-    if state.get("_indices_files") or any(Path(name).name != name for name in names):
+    if state.get("_indices_files") or any(Path(name).name != name or Path(name).suffix != ".arrow" for name in names):
         raise UserError(f"{folder} was written by an old version of datasets: load and save it again")
     return [folder.resolve() / name for name in names]
 

@@ -87,10 +87,9 @@ def pack(manifest: str | Path, out: str | Path, *, size: float = 1.0, clips: int
         raise UserError(f"pack: {place} is the manifest itself: choose another folder")
     entries = list(_entries(manifest, absolute))
     own = f"{os.path.realpath(out)}/{name}-"
-    for entry in entries:
-        for path, _ in entry.files.values():
-            if os.path.realpath(path).startswith(own):
-                raise UserError(f"pack: {path} would be replaced: choose another folder")
+    for folder in {path.parent for entry in entries for path, _ in entry.files.values()}:
+        if f"{os.path.realpath(folder)}/".startswith(own):
+            raise UserError(f"pack: {folder} would be replaced: choose another folder")
     shards = {f"{name}-{number:06d}.tar": part for number, part in enumerate(_parted(entries, size * 1e9, clips))}
     marks = [f"{file} {path} {stamp(path)}" for entry in entries for file, (path, _) in entry.files.items()]
     files = hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()

@@ -13,6 +13,9 @@ from types import SimpleNamespace
 import pyarrow
 import pytest
 
+from avsr.config import DataConfig
+from avsr.data import foreign
+from avsr.data.manifest import read_manifest
 from avsr.data.members import is_file, open_media, read_text
 from avsr.data.tars import INDEX
 
@@ -85,3 +88,33 @@ def test_arrow_files(count: int, tmp_path: Path) -> None:
 
     each = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(0, len(whole), 3)]
     tools.fuzz(count, tools.damaged(whole, len(whole)), check, each)
+
+
+@few_and_many
+def test_datasets_of_others(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a folder of save_to_disk says of itself, and the .json of a sample of WebDataset."""
+    monkeypatch.setenv("AVSR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    (tmp_path / "saved").mkdir()
+    state = tmp_path / "saved/state.json"
+
+    def check_state() -> None:
+        foreign._made.cache_clear()
+        foreign.resolve(str(state.parent), DataConfig())
+
+    tools.fuzz_json(count, state, {"_data_files": [{"filename": "x.arrow"}], "_indices_files": None}, check_state)
+    fields = {"text": "words", "duration": 0.5, "speaker": "s", "id": 3}
+    sample = tmp_path / "sample.json"
+
+    def check_sample() -> None:
+        foreign._made.cache_clear()
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, content in (("a.wav", b"sound"), ("a.json", sample.read_bytes())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        os.utime(tmp_path / "x.tar", ns=(0, next(times)))
+        path, absolute = foreign.resolve(f"wds:{tmp_path}/x.tar", DataConfig())
+        read_manifest(path, absolute=absolute)
+
+    tools.fuzz_json(count, sample, fields, check_sample)

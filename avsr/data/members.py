@@ -191,7 +191,7 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         with memoryview(buffer).cast("B") as view:
-            data = self._member.read(self._place, max(0, min(len(view), self._member.size - self._place)))
+            data = self._member.read(self._place, len(view))
             view[: len(data)] = data
         self._place += len(data)
         return len(data)

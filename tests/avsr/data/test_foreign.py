@@ -19,6 +19,7 @@ import pytest
 from avsr.config import DataConfig
 from avsr.config.schema import ColumnsConfig
 from avsr.data import foreign
+from avsr.data.arrows import open_rows
 from avsr.data.clip import load_clip
 from avsr.data.foreign import resolve
 from avsr.data.manifest import Utterance, read_manifest
@@ -72,7 +73,9 @@ def test_a_manifest_is_what_it_is() -> None:
 
 
 def test_a_saved_dataset(own: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table(own).save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 2)
+    table(own).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    assert max(len(open_rows(path).batches) for path in (tmp_path / "saved").glob("*.arrow")) > 1
     rows = rows_of(str(tmp_path / "saved"))
     same(rows, own)
     assert [row.id for row in rows] == [str(n) for n in range(7)]
@@ -83,7 +86,7 @@ def test_a_saved_dataset(own: list[Utterance], tmp_path: Path, monkeypatch: pyte
             replace(row, where="") for row in rows
         ]
     foreign._made.cache_clear()
-    table(own[::-1]).save_to_disk(str(tmp_path / "saved"), num_shards=3)  # another dataset in its place
+    table(own[::-1]).save_to_disk(str(tmp_path / "saved"), num_shards=2)  # another dataset in its place
     same(rows_of(str(tmp_path / "saved")), own[::-1])
 
 
@@ -219,7 +222,7 @@ def test_tars_that_are_none(own: list[Utterance], tmp_path: Path, caplog: pytest
     assert len(refused) == 1 and "1 clips without a duration cannot be measured, first" in caplog.text
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_many_clips_are_measured_by_processes(
     own: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_other_clips_or_options_pack_again(manifest: Path, tmp_path: Path, caplo
     rows = _lines(manifest)
     del rows[2]["sha256"]
     write_manifest(manifest, rows)
+    assert pack(manifest, out, clips=7).written == 1
     clip = manifest.parent / rows[2]["audio"]
     soundfile.write(str(clip), soundfile.read(clip)[0][::-1], 16_000)
     assert pack(manifest, out, clips=7).written == 1

@@ -14,7 +14,7 @@ from avsr.data.manifest import read_manifest
 from avsr.evaluation.run import evaluate
 from avsr.tools.pack import pack
 
-pytestmark = [pytest.mark.integration, pytest.mark.distributed]
+pytestmark = [pytest.mark.integration, pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

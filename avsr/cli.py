@@ -193,6 +193,15 @@ def _print_share(share: Share | None) -> None:
         print(f"shard {share} is done; when all {share.count} are, --merge instead of --shard writes the manifests")
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    from avsr.tools.pack import pack
+
+    options = {"size": arguments.size, "clips": arguments.clips, "absolute": arguments.allow_absolute}
+    packed = pack(arguments.manifest, arguments.out, **options)
+    print(f"{packed.lines:7d}  {Path(arguments.manifest).stem}.jsonl")
+    print(f"{packed.shards:7d}  shards, {packed.written} of them written now")
+
+
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, options
 
@@ -359,6 +368,17 @@ _COMMANDS = {
             _OVERRIDES,
         ],
         _PREPARE_KEYS,
+    ),
+    "pack": _Command(
+        _pack,
+        "put the clips of a manifest into a few large tar files, read as fast at random",
+        [
+            _path("manifest", help="of the clips"),
+            _path("out", help="the folder to create: NAME-000000.tar ..., NAME.jsonl"),
+            _argument("--size", type=float, default=1.0, metavar="GB", help="of a full tar (default: 1)"),
+            _argument("--clips", type=int, default=0, metavar="N", help="lines in a tar (default: any number)"),
+            _argument("--allow-absolute", action="store_true", help="the manifest may name files anywhere"),
+        ],
     ),
 }
 

@@ -133,12 +133,29 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """Manifests, the limits of usable clips, and the feature cache."""
+class ColumnsConfig:
+    """Names in datasets of others: columns of Hugging Face's, keys of the ``.json`` and suffixes of WebDataset."""
 
-    train: str = key(MISSING, "training manifest", path=True)
+    id: str | None = key(None, "null = the number of the row, or WebDataset's key")
+    text: str = key("text", "transcripts; of WebDataset else .txt")
+    audio: str = key("audio", "sound; of WebDataset else the first member with a suffix of sound")
+    video: str = key("video", "mouth videos, likewise; may be missing")
+    duration: str = key("duration", "seconds; measured where it is missing")
+    speaker: str = key("speaker", "may be missing")
+
+
+@dataclass
+class DataConfig:
+    """Manifests or datasets of others, the limits of usable clips, and the feature cache."""
+
+    train: str = key(
+        MISSING,
+        "training manifest; here and below also hf:NAME[,CONFIG][,SPLIT], a folder of save_to_disk, or wds:PATTERN",
+        path=True,
+    )
     validation: str = key(MISSING, "validation manifest, which chooses the best checkpoint", path=True)
     test: dict[str, str] = key({}, "test manifests by name (data.test.NAME=PATH)", path=True)
+    columns: ColumnsConfig = group(ColumnsConfig)
     on_bad: str = key(
         "refuse",
         "what to do about an utterance that cannot be used, also when its clip disappears during training",

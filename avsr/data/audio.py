@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torchaudio
 from torch import Tensor
 
 from avsr.data.cut import Cut
+from avsr.data.members import is_file, readable
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.truncation import truncated
 from avsr.errors import UserError, at
@@ -37,12 +37,12 @@ def load_audio(path: Path, *, where: str = "", cut: Cut | None = None) -> Tensor
             cannot be resampled; the message names it.
     """
     name = f"{at(where)}{path}"
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise UserError(f"{at(where)}there is no file {path}")
     missing = ""
     try:
         missing = truncated(path)
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(readable(path)) as file:
             rate = _checked_rate(file.samplerate, name)
             count = MAX_SAMPLES + 1
             if cut is not None:

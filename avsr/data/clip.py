@@ -11,6 +11,7 @@ from torch import Tensor
 from avsr.data.audio import load_audio, refuse_unusable
 from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured
+from avsr.data.members import suffix_of
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.video import read_video, read_video_sound
 from avsr.errors import UserError, at
@@ -111,7 +112,7 @@ def _sound(utterance: Utterance, place: str) -> Tensor:
     path = utterance.audio or utterance.video
     if path is None:
         raise UserError(f"{place}{utterance.id!r} has no audio")
-    if path.suffix.lower() not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
+    if suffix_of(path) not in VIDEO_SUFFIXES + SOUND_SUFFIXES:
         return load_audio(path, where=utterance.where, cut=utterance.cut)
     wave = read_video_sound(path, where=utterance.where, cut=utterance.cut)
     if wave is None:

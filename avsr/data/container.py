@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,6 +10,7 @@ from typing import Any
 
 import av
 
+from avsr.data.members import is_file, readable
 from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.data.truncation import truncated
 from avsr.errors import UserError, at
@@ -38,7 +38,7 @@ def opened(path: Path, where: str) -> Iterator[Any]:
     Raises:
         UserError: it is missing, of no accepted format or truncated; the message begins with ``where``.
     """
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise UserError(f"{at(where)}there is no file {path}")
     try:
         container = _open(path)
@@ -53,8 +53,12 @@ def opened(path: Path, where: str) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
-    """The only place that opens video files. ``file:`` makes FFmpeg take the rest as a path, whatever it looks like."""
-    return av.open(f"file:{path}", options=_OPTIONS)
+    """The only place that opens video files. ``file:`` makes FFmpeg take the rest as a path, whatever it looks like; a
+    member of a container is read by Python, and FFmpeg may open nothing."""
+    source = readable(path)
+    if isinstance(source, str):
+        return av.open(f"file:{source}", options=_OPTIONS)
+    return av.open(source, options={**_OPTIONS, "protocol_whitelist": "none"})
 
 
 def _unlisted(path: Path) -> str:

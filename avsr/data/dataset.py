@@ -18,9 +18,11 @@ from torch.utils.data import Dataset
 from avsr.config import TASKS, DataConfig
 from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
+from avsr.data.foreign import resolve
 from avsr.data.index import Index, open_manifest
 from avsr.data.lengths import frames_of, measure_missing
 from avsr.data.manifest import Utterance, write_manifest
+from avsr.data.measuring import stamps
 from avsr.data.tokens import count_tokens
 from avsr.data.transforms import PLAIN, Version
 from avsr.data.utterances import Utterances
@@ -153,7 +155,7 @@ def load_dataset(
     """Reads, checks and (with a cache) encodes a manifest; ranks share the work.
 
     Args:
-        manifest: path of a manifest.
+        manifest: path of a manifest, or a dataset (:func:`~avsr.data.foreign.resolve`).
         config: limits, and what to do about bad utterances.
         store: source of the features.
         tokenize: text to token ids.
@@ -171,7 +173,8 @@ def load_dataset(
             cannot, or none can; or the manifest lacks one of ``began``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = open_manifest(manifest, absolute=config.allow_absolute)
+    path, absolute = resolve(manifest, config)
+    found = open_manifest(path, absolute=absolute)
     utterances = found.utterances[: config.limit or None]
     if began is not None:
         utterances = _again(utterances, began, manifest)
@@ -183,8 +186,9 @@ def load_dataset(
     }
     left = np.setdiff1d(np.arange(len(utterances)), list(refused))
     mine = left[rank::world]
-    measure_missing(found.index, manifest, store, config.workers)
+    measure_missing(found.index, str(path), store, config.workers)
     store.refresh()
+    utterances.know(stamps(found.index))
     own = _check(utterances.select(mine), tokens[mine], found.index, store, reading, (title, rank == 0), refuse)
     frames = np.zeros(len(utterances), dtype=np.int64)
     for share, part in enumerate(_gather(own, world)):

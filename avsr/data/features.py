@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from avsr.data.feature_cache import DIGITS, FeatureCache
 from avsr.data.feature_index import Array
 from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
+from avsr.data.members import stamp
 from avsr.data.rates import SAMPLE_RATE
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
@@ -63,9 +64,6 @@ class FeatureStore:
     Attributes:
         inside: streams that the model encodes itself.
         measured: of every clip read, by id.
-        stamps: gives the size in bytes and the modification time in ns of a clip's file as they are known, such as from
-            an index of the manifest; for None, and without it, the file system is asked, once or twice for every clip
-            and version that is looked up or loaded.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class FeatureStore:
         self._data = data
         self._transforms = transforms
         self.measured: dict[str, Measured] = {}
-        self.stamps: Callable[[Path], tuple[int, int] | None] | None = None
         self._caches: dict[str, FeatureCache] = {}
         self._warned = False  # of a damaged file
         for name in self.active:
@@ -302,7 +299,8 @@ class FeatureStore:
             self._warned = True
 
     def _key(self, name: str, utterance: Utterance, version: Version) -> str:
-        state = "+".join(self._stamp(path) for path in (utterance.audio, utterance.video) if path is not None)
+        files = zip((utterance.audio, utterance.video), utterance.stamps, strict=True)
+        state = "+".join(_stamp(path, known) for path, known in files if path is not None)
         if utterance.cut is not None:
             state += f" {utterance.cut}"
         identity = self._transforms.identity(version, self.encoders[name].needs)
@@ -310,15 +308,12 @@ class FeatureStore:
             state += f" {utterance.id} {utterance.speaker} {identity}"
         return hashlib.sha256(f"{state} {self.active}".encode()).hexdigest()[:DIGITS]
 
-    def _stamp(self, path: Path) -> str:
-        known = None if self.stamps is None else self.stamps(path)
-        if known is None:
-            try:
-                stat = path.stat()
-            except OSError:
-                return f"{path} missing"
-            known = stat.st_size, stat.st_mtime_ns
-        return f"{path} {known[0]} {known[1]}"
+
+def _stamp(path: Path, known: str | None) -> str:
+    try:
+        return f"{path} {known or stamp(path)}"
+    except (OSError, UserError):  # of a container that is damaged
+        return f"{path} missing"
 
 
 def _finite(features: Tensor, utterance: Utterance) -> Array:

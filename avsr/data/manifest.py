@@ -15,6 +15,7 @@ links of a stranger is read like a program of a stranger.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -53,6 +54,8 @@ class Utterance:
     times: Path | None = None  # words and phonemes of a synthetic clip
     where: str = ""  # "file:line", for messages
     offset: float | None = None  # seconds into the files; None = all of them
+    # avsr.data.members.stamp of audio and video where an index knows them, which spares looking at every file
+    stamps: tuple[str | None, str | None] = dataclasses.field(default=(None, None), compare=False)
 
     @property
     def cut(self) -> Cut | None:
@@ -72,9 +75,9 @@ class Line(NamedTuple):
     times: str | None = None
     offset: float | None = None
 
-    def utterance(self, where: str) -> Utterance:
+    def utterance(self, where: str, stamps: tuple[str | None, str | None] = (None, None)) -> Utterance:
         audio, video, times = (None if path is None else Path(path) for path in (self.audio, self.video, self.times))
-        rest = self.sha256, times, where, self.offset
+        rest = self.sha256, times, where, self.offset, stamps
         return Utterance(self.id, audio, self.text, self.duration, self.speaker, video, *rest)
 
 
@@ -176,9 +179,9 @@ def used_twice(name: str) -> str:
 
 def warn_of_unread(path: Path, fields: Mapping[str, int]) -> None:
     """Warns of fields that may be misspelt, by the number of the line where each was first seen."""
-    for field, number in fields.items():
-        if meant := get_close_matches(field, _FIELDS, 1, 0.75):
-            logger.warning("%s:%d: the field %r is not read; did you mean %r?", path, number, field, meant[0])
+    for name, number in fields.items():
+        if meant := get_close_matches(name, _FIELDS, 1, 0.75):
+            logger.warning("%s:%d: the field %r is not read; did you mean %r?", path, number, name, meant[0])
 
 
 def _parse_json(line: str, root: Root, where: str) -> Line:

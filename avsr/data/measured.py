@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Set
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avsr.data.manifest import Utterance
+from avsr.data.members import sha256_of, stamp
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE
 from avsr.errors import UserError, at
-from avsr.runtime.folders import sha256
 
 SHARE = 0.05  # of the declared duration by which it may be wrong, if that is more than data.max_mismatch
 # factors by which durations in another unit are too large
@@ -87,8 +86,7 @@ def refuse_other_content(utterance: Utterance, needs: Set[str]) -> None:
     path = utterance.audio or utterance.video
     if not utterance.sha256 or path is None or utterance.audio is not None and "audio" not in needs:
         return
-    found = os.stat(path)
-    digest = _sha256(path, found.st_size, found.st_mtime_ns)
+    digest = _sha256(path, stamp(path))
     if digest != utterance.sha256.lower():
         raise UserError(
             f"{at(utterance.where)}{path} is not the file that the manifest was made of (its sha256 begins with "
@@ -97,6 +95,6 @@ def refuse_other_content(utterance: Utterance, needs: Set[str]) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, stamp: str) -> str:
     """Once for the many utterances of a long file."""
-    return sha256(path)
+    return sha256_of(path)

@@ -1,7 +1,7 @@
 """Lengths of all clips of a manifest, measured once by many processes and kept in its index.
 
 Of each signal, sound or video, ``measured-SUM-SIGNAL.arrow`` has a row for each of the manifest's rows: its length, why
-it cannot be used, and size and time of its file, by which changed files are found.
+it cannot be used, and a stamp of its file, by which changed files are found.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from avsr.data.clip import load_clip
 from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow
 from avsr.data.manifest import Utterance
 from avsr.data.measured import refuse_other_content
+from avsr.data.members import stamp
 from avsr.errors import UserError
 from avsr.runtime.folders import remove
 from avsr.runtime.locks import hold
@@ -32,27 +33,35 @@ MEASURED = pa.schema(
     [
         ("length", pa.int64()),  # samples at 16 kHz or frames at 25 fps; -1 = there is no such file
         ("reason", pa.string()),  # why it cannot be used; null = it can
-        ("size", pa.int64()),  # bytes of the file
-        ("time", pa.int64()),  # of its last change, ns
+        ("stamp", pa.string()),  # changes when the file does; "" = there is none
     ]
 )
 
 
 def measured(index: Index | None, signals: Iterable[str]) -> dict[str, pa.Table] | None:
     """What was measured of ``signals``; None unless all of it is there."""
-    found = {}
-    for signal in signals:
-        path = None if index is None else _place(index, signal)
-        if path is None or not path.is_file():
-            return None
-        try:
-            found[signal] = read_arrow(path)
-        except (OSError, ValueError) as error:
-            logger.warning("%s is damaged, its clips are measured again: %s", path, error)
-            return None
-        if index is None or len(found[signal]) != len(index.table):
-            return None
-    return found
+    found = {signal: _measured(index, signal) for signal in signals}
+    whole = {signal: table for signal, table in found.items() if table is not None}
+    return whole if len(whole) == len(found) else None
+
+
+def stamps(index: Index | None) -> dict[str, pa.ChunkedArray]:
+    """The stamps of the files of all rows, of those signals that were measured."""
+    found = {signal: _measured(index, signal) for signal in SIGNALS}
+    return {signal: table.column("stamp") for signal, table in found.items() if table is not None}
+
+
+def _measured(index: Index | None, signal: str) -> pa.Table | None:
+    if index is None or not (path := _place(index, signal)).is_file():
+        return None
+    try:
+        table = read_arrow(path)
+        if table.schema != MEASURED or len(table) != len(index.table):
+            raise ValueError("rows are missing")
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged, its clips are measured again: %s", path, error)
+        return None
+    return table
 
 
 def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | None = None) -> None:
@@ -81,7 +90,8 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
         _run([job for job in own if not os.path.exists(job.part)], workers, f"measure {signal}", len(own))
         with hold(index.folder, f"measured-{signal}", wait=True):
             if all(os.path.exists(job.part) for job in jobs):
-                write_arrow(_place(index, signal), pa.concat_tables([read_arrow(Path(job.part)) for job in jobs]))
+                table = pa.concat_tables([read_arrow(Path(job.part)) for job in jobs])
+                write_arrow(_place(index, signal), table.combine_chunks())
                 remove(folder)
     except OSError as error:
         raise UserError(f"cannot write to the index of {manifest}: {error}") from error
@@ -118,24 +128,23 @@ def _measure(job: _Job) -> None:
 def _row(utterance: Utterance, signal: str, held: dict[str, Any] | None) -> dict[str, Any]:
     path = utterance.video if signal == "video" else utterance.audio or utterance.video
     if path is None:
-        return {"length": -1, "reason": None, "size": 0, "time": 0}
-    size, time = _stamp(path)
-    if held is not None and (held["size"], held["time"]) == (size, time):
+        return {"length": -1, "reason": None, "stamp": ""}
+    state = _stamp(path)
+    if held is not None and held["stamp"] == state:
         return held
     try:
         clip = load_clip(utterance, frozenset({signal}), 0.0)
         refuse_other_content(utterance, {signal})
-        return {"length": clip.samples if signal == "audio" else clip.video_frames, "size": size, "time": time}
+        return {"length": clip.samples if signal == "audio" else clip.video_frames, "stamp": state}
     except UserError as error:
-        return {"length": 0, "reason": str(error).removeprefix(f"{utterance.where}: "), "size": size, "time": time}
+        return {"length": 0, "reason": str(error).removeprefix(f"{utterance.where}: "), "stamp": state}
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> str:
     try:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-    except OSError:
-        return 0, 0
+        return stamp(path)
+    except (OSError, UserError):  # of a container that is damaged
+        return ""
 
 
 def _place(index: Index, signal: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from avsr.config import DataConfig
+from avsr.data.foreign import resolve
 from avsr.data.index import open_manifest
 from avsr.data.marks import CLIPS
 from avsr.data.utterances import Utterances, twice
@@ -46,7 +47,8 @@ def judges(data: DataConfig) -> dict[str, Utterances]:
     found = {}
     for name, manifest in data.test.items():
         try:
-            rows = open_manifest(manifest, absolute=data.allow_absolute).utterances
+            path, absolute = resolve(manifest, data, alone=True)
+            rows = open_manifest(path, absolute=absolute).utterances
         except UserError:
             continue
         found[f"data.test.{name}"] = rows[: data.limit or None]

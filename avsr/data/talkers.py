@@ -9,15 +9,12 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from avsr.data.clip import load_clip
@@ -26,6 +23,7 @@ from avsr.data.manifest import Utterance
 from avsr.errors import UserError, visible
 from avsr.runtime.folders import cache_folder, flush, part_of, remove
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.ranks import after_the_first_rank
 
 logger = logging.getLogger("avsr")
 _WAVES, _ROWS = "waves.npy", "talkers.json"
@@ -86,25 +84,11 @@ def open_talkers(manifest: str, most: int, absolute: bool) -> Talkers:
         raise UserError(f"cannot read the manifest {manifest}: {error}") from error
     state = f"{_VERSION} {os.path.abspath(manifest)} {stat.st_size} {stat.st_mtime_ns} {most} {absolute}"
     folder = cache_folder() / "talkers" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    with _after_the_first_rank():
+    with after_the_first_rank():
         held = _read(folder)
         if held is not None:
             return held
         return _make(folder, *_choose(manifest, most, absolute))
-
-
-@contextmanager
-def _after_the_first_rank() -> Iterator[None]:
-    """Ranks other than 0 enter when rank 0 has left."""
-    together = dist.is_initialized() and dist.get_world_size() > 1
-    first = not together or dist.get_rank() == 0
-    if not first:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if together and first:
-            dist.barrier()
 
 
 def _choose(manifest: str, most: int, absolute: bool) -> tuple[list[Utterance], int]:

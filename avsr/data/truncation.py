@@ -8,9 +8,12 @@ header), MPEG-TS and MPEG-PS, nut, y4m and gif should be.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
+
+from avsr.data.members import open_media
 
 Order = Literal["little", "big"]
 _ENDLESS = 0x7FFFF000  # writers that cannot seek back leave sizes near 2^31 or 2^32
@@ -25,8 +28,9 @@ _MP3_SLACK = 0.01  # share of the stated bytes that tools which edit tags leave 
 
 def truncated(path: Path) -> str:
     """Why a file is not whole; "" if it is, or its format does not tell."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_media(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         head = file.read(16)
         if head.startswith(b"OggS"):
             return "" if _ogg_ends(file, size) else "its last page is missing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
@@ -29,6 +29,18 @@ _OWN = SCHEMA.names[: SCHEMA.get_field_index("line") + 1]  # what an utterance i
 PATHS = ("audio", "video", "times")
 
 
+class _Column:
+    """A column by row."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = column.chunks
+        self._ends = list(accumulate(len(chunk) for chunk in self._chunks))
+
+    def __getitem__(self, row: int) -> Any:
+        number = bisect_right(self._ends, row)
+        return self._chunks[number][row - (self._ends[number - 1] if number else 0)].as_py()
+
+
 class Utterances(Sequence[Utterance]):
     """Utterances by number, each made when it is asked for.
 
@@ -50,9 +62,8 @@ class Utterances(Sequence[Utterance]):
     ) -> None:
         self.table, self.manifest, self.root, self.twice = table, manifest, root, twice
         self._rows = range(len(table)) if rows is None else rows
-        batches = table.to_batches()
-        self._columns = [[batch.column(name) for name in _OWN] for batch in batches]
-        self._ends = list(accumulate(len(batch) for batch in batches))
+        self._columns = [_Column(table.column(name)) for name in _OWN]
+        self._stamps: tuple[_Column | None, _Column | None] = (None, None)
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, Line]], manifest: str, root: str = "") -> Utterances:
@@ -79,18 +90,27 @@ class Utterances(Sequence[Utterance]):
     def __getitem__(self, index: slice) -> Utterances: ...
     def __getitem__(self, index: int | slice) -> Utterance | Utterances:
         if isinstance(index, slice):
-            return Utterances(self.table, self.manifest, self.root, rows=self._rows[index])
+            return self._part(self._rows[index])
         row = int(self._rows[index])
-        number = bisect_right(self._ends, row)
-        place = row - (self._ends[number - 1] if number else 0)
-        values = {name: column[place].as_py() for name, column in zip(_OWN, self._columns[number], strict=True)}
+        values = {name: column[row] for name, column in zip(_OWN, self._columns, strict=True)}
         line = values.pop("line")
         values |= {name: os.path.join(self.root, values[name]) for name in PATHS if values[name] is not None}
-        return Line(**values).utterance(f"{self.manifest}:{line}")
+        audio, video = (None if column is None else column[row] for column in self._stamps)
+        return Line(**values).utterance(f"{self.manifest}:{line}", (audio, video))
 
     def select(self, places: np.ndarray[Any, Any]) -> Utterances:
         """Those at ``places`` (M,) int64 of these, in that order."""
-        return Utterances(self.table, self.manifest, self.root, rows=self.rows[places])
+        return self._part(self.rows[places])
+
+    def know(self, stamps: Mapping[str, pa.ChunkedArray]) -> None:
+        """Gives utterances the stamps of their files: a column for every row of the table, by "audio" and "video"."""
+        audio, video = stamps.get("audio"), stamps.get("video")
+        self._stamps = None if audio is None else _Column(audio), None if video is None else _Column(video)
+
+    def _part(self, rows: range | np.ndarray[Any, Any]) -> Utterances:
+        part = Utterances(self.table, self.manifest, self.root, rows=rows)
+        part._stamps = self._stamps
+        return part
 
     def where(self, place: int) -> str:
         """ "manifest:line" of one, for messages."""

@@ -15,6 +15,7 @@ import transformers
 import flashsink
 from avsr.config import Config, read_run_config
 from avsr.config.composing import leaves
+from avsr.data.foreign import resolve
 from avsr.errors import UserError
 from avsr.evaluation.act import heads_file
 from avsr.models.build import WEIGHTS, find_checkpoint
@@ -42,13 +43,14 @@ def made_by(run: str | Path, config: Config, which: str = "best") -> dict[str, A
     made |= {name: value for name, value in leaves(config) if name.startswith(_GROUPS) and not name.startswith(_IDLE)}
     made["training.precision"] = settled_precision(config.training.precision)
     for name, manifest in config.data.test.items():
-        made |= {f"data.test.{name}": manifest, f"data.test.{name}{_SHA256}": _sum(Path(manifest))}
+        path, _ = resolve(manifest, config.data, alone=True)
+        made |= {f"data.test.{name}": manifest, f"data.test.{name}{_SHA256}": _sum(Path(path))}
     if config.act.beta == 1.0:
         made = {name: value for name, value in made.items() if not name.startswith("act.")}
     elif config.act.heads != "all":
         made[f"act.heads{_SHA256}"] = _sum(heads_file(config))
     if config.noise.snr:
-        source = config.noise.file or config.noise.babble or config.data.train
+        source = config.noise.file or config.noise.babble or resolve(config.data.train, config.data, alone=True)[0]
         made |= {"training.seed": config.training.seed, f"noise{_SHA256}": _sum(Path(source))}
     else:
         made = {name: value for name, value in made.items() if not name.startswith(("noise.", "data.train"))}

@@ -15,6 +15,7 @@ from avsr.data.batches import Example
 from avsr.data.clip import VIDEO_SUFFIXES
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
+from avsr.data.foreign import resolve
 from avsr.data.index import open_manifest
 from avsr.data.manifest import Utterance
 from avsr.data.mouth.single import mouth_video
@@ -135,7 +136,8 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
 
 def _overlaps(config: Config) -> list[str]:
     try:
-        train = open_manifest(config.data.train, absolute=config.data.allow_absolute).utterances
+        path, absolute = resolve(config.data.train, config.data, alone=True, load=False)
+        train = open_manifest(path, absolute=absolute).utterances
     except UserError:  # a run may be evaluated where its training data is not
         return []
     return overlaps(train[: config.data.limit or None], judges(config.data))

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from avsr.config import TASKS, Config, ModelConfig, read_run_config
 from avsr.config.composing import differences, leaves
 from avsr.data.features import FeatureStore
-from avsr.data.noise import make_babble
+from avsr.data.foreign import resolve
+from avsr.data.noise import CLEAN, make_babble
 from avsr.data.transforms import Transforms
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
@@ -67,7 +68,11 @@ def build_store(
         encoders[name] = build_encoder(settings, name, device)
     trained = [name for name in encoders if config.model.streams[name].encoder.lora.rank]
     hears = any("audio" in encoders[name].needs for name in encoders if name in read)
-    babble = make_babble(config.noise, levels if hears else [], config.data.train, config.data.allow_absolute)
+    levels = levels if hears else []
+    source = config.data.train, config.data.allow_absolute
+    if not (config.noise.file or config.noise.babble or all(level == CLEAN for level in levels)):
+        source = resolve(config.data.train, config.data)
+    babble = make_babble(config.noise, levels, *source)
     transforms = Transforms(config.augment, babble, config.training.seed)
     return FeatureStore(encoders, config.data, transforms, trained, [name for name in encoders if name in read])
 

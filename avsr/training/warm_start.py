@@ -17,6 +17,7 @@ from torch import Tensor
 from avsr.config import Config
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
+from avsr.data.members import read_text
 from avsr.errors import UserError
 from avsr.models.build import build_model, build_store, pick_device
 from avsr.models.compression import compress
@@ -78,7 +79,7 @@ def _pairs(
         if utterance.times is None:
             raise UserError(f"{utterance.where}: {utterance.id} has no word times")
         tokens = compress(dataset[index].features[STREAM].float()[None], compression.kind, compression.rate)[0]
-        words = json.loads(utterance.times.read_text(encoding="utf-8-sig"))["words"]
+        words = json.loads(read_text(utterance.times))["words"]
         inputs.append(tokens)
         targets.append(_targets(words, len(tokens), compression.rate / frames_per_second, table, loaded))
     return torch.cat(inputs), torch.cat(targets)

@@ -195,4 +195,12 @@ COMMANDS = {
         ["videos/b.mp4", "videos/b.txt", "landmarks/b.npy"],
         cannot={"damaged cache": "keeps its progress in its output: kill and full disk damage it"},
     ),
+    "pack": Command(
+        ["pack", "corpus/train/manifest.jsonl", "packed", "--clips", "2"],
+        "packed",
+        _files("packed/*.tar", "packed/*.jsonl"),
+        ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
+        ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
+        cannot={"damaged cache": "keeps its progress in its output: kill and full disk damage it"},
+    ),
 }

@@ -13,6 +13,7 @@ import torch
 
 from avsr.config import Config
 from avsr.data.batches import make_batches
+from avsr.data.foreign import resolve
 from avsr.data.index import open_manifest
 from avsr.errors import UserError
 from avsr.models.compression import compressed_width
@@ -66,7 +67,7 @@ def plan(config: Config, ranks: int, device_memory: float) -> dict[str, Any]:
     published = [str(config.model.streams[name].encoder.name) for name, found in encoders.items() if found.published]
     published += [config.model.llm.name] if outline.published else []
     sizes = _sizes(config, encoders, outline.model)
-    there = Path(config.data.train).is_file()
+    there = Path(resolve(config.data.train, config.data)[0]).is_file()
     rows = _rows(config, encoders, outline.count, there)
     way = way_of(config, ranks)
     load = _heaviest(config, rows, config.training.frames, sizes, way)
@@ -150,7 +151,8 @@ def _rows(
     layout = PromptLayout.of(model, count_tokens)
     clips: list[tuple[float, int]] = [(_SECONDS, _TOKENS)] * 512
     if there:
-        found = open_manifest(config.data.train, absolute=config.data.allow_absolute)
+        path, absolute = resolve(config.data.train, config.data)
+        found = open_manifest(path, absolute=absolute)
         if found.bad:
             raise UserError(found.bad[0])
         utterances = found.utterances[: config.data.limit or None]

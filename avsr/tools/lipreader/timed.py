@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from avsr.data.manifest import Utterance, read_manifest
+from avsr.data.members import read_text
 from avsr.data.rates import FRAMES_PER_SECOND
 from avsr.data.video import read_video
 from avsr.errors import UserError
@@ -137,7 +138,7 @@ def _units(spans: dict[str, list[Span]], visemes: Tensor, targets: str, row: Utt
 
 def _read_times(path: Path, row: Utterance) -> dict[str, list[Span]]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: Any = json.loads(read_text(path))
         found = {
             kind: [Span(str(text), float(start), float(end)) for text, start, end in content[kind]]
             for kind in ("words", "phonemes")

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from avsr.data import features as features_module
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.manifest import Utterance
+from avsr.data.members import stamp
 from avsr.errors import ClipError
 from avsr.runtime import folders
 
@@ -141,15 +143,15 @@ def test_known_stamps_are_not_asked_for(
     made = store()
     made.prepare(corpus, title="x", shown=False)
     good = [made.sound(u) for u in corpus]
-    stamps = {u.audio: (u.audio.stat().st_size, u.audio.stat().st_mtime_ns) for u in corpus}
+    known = [replace(u, stamps=(stamp(u.audio), None)) for u in corpus]
     corpus[0].audio.unlink()
     start = store()
     start.forbid_encoding(monkeypatch)
-    start.stamps = {path: stamp for path, stamp in stamps.items() if path != corpus[1].audio}.get
+    corpus = [known[0], corpus[1], *known[2:]]
     assert start.prepare(corpus, title="x", shown=False) == {}
     assert [start.count(u) for u in corpus] == [len(features) for features in good]
     assert all(torch.equal(start.sound(u), features) for u, features in zip(corpus, good, strict=True))
-    start.stamps = {**stamps, corpus[2].audio: (1, 1)}.get  # of another file
+    corpus[2] = replace(corpus[2], stamps=("1 1", None))  # of another file
     with pytest.raises(AssertionError, match="encoded again"):
         start.prepare(corpus, title="x", shown=False)
 

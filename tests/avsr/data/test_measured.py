@@ -159,7 +159,7 @@ def test_a_file_that_is_not_the_one_of_the_manifest(store: Callable[..., Feature
 def test_a_long_file_is_summed_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.wav", 3)
     right, calls = hashlib.sha256(path.read_bytes()).hexdigest(), []
-    monkeypatch.setattr(measured, "sha256", lambda path: calls.append(path) or right)
+    monkeypatch.setattr(measured, "sha256_of", lambda path: calls.append(path) or right)
     for offset in range(3):
         measured.refuse_other_content(declared(1.0, offset, path, sha256=right), {"audio"})
     assert calls == [path]

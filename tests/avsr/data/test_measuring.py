@@ -18,7 +18,8 @@ from avsr.data import measuring
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
 from avsr.data.index import make_index, open_manifest
 from avsr.data.manifest import write_manifest
-from avsr.data.measuring import SIGNALS, measure, measured
+from avsr.data.measuring import SIGNALS, measure, measured, stamps
+from avsr.data.members import stamp
 from avsr.errors import UserError
 from avsr.models.build import build_store
 from avsr.runtime.share import Share
@@ -84,6 +85,8 @@ def test_only_what_has_changed_is_measured_again(corpus: Path, monkeypatch: pyte
     assert read == [rows[7].id]
     found = measured(open_manifest(corpus).index, SIGNALS)
     assert found is not None and found["audio"].column("length")[7].as_py() == 20_000
+    columns = stamps(open_manifest(corpus).index)
+    assert columns["audio"][7].as_py() == stamp(path) and columns.keys() == set(SIGNALS)
 
 
 def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,18 +79,14 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.run import evaluate
+    from avsr.evaluation.run import evaluate, score_lines
 
     scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
-    for name, score in scores.items():
-        counts = f"{score.utterances} utterances, {score.words} words"
-        note = " without encoders" if score.rtfx_without_encoders else ""
-        speed = "" if score.rtfx is None else f"  RTFx {score.rtfx:.4g}{note}"
-        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}{speed}  ({counts})")
+    print("\n".join(score_lines(scores)))
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.run import transcribe_files
+    from avsr.evaluation.transcripts import transcribe_files
 
     names, overrides = _split(arguments.files)
     if not names:

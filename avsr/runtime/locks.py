@@ -94,7 +94,7 @@ def claim(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
     Raises:
         UserError: as :func:`hold`, or there is no space.
     """
-    with hold(folder, name, key), _unwinding():
+    with hold(folder, name, key), unwinding():
         try:
             probe(folder)
         except OSError as error:
@@ -230,7 +230,7 @@ def _live(file: Path, over: threading.Event) -> None:
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
+def unwinding() -> Iterator[None]:
     """Inside this context SIGTERM raises ``SystemExit``. Not for training, which handles it between its steps."""
 
     def leave(number: int, frame: Any) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,11 @@ class _Visible(logging.Formatter):
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:
     """Names and ``key=value`` overrides; what exists is a name even with a "="."""
-    names = [name for name in given if "=" not in name or Path(name).exists()]
-    return names, [name for name in given if name not in names]
+    names: list[str] = []
+    overrides: list[str] = []
+    for text in given:
+        (names if "=" not in text or Path(text).exists() else overrides).append(text)
+    return names, overrides
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -92,7 +96,8 @@ def _transcribe(arguments: argparse.Namespace) -> None:
     if not names:
         raise UserError("transcribe: no file given")
     failed = 0
-    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out):
+    shard = _shard(arguments.shard)
+    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out, shard):
         if isinstance(result, UserError):
             failed += 1
             print(f"avsr: {visible(str(result))}", file=sys.stderr)
@@ -100,6 +105,14 @@ def _transcribe(arguments: argparse.Namespace) -> None:
             print(f"{visible(name)}\t{visible(result)}", flush=True)
     if failed:
         raise SystemExit(EXIT_USER)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """(3, 16) of "3/16"."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UserError(f"--shard: expected I/N with I from 1 to N, such as 3/16, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _act_search(arguments: argparse.Namespace) -> None:
@@ -236,15 +249,23 @@ _COMMANDS = {
     ),
     "transcribe": _Command(
         _transcribe,
-        "print one line of text for each sound or video file",
+        "print one line of text for each sound or video file, or clip of a manifest",
         [
             _RUN,
-            _path("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
+            _path(
+                "files",
+                nargs="+",
+                metavar="FILE",
+                help="sound or video files, quoted patterns of them ('clips/**/*.wav'), or one manifest (.jsonl, .csv) "
+                "whose texts are not read; and key=value overrides",
+            ),
             _path(
                 "--out",
                 metavar="FOLDER",
-                help="write transcripts.jsonl there, too, and go on after a stop; without it nothing is kept",
+                help="write transcripts.jsonl there, too, of a manifest one with these texts, and go on after a stop; "
+                "without it nothing is kept",
             ),
+            _argument("--shard", default="1/1", metavar="I/N", help="only the I-th of every N clips"),
         ],
         _KEYS,
     ),

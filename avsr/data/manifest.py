@@ -60,7 +60,7 @@ class Utterance:
 
 
 def read_manifest(
-    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False
+    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False, texts: bool = True
 ) -> list[Utterance]:
     """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr.
 
@@ -70,6 +70,7 @@ def read_manifest(
         on_bad: called with the message of every bad line, which is then skipped. Without it, the first bad line
             raises.
         absolute: files may be named by absolute paths, wherever they are.
+        texts: every line needs its text; else it is not read and ``text`` is "".
 
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
@@ -82,7 +83,7 @@ def read_manifest(
     parse, root = (
         (_parse_csv, path.resolve().parent.parent) if path.suffix == ".csv" else (_parse_json, path.resolve().parent)
     )
-    within = _Root(root, absolute, {})
+    within = _Root(root, absolute, {}, texts)
     rows: list[Utterance] = []
     seen: dict[str, str] = {}
     refused = ""
@@ -117,12 +118,13 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Root:
-    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; and where
-    every field that is not read was first seen."""
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; where every
+    field that is not read was first seen; and whether lines need ``texts``."""
 
     folder: Path
     absolute: bool
     unread: dict[str, str]
+    texts: bool
 
 
 def _parse_json(line: str, root: _Root, where: str) -> Utterance:
@@ -136,10 +138,11 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     for other in row.keys() - _FIELDS:
         root.unread.setdefault(other, where)
-    for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):
+    needed = ("id", "text") if root.texts else ("id",)
+    for field in (*needed, "duration", *(() if row.get("video") else ("audio",))):
         if field not in row:
             raise UserError(f"{where}: the field {field!r} is missing (it has {', '.join(row) or 'none'})")
-    for field in ("id", "text"):
+    for field in needed:
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field!r} must be a text that is not empty, got {row[field]!r}")
     duration, offset, digest = row["duration"], row.get("offset"), row.get("sha256") or ""
@@ -162,7 +165,7 @@ def _parse_json(line: str, root: _Root, where: str) -> Utterance:
     return Utterance(
         id=row["id"],
         audio=paths["audio"],
-        text=row["text"],
+        text=row["text"] if root.texts else "",
         duration=float(duration),
         speaker=str(row.get("speaker") or ""),
         video=paths["video"],
@@ -215,9 +218,11 @@ def _parse_csv(line: str, root: _Root, where: str) -> Utterance:
     ``lrs3_video_seg16s/x.mp4``."""
     label = parse_label(line, where)
     video = _inside(root, f"{label.dataset}/{label.path}", where)
-    text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
-    if not text:
-        raise UserError(f"{where}: the transcript is empty")
+    text = ""
+    if root.texts:
+        text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
+        if not text:
+            raise UserError(f"{where}: the transcript is empty")
     return Utterance(
         id=f"{label.dataset}/{label.path}",
         audio=video.with_suffix(".wav"),

@@ -97,7 +97,8 @@ def test_files_elsewhere_are_named_absolutely(
 def test_a_stopped_manifest_goes_on_and_what_has_no_text_is_rejected(
     run_folder: Path, tone: Tone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two clips at a time of which the second batch fails once; then the third clip gets another sound and duration."""
+    """It stops after eight of ten clips. Then one is replaced by a longer one, one by another sound of this length, and
+    of one the line declares another duration: these are transcribed again."""
     decoded: list[str] = []
     fail = True
 
@@ -117,17 +118,18 @@ def test_a_stopped_manifest_goes_on_and_what_has_no_text_is_rejected(
     command = run_folder, [str(manifest)], ["decode.batch=1"], tmp_path
     with pytest.raises(ConnectionAbortedError):
         list(transcribe_files(*command))
-    rows[2]["duration"] = 0.6
+    rows[2]["duration"], rows[4]["duration"] = 0.6, 0.41
     write_manifest(manifest, rows)
     tone(tmp_path / "c2.wav", 0.6)
+    tone(tmp_path / "c3.wav", 0.4)
     decoded.clear()
     fail = False
     found = list(transcribe_files(*command))
-    assert decoded == ["c2", "c8", "c9"]
+    assert decoded == ["c3", "c4", "c2", "c8", "c9"]
     assert found == [(f"c{n}", f"text of c{n}" if n < 9 else "") for n in range(10)]
     written = content(tmp_path / TRANSCRIPTS)
     assert [(row["id"], row["text"]) for row in written] == found[:9]
-    assert written[2]["duration"] == 0.6
+    assert [row["duration"] for row in written[2:5]] == [0.6, 0.4, 0.41]
     assert content(tmp_path / "rejected.jsonl") == [
         {"manifest": str(manifest), "id": "c9", "reason": "no text was found in it"}
     ]

@@ -79,10 +79,13 @@ def transcribe_files(
         return
     place = Path(out, TRANSCRIPTS)
     with claim(place.parent, TRANSCRIPTS, "--out"):
-        if place.exists():
+        unfinished = place.with_name(f"{TRANSCRIPTS}{UNFINISHED}")
+        if place.exists() and not unfinished.exists():  # with it a command was stopped between its last two steps
             raise UserError(f"{place} is there already: name another folder with --out")
         config.data.test = {}
-        kept = StoredRows(place.with_name(f"{TRANSCRIPTS}{UNFINISHED}"), _row_key, made_by(run, config))
+        kept = StoredRows(unfinished, _row_key, made_by(run, config))
+        if place.exists() and not len(kept):
+            raise UserError(f"{place} is there already and of other settings: name another folder with --out")
         places = array("q")  # of the rows in order
         for clip, (row, begin) in zip(clips, _transcripts(run, clips, overrides, kept), strict=True):
             places.append(begin)

@@ -110,6 +110,9 @@ class StoredRows(Rows):
         self._places: dict[int, int] = {}
         super().__init__(path, key, made_by)
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def place(self, key: Hashable) -> int | None:
         """Where the file has the last row with this key."""
         place = self._places.get(hash(key))

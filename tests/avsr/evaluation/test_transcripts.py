@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from avsr.evaluation import decode
 from avsr.evaluation.decode import Hypothesis
 from avsr.evaluation.transcripts import TRANSCRIPTS, find_clips, transcribe_files
 from avsr.runtime.folders import sha256
+from avsr.runtime.rows import StoredRows, write_rows
 
 Tone = Callable[[Path, float], Path]
 CONFIG = load_config("demo").data
@@ -189,3 +190,30 @@ def test_manifests_are_read_without_their_texts(tmp_path: Path, caplog: pytest.L
         find_clips(["a.wav", str(rows)], CONFIG)
     with pytest.raises(UserError, match="cannot read the manifest"):
         find_clips([str(tmp_path / "none.csv")], CONFIG)
+
+
+@pytest.mark.integration
+def test_a_stop_after_the_result_is_written_needs_no_other_folder(
+    run_folder: Path, tone: Tone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, out = [str(tone(tmp_path / "a.wav", 0.4))], tmp_path / "out"
+
+    def stop(rows: StoredRows, place: Path, content: Iterable[Any]) -> None:
+        write_rows(place, content)
+        raise RuntimeError
+
+    def publish_and_stop(*overrides: str) -> None:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(StoredRows, "publish", stop)
+            list(transcribe_files(run_folder, files, list(overrides), out))
+
+    publish_and_stop()
+    before = (out / TRANSCRIPTS).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "transcribe_batch", lambda *arguments: pytest.fail("decoded again"))
+        list(transcribe_files(run_folder, files, [], out))
+    assert (out / TRANSCRIPTS).read_bytes() == before and [path.name for path in out.iterdir()] == [TRANSCRIPTS]
+    (out / TRANSCRIPTS).unlink()
+    publish_and_stop()
+    with pytest.raises(UserError, match="is there already and of other settings: name another folder with --out"):
+        list(transcribe_files(run_folder, files, ["decode.beams=2"], out))

@@ -44,8 +44,11 @@ class _Visible(logging.Formatter):
 
 def _split(given: list[str]) -> tuple[list[str], list[str]]:
     """Names and ``key=value`` overrides; what exists is a name even with a "="."""
-    names = [name for name in given if "=" not in name or Path(name).exists()]
-    return names, [name for name in given if name not in names]
+    names: list[str] = []
+    overrides: list[str] = []
+    for text in given:
+        (names if "=" not in text or Path(text).exists() else overrides).append(text)
+    return names, overrides
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -80,24 +83,20 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.run import evaluate
+    from avsr.evaluation.run import evaluate, score_lines
 
     scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
-    for name, score in scores.items():
-        counts = f"{score.utterances} utterances, {score.words} words"
-        note = " without encoders" if score.rtfx_without_encoders else ""
-        speed = "" if score.rtfx is None else f"  RTFx {score.rtfx:.4g}{note}"
-        print(f"{visible(name)}: WER {score.wer:.4f}  CER {score.cer:.4f}{speed}  ({counts})")
+    print("\n".join(score_lines(scores)))
 
 
 def _transcribe(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.run import transcribe_files
+    from avsr.evaluation.transcripts import transcribe_files
 
     names, overrides = _split(arguments.files)
     if not names:
         raise UserError("transcribe: no file given")
     failed = 0
-    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out):
+    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out, _share(arguments)):
         if isinstance(result, UserError):
             failed += 1
             print(f"avsr: {visible(str(result))}", file=sys.stderr)
@@ -280,15 +279,23 @@ _COMMANDS = {
     ),
     "transcribe": _Command(
         _transcribe,
-        "print one line of text for each sound or video file",
+        "print one line of text for each sound or video file, or clip of a manifest",
         [
             _RUN,
-            _path("files", nargs="+", metavar="FILE", help="sound or video files, and key=value overrides"),
+            _path(
+                "files",
+                nargs="+",
+                metavar="FILE",
+                help="sound or video files, quoted patterns of them ('clips/**/*.wav'), or one manifest (.jsonl, .csv) "
+                "whose texts are not read; and key=value overrides",
+            ),
             _path(
                 "--out",
                 metavar="FOLDER",
-                help="write transcripts.jsonl there, too, and go on after a stop; without it nothing is kept",
+                help="write transcripts.jsonl there, too, of a manifest one with these texts, and go on after a stop; "
+                "without it nothing is kept",
             ),
+            _argument("--shard", metavar="I/N", help="only the I-th of every N clips"),
         ],
         _KEYS,
     ),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT_USER = 2
 EXIT_PREEMPTED = 75  # SIGTERM, after writing a checkpoint: run the same command again (EX_TEMPFAIL)
@@ -57,9 +60,21 @@ class Interrupted(Exception):
         self.number = number
 
 
+def stopped(number: int, frame: Any) -> None:
+    """What SIGTERM does, except between the steps of a training."""
+    print("avsr: stopped by SIGTERM; what is done is kept, the same command continues", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_PREEMPTED)
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Ends the process with one line on stderr and an exit status for everything that is not a fault of the code."""
+    """Ends the process with one line on stderr and an exit status for everything that is not a fault of the code.
+
+    SIGTERM unwinds, unless there are other ranks: one that waits for them in native code would not get to do so.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if alone:
+        signal.signal(signal.SIGTERM, stopped)
     try:
         yield
     except UserError as error:

@@ -27,7 +27,7 @@ LAYERS = {
         "hf",
         "__main__",
     ],
-    "avsr": ["errors", "runtime", "config", "data", "models", "training evaluation", "tools", "train", "cli"],
+    "avsr": ["errors", "runtime", "config", "data", "models", "training evaluation", "tools", "train evaluate", "cli"],
 }
 LEVEL = {
     f"{top}.{name}": level for top, lines in LAYERS.items() for level, line in enumerate(lines) for name in line.split()

@@ -82,7 +82,7 @@ class Line(NamedTuple):
 
 
 def read_manifest(
-    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False
+    path: str | Path, *, on_bad: Callable[[str], None] | None = None, absolute: bool = False, texts: bool = True
 ) -> list[Utterance]:
     """Reads a ``.jsonl`` manifest or a ``.csv`` label file of Llama-AVSR or auto_avsr. For those that may be large see
     :func:`avsr.data.index.open_manifest`.
@@ -93,20 +93,23 @@ def read_manifest(
         on_bad: called with the message of every bad line, which is then skipped. Without it, the first bad line
             raises.
         absolute: files may be named by absolute paths, wherever they are.
+        texts: every line needs its text; else it is not read and ``text`` is "".
 
     Raises:
         UserError: missing, unreadable or empty manifest; a bad line (unless ``on_bad``).
     """
-    return [line.utterance(f"{path}:{number}") for number, line in read_lines(Path(path), on_bad or _raise, absolute)]
+    return [
+        line.utterance(f"{path}:{number}") for number, line in read_lines(Path(path), on_bad or _raise, absolute, texts)
+    ]
 
 
-def read_lines(path: Path, on_bad: Callable[[str], None], absolute: bool) -> list[tuple[int, Line]]:
+def read_lines(path: Path, on_bad: Callable[[str], None], absolute: bool, texts: bool = True) -> list[tuple[int, Line]]:
     """The lines that can be used, with their numbers; arguments as of :func:`read_manifest`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:  # a name with a NUL, or not UTF-8
         raise UserError(f"cannot read the manifest {path}: {error}") from error
-    within = Root.of(path, absolute)
+    within = Root.of(path, absolute, texts)
     rows: list[tuple[int, Line]] = []
     seen: dict[str, int] = {}
     refused = ""
@@ -140,12 +143,13 @@ def write_manifest(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Root:
-    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; and the
-    lines where every field that is not read was first seen."""
+    """The folder below which paths lead, or if ``absolute`` those that do not name their place themselves; the lines
+    where every field that is not read was first seen; and whether lines need ``texts``."""
 
     folder: Path
     absolute: bool
     unread: dict[str, int]
+    texts: bool = True
 
     def refusal(self, path: str) -> str:
         """The reason for which ``path``, as the manifest names it, is refused."""
@@ -153,10 +157,10 @@ class Root:
         return f"the path {path!r} leads outside {self.folder}{advice}"
 
     @classmethod
-    def of(cls, manifest: Path, absolute: bool) -> Root:
+    def of(cls, manifest: Path, absolute: bool, texts: bool = True) -> Root:
         """Of a manifest; paths of a label CSV begin in the parent of its folder."""
         folder = manifest.resolve().parent
-        return cls(folder.parent if manifest.suffix == ".csv" else folder, absolute, {})
+        return cls(folder.parent if manifest.suffix == ".csv" else folder, absolute, {}, texts)
 
 
 def parse_lines(lines: Iterable[str], path: Path, root: Root, first: int = 1) -> Iterator[tuple[int, Line | str]]:
@@ -195,10 +199,11 @@ def _parse_json(line: str, root: Root, where: str) -> Line:
         raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
     for other in row.keys() - _FIELDS:
         root.unread.setdefault(other, int(where.rpartition(":")[2]))
-    for field in ("id", "text", "duration", *(() if row.get("video") else ("audio",))):
+    needed = ("id", "text") if root.texts else ("id",)
+    for field in (*needed, "duration", *(() if row.get("video") else ("audio",))):
         if field not in row:
             raise UserError(f"{where}: the field {field!r} is missing (it has {', '.join(row) or 'none'})")
-    for field in ("id", "text"):
+    for field in needed:
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field!r} must be a text that is not empty, got {row[field]!r}")
     duration, offset, digest = row["duration"], row.get("offset"), row.get("sha256") or ""
@@ -221,7 +226,7 @@ def _parse_json(line: str, root: Root, where: str) -> Line:
     return Line(
         id=row["id"],
         audio=paths["audio"],
-        text=row["text"],
+        text=row["text"] if root.texts else "",
         duration=float(duration),
         speaker=str(row.get("speaker") or ""),
         video=paths["video"],
@@ -274,9 +279,11 @@ def _parse_csv(line: str, root: Root, where: str) -> Line:
     label = parse_label(line, where)
     video = _inside(root, f"{label.dataset}/{label.path}", where)
     sound = str(Path(video).with_suffix(".wav"))
-    text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
-    if not text:
-        raise UserError(f"{where}: the transcript is empty")
+    text = ""
+    if root.texts:
+        text = label.text if label.text is not None else _parallel_text(root, label.dataset, label.path, where)
+        if not text:
+            raise UserError(f"{where}: the transcript is empty")
     return Line(
         id=f"{label.dataset}/{label.path}",
         audio=sound,

@@ -184,20 +184,30 @@ class _Trace(LogitsProcessor):
         return (same.long().argmax(dim=-1) + first[:, None]).flatten()
 
 
+def groups(seconds: Sequence[float], size: int) -> list[list[int]]:
+    """The indices of ``seconds`` in batches of at most ``size``, from the shortest to the longest."""
+    order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
 def transcribe(
-    model: SpeechLLM, load: Callable[[int], Example], seconds: Sequence[float], config: DecodeConfig
+    model: SpeechLLM,
+    load: Callable[[int], Example],
+    seconds: Sequence[float],
+    config: DecodeConfig,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
     """Yields (index, hypotheses, best first) batch by batch, utterances of similar length together.
 
     ``load`` returns the example of an index when its batch is due, so a test set need not fit into memory; utterances
-    are grouped by ``seconds``.
+    are grouped by ``seconds``. With ``share`` = (rank, ranks) it is every ranks-th batch of those that one process
+    decodes: all ranks together find the same, to the last digit of a score.
 
     Raises:
         UserError: a batch does not fit into memory, or logits are NaN.
     """
-    order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
-    for first in range(0, len(order), config.batch):
-        part = order[first : first + config.batch]
+    rank, ranks = share
+    for part in groups(seconds, config.batch)[rank::ranks]:
         doing = f"decoding {len(part)} utterances of up to {max(seconds[i] for i in part):.1f} s"
         advice = f"lower decode.batch = {config.batch} or decode.beams = {config.beams}"
         batch = collate([load(i) for i in part])

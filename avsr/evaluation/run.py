@@ -1,24 +1,20 @@
-"""``avsr evaluate RUN`` and ``avsr transcribe RUN FILE...``."""
+"""``avsr evaluate RUN``, by one process or by the ranks of ``deepspeed --module avsr.evaluate RUN``."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from avsr.config import TASKS, Config, read_run_config
-from avsr.data.batches import Example
-from avsr.data.clip import VIDEO_SUFFIXES
+from avsr.config import Config, read_run_config
 from avsr.data.dataset import REJECTED, Reading, SpeechDataset, load_dataset
 from avsr.data.features import FeatureStore
 from avsr.data.foreign import resolve
 from avsr.data.index import open_manifest
-from avsr.data.manifest import Utterance
-from avsr.data.mouth.single import mouth_video
 from avsr.data.noise import CLEAN
 from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import Version
@@ -26,8 +22,9 @@ from avsr.errors import UserError, visible
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.breakdown import by_length, by_normaliser, by_speaker
 from avsr.evaluation.confusions import confusions
-from avsr.evaluation.decode import BUDGET, transcribe
+from avsr.evaluation.decode import groups, transcribe
 from avsr.evaluation.failures import failures, loops, warning
+from avsr.evaluation.ranks import Keyed, drop_others, from_first, open_rows, place, whole
 from avsr.evaluation.results import (
     ERRORS,
     HYPOTHESES,
@@ -45,31 +42,61 @@ from avsr.evaluation.wer import Score, alignment, normaliser, score
 from avsr.models.build import find_checkpoint, load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
 from avsr.runtime.folders import write_durably
-from avsr.runtime.locks import claim
+from avsr.runtime.locks import claim, unwinding
 from avsr.runtime.progress import ProgressBar
 from avsr.runtime.rows import Row, Rows
 
 logger = logging.getLogger("avsr")
 WORST = 20  # utterances shown in errors.txt
-TRANSCRIPTS = "transcripts.jsonl"
-_BATCHES = 8  # files read before their decoding begins, for batches of similar length
+Enter = Callable[[str], None]
 
 
 def decode_set(
     model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str, kept: Rows | None = None
 ) -> tuple[Score, list[Row]]:
-    """Decodes a dataset. Returns its score and one row per utterance (set, id, speaker, seconds, reference, hypothesis,
-    cut as in :class:`~avsr.evaluation.decode.Hypothesis`, loop; with ``decode.nbest`` > 1 also nbest, a list of text,
-    score and cut, best first). ``kept`` gets every row as it comes, with its ``TIMES``; what it holds is not decoded
-    again."""
+    """Decodes a dataset alone. Returns its score and one row per utterance, as of :func:`decode_share` without
+    ``TIMES``. ``kept`` gets every row as it comes; what it holds is not decoded again."""
     held = {} if kept is None else kept.held
-    left = [(index, u) for index, u in enumerate(dataset.utterances) if (name, u.id) not in held]
-    rows: dict[str, Row] = {}
-    with ProgressBar(f"decode {name}", len(dataset), done=len(dataset) - len(left)) as bar:
-        seconds = [utterance.duration for _, utterance in left]
-        decoded = timed(transcribe(model, lambda i: dataset[left[i][0]], seconds, config.decode))
-        for number, ((place, best), took) in enumerate(decoded):
-            utterance = left[place][1]
+    own = decode_share(model, dataset, config, name, kept, held)
+    return _scored(dataset, config, name, {**held, **own})
+
+
+def decode_share(
+    model: SpeechLLM,
+    dataset: SpeechDataset,
+    config: Config,
+    name: str,
+    kept: Rows | None,
+    done: Container[Hashable],
+    share: tuple[int, int] = (0, 1),
+) -> Keyed:
+    """Decodes one rank's share of a dataset.
+
+    Args:
+        model: decodes.
+        dataset: all of it.
+        config: of the run.
+        name: of the set.
+        kept: gets every row as it comes.
+        done: keys of what is not decoded again, of any rank.
+        share: (rank, number of ranks).
+
+    Returns:
+        By key, one row per utterance (set, id, speaker, seconds, reference, hypothesis, cut as in
+        :class:`~avsr.evaluation.decode.Hypothesis`, loop; with ``decode.nbest`` > 1 also nbest, a list of text, score
+        and cut, best first), with its ``TIMES``.
+    """
+    left = [(index, u) for index, u in enumerate(dataset.utterances) if (name, u.id) not in done]
+    seconds = [utterance.duration for _, utterance in left]
+    rank, ranks = share
+    mine = sum(map(len, groups(seconds, config.decode.batch)[rank::ranks]))
+    before = len(dataset) - len(left)
+    title = f"decode {name}" + (f", rank {rank} of {ranks}" if ranks > 1 else "")
+    rows: Keyed = {}
+    with ProgressBar(title, before + mine, done=before, shown=rank == 0) as bar:
+        decoded = timed(transcribe(model, lambda i: dataset[left[i][0]], seconds, config.decode, share))
+        for number, ((index, best), took) in enumerate(decoded):
+            utterance = left[index][1]
             row: dict[str, Any] = {
                 "set": name,
                 "id": utterance.id,
@@ -87,9 +114,14 @@ def decode_set(
                 row["nbest"] = [hypothesis._asdict() for hypothesis in best]
             if kept is not None:
                 kept.add(row)
-            rows[utterance.id] = row
+            rows[row_key(row)] = row
             bar.advance()
-    found = [rows.get(utterance.id) or held[name, utterance.id] for utterance in dataset.utterances]
+    return rows
+
+
+def _scored(dataset: SpeechDataset, config: Config, name: str, rows: Keyed) -> tuple[Score, list[Row]]:
+    """The score of a dataset, and its rows in order without ``TIMES``."""
+    found = [rows[name, utterance.id] for utterance in dataset.utterances]
     references, hypotheses = [row["reference"] for row in found], [row["hypothesis"] for row in found]
     total = score(references, hypotheses, normaliser(config.decode.normaliser))
     cached = sorted({stream for row in found for stream in row["cached"]})
@@ -129,8 +161,9 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
                         f"data.test.{name}: {manifest}: no transcript has a word that decode.normaliser = "
                         f"{config.decode.normaliser} leaves, so nothing could be scored"
                     )
-    for line in _overlaps(config):
-        logger.warning(line)
+    if place()[0] == 0:
+        for line in _overlaps(config):
+            logger.warning(line)
     return sets
 
 
@@ -144,31 +177,52 @@ def _overlaps(config: Config) -> list[str]:
 
 
 def evaluate(
-    run: str | Path, overrides: list[str], which: str = "best", out: str | Path | None = None
+    run: str | Path,
+    overrides: list[str],
+    which: str = "best",
+    out: str | Path | None = None,
+    enter: Enter = lambda stage: None,
 ) -> dict[str, Score]:
     """Decodes every test set of a run, with ACT if ``act.beta`` < 1; writes ``metrics.json``, ``hypotheses.jsonl`` and
     ``errors.txt``. An evaluation that was stopped goes on where it was; what was there before stays until it is whole.
+
+    The ranks of a process group share the decoding. They need the same run folder, which rank 0 locks and writes; all
+    return its scores.
 
     Args:
         run: the run folder.
         overrides: ``key=value`` of its config.
         which: the checkpoint.
         out: the folder of the results; by default that of :func:`~avsr.evaluation.results.results_folder`.
+        enter: called with every stage of :data:`avsr.training.watchdog.STAGES` that begins.
 
     Raises:
         UserError: bad input; the folder cannot be written, another process evaluates there, or ``out`` holds the result
             of other settings.
     """
-    made = made_by(run, read_run_config(run, overrides), which)
-    folder = results_folder(run, overrides, which) if out is None else Path(out)
-    with claim(folder, METRICS, "" if out is None else "--out"):
-        if out is not None:
-            refuse_other(folder / METRICS, made, "name another folder with --out")
+    with ExitStack() as held:
+
+        def begin() -> tuple[Row, Path]:
+            made = made_by(run, read_run_config(run, overrides), which)
+            folder = results_folder(run, overrides, which) if out is None else Path(out)
+            held.enter_context(claim(folder, METRICS, "" if out is None else "--out"))
+            if out is not None:
+                refuse_other(folder / METRICS, made, "name another folder with --out")
+            return made, folder
+
+        if place()[0]:
+            held.enter_context(unwinding())  # which claim does on rank 0
+        enter("run folder")
+        made, folder = from_first(begin)
+        enter("model")
         config, model, store = load_run(run, overrides, pick_device(), which)
         if made_by(run, read_run_config(run, overrides), which) != made:
             raise UserError(f"{find_checkpoint(run, which)} or a manifest was replaced meanwhile: repeat the command")
         with calibrated(config, model) as act:
-            return evaluate_model(config, model, test_sets(config, model, store), folder, act, made)
+            enter("manifests")
+            sets = test_sets(config, model, store)
+            enter("decoding")
+            return evaluate_model(config, model, sets, folder, act, made, enter)
 
 
 def evaluate_model(
@@ -178,8 +232,9 @@ def evaluate_model(
     folder: Path,
     act: dict[str, Any] | None = None,
     made: Row | None = None,
+    enter: Enter = lambda stage: None,
 ) -> dict[str, Score]:
-    """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``.
+    """Decodes ``sets`` with a loaded model and writes the files of :func:`evaluate` to ``folder``. Collective.
 
     Args:
         config: of the run.
@@ -189,27 +244,38 @@ def evaluate_model(
         act: what :func:`~avsr.evaluation.act.calibrated` yields.
         made: what :func:`~avsr.evaluation.results.made_by` returns; rows of a stopped evaluation that was made by the
             same are not decoded again.
+        enter: as in :func:`evaluate`.
     """
-    unfinished = folder / f"{HYPOTHESES}{UNFINISHED}"
-    if made is None:
-        unfinished.unlink(missing_ok=True)
-    kept = Rows(unfinished, row_key, made)
-    if kept.held:
-        logger.info("%s: %d utterances are decoded already", unfinished, len(kept.held))
+    share = place()
+    kept, done = open_rows(folder / f"{HYPOTHESES}{UNFINISHED}", made)
+    if done and share[0] == 0:
+        logger.info("%s: %d utterances are decoded already", kept.path, len(done))
+    own: Keyed = {} if share[0] else dict(kept.held)
+    for name, dataset in sets.items():
+        own |= decode_share(model, dataset, config, name, kept, done, share)
+    enter("results")
+    rows = whole(((name, u.id) for name, dataset in sets.items() for u in dataset.utterances), own)
+    about = {**environment(model), **({"act": act} if act else {})}
+    return from_first(lambda: _write_results(config, sets, kept, rows, about, made))
+
+
+def _write_results(
+    config: Config, sets: dict[str, SpeechDataset], kept: Rows, found: Keyed, about: Row, made: Row | None
+) -> dict[str, Score]:
+    """Writes what :func:`evaluate` says next to ``kept``, which is deleted; ``about`` goes under "decoding"."""
+    folder = kept.path.parent
     scores: dict[str, Score] = {}
     rows: list[Row] = []
     result: dict[str, Any] = {}
     failed: dict[str, dict[str, int]] = {}
     normalise = normaliser(config.decode.normaliser)
     for name, dataset in sets.items():
-        scores[name], part = decode_set(model, dataset, config, name, kept)
+        scores[name], part = _scored(dataset, config, name, found)
         failed[name] = failures(part)
         parts = {"by_speaker": by_speaker(part, normalise), "by_length": by_length(part, normalise)}
         result[name] = {**asdict(scores[name]), **by_normaliser(part), **failed[name], **parts}
         rows += part
-    result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser, **environment(model)}
-    if act:
-        result["decoding"]["act"] = act
+    result["decoding"] = {"beams": config.decode.beams, "normaliser": config.decode.normaliser, **about}
     if made:
         result[MADE_BY] = made
     try:
@@ -217,13 +283,25 @@ def evaluate_model(
         write_durably(folder / ERRORS, tables.encode("utf-8", errors="backslashreplace"))
         write_durably(folder / METRICS, (json.dumps(result, indent=2) + "\n").encode())
         kept.publish(folder / HYPOTHESES, rows)
+        drop_others(kept.path)
     except OSError as error:
-        reason = f"{error}; the same command goes on from {unfinished}"
+        reason = f"{error}; the same command goes on from {kept.path}"
         raise UserError(f"cannot write results to {folder}: {reason}") from error
     if line := warning(failed):
         logger.warning(line)
     logger.info("results: %s", folder)
     return scores
+
+
+def score_lines(scores: Mapping[str, Score]) -> list[str]:
+    """What the command prints: a line for every test set."""
+    lines = []
+    for name, found in scores.items():
+        counts = f"{found.utterances} utterances, {found.words} words"
+        note = " without encoders" if found.rtfx_without_encoders else ""
+        speed = "" if found.rtfx is None else f"  RTFx {found.rtfx:.4g}{note}"
+        lines.append(f"{visible(name)}: WER {found.wer:.4f}  CER {found.cer:.4f}{speed}  ({counts})")
+    return lines
 
 
 def worst(rows: Sequence[Row], config: Config) -> str:
@@ -241,100 +319,3 @@ def worst(rows: Sequence[Row], config: Config) -> str:
         if rate > 0
     ]
     return "\n".join(parts) or "no errors\n"
-
-
-def transcribe_files(
-    run: str | Path, files: Sequence[str], overrides: list[str], out: str | Path | None = None
-) -> Iterator[tuple[str, str | UserError]]:
-    """Transcribes files: (file, text) in order, as they come, with the error instead of a text for an unusable file.
-
-    Of a video file the mouth frames, the sound or both are used, as the run's task needs; from a whole face the mouth
-    is cropped first. ``out`` is a folder that also gets ``transcripts.jsonl``, where a stopped command goes on. A text
-    that repeats itself or was cut is warned about.
-    """
-    if out is None:
-        yield from _transcripts(run, files, overrides, None)
-        return
-    place = Path(out, TRANSCRIPTS)
-    with claim(place.parent, TRANSCRIPTS, "--out"):
-        if place.exists():
-            raise UserError(f"{place} is there already: name another folder with --out")
-        config = read_run_config(run, overrides)
-        config.data.test = {}
-        made = made_by(run, config)
-        kept = Rows(place.with_name(f"{TRANSCRIPTS}{UNFINISHED}"), lambda row: (row["file"], tuple(row["stamp"])), made)
-        rows: list[Row] = []
-        for name, result in _transcripts(run, files, overrides, kept):
-            rows.append({"file": name, "error" if isinstance(result, UserError) else "text": str(result)})
-            yield name, result
-        try:
-            kept.publish(place, rows)
-        except OSError as error:
-            raise UserError(f"cannot write {place}: {error}; the same command goes on") from error
-
-
-def _transcripts(
-    run: str | Path, files: Sequence[str], overrides: list[str], kept: Rows | None
-) -> Iterator[tuple[str, str | UserError]]:
-    config, model, store = load_run(run, overrides, pick_device(), single=True)
-    task = (config.decode.tasks or [config.model.task])[0]
-    together = config.decode.batch * _BATCHES
-    with calibrated(config, model):
-        for first in range(0, len(files), together):
-            part = files[first : first + together]
-            results: dict[int, str | UserError] = {}
-            cuts: dict[int, str] = {}
-            examples: list[tuple[int, Example]] = []
-            for index, name in enumerate(part):
-                held = None if kept is None else kept.held.get((name, _stamp(name)))
-                try:
-                    if held is None:
-                        examples.append((index, _example(name, task, model, store)))
-                    else:
-                        results[index], cuts[index] = str(held["text"]), held["cut"]
-                except UserError as error:
-                    results[index] = error
-            seconds = [example.utterance.duration for _, example in examples]
-            load = [example for _, example in examples].__getitem__
-            for place, hypotheses in transcribe(model, load, seconds, config.decode):
-                index, (text, _, cut) = examples[place][0], hypotheses[0]
-                results[index], cuts[index] = text, cut
-                if kept is not None:
-                    kept.add({"file": part[index], "stamp": _stamp(part[index]), "text": text, "cut": cut})
-            for index, name in enumerate(part):
-                if index in cuts:
-                    _warn(name, str(results[index]), cuts[index])
-                yield name, results[index]
-
-
-def _warn(name: str, text: str, cut: str) -> None:
-    """Of a text that is probably not what was said."""
-    name = visible(name)
-    if loops(text):
-        logger.warning("%s: its text repeats itself (decode.no_repeat_ngram, decode.repetition_penalty)", name)
-    if cut:
-        keys = "its budget (decode.base_tokens, decode.tokens_per_second)"
-        logger.warning("%s: its text was cut by %s", name, keys if cut == BUDGET else "the language model's positions")
-
-
-def _stamp(name: str) -> tuple[int, int]:
-    """Size and time of a file: another one under its name is transcribed again."""
-    try:
-        found = os.stat(name)
-    except (OSError, ValueError):
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
-def _example(name: str, task: str, model: SpeechLLM, store: FeatureStore) -> Example:
-    path = Path(os.path.realpath(name))  # where Path.resolve raises, for a link to itself, it is just no file
-    moving = path.suffix.lower() in VIDEO_SUFFIXES
-    utterance = Utterance(id=name, audio=path, text="", duration=0, video=None)
-    if moving and any("video" in store.encoders[stream].needs for stream in store.active):
-        utterance = replace(utterance, video=mouth_video(path))
-    features = store.load(utterance, streams=TASKS[task])
-    utterance = replace(utterance, duration=store.seconds(utterance))
-    reason = model.layout.unusable(store.frames(utterance), 0)
-    if reason:
-        raise UserError(f"{name} ({utterance.duration:.2f} s) {reason}")
-    return Example(utterance, features, [], task)

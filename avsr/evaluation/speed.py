@@ -4,6 +4,9 @@ divided by the sum of all times from sound to text, without the loading of the m
 An encoder whose features are cached does not run, so only the reading of its cache is in the time. The reading of clips
 is in it, which the leaderboard has in memory: the number here is a little lower. What warms up is left out, here the
 first batch of a process, unless there is no other.
+
+Of many ranks every one measures its own decoding, and the times are summed: RTFx is the speed of one rank, comparable
+with that of one process on one such device. N ranks together are N times as fast, less what they wait for the last one.
 """
 
 from __future__ import annotations

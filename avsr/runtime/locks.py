@@ -25,10 +25,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
-from avsr.errors import EXIT_PREEMPTED, EXIT_USER, UserError, at
+from avsr.errors import EXIT_USER, UserError, at, stopped
 from avsr.runtime.folders import drop_dead_parts, part_of, probe
 from avsr.runtime.pids import namespace, process_start
 
@@ -94,7 +93,7 @@ def claim(folder: Path, name: str = "", key: str = "") -> Iterator[None]:
     Raises:
         UserError: as :func:`hold`, or there is no space.
     """
-    with hold(folder, name, key), _unwinding():
+    with hold(folder, name, key), unwinding():
         try:
             probe(folder)
         except OSError as error:
@@ -256,17 +255,12 @@ def _live(file: Path, over: threading.Event) -> None:
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
+def unwinding() -> Iterator[None]:
     """Inside this context SIGTERM raises ``SystemExit``. Not for training, which handles it between its steps."""
-
-    def leave(number: int, frame: Any) -> None:
-        print("avsr: stopped by SIGTERM; what is done is kept, the same command continues", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_PREEMPTED)
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, stopped)
     try:
         yield
     finally:

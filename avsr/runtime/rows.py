@@ -6,8 +6,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from avsr.errors import HIDDEN, UserError
 from avsr.runtime.folders import append, write_durably
@@ -45,21 +46,26 @@ class Rows:
         except OSError as error:
             raise UserError(f"cannot continue {path}: {error.strerror or error}") from error
 
-    def add(self, *rows: Row) -> None:
-        """Keeps rows.
+    def add(self, *rows: Row) -> int:
+        """Keeps rows and returns the place of the first in the file.
 
         Raises:
             UserError: the disk is full; the rows before them are kept.
         """
-        first = [self._header] if self._fresh and self._header is not None else []
+        first = as_lines([self._header]) if self._fresh and self._header is not None else b""
+        lines = [as_lines([row]) for row in rows]
         try:
-            append(self.path, as_lines([*first, *rows]))
+            begin = append(self.path, b"".join([first, *lines]))
         except OSError as error:
             reason = error.strerror or str(error)
             kept = "the rows before are kept, the same command goes on"
             raise UserError(f"cannot write {self.path}: {reason}; {kept}") from error
         self._fresh = False
-        self.held |= {self._key(row): row for row in rows}
+        place = begin = begin + len(first)
+        for row, line in zip(rows, lines, strict=True):
+            self._hold(row, place)
+            place += len(line)
+        return begin
 
     def publish(self, place: Path, rows: Iterable[Row]) -> None:
         """Writes the final file, which replaces an older one only when it is whole, and deletes this one.
@@ -67,25 +73,78 @@ class Rows:
         Raises:
             OSError: it cannot be written; the older one and this one stay.
         """
-        write_durably(place, as_lines(rows))
+        write_rows(place, rows)
         self.path.unlink(missing_ok=True)
 
+    def _hold(self, row: Row, begin: int) -> None:
+        """Records a row of the file, whose line begins at the byte ``begin``."""
+        self.held[self._key(row)] = row
+
     def _read(self) -> None:
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            logger.warning("%s: its last line was cut short and is dropped: its work is repeated", self.path)
-            os.truncate(self.path, end)
-        lines = data[:end].split(b"\n")[:-1]
-        if self._header is not None and lines:
-            found = _parsed(lines[0])
-            if found != self._header:
-                logger.warning("%s was begun with other settings or data and begins again", self.path)
-                os.truncate(self.path, 0)
+        with self.path.open("rb") as file:
+            lines = self._whole_lines(file)
+            if self._header is not None:
+                _, begun = next(lines, (0, b""))
+                if begun and _parsed(begun) != self._header:
+                    logger.warning("%s was begun with other settings or data and begins again", self.path)
+                    os.truncate(self.path, 0)
+                    return
+                self._fresh = not begun
+                lines = chain([(0, b"")], lines)
+            for begin, row in _sound(self.path, lines, lambda row: hash(self._key(row))):
+                self._hold(row, begin)
+
+    def _whole_lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        """Every line with its place in the file, from which a last one that was cut short is removed."""
+        begin = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                logger.warning("%s: its last line was cut short and is dropped: its work is repeated", self.path)
+                os.truncate(self.path, begin)
                 return
-            lines[0] = b""
-        self._fresh = not lines
-        self.held = {self._key(row): row for row in _sound(self.path, lines, lambda row: hash(self._key(row)))}
+            yield begin, line
+            begin += len(line)
+
+
+class StoredRows(Rows):
+    """Rows that stay in their file; of each only the hash of its key and its place there are in memory (some 100
+    bytes), so there may be millions. ``held`` remains empty."""
+
+    def __init__(self, path: Path, key: Callable[[Row], Hashable], made_by: Row | None = None) -> None:
+        self._places: dict[int, int] = {}
+        super().__init__(path, key, made_by)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def place(self, key: Hashable) -> int | None:
+        """Where the file has the last row with this key."""
+        place = self._places.get(hash(key))
+        same = place is not None and self._key(next(self.read([place]))) == key
+        return place if same else None
+
+    def read(self, places: Iterable[int]) -> Iterator[Row]:
+        """The rows at these places, one at a time.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with self.path.open("rb") as file:
+            for place in places:
+                file.seek(place)
+                yield json.loads(file.readline())
+
+    def _hold(self, row: Row, begin: int) -> None:
+        self._places[hash(self._key(row))] = begin
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a whole file of rows, one at a time, so they need not fit into memory.
+
+    Raises:
+        OSError: it cannot be written; an older one stays.
+    """
+    write_durably(path, (as_lines([row]) for row in rows))
 
 
 def read_rows(path: Path, check: Callable[[Row], object]) -> list[Row]:
@@ -98,7 +157,8 @@ def read_rows(path: Path, check: Callable[[Row], object]) -> list[Row]:
     if not os.path.isfile(path):
         return []
     try:
-        return list(_sound(path, path.read_bytes().split(b"\n"), check))
+        with path.open("rb") as file:
+            return [row for _, row in _sound(path, ((0, line) for line in file), check)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -119,10 +179,10 @@ def as_lines(rows: Iterable[Row]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _sound(path: Path, lines: Iterable[bytes], check: Callable[[Row], object]) -> Iterator[Row]:
-    """The rows of ``lines``, of the file ``path``; those that are none are named at the end."""
+def _sound(path: Path, lines: Iterable[tuple[int, bytes]], check: Callable[[Row], object]) -> Iterator[tuple[int, Row]]:
+    """The rows of ``lines``, of the file ``path``, each with its place; lines that are none are named at the end."""
     damaged = []
-    for number, line in enumerate(lines, 1):
+    for number, (begin, line) in enumerate(lines, 1):
         if not line.strip():
             continue
         row = _parsed(line)
@@ -131,7 +191,7 @@ def _sound(path: Path, lines: Iterable[bytes], check: Callable[[Row], object]) -
         except (KeyError, TypeError, ValueError):
             damaged.append(number)
         else:
-            yield row
+            yield begin, row
     if damaged:
         logger.warning("%s: line %d is no row, left out (%d in all)", path, damaged[0], len(damaged))
 

@@ -1,8 +1,8 @@
 """Ends all ranks when one fails, or when one hangs, which it names with its stage long before a collective's time-out.
 
 Ranks go through the stages of a step together, so one rank that stays in a stage too long is enough. During the start
-one rank may read clips for hours while others wait for it: then all ranks have to be stuck, and progress on a progress
-bar counts as a sign of life.
+and in an evaluation one rank may be busy for hours while others wait for it: then all ranks have to be stuck, and
+progress on a progress bar counts as a sign of life.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ _STARTING = {
     "manifests": "reads the manifests",
     "engine": "makes the engine",
 }
+_EVALUATING = {"decoding": "decodes its share", "results": "brings the results together"}
+_ALONE = {**_STARTING, **_EVALUATING}  # stages in which a rank may be busy for long while others wait for it
 START = tuple(_STARTING)
 # in the order of a step: the others wait for the rank that is in the earliest stage
-STAGES = (*START, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
+STAGES = (*_ALONE, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
 START_LEAST = 30.0  # seconds that a stage of the start may always take
 _ABORT, _LEFT = "abort", "left"
 _GRACE = 2.0  # seconds after which a rank that has not ended by itself is ended
@@ -144,12 +146,12 @@ class Watchdog:
     def _notice(self, places: list[tuple[int, int, float, int]]) -> None:
         """Says from time to time what the start waits for; ``places`` as in :meth:`_describe`."""
         now = time.monotonic()
-        if all(STAGES[stage] in START for _, stage, _, _ in places) and now - max(self._since, self._noticed) > NOTICE:
+        if all(STAGES[stage] in _ALONE for _, stage, _, _ in places) and now - max(self._since, self._noticed) > NOTICE:
             self._noticed = now
             _, stage, age, rank = places[0]
             waiting = sum(other > stage for _, other, _, _ in places)
             rest = f"; {waiting} of {self._ranks} ranks wait for it" if waiting else ""
-            logger.warning("rank %d %s, for %.0f s so far%s", rank, _STARTING[STAGES[stage]], -age, rest)
+            logger.warning("rank %d %s, for %.0f s so far%s", rank, _ALONE[STAGES[stage]], -age, rest)
 
     def _judge(self, store: dist.Store) -> str:
         """On rank 0: which rank hangs, or ""."""
@@ -166,19 +168,20 @@ class Watchdog:
             places.append((step, STAGES.index(stage), -age, rank))
         self._notice(sorted(places))
         late = [-age > self._patience(STAGES[stage]) for _, stage, age, _ in places]
-        starting = any(STAGES[stage] in START for _, stage, _, _ in places)
-        hung = bool(late) and all(late) if starting else any(late)
+        alone = any(STAGES[stage] in _ALONE for _, stage, _, _ in places)
+        hung = bool(late) and all(late) if alone else any(late)
         return self._describe(sorted(places)) if hung else ""
 
     def _patience(self, stage: str) -> float:
-        return (self.patience if stage in START else self.timeout) or math.inf
+        return (self.patience if stage in _ALONE else self.timeout) or math.inf
 
     def _describe(self, places: list[tuple[int, int, float, int]]) -> str:
         """``places`` are (step, stage, -seconds, rank), the earliest first."""
 
         def where(step: int, stage: int, age: float) -> str:
             name = STAGES[stage]
-            part = f"the start ({name})" if name in START else f"{name} of step {step}"
+            part = name if name in _EVALUATING else f"{name} of step {step}"
+            part = f"the start ({name})" if name in START else part
             return f"{part} for {-age:.0f} s"
 
         step, stage, age, rank = places[0]
@@ -190,6 +193,8 @@ class Watchdog:
 def _reason(rank: int, error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"rank {rank}: {error}"
+    if isinstance(error, SystemExit):  # of an evaluation, whose SIGTERM does not wait for a step to end
+        return f"rank {rank} was stopped"
     text = (str(error).splitlines() or [""])[0]
     return f"rank {rank} failed: {type(error).__name__}" + (f": {text}" if text else "")
 
@@ -197,6 +202,8 @@ def _reason(rank: int, error: BaseException) -> str:
 def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     return EXIT_USER if isinstance(error, UserError) else 1
 
 

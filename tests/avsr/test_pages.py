@@ -83,9 +83,9 @@ def _check(words: list[str]) -> None:
         case "python" | "python3":
             assert rest[0] == "-m" and importlib.util.find_spec(rest[1]) is not None, words
         case "deepspeed":
-            module = rest.index("--module")
-            assert rest[module + 1] == "avsr.train"
-            load_config(rest[module + 2], rest[module + 3 :])
+            name, given, *overrides = rest[rest.index("--module") + 1 :]
+            assert name in ("avsr.train", "avsr.evaluate")
+            load_config(given if name == "avsr.train" else "demo", overrides)
         case "sbatch":
             script, *given = [word for word in rest if not word.startswith("--")]
             assert (ROOT / script).is_file()

@@ -17,7 +17,8 @@ from avsr.config import ActConfig, Config, load_config, to_yaml
 from avsr.errors import UserError
 from avsr.evaluation.act import calibrated
 from avsr.evaluation.results import results_folder
-from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.evaluation.run import evaluate
+from avsr.evaluation.transcripts import transcribe_files
 from avsr.models.build import load_run
 from avsr.models.speech_llm import SpeechLLM
 

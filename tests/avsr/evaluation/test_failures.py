@@ -17,7 +17,8 @@ from avsr.config import read_run_config
 from avsr.evaluation import decode
 from avsr.evaluation.failures import PHRASE, failures, loops, warning
 from avsr.evaluation.results import HYPOTHESES, made_by, row_key
-from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.evaluation.run import evaluate
+from avsr.evaluation.transcripts import transcribe_files
 from avsr.runtime.rows import Rows
 
 

@@ -23,8 +23,9 @@ from avsr.errors import EXIT_PREEMPTED, UserError
 from avsr.evaluation import decode
 from avsr.evaluation import run as run_module
 from avsr.evaluation.results import HYPOTHESES, made_by, refuse_other, results_folder, row_key
-from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.evaluation.run import evaluate
 from avsr.evaluation.run import test_sets as load_test_sets
+from avsr.evaluation.transcripts import transcribe_files
 from avsr.models.build import load_run
 from avsr.runtime.rows import Rows
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from avsr.errors import HIDDEN, UserError
 from avsr.runtime.folders import write_durably, write_whole
-from avsr.runtime.rows import Rows, append_row, as_lines, read_rows
+from avsr.runtime.rows import Rows, StoredRows, append_row, as_lines, read_rows
 
 
 def by_id(row: Any) -> str:
@@ -145,3 +146,42 @@ def test_what_would_act_on_a_terminal_is_escaped_and_comes_back() -> None:
     text = as_lines([{every: every}]).decode()
     assert not HIDDEN.search(text.removesuffix("\n")) and "\U0001f600" in text and "\xe4" in text
     assert json.loads(text) == {every: every}
+
+
+# Rows that stay on disk
+
+
+def test_stored_rows_are_found_by_their_key_and_survive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The keys -1 and -2 have the same hash, as any two may."""
+    path, settings = tmp_path / "rows.jsonl", {"beams": 1}
+    rows = StoredRows(path, lambda row: row["id"], settings)
+    places = [rows.add({"id": "a", "text": "ü\n"})]
+    assert rows.place("a") == places[0]  # after the header
+    places += [rows.add({"id": name, "text": "ü\n"}) for name in ("b", -1)]
+    places.append(rows.add({"id": "a", "text": "later"}))
+    assert places == sorted(set(places)) and not rows.held
+    with path.open("ab") as file:
+        file.write(b'no row\n{"id": "c')
+    again = StoredRows(path, lambda row: row["id"], settings)
+    assert "line 6 is no row" in caplog.text and "cut short" in caplog.text
+    for found in (rows, again):
+        assert [found.place(key) for key in ("a", "b", -1, -2, "c")] == [places[3], places[1], places[2], None, None]
+    assert [(row["id"], row["text"]) for row in again.read([places[3], places[0]])] == [("a", "later"), ("a", "ü\n")]
+    again.publish(tmp_path / "whole", again.read([places[1], places[3]]))
+    assert [json.loads(line)["id"] for line in (tmp_path / "whole").read_text().splitlines()] == ["b", "a"]
+    assert not path.exists()
+    assert StoredRows(path, lambda row: row["id"], settings).place("a") is None
+
+
+def test_stored_rows_take_no_memory(tmp_path: Path) -> None:
+    """10 MB of them."""
+    rows = StoredRows(tmp_path / "rows.jsonl", by_id)
+    tracemalloc.start()
+    try:
+        places = [rows.add({"id": str(number), "text": "a" * 2000}) for number in range(5000)]
+        StoredRows(rows.path, by_id)
+        rows.publish(tmp_path / "whole", rows.read(places))
+        assert tracemalloc.get_traced_memory()[1] < 2.5e6
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "whole").stat().st_size > 10e6

@@ -19,7 +19,8 @@ from avsr.data.dataset import Reading, load_dataset
 from avsr.data.manifest import read_manifest
 from avsr.data.video_writer import write_video
 from avsr.errors import UserError
-from avsr.evaluation.run import evaluate, transcribe_files
+from avsr.evaluation.run import evaluate
+from avsr.evaluation.transcripts import transcribe_files
 from avsr.models.build import build_store
 from avsr.training.metrics import read_metrics
 

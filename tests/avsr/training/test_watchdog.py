@@ -100,6 +100,9 @@ def test_a_start_that_hangs_says_in_which_stage(
         ([("manifests", 0, 1.0), ("manifests", 0, 100.0)], ""),
         ([("manifests", 0, 70.0), ("engine", 0, 90.0)], "rank 0 hangs in the start (manifests) for 70 s"),
         ([("data", 1, 70.0), ("engine", 0, 90.0)], "rank 1 hangs in the start (engine) for 90 s"),
+        # and in an evaluation, where one may have more to decode
+        ([("results", 0, 100.0), ("decoding", 0, 1.0)], ""),
+        ([("results", 0, 100.0), ("decoding", 0, 70.0)], "rank 1 hangs in decoding for 70 s"),
         # in a step one is enough
         ([("forward", 3, 1.0), ("data", 3, 70.0)], "rank 1 hangs in data of step 3 for 70 s"),
         ([("forward", 3, 1.0), ("data", 3, 50.0)], ""),

@@ -24,7 +24,7 @@ from typing import Any
 
 from avsr.data.manifest import write_manifest
 from avsr.errors import UserError
-from avsr.runtime.folders import write_durably
+from avsr.runtime.folders import drop_dead_parts, write_durably
 from avsr.runtime.pool import Lost, run_jobs
 from avsr.runtime.progress import ProgressBar
 from avsr.runtime.rows import Row, Rows, read_rows
@@ -136,6 +136,7 @@ def _write_manifests(out: Path, shards: list[Shard], done: Rows) -> dict[str, in
         for split, row in done.held[_key(shard)]["utterances"]:
             rows[f"{shard.set_name}/{split}.jsonl"].append(row)
     for manifest, content in rows.items():
+        drop_dead_parts((out / manifest).parent)
         write_manifest(out / manifest, sorted(content, key=lambda row: row["id"]))
     return {manifest: len(content) for manifest, content in rows.items()}
 

@@ -9,11 +9,10 @@ import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from avsr.errors import EXIT_USER, UserError, guarded, visible
-from avsr.runtime.share import Share
+from avsr import commands
+from avsr.errors import guarded, visible
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,165 +39,6 @@ class _Visible(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), "\n\t")
-
-
-def _split(given: list[str]) -> tuple[list[str], list[str]]:
-    """Names and ``key=value`` overrides; what exists is a name even with a "="."""
-    names: list[str] = []
-    overrides: list[str] = []
-    for text in given:
-        (names if "=" not in text or Path(text).exists() else overrides).append(text)
-    return names, overrides
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from avsr.config import load_config
-    from avsr.training.run import train_and_leave
-
-    print(train_and_leave(load_config(arguments.config, arguments.overrides)))
-
-
-def _profile(arguments: argparse.Namespace) -> None:
-    from avsr.config import load_config
-    from avsr.tools.estimate.profiling import profile_and_leave
-
-    profile_and_leave(load_config(arguments.config, arguments.overrides), arguments.steps)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from avsr.config import load_config
-    from avsr.tools.estimate.planning import page, plan
-    from avsr.training.memory import device_memory
-
-    config = load_config(arguments.config, arguments.overrides)
-    room = device_memory() if arguments.memory is None else arguments.memory * 1e9
-    print(page(config, plan(config, arguments.ranks, room), room))
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
-    from avsr.config.composing import compose
-    from avsr.tools.lipreader.pretrain import PretrainConfig, pretrain
-
-    print(pretrain(compose(arguments.config, arguments.overrides, PretrainConfig)))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.run import evaluate, score_lines
-
-    scores = evaluate(arguments.run, arguments.overrides, arguments.checkpoint, arguments.out)
-    print("\n".join(score_lines(scores)))
-
-
-def _transcribe(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.transcripts import transcribe_files
-
-    names, overrides = _split(arguments.files)
-    if not names:
-        raise UserError("transcribe: no file given")
-    failed = 0
-    for name, result in transcribe_files(arguments.run, names, overrides, arguments.out, _share(arguments)):
-        if isinstance(result, UserError):
-            failed += 1
-            print(f"avsr: {visible(str(result))}", file=sys.stderr)
-        else:
-            print(f"{visible(name)}\t{visible(result)}", flush=True)
-    if failed:
-        raise SystemExit(EXIT_USER)
-
-
-def _act_search(arguments: argparse.Namespace) -> None:
-    from avsr.evaluation.act_search import act_search
-
-    print(act_search(arguments.run, arguments.overrides, arguments.checkpoint))
-
-
-def _analyze(arguments: argparse.Namespace) -> None:
-    from avsr.tools.analysis.composite import AUDIO, IMAGE, Media
-    from avsr.tools.analyze import analyze
-
-    targets, overrides = _split(arguments.targets)
-    if not targets:
-        raise UserError("analyze: no run or model given")
-    given = [(kind, file) for kind in (AUDIO, IMAGE) if (file := getattr(arguments, kind)) is not None]
-    if len(given) > 1:
-        raise UserError("analyze: expected --audio or --image, got both")
-    print(analyze(targets, overrides, arguments.out, arguments.text, Media(*given[0]) if given else None))
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    from avsr.tools.importing import import_checkpoint
-
-    given = arguments.checkpoint, arguments.config, arguments.out, arguments.overrides
-    print(import_checkpoint(*given, reduction=arguments.reduction, alpha=arguments.alpha))
-
-
-def _average(arguments: argparse.Namespace) -> None:
-    from avsr.tools.average import average
-
-    print(average(arguments.run, arguments.last))
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from avsr.tools.doctor import report
-
-    lines, complete = report()
-    print("\n".join(lines))
-    if not complete:
-        raise SystemExit(1)
-
-
-def _synth(arguments: argparse.Namespace) -> None:
-    from avsr.tools.corpora.synth.corpus import parse_options, synthesise
-
-    share = _share(arguments)
-    options = parse_options(arguments.overrides)
-    for name, count in synthesise(Path(arguments.out), options, share, merge=arguments.merge).items():
-        print(f"{count:7d}  {name}")
-    _print_share(share)
-
-
-def _prepare(arguments: argparse.Namespace) -> None:
-    from avsr.tools.corpora.prepare.options import parse_options
-    from avsr.tools.corpora.prepare.run import REFUSED, prepare
-
-    share = _share(arguments)
-    options = parse_options(arguments.corpus, arguments.overrides)
-    report = prepare(arguments.corpus, arguments.root, arguments.out, options, share, merge=arguments.merge)
-    for name, count in report.manifests.items():
-        print(f"{count:7d}  {name}.jsonl")
-    for kind, count in report.refused.items():
-        print(f"{count:7d}  refused: {kind}")
-    _print_share(share)
-    if report.refused and share is None:
-        print(f"the reasons are in {Path(arguments.out, REFUSED)}")
-
-
-def _index(arguments: argparse.Namespace) -> None:
-    from avsr.tools.index import index_manifest
-
-    options = {"media": not arguments.lines, "workers": arguments.workers, "share": _share(arguments)}
-    print("\n".join(index_manifest(arguments.manifest, **options)))
-
-
-def _share(arguments: argparse.Namespace) -> Share | None:
-    """What ``--shard`` says."""
-    if arguments.shard is not None and getattr(arguments, "merge", False):
-        raise UserError("expected --shard I/N or --merge, got both")
-    return None if arguments.shard is None else Share.parse(arguments.shard)
-
-
-def _print_share(share: Share | None) -> None:
-    if share is not None:
-        print(f"shard {share} is done; when all {share.count} are, --merge instead of --shard writes the manifests")
-
-
-def _pack(arguments: argparse.Namespace) -> None:
-    from avsr.tools.pack import pack
-
-    options = {"size": arguments.size, "clips": arguments.clips, "absolute": arguments.allow_absolute}
-    packed = pack(arguments.manifest, arguments.out, **options)
-    print(f"{packed.lines:7d}  {Path(arguments.manifest).stem}.jsonl")
-    print(f"{packed.shards:7d}  shards, {packed.written} of them written now")
 
 
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -238,15 +78,15 @@ class _Command:
 
 
 _COMMANDS = {
-    "train": _Command(_train, "train a config", [_CONFIG, _OVERRIDES], _KEYS),
+    "train": _Command(commands.run_train, "train a config", [_CONFIG, _OVERRIDES], _KEYS),
     "profile": _Command(
-        _profile,
+        commands.run_profile,
         "measure a few steps of a config: speed, time and memory by part",
         [_CONFIG, _argument("--steps", type=int, default=10, help="steps that are measured"), _OVERRIDES],
         _KEYS,
     ),
     "plan": _Command(
-        _plan,
+        commands.run_plan,
         "estimate a config's memory for every ZeRO stage, and the batches that fit",
         [
             _CONFIG,
@@ -257,13 +97,13 @@ _COMMANDS = {
         _KEYS,
     ),
     "pretrain": _Command(
-        _pretrain,
+        commands.run_pretrain,
         "train the small visual encoder on a corpus with known times",
         [_CONFIG, _OVERRIDES],
         _PRETRAIN_KEYS,
     ),
     "evaluate": _Command(
-        _evaluate,
+        commands.run_evaluate,
         "decode and score a run's test sets",
         [
             _RUN,
@@ -278,7 +118,7 @@ _COMMANDS = {
         _KEYS,
     ),
     "transcribe": _Command(
-        _transcribe,
+        commands.run_transcribe,
         "print one line of text for each sound or video file, or clip of a manifest",
         [
             _RUN,
@@ -300,13 +140,13 @@ _COMMANDS = {
         _KEYS,
     ),
     "act-search": _Command(
-        _act_search,
+        commands.run_act_search,
         "find the heads that attention calibration (act.beta) helps",
         [_RUN, _CHECKPOINT, _OVERRIDES],
         _KEYS,
     ),
     "analyze": _Command(
-        _analyze,
+        commands.run_analyze,
         "write analysis.json and report.html of runs or language models",
         [
             _path(
@@ -327,7 +167,7 @@ _COMMANDS = {
         ],
     ),
     "average": _Command(
-        _average,
+        commands.run_average,
         "write the mean of a run's newest checkpoints as checkpoints/average",
         [
             _path("run", help="the run folder, trained with training.keep_last"),
@@ -335,7 +175,7 @@ _COMMANDS = {
         ],
     ),
     "import": _Command(
-        _import,
+        commands.run_import,
         "make a run from an official Llama-AVSR checkpoint",
         [
             _path("checkpoint", help="model_avg_N.pth"),
@@ -347,9 +187,9 @@ _COMMANDS = {
         ],
         _KEYS,
     ),
-    "doctor": _Command(_doctor, "print versions, devices, backends and what is missing"),
+    "doctor": _Command(commands.run_doctor, "print versions, devices, backends and what is missing"),
     "index": _Command(
-        _index,
+        commands.run_index,
         "parse a manifest and measure its clips once for all runs, and describe it",
         [
             _path("manifest", help="a .jsonl manifest or a label CSV"),
@@ -359,13 +199,13 @@ _COMMANDS = {
         ],
     ),
     "synth": _Command(
-        _synth,
+        commands.run_synth,
         "make a corpus of synthetic speech",
         [_path("out", help="the folder to create"), *_SHARES, _OVERRIDES],
         _SYNTH_KEYS,
     ),
     "prepare": _Command(
-        _prepare,
+        commands.run_prepare,
         "turn the videos of a corpus into mouth crops, sound and manifests",
         [
             _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
@@ -377,7 +217,7 @@ _COMMANDS = {
         _PREPARE_KEYS,
     ),
     "pack": _Command(
-        _pack,
+        commands.run_pack,
         "put the clips of a manifest into a few large tar files, read as fast at random",
         [
             _path("manifest", help="of the clips"),

@@ -10,9 +10,11 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from avsr.data.index import read_arrow
+
 Result = dict[str, Any]
 NOTHING = "writes nothing"
-_VOLATILE = {"seconds", "wait_seconds", "total_seconds", "peak_memory_mb", "rtfx", "created", "run"}
+_VOLATILE = {"seconds", "wait_seconds", "total_seconds", "peak_memory_mb", "rtfx", "stamp", "created", "run"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ def _rows(*patterns: str) -> Callable[[Path], Result]:
 def _jsons(*patterns: str) -> Callable[[Path], Result]:
     return lambda root: {
         str(path.relative_to(root)): _steady(json.loads(path.read_text()))
+        for pattern in patterns
+        for path in sorted(root.glob(pattern))
+    }
+
+
+def _tables(*patterns: str) -> Callable[[Path], Result]:
+    """Arrow files, without the times of other files."""
+    return lambda root: {
+        path.name: [_steady(row) for row in read_arrow(path).to_pylist()]
         for pattern in patterns
         for path in sorted(root.glob(pattern))
     }
@@ -202,5 +213,14 @@ COMMANDS = {
         ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
         ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
         cannot={"damaged cache": "keeps its progress in its output: kill and full disk damage it"},
+    ),
+    "index": Command(
+        ["index", "corpus/train/manifest.jsonl", "--workers", "1"],
+        "corpus/train/manifest.jsonl.index",
+        _tables("corpus/train/manifest.jsonl.index/*.arrow"),
+        ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
+        ["corpus/train/manifest.jsonl", "corpus/train/u003.wav"],
+        replaces=True,
+        cannot={"damaged cache": "reads none", "two at once": "the second waits, and then has nothing to do"},
     ),
 }

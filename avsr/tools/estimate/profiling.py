@@ -26,7 +26,7 @@ from torch.profiler import profile as torch_profile
 from avsr.config import Config, load_config
 from avsr.data.batches import Batch
 from avsr.errors import UserError, guarded
-from avsr.runtime.folders import remove, write_durably
+from avsr.runtime.folders import remove, swap_in, write_durably
 from avsr.runtime.locks import hold
 from avsr.tools.estimate.flops import FORMULA, Rows, step_flops
 from avsr.tools.estimate.memory import Load, Sizes, memory, read_sizes
@@ -39,7 +39,6 @@ from avsr.training.trainer import Trainer
 
 logger = logging.getLogger("avsr")
 WARM_UP = 3
-BEGUN = "profile.part"  # in the folder of a profile that is not finished
 # dense bf16 FLOP/s by a substring of the device's name (NVIDIA's data sheets)
 _PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -64,18 +63,27 @@ def profile(config: Config, steps: int = 10) -> dict[str, Any]:
     if steps < 1:
         raise UserError(f"--steps: expected at least 1, got {steps}")
     out = Path(f"{config.run}-profile")
+    made = out.with_name(f"{out.name}.unfinished")  # what is there stays until this is whole
+    first = os.environ.get("RANK", "0") == "0"
     with ExitStack() as held:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             held.enter_context(hold(out.parent, out.name, "run"))
-        return _profile(config, steps, out, held)
+            remove(made)
+        if out.exists() and not (out / "profile.json").is_file() and any(out.iterdir()):
+            raise UserError(f"{out} exists and is not a profile; name another folder with run=")
+        try:
+            with ExitStack() as inside:
+                result = _profile(config, steps, made, inside)
+            dist.barrier()
+            if first:
+                swap_in(made, out)
+        finally:
+            if first:
+                remove(made)
+    return result
 
 
 def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str, Any]:
-    known = any((out / name).is_file() for name in ("profile.json", BEGUN))
-    if out.exists() and not known and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not a profile; name another folder with run=")
-    if os.environ.get("RANK", "0") == "0":
-        _begin(out)
     config.run, config.resume, config.log.tensorboard = str(out), False, False
     config.training.steps = WARM_UP + steps + 2
     trainer = make_trainer(config, held=held)
@@ -87,22 +95,9 @@ def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str
     result["planned, MB"] = _planned(trainer, batch)
     if dist.get_rank() == 0:
         write_durably(out / "profile.json", json.dumps(result, indent=1).encode())
-        (out / BEGUN).unlink()
         print(_page(result))
     trainer.model.detach()
     return result
-
-
-def _begin(out: Path) -> None:
-    """Empties the folder, but for the mark by which a profile that was stopped is known."""
-    try:
-        out.mkdir(exist_ok=True)
-        (out / BEGUN).touch()
-        for path in out.iterdir():
-            if path.name != BEGUN:
-                remove(path)
-    except OSError as error:
-        raise UserError(f"run: cannot write to {out}: {error.strerror or error}") from error
 
 
 def profile_and_leave(config: Config, steps: int = 10) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from avsr.training.engine import learning_rate_factor
 from avsr.training.metrics import MetricsLogger
 
 logger = logging.getLogger("avsr")
+_SETTINGS, _SCORES = "pretrain.yaml", "metrics.json"
 
 _SWITCH = 4.0  # cost of a change of the unit in ``best_path``, as a log-probability
 _EVALUATION_BATCH = 32
@@ -97,8 +98,14 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def _pretrain(config: PretrainConfig, run: Path) -> Path:
-    if (run / WEIGHTS).exists():
+    settings = OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
+    if (run / _SCORES).exists():  # written last
+        if (run / WEIGHTS).exists() and _content(run / _SETTINGS) == settings:
+            logger.info("%s holds this model already, nothing to do", run)
+            return run
         raise UserError(f"run: {run} holds a trained model already; name another folder with run=")
+    if (run / WEIGHTS).exists():
+        logger.warning("%s holds a model whose training was stopped: it begins again", run)
     pool = config.model.pool
     train = load_timed(config.train, targets=config.targets, pool=pool, limit=config.limit, key="train")
     validation = load_timed(config.validation, targets=config.targets, pool=pool, key="validation")
@@ -107,7 +114,7 @@ def _pretrain(config: PretrainConfig, run: Path) -> Path:
         for name, manifest in config.test.items()
     }
     try:
-        write_durably(run / "pretrain.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        write_durably(run / _SETTINGS, settings)
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     torch.manual_seed(config.seed)
@@ -117,10 +124,17 @@ def _pretrain(config: PretrainConfig, run: Path) -> Path:
     _fit(model, config, train, validation)
     measured = {name: evaluate_visual(model, clips) for name, clips in {"validation": validation, **tests}.items()}
     try:
-        write_durably(run / "metrics.json", (json.dumps(measured, indent=2) + "\n").encode())
+        write_durably(run / _SCORES, (json.dumps(measured, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"run: cannot write to {run}: {error}") from error
     return run
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def check_pretrain(config: PretrainConfig) -> None:

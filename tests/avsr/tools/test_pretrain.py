@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from avsr.config import EncoderConfig
 from avsr.data.clip import Clip
@@ -289,4 +291,16 @@ def test_bad_settings_are_refused(
 
 def test_a_finished_run_is_not_overwritten(run: Path, corpus: dict[str, str]) -> None:
     with pytest.raises(UserError, match="holds a trained model already"):
-        pretrain(make_config(corpus, run))
+        pretrain(make_config(corpus, run, seed=9))
+
+
+def test_a_training_that_was_stopped_begins_again(run: Path, corpus: dict[str, str], tmp_path: Path) -> None:
+    """Its weights are there since the first validation."""
+    again = shutil.copytree(run, tmp_path / "again")
+    config = OmegaConf.to_object(OmegaConf.merge(PretrainConfig, OmegaConf.load(again / "pretrain.yaml")))
+    config.run = str(again)
+    (again / "metrics.json").unlink()
+    (again / "model.safetensors").write_bytes(b"of the first validation")
+    assert pretrain(config) == again
+    assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert (again / "metrics.json").read_bytes() == (run / "metrics.json").read_bytes()

@@ -14,6 +14,7 @@ while another one is made: files are replaced, not changed.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -41,6 +42,7 @@ LARGE = 2**23  # bytes from which a manifest gets an index by itself: about 30,0
 RANGE = 2**24  # bytes that one process parses at once
 _VERSION = 1
 _META = "index.json"
+_OWN = ("parts-", "rows-", "tokens-", "measured-")  # what the names of files begin with
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Index:
     Attributes:
         folder: where it is.
         sum: the beginning of the manifest's SHA-256.
+        previous: that of the content before, whose measured clips may still be there; "" = none.
         bad: (line, reason, line that is mentioned at its end or 0) of every bad line.
         twice: what :func:`avsr.data.utterances.twice` returns for it.
         outside: number of rows with a path outside of the manifest's folder.
@@ -57,6 +60,7 @@ class Index:
 
     folder: Path
     sum: str
+    previous: str
     bad: list[tuple[int, str, int]]
     twice: tuple[int, str, str]
     outside: int
@@ -153,7 +157,7 @@ def _open(folder: Path, path: Path) -> Index | None:
         if table.schema != SCHEMA or len(table) != meta["rows"]:
             raise ValueError("rows are missing")
         warn_of_unread(path, meta["unread"])
-        return Index(folder, meta["sha256"][:12], bad, (count, first, second), meta["outside"], table)
+        return Index(folder, meta["sha256"][:12], meta["previous"], bad, (count, first, second), meta["outside"], table)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -193,6 +197,18 @@ def _below(path: Path, root: Root) -> bool:
     return path.is_relative_to(root.folder)
 
 
+def _previous(folder: Path, own: str) -> str:
+    """The sum of the content whose index this one replaces; "" if nothing was measured for it."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        found = str(meta["sha256"])[:12]
+        if found == own:  # the same content in another place
+            return str(meta["previous"])
+        return found if any(folder.glob(f"measured-{glob.escape(found)}-*.arrow")) else str(meta["previous"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 class _Job(NamedTuple):
     """The lines of a manifest that begin in these bytes, and the file for them."""
 
@@ -216,15 +232,16 @@ def _build(path: Path, folder: Path, workers: int) -> Index:
         meta |= {
             "root": str(Root.of(path, True).folder),
             "version": _VERSION,
+            "previous": _previous(folder, digest[:12]),
             "size": size,
             "mtime_ns": stamp,
             "sha256": digest,
         }
         write_durably(folder / _META, (json.dumps(meta) + "\n").encode())
-        for other in folder.iterdir():  # of an older content
-            if other.name.startswith(("parts-", "rows-", "tokens-", "measured-")) and (
-                digest[:12] not in other.name or other == parts
-            ):
+        for other in folder.iterdir():
+            sums = digest[:12], meta["previous"] or digest[:12]
+            kept = other.name.startswith(tuple(f"{kind}-{own}" for kind in ("rows", "measured") for own in sums))
+            if other.name.startswith(_OWN) and not kept and not other.name.startswith(f"tokens-{sums[0]}"):
                 remove(other)
     except OSError as error:
         place = error.filename or folder

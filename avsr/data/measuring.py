@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from avsr.data.clip import load_clip
@@ -19,6 +21,7 @@ from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_
 from avsr.data.manifest import Utterance
 from avsr.data.measured import refuse_other_content
 from avsr.data.members import stamp
+from avsr.data.utterances import SCHEMA
 from avsr.errors import UserError
 from avsr.runtime.folders import remove
 from avsr.runtime.locks import hold
@@ -27,6 +30,7 @@ from avsr.runtime.progress import ProgressBar
 from avsr.runtime.share import Share
 
 logger = logging.getLogger("avsr")
+Numbers = np.ndarray[Any, Any]
 SIGNALS = ("audio", "video")
 RANGE = 512  # rows that a process measures at once: what a kill can lose
 MEASURED = pa.schema(
@@ -119,10 +123,45 @@ def _measure(job: _Job) -> None:
     found = open_manifest(job.manifest, absolute=True)
     index, utterances = found.index, found.utterances[job.first : job.end]
     assert index is not None
-    before = measured(index, [job.signal])
-    held = None if before is None else before[job.signal].slice(job.first, len(utterances)).to_pylist()
-    rows = [_row(u, job.signal, None if held is None else held[place]) for place, u in enumerate(utterances)]
+    held = _held(index, job.signal, range(job.first, job.end))
+    rows = [_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
     write_arrow(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+
+
+def _held(index: Index, signal: str, rows: range) -> Sequence[dict[str, Any] | None]:
+    """What was measured of these rows before, for this content of the manifest or the one before it."""
+    table = _measured(index, signal)
+    if table is not None:
+        return list(table.slice(rows.start, len(rows)).to_pylist())
+    marks, places, older = _before(index.folder, index.previous, signal)
+    own = _marks(index.table.slice(rows.start, len(rows)), signal)
+    found = np.searchsorted(marks, own).clip(max=max(len(marks) - 1, 0))
+    return [
+        older.slice(int(places[number]), 1).to_pylist()[0] if len(marks) and marks[number] == mark else None
+        for number, mark in zip(found, own, strict=True)
+    ]
+
+
+@lru_cache(maxsize=2)
+def _before(folder: Path, previous: str, signal: str) -> tuple[Numbers, Numbers, pa.Table]:
+    """The marks of an older content's clips in order, their rows, and what was measured of them."""
+    try:
+        table = read_arrow(folder / f"rows-{previous}.arrow")
+        older = read_arrow(folder / f"measured-{previous}-{signal}.arrow")
+        if table.schema != SCHEMA or older.schema != MEASURED or len(table) != len(older):
+            raise ValueError("rows are missing")
+    except (OSError, ValueError):
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), MEASURED.empty_table()
+    marks = _marks(table, signal)
+    order = np.argsort(marks, kind="stable")
+    return marks[order], order, older
+
+
+def _marks(table: pa.Table, signal: str) -> Numbers:
+    """(N,) marks of the files that a signal is read from."""
+    video = np.asarray(table.column("video_mark"))
+    audio = np.asarray(table.column("audio_mark"))
+    return video if signal == "video" else np.where(audio == 0, video, audio)
 
 
 def _row(utterance: Utterance, signal: str, held: dict[str, Any] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flashsink import versions
 
 _NEEDED = (
     *("torch", "triton", "transformers", "peft", "deepspeed", "torchaudio", "jiwer", "safetensors", "omegaconf"),
-    *("rich", "soundfile", "av", "gguf", "matplotlib", "tensorboard", "ninja"),
+    *("rich", "soundfile", "av", "pyarrow", "gguf", "matplotlib", "tensorboard", "ninja"),
 )
 _DEMO = ("espeakng-loader", "scipy")
 _PREPARE = ("dlib-bin",)

@@ -89,6 +89,24 @@ def test_only_what_has_changed_is_measured_again(corpus: Path, monkeypatch: pyte
     assert columns["audio"][7].as_py() == stamp(path) and columns.keys() == set(SIGNALS)
 
 
+def test_a_manifest_that_grows_measures_what_is_new(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for signal in SIGNALS:
+        measure(corpus, signal, workers=1)
+    before = measured(open_manifest(corpus).index, SIGNALS)
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    write_manifest(corpus, [{**rows[8], "id": "part", "offset": 0.1, "duration": 0.5}, *reversed(rows)])
+    make_index(corpus)
+    read: list[str] = []
+    real = measuring.load_clip
+    monkeypatch.setattr(measuring, "load_clip", lambda u, *args: (read.append(u.id), real(u, *args))[1])
+    for signal in SIGNALS:
+        measure(corpus, signal, workers=1)
+    after = measured(open_manifest(corpus).index, SIGNALS)
+    assert read == ["part", "part"] and before is not None and after is not None
+    for signal in SIGNALS:
+        assert after[signal].to_pylist()[:0:-1] == before[signal].to_pylist()
+
+
 def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "RANGE", 2)
     measure(corpus, "audio", workers=1)

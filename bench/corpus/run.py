@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 
 from bench.runner import ledger
@@ -28,6 +33,8 @@ SIZES = (100, 10_000, 100_000, 1_000_000, 1_700_000)
 LINES = ("read", "start", "order", "loader")
 RANKS = 8
 WORDS = 2000
+CLIPS = 100_000  # of the cache
+DELAY = 0.001  # seconds of an open or stat of a slow file system
 
 
 def rows(count: int) -> Iterator[str]:
@@ -78,6 +85,22 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
 
 
+def make_clips(folder: Path, count: int) -> Path:
+    """A manifest of ``count`` sounds of 0.3 s."""
+    wave = np.random.default_rng(0).normal(scale=0.1, size=4800).astype(np.float32)
+    content = io.BytesIO()
+    soundfile.write(content, wave, 16_000, format="FLAC")
+    lines = []
+    for number in range(count):
+        path = folder / "clips" / f"{number // 1000:03d}" / f"{number:06d}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.getvalue())
+        row = {"id": path.stem, "audio": str(path.relative_to(folder)), "duration": 0.3, "text": "x"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "clips.jsonl").write_text("".join(lines))
+    return folder / "clips.jsonl"
+
+
 class Runner:
     """Runs ``bench.corpus.child`` on the sources of a tree."""
 
@@ -99,6 +122,24 @@ class Runner:
         if process.returncode:
             raise RuntimeError(f"{line} of {manifest}: {error}")
         return dict(json.loads(out))
+
+    def cached(self, manifest: Path, *fill: str, delay: float = 0.0) -> dict[str, float]:
+        """``bench.corpus.cached``."""
+        command = [
+            sys.executable,
+            str(ROOT / "bench" / "corpus" / "cached.py"),
+            str(manifest),
+            str(self.folder / "features"),
+        ]
+        environment = {**self.environment, "BENCH_DELAY": str(delay)}
+        done = subprocess.run([*command, *fill], env=environment, text=True, capture_output=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    def index(self, manifest: Path) -> None:
+        """``avsr index``, where the tree has it."""
+        if (self.tree / "avsr" / "tools" / "index.py").is_file():
+            command = [sys.executable, "-m", "avsr.cli", "index", str(manifest)]
+            subprocess.run(command, env=self.environment, cwd=self.folder, check=True, capture_output=True)
 
     def together(self, manifest: Path) -> dict[str, float]:
         """``RANKS`` processes at once: seconds until all have started, and their memory together."""
@@ -122,10 +163,24 @@ def measure(runner: Runner, manifests: dict[int, Path], sizes: Sequence[int]) ->
         yield {"line": f"{RANKS} ranks", "rows": count, **runner.together(manifests[count])}
 
 
+def measure_cache(runner: Runner, manifest: Path, count: int) -> Iterator[dict[str, object]]:
+    began = time.perf_counter()
+    runner.index(manifest)
+    yield {"line": "measure all clips", "rows": count, "seconds": time.perf_counter() - began}
+    yield {"line": "fill the cache", "rows": count, **runner.cached(manifest, "fill")}
+    files = sum(len(names) for _, _, names in os.walk(runner.folder / "features"))
+    yield {"line": "files of the cache", "rows": count, "note": files}
+    for line, delay in (("cached start", 0.0), ("cached start, slow", DELAY)):
+        found = runner.cached(manifest, delay=delay)
+        note = f"{found['looks']:.0f} opens and stats; {found['reads a second']:.0f} reads a second"
+        yield {"line": line, "rows": count, "seconds": found["seconds"], "note": note}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.run data", description=__doc__)
     parser.add_argument("--tree", type=Path, default=ROOT, help="the sources to measure (default: these)")
     parser.add_argument("--most", type=int, default=SIZES[-1], help="rows of the largest manifest")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="clips of the feature cache")
     parser.add_argument("--dry", action="store_true", help="print, but keep nothing")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-corpus-") as name:
@@ -136,7 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         origin = {"date": datetime.date.today().isoformat(), "commit": ledger.commit(options.tree)}
         origin["device"] = device_name(torch.device("cpu"))
         sizes = [size for size in SIZES if size <= options.most]
-        for row in measure(Runner(options.tree, folder), manifests, sizes):
+        runner = Runner(options.tree, folder)
+        parts = [measure(runner, manifests, sizes)]
+        if options.most == SIZES[-1]:
+            parts.insert(0, measure_cache(runner, make_clips(folder, options.clips), options.clips))
+        for row in chain.from_iterable(parts):
             shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k in FIELDS}
             print("  ".join(f"{value:>12}" for value in shown.values()), flush=True)
             if not options.dry:

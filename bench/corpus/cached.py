@@ -1,6 +1,6 @@
 """A start with a complete feature cache: seconds and looks at the file system, in a process of its own,
-``python cached.py MANIFEST CACHE [fill]``. With ``BENCH_DELAY``, every open and stat takes so many seconds longer, as on
-a network file system. ``fill`` writes the features first. It also runs on the sources of older versions.
+``python cached.py MANIFEST CACHE [fill]``. With ``BENCH_DELAY``, every open and stat takes so many seconds longer, as
+on a network file system. ``fill`` writes the features first. It also runs on the sources of older versions.
 """
 
 from __future__ import annotations

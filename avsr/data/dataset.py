@@ -20,7 +20,7 @@ from avsr.data.batches import Example, Lost
 from avsr.data.features import FeatureStore
 from avsr.data.foreign import resolve
 from avsr.data.index import Index, open_manifest
-from avsr.data.lengths import frames_of, measure_missing
+from avsr.data.lengths import frames_of, keep_known, measure_missing
 from avsr.data.manifest import Utterance, write_manifest
 from avsr.data.measuring import stamps
 from avsr.data.tokens import count_tokens
@@ -207,6 +207,8 @@ def load_dataset(
     usable = np.setdiff1d(np.arange(len(utterances)), list(refused))
     if not len(usable):
         raise UserError(f"{manifest}: no utterance can be used")
+    if rank == 0:
+        keep_known(utterances.rows[usable], found.index, store, reading.all_versions())
     if began is not None:
         return SpeechDataset(utterances, began.frames, bad, store, tokenize, reading)
     kept = utterances if len(usable) == len(utterances) else utterances.select(usable)

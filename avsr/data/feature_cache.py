@@ -103,6 +103,11 @@ class FeatureCache:
             self._index = self._sent = found[0]
         self._fresh.clear()  # the index has them
 
+    @property
+    def names(self) -> list[str]:
+        """Of the shards and marks of damage that the folder holds, as far as is known."""
+        return self._known.names
+
     def find(self, keys: Sequence[str]) -> Array:
         """(len(keys),) bool: which clips are there. Opens no file of any."""
         found: Array = self._known.rows(keys) >= 0

@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from avsr.config import DataConfig
 from avsr.data.clip import Clip, load_clip
+from avsr.data.complete import Complete
 from avsr.data.feature_cache import DIGITS, FeatureCache
 from avsr.data.feature_index import Array
 from avsr.data.manifest import Utterance
@@ -127,6 +128,17 @@ class FeatureStore:
         """
         for cache in self._caches.values():
             cache.refresh()
+
+    def complete(self, content: str, versions: Sequence[Version]) -> Complete:
+        """Which rows of a manifest the cache holds in ``versions``, as it is known since the last :meth:`refresh`;
+        ``content`` names the manifest and the state of its files."""
+        made = [
+            f"{self.encoders[name].identity} {self._transforms.identity(version, self.encoders[name].needs)}"
+            for name in self._caches
+            for version in versions
+        ]
+        names = {name: cache.names for name, cache in self._caches.items()}
+        return Complete(Path(str(self._data.cache)), f"{content} {self.active} {made}", names)
 
     def prepare(
         self, utterances: Sequence[Utterance], *, title: str, versions: Sequence[Version] = (PLAIN,), shown: bool = True

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch.distributed as dist
 
 from avsr.data.clip import refuse_mismatch
@@ -18,7 +17,7 @@ from avsr.data.features import FeatureStore
 from avsr.data.index import Index
 from avsr.data.manifest import Utterance
 from avsr.data.measured import SHARE, Measured, lasting_many
-from avsr.data.measuring import measure, measured
+from avsr.data.measuring import measure, measured, state_of
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.transforms import Version
 from avsr.data.utterances import Utterances
@@ -57,17 +56,36 @@ def frames_of(
     if not store.reads_before:
         return _encoded(store, *lasting_many(mine.numbers("duration"))), {}
     tables = measured(index, sorted(store.needs))
-    unusable: dict[str, str] = {}
-    if tables is None or store.keeps:
+    if tables is None or index is None:
         unusable = store.prepare(mine, title=bar[0], versions=versions, shown=bar[1])
-    if tables is None:
         return _looked_up(mine, store, versions[0], unusable)
-    bad: dict[int, str] = {}
-    if unusable:
-        ids = pa.array(list(unusable))
-        for place in np.flatnonzero(pc.is_in(mine.column("id"), ids).to_numpy()).tolist():
-            bad[place] = unusable[mine[place].id]
-    return _measured(mine, tables, store, bad)
+    frames, bad = _measured(mine, tables, store)
+    if store.keeps:
+        held = known(index, store, versions)[mine.rows]
+        held[list(bad)] = True  # or of no interest
+        rest = np.flatnonzero(~held)
+        unusable = store.prepare(mine.select(rest), title=bar[0], versions=versions, shown=bar[1])
+        for place in rest.tolist() if unusable else ():
+            if (name := mine[place].id) in unusable:
+                bad[place] = unusable[name]
+    return frames, bad
+
+
+def known(index: Index, store: FeatureStore, versions: list[Version]) -> Numbers:
+    """(rows of the index,) bool: which of them the cache of ``store`` certainly holds."""
+    state = state_of(index)
+    return store.complete(state, versions).rows(len(index.table)) if state else np.zeros(len(index.table), dtype=bool)
+
+
+def keep_known(rows: Numbers, index: Index | None, store: FeatureStore, versions: list[Version]) -> None:
+    """Keeps for the next start that the cache of ``store`` holds these ``rows`` of the index; by one rank."""
+    state = state_of(index)
+    if index is None or not store.keeps or not state:
+        return
+    held = store.complete(state, versions)
+    there = held.rows(len(index.table))
+    there[rows] = True
+    held.keep(there)
 
 
 def _looked_up(mine: Utterances, store: FeatureStore, version: Version, unusable: dict[str, str]) -> Found:
@@ -93,7 +111,8 @@ def _looked_up(mine: Utterances, store: FeatureStore, version: Version, unusable
     return frames, bad
 
 
-def _measured(mine: Utterances, tables: dict[str, pa.Table], store: FeatureStore, bad: dict[int, str]) -> Found:
+def _measured(mine: Utterances, tables: dict[str, pa.Table], store: FeatureStore) -> Found:
+    bad: dict[int, str] = {}
     rows = pa.array(mine.rows)
     found = {signal: table.take(rows) for signal, table in tables.items()}
     lengths = {signal: np.asarray(part.column("length")) for signal, part in found.items()}

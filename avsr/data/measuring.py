@@ -55,6 +55,17 @@ def stamps(index: Index | None) -> dict[str, pa.ChunkedArray]:
     return {signal: table.column("stamp") for signal, table in found.items() if table is not None}
 
 
+def state_of(index: Index | None) -> str:
+    """Names a manifest's content and what was measured of it; "" unless all of its signals were."""
+    if index is None:
+        return ""
+    paths = [_place(index, signal) for signal in SIGNALS if index.table.column(signal).null_count < len(index.table)]
+    try:
+        return f"{index.sum} {[stamp(path) for path in paths]}"
+    except OSError:
+        return ""
+
+
 def _measured(index: Index | None, signal: str) -> pa.Table | None:
     if index is None or not (path := _place(index, signal)).is_file():
         return None

@@ -16,6 +16,7 @@ import torch
 from avsr.config import load_config
 from avsr.data import measuring
 from avsr.data.dataset import Reading, SpeechDataset, load_dataset
+from avsr.data.features import FeatureStore
 from avsr.data.index import make_index, open_manifest
 from avsr.data.manifest import write_manifest
 from avsr.data.measuring import SIGNALS, measure, measured, stamps
@@ -65,6 +66,46 @@ def test_as_reading_every_clip(av_recipe: Callable[..., Path], corpus: Path, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "load_clip", None)  # nothing is read again
         assert load().bad == plain.bad
+
+
+def test_a_complete_cache_is_not_looked_through(
+    av_recipe: Callable[..., Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "features"
+    config = load_config(
+        str(av_recipe(tmp_path, "audio")), ["data.on_bad=skip", "data.max_bad=1", f"data.cache={cache}"]
+    )
+    looked: list[str] = []
+    real = FeatureStore._key
+    monkeypatch.setattr(FeatureStore, "_key", lambda self, name, u, v: (looked.append(u.id), real(self, name, u, v))[1])
+
+    def load() -> list[Any]:
+        looked.clear()
+        store = build_store(config, torch.device("cpu"))
+        data = load_dataset(str(corpus), config.data, store, list, title="x", reading=Reading("audio"))
+        return [[u.id for u in data.utterances], data.sizes.tolist(), data.bad]
+
+    plain = load()
+    for signal in SIGNALS:
+        measure(corpus, signal, workers=1)
+    assert load() == plain and looked  # there is no note of it yet
+    assert load() == plain and not looked
+    config.data.limit = 4
+    assert load()[0] == plain[0][: len(load()[0])] and not looked
+    config.data.limit = 0
+    (shard,) = cache.rglob("shards/*.safetensors")
+    (shard.parent / f"{shard.name}.{'0' * 32}.damaged").touch()
+    assert load() == plain and looked  # a reader has found damage
+    assert load() == plain and not looked
+    shard.unlink()
+    assert load() == plain and looked
+    assert load() == plain and not looked
+    path = open_manifest(corpus).utterances[7].audio
+    assert path is not None
+    os.utime(path, (7, 7))
+    assert load() == plain and not looked  # found by avsr index
+    measure(corpus, "audio", workers=1)
+    assert load() == plain and looked
 
 
 def test_only_what_has_changed_is_measured_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,31 +114,33 @@ def hold(folder: Path, name: str = "", key: str = "", *, wait: bool = False) -> 
     """
     path, own = folder / (f".{name}{LOCK}" if name else LOCK), Holder.own()
     new, made = part_of(path), not folder.exists()
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        (new / own.name).touch()
-        _enter(path, own.name, new, folder / name, wait)
-    except OSError as error:
-        raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    _HELD.add(path / own.name)
-    drop_dead_parts(folder)
     over = threading.Event()
     thread = threading.Thread(target=_live, args=(path / own.name, over), name="lock", daemon=True)
-    thread.start()
-    try:
+    try:  # from here on: a signal may unwind anywhere
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            (new / own.name).touch()
+            _HELD.add(path / own.name)
+            _enter(path, own.name, new, folder / name, wait)
+        except OSError as error:
+            raise UserError(f"{at(key)}cannot write to {folder}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        drop_dead_parts(folder)
+        thread.start()
         yield
     finally:
         if os.getpid() == own.pid:  # not in a fork
-            over.set()
-            thread.join()
-            _HELD.discard(path / own.name)
-            _release(path / own.name)
-            if made:
-                with suppress(OSError):  # it holds something by now
-                    folder.rmdir()
+            with _undisturbed():
+                over.set()
+                if thread.is_alive():
+                    thread.join()
+                _HELD.discard(path / own.name)
+                _release(path / own.name)
+                if made:
+                    with suppress(OSError):  # it holds something by now
+                        folder.rmdir()
 
 
 def refuse_held(folder: Path) -> None:
@@ -252,6 +254,22 @@ def _live(file: Path, over: threading.Event) -> None:
                 flush=True,
             )
             os._exit(EXIT_USER)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside this context SIGTERM waits for its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if told:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -14,7 +14,18 @@ from avsr.data.index import read_arrow
 
 Result = dict[str, Any]
 NOTHING = "writes nothing"
-_VOLATILE = {"seconds", "wait_seconds", "total_seconds", "peak_memory_mb", "rtfx", "stamp", "created", "run"}
+_VOLATILE = {
+    "seconds",
+    "wait_seconds",
+    "total_seconds",
+    "peak_memory_mb",
+    "rtfx",
+    "stamp",
+    "audio_mark",
+    "video_mark",
+    "created",
+    "run",
+}
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ _COMMANDS = {
             _argument("--size", type=float, default=1.0, metavar="GB", help="of a full tar (default: 1)"),
             _argument("--clips", type=int, default=0, metavar="N", help="lines in a tar (default: any number)"),
             _argument("--allow-absolute", action="store_true", help="the manifest may name files anywhere"),
+            *_SHARES,
         ],
     ),
 }

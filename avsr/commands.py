@@ -164,6 +164,9 @@ def run_pack(arguments: argparse.Namespace) -> None:
     from avsr.tools.pack import pack
 
     options = {"size": arguments.size, "clips": arguments.clips, "absolute": arguments.allow_absolute}
-    packed = pack(arguments.manifest, arguments.out, **options)
-    print(f"{packed.lines:7d}  {Path(arguments.manifest).stem}.jsonl")
+    share = _share(arguments)
+    packed = pack(arguments.manifest, arguments.out, **options, share=share, merge=arguments.merge)
+    if share is None:
+        print(f"{packed.lines:7d}  {Path(arguments.manifest).stem}.jsonl")
     print(f"{packed.shards:7d}  shards, {packed.written} of them written now")
+    _print_share(share)

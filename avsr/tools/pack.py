@@ -31,9 +31,9 @@ from avsr.data.members import open_media, readable, stamp, suffix_of
 from avsr.data.tars import write_index
 from avsr.errors import UserError, at
 from avsr.runtime.folders import flush, part_of, sha256
-from avsr.runtime.locks import claim
 from avsr.runtime.progress import ProgressBar
-from avsr.runtime.rows import Rows, as_lines
+from avsr.runtime.rows import Row, Rows, as_lines
+from avsr.runtime.share import Share, claim_share, claim_whole, gather, take_over, unfinished
 
 logger = logging.getLogger("avsr")
 _PATHS = ("audio", "video", "times")  # fields that name files
@@ -64,7 +64,16 @@ class _Entry:
         return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
-def pack(manifest: str | Path, out: str | Path, *, size: float = 1.0, clips: int = 0, absolute: bool = False) -> Packed:
+def pack(
+    manifest: str | Path,
+    out: str | Path,
+    *,
+    size: float = 1.0,
+    clips: int = 0,
+    absolute: bool = False,
+    share: Share | None = None,
+    merge: bool = False,
+) -> Packed:
     """Packs the clips of a manifest, or continues with it. A file that several lines name is there once.
 
     Args:
@@ -73,10 +82,13 @@ def pack(manifest: str | Path, out: str | Path, *, size: float = 1.0, clips: int
         size: GB (10^9 bytes) from which a shard is full.
         clips: lines whose files a shard holds; 0 = any number.
         absolute: as of :func:`~avsr.data.manifest.read_manifest`.
+        share: of the shards; None = all of them, and the manifest.
+        merge: write only the manifest, of what the shares have packed.
 
     Raises:
         UserError: bad options; a line or a file cannot be read, or a file is another than the manifest was made of;
-            ``out`` holds the manifest or clips themselves, is in use or cannot be written.
+            ``out`` holds the manifest or clips themselves, is in use or cannot be written; or ``merge`` and shards are
+            missing.
     """
     manifest, out = Path(manifest), Path(out).absolute()
     if not 0 < size < math.inf or clips < 0:
@@ -93,22 +105,39 @@ def pack(manifest: str | Path, out: str | Path, *, size: float = 1.0, clips: int
     shards = {f"{name}-{number:06d}.tar": part for number, part in enumerate(_parted(entries, size * 1e9, clips))}
     marks = [f"{file} {path} {stamp(path)}" for entry in entries for file, (path, _) in entry.files.items()]
     files = hashlib.sha256("\n".join(marks).encode("utf-8", "surrogateescape")).hexdigest()
-    with claim(out):
-        made_by = {"manifest": sha256(manifest), "files": files, "size": size, "clips": clips}
-        rows = Rows(out / f".{name}.pack", lambda row: str(row["shard"]), made_by)
-        kept = {shard for shard in shards if _whole(out / shard, rows.held.get(shard))}
-        try:
-            if kept != shards.keys():
-                place.unlink(missing_ok=True)  # of shards that are replaced now
-                _write(out, {shard: part for shard, part in shards.items() if shard not in kept}, rows, len(entries))
-            if kept != shards.keys() or not place.exists():
+    made_by = {"manifest": sha256(manifest), "files": files, "size": size, "clips": clips}
+    try:
+        if share is not None:
+            with claim_share(out, share):
+                own = {shard: shards[shard] for shard in share.of(list(shards))}
+                rows = Rows(out / share.file, _shard, made_by)
+                return Packed(0, len(own), _write(place, own, rows, f"pack, shard {share}"))
+        with claim_whole(out):
+            rows, shared = Rows(out / f".{name}.pack", _shard, made_by), gather(out, _shard, made_by)
+            if merge:
+                _refuse_unfinished(out, list(shards), rows, shared)
+            take_over(rows, shared)
+            written = _write(place, shards, rows, "pack")
+            if written or shared or not place.exists():
                 write_manifest(place, _rows(shards))
-        except OSError as error:
-            kept_on = "whole shards are kept, the same command goes on"
-            raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}; {kept_on}") from error
+    except OSError as error:
+        kept_on = "whole shards are kept, the same command goes on"
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}; {kept_on}") from error
     if others := sorted(path.name for path in out.glob(f"{name}-??????.tar") if path.name not in shards):
         logger.warning("%s holds %d more shards of an earlier packing, first %s", out, len(others), others[0])
-    return Packed(len(entries), len(shards), len(shards) - len(kept))
+    return Packed(len(entries), len(shards), written)
+
+
+def _shard(row: Row) -> str:
+    return str(row["shard"])
+
+
+def _refuse_unfinished(out: Path, shards: list[str], rows: Rows, shared: Mapping[Share, list[Row]]) -> None:
+    held: dict[Any, Row] = dict(rows.held)
+    held |= {_shard(row): row for part in shared.values() for row in part}
+    missing = [number for number, shard in enumerate(shards) if not _whole(out / shard, held.get(shard))]
+    if missing:
+        raise unfinished(out, shared, lambda count: (number % count + 1 for number in missing))
 
 
 def _entries(manifest: Path, absolute: bool) -> Iterator[_Entry]:
@@ -158,10 +187,15 @@ def _rows(shards: Mapping[str, list[_Entry]]) -> Iterator[dict[str, Any]]:
             yield {**entry.row, **{kind: places[path] for kind, path in named.items() if path is not None}}
 
 
-def _write(out: Path, shards: Mapping[str, list[_Entry]], rows: Rows, total: int) -> None:
-    left = sum(map(len, shards.values()))
-    with ProgressBar("pack", total, done=total - left) as bar:
-        for shard, part in shards.items():
+def _write(place: Path, shards: Mapping[str, list[_Entry]], rows: Rows, title: str) -> int:
+    """Writes the shards that are not whole yet beside ``place``, their manifest, and returns their number."""
+    out = place.parent
+    missing = {shard: part for shard, part in shards.items() if not _whole(out / shard, rows.held.get(shard))}
+    if missing:
+        place.unlink(missing_ok=True)  # of shards that are replaced now
+    total, left = (sum(map(len, part.values())) for part in (shards, missing))
+    with ProgressBar(title, total, done=total - left) as bar:
+        for shard, part in missing.items():
             new = part_of(out / shard)
             try:
                 with new.open("wb") as file:
@@ -175,6 +209,7 @@ def _write(out: Path, shards: Mapping[str, list[_Entry]], rows: Rows, total: int
                     new.unlink(missing_ok=True)
             write_index(out / shard, places)
             rows.add({"shard": shard, "bytes": size})
+    return len(missing)
 
 
 def _fill(file: BinaryIO, part: list[_Entry], bar: ProgressBar) -> dict[str, tuple[int, int]]:

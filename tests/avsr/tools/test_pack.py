@@ -18,6 +18,7 @@ from avsr.data.manifest import read_manifest, write_manifest
 from avsr.data.members import read_text, sha256_of
 from avsr.errors import UserError
 from avsr.runtime.folders import sha256
+from avsr.runtime.share import Share
 from avsr.tools import pack as module
 from avsr.tools.pack import Packed, pack
 
@@ -168,3 +169,26 @@ def test_the_command(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def _lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_shares_and_their_merge_are_one_packing(manifest: Path, tmp_path: Path) -> None:
+    pack(manifest, tmp_path / "whole", clips=2)
+    out = tmp_path / "shared"
+    with pytest.raises(UserError, match="no shards that could be merged"):
+        pack(manifest, out, clips=2, merge=True)
+    pack(manifest, out, clips=2, share=Share(3, 3))
+    pack(manifest, out, clips=2, share=Share(1, 3))
+    with pytest.raises(UserError, match=r"1 of 3 shards .*--shard 2/3"):
+        pack(manifest, out, clips=2, merge=True)
+    assert not list(out.glob("*.jsonl")) or not (out / f"{manifest.stem}.jsonl").exists()
+    pack(manifest, out, clips=2, share=Share(2, 3))
+    assert pack(manifest, out, clips=2, merge=True).written == 0
+    content = {
+        folder: {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".jsonl")}
+        for folder in (out, tmp_path / "whole")
+    }
+    assert content[out] == content[tmp_path / "whole"] and len(content[out]) > 3
+    assert pack(manifest, out, clips=2).written == 0
+    with pytest.raises(UserError, match="other options or by another version"):
+        pack(manifest, out, clips=2, share=Share(1, 2))
+        pack(manifest, out, clips=4, merge=True)

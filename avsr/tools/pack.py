@@ -109,9 +109,9 @@ def pack(
     try:
         if share is not None:
             with claim_share(out, share):
-                own = {shard: shards[shard] for shard in share.of(list(shards))}
+                mine = {shard: shards[shard] for shard in share.of(list(shards))}
                 rows = Rows(out / share.file, _shard, made_by)
-                return Packed(0, len(own), _write(place, own, rows, f"pack, shard {share}"))
+                return Packed(0, len(mine), _write(place, mine, rows, f"pack, shard {share}"))
         with claim_whole(out):
             rows, shared = Rows(out / f".{name}.pack", _shard, made_by), gather(out, _shard, made_by)
             if merge:

@@ -45,7 +45,10 @@ class Store(FeatureStore):
 
     def _checked(self, utterance: Any) -> Clip:
         clip = Clip(torch.zeros(round(utterance.duration * 16_000)))
-        self.measured[utterance.id] = clip.measured
+        if hasattr(clip, "measured"):
+            self.measured[utterance.id] = clip.measured
+        else:  # an older version
+            self.sizes[utterance.id] = (clip.samples, 0)  # type: ignore[attr-defined]
         return clip
 
 

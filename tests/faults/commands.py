@@ -41,6 +41,7 @@ class Command:
             one clip of many, whose refusal is reported.
         again: arguments of the repetition after a fault that left something, instead of ``arguments``.
         replaces: whether a second run replaces the result of the first.
+        refuses: what it says instead where its result is whole.
         cache: a folder of the command's cache.
         ranks: whether it may be one of several.
         cannot: faults that cannot happen, and why.
@@ -53,6 +54,7 @@ class Command:
     spared: Sequence[str] = ()
     again: Sequence[str] = ()
     replaces: bool = False
+    refuses: str = ""
     cache: str = ""
     ranks: bool = False
     cannot: Mapping[str, str] = field(default_factory=dict)
@@ -166,6 +168,7 @@ COMMANDS = {
         _files("texts/transcripts.jsonl"),
         [*_OWN, "trained/config.yaml", "b.wav"],
         ["trained/config.yaml"],
+        refuses="transcripts.jsonl is there already",
         cannot={"damaged cache": "does not use data.cache"},
     ),
     "act-search": Command(

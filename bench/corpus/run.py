@@ -62,9 +62,9 @@ def rows(count: int) -> Iterator[str]:
         )
 
 
-def make_manifests(folder: Path) -> dict[int, Path]:
+def make_manifests(folder: Path, sizes: Sequence[int]) -> dict[int, Path]:
     found = {}
-    for count in SIZES:
+    for count in sizes:
         found[count] = folder / f"rows{count}.jsonl"
         with found[count].open("w") as file:
             file.writelines(rows(count))
@@ -110,6 +110,11 @@ class Runner:
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self.environment |= {"BENCH_TOKENIZER": str(folder / "tokenizer"), "AVSR_CACHE": str(folder / "cache")}
 
+    @property
+    def indexed(self) -> bool:
+        """Whether the sources make an index of a manifest."""
+        return (self.tree / "avsr" / "data" / "index.py").is_file()
+
     def start(self, line: str, manifest: Path, wait: bool = False) -> subprocess.Popen[str]:
         # by its path: the tree may have no such module, and its own `avsr` must come first
         command = [sys.executable, str(ROOT / "bench" / "corpus" / "child.py"), line, str(manifest)]
@@ -137,7 +142,7 @@ class Runner:
 
     def index(self, manifest: Path) -> None:
         """``avsr index``, where the tree has it."""
-        if (self.tree / "avsr" / "tools" / "index.py").is_file():
+        if self.indexed:
             command = [sys.executable, "-m", "avsr.cli", "index", str(manifest)]
             subprocess.run(command, env=self.environment, cwd=self.folder, check=True, capture_output=True)
 
@@ -155,11 +160,11 @@ class Runner:
 
 def measure(runner: Runner, manifests: dict[int, Path], sizes: Sequence[int]) -> Iterator[dict[str, object]]:
     for count in sizes:
-        first = runner.once("start", manifests[count])  # an index is made where there is one
-        yield {"line": "first start", "rows": count, **first}
+        if runner.indexed:
+            yield {"line": "first start", "rows": count, **runner.once("start", manifests[count])}
         for line in LINES:
             yield {"line": line, "rows": count, **runner.once(line, manifests[count])}
-    for count in (sizes[0], sizes[-1]):
+    for count in (sizes[0], sizes[-1]) if runner.indexed else ():  # 40 GB of memory without an index
         yield {"line": f"{RANKS} ranks", "rows": count, **runner.together(manifests[count])}
 
 
@@ -179,21 +184,20 @@ def measure_cache(runner: Runner, manifest: Path, count: int) -> Iterator[dict[s
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.run data", description=__doc__)
     parser.add_argument("--tree", type=Path, default=ROOT, help="the sources to measure (default: these)")
-    parser.add_argument("--most", type=int, default=SIZES[-1], help="rows of the largest manifest")
-    parser.add_argument("--clips", type=int, default=CLIPS, help="clips of the feature cache")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="rows of the manifests")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="clips of the feature cache; 0 = none")
     parser.add_argument("--dry", action="store_true", help="print, but keep nothing")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-corpus-") as name:
         folder = Path(name)
         print("making manifests", flush=True)
-        manifests = make_manifests(folder)
+        manifests = make_manifests(folder, options.sizes)
         make_tokenizer(folder / "tokenizer")
         origin = {"date": datetime.date.today().isoformat(), "commit": ledger.commit(options.tree)}
         origin["device"] = device_name(torch.device("cpu"))
-        sizes = [size for size in SIZES if size <= options.most]
         runner = Runner(options.tree, folder)
-        parts = [measure(runner, manifests, sizes)]
-        if options.most == SIZES[-1]:
+        parts = [measure(runner, manifests, options.sizes)]
+        if options.clips:
             parts.insert(0, measure_cache(runner, make_clips(folder, options.clips), options.clips))
         for row in chain.from_iterable(parts):
             shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k in FIELDS}

@@ -26,12 +26,11 @@ def test_the_page_is_of_its_rows() -> None:
 
 @pytest.mark.slow
 def test_every_line_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "SIZES", (100, 300))
     monkeypatch.setattr(run, "RANKS", 2)
-    manifests = run.make_manifests(tmp_path)
+    manifests = run.make_manifests(tmp_path, (100, 300))
     run.make_tokenizer(tmp_path / "tokenizer")
     runner = run.Runner(run.ROOT, tmp_path)
-    rows = list(run.measure(runner, manifests, run.SIZES))
+    rows = list(run.measure(runner, manifests, (100, 300)))
     assert [(row["line"], row["rows"]) for row in rows[:5]] == [(n, 100) for n in ("first start", *run.LINES)]
     assert all(0 < float(str(row["seconds"])) < 60 for row in rows)
     manifest = run.make_clips(tmp_path, 200)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,20 @@ def test_a_shard_that_is_none_is_refused(videos: Path, refuse: Refuse, given: st
     assert not (videos.parent / "out").exists()
 
 
-SCRIPT = Path(__file__).parents[2] / "configs/slurm/prepare.sbatch"
+SCRIPT = Path(__file__).parents[2] / "configs/slurm/shards.sbatch"
 SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
 AVSR = f'exec {sys.executable} -m avsr.cli "$@"'
 
 
-def submit(videos: Path, avsr: str = AVSR, **slurm: str) -> subprocess.Popen[str]:
-    """Starts the script as SLURM would, on this machine, with ``avsr`` as the command."""
+def submit(videos: Path, avsr: str = AVSR, given: Sequence[str] = (), **slurm: str) -> subprocess.Popen[str]:
+    """Starts the script as SLURM would, on this machine, with ``avsr`` as the command; ``given`` instead of prepare."""
     beside = videos.parent
     for name, line in ((".venv/bin/avsr", avsr), ("bin/srun", SRUN), ("bin/scontrol", 'echo "$@" > requeued')):
         (beside / name).parent.mkdir(parents=True, exist_ok=True)
         (beside / name).write_text(f"#!/bin/bash\n{line}\n")
         (beside / name).chmod(0o755)
     slurm |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "4711", "PATH": f"{beside}/bin:{os.environ['PATH']}"}
-    command = ["bash", str(SCRIPT), *start(videos)[1:]]
+    command = ["bash", str(SCRIPT), *(given or start(videos))]
     return subprocess.Popen(command, cwd=beside, stdout=-1, stderr=-1, text=True, env=os.environ | slurm)
 
 
@@ -156,3 +156,9 @@ def test_only_a_task_that_was_stopped_returns_to_the_queue(videos: Path, status:
     assert job.returncode == status
     requeued = videos.parent / "requeued"
     assert requeued.read_text() == "requeue 4711\n" if status == 75 else not requeued.exists()
+
+
+def test_an_index_is_finished_without_a_merge(videos: Path) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    for task, shown in ((array, "index m.jsonl --shard 3/16\n"), ({}, "index m.jsonl\n")):
+        assert submit(videos, 'echo "$@"', ["index", "m.jsonl"], **task).communicate(timeout=20)[0] == shown

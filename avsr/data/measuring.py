@@ -123,11 +123,24 @@ class _Job(NamedTuple):
 def _run(jobs: list[_Job], workers: int, title: str, total: int) -> None:
     with ProgressBar(title, total, done=total - len(jobs)) as bar:
         for job, result in run_jobs(_measure, jobs, workers if len(jobs) > 1 else 1):
-            if isinstance(result, Lost):
-                raise UserError(
-                    f"{job.manifest}: a process that measured rows {job.first} to {job.end} {result.reason}"
-                )
+            if isinstance(result, Lost):  # a file can crash the decoder that reads it
+                _measure_alone(job)
             bar.advance()
+
+
+def _measure_alone(job: _Job) -> None:
+    """Measures every row in a process of its own, and names those that end it."""
+    tables = []
+    for first in range(job.first, job.end):
+        alone = job._replace(first=first, end=first + 1, part=f"{job.part}.alone")
+        ((_, result),) = run_jobs(_measure, [alone], 1, fresh=True)
+        if isinstance(result, Lost):
+            row = {"length": 0, "reason": f"the process that read it {result.reason}", "stamp": ""}
+            tables.append(pa.Table.from_pylist([row], schema=MEASURED))
+        else:
+            tables.append(read_arrow(Path(alone.part)))
+    write_arrow(Path(job.part), pa.concat_tables(tables).combine_chunks())
+    remove(Path(f"{job.part}.alone"))
 
 
 def _measure(job: _Job) -> None:

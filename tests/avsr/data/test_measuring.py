@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,28 @@ def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     measure(corpus, "audio", workers=1, share=Share(3, 3))
     found = measured(index, ["audio"])
     assert found is not None and found["audio"].equals(whole["audio"])
+
+
+def _dies_of_the_third(job: Any) -> None:
+    """In a process of its own."""
+    if job.first <= 2 < job.end:
+        os.kill(os.getpid(), SIGKILL)
+    measuring._measure(job)
+
+
+def test_a_clip_that_crashes_its_decoder_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(corpus, "audio", workers=1)
+    index = make_index(corpus)
+    whole = measured(index, ["audio"])
+    index.file("measured-{}-audio.arrow").unlink()
+    monkeypatch.setattr(measuring, "RANGE", 4)
+    monkeypatch.setattr(measuring, "_measure", _dies_of_the_third)
+    measure(corpus, "audio", workers=2)
+    found = measured(index, ["audio"])
+    assert found is not None and whole is not None
+    rows, expected = found["audio"].to_pylist(), whole["audio"].to_pylist()
+    assert rows[2] == {"length": 0, "reason": "the process that read it died (exit status -9)", "stamp": ""}
+    assert rows[:2] + rows[3:] == expected[:2] + expected[3:]
 
 
 def test_a_truncated_table_is_measured_again(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:

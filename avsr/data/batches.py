@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from avsr.data.manifest import Utterance
+from avsr.data.stopwatch import stage
 from avsr.errors import UserError
 
 Numbers = np.ndarray[Any, Any]
@@ -78,6 +79,14 @@ def collate(found: Sequence[Example | Lost]) -> Batch:
     examples = [item for item in found if isinstance(item, Example)]
     if not examples:
         return Batch([], {}, {}, [[]], [lost[0].task], lost)
+    with stage("collate"):
+        features, lengths = _padded(examples)
+    utterances, text, tasks = ([getattr(e, key) for e in examples] for key in ("utterance", "text", "task"))
+    return Batch(utterances, features, lengths, text, tasks, lost)
+
+
+def _padded(examples: Sequence[Example]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features and lengths of a batch by stream."""
     features, lengths = {}, {}
     for name in dict.fromkeys(name for example in examples for name in example.features):
         present = [example.features[name] for example in examples if name in example.features]
@@ -85,8 +94,7 @@ def collate(found: Sequence[Example | Lost]) -> Batch:
         rows = [example.features.get(name, empty) for example in examples]
         features[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths[name] = torch.tensor([len(row) for row in rows])
-    utterances, text, tasks = ([getattr(e, key) for e in examples] for key in ("utterance", "text", "task"))
-    return Batch(utterances, features, lengths, text, tasks, lost)
+    return features, lengths
 
 
 def make_batches(

@@ -23,6 +23,7 @@ from avsr.data.index import Index, open_manifest
 from avsr.data.lengths import frames_of, keep_known, measure_missing
 from avsr.data.manifest import Utterance, write_manifest
 from avsr.data.measuring import stamps
+from avsr.data.stopwatch import stage
 from avsr.data.tokens import count_tokens
 from avsr.data.transforms import PLAIN, Version
 from avsr.data.utterances import Utterances
@@ -124,7 +125,8 @@ class SpeechDataset(Dataset[Example]):
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         """An :class:`Example`, or possibly a :class:`Lost` when ``reading.lossy``."""
         index, draw = key if isinstance(key, tuple) else (key, None)
-        utterance = self.utterances[index]
+        with stage("row"):
+            utterance = self.utterances[index]
         version, task = self.reading.pick(utterance, draw)
         if utterance.id in self.bad:
             return Lost(utterance, task, self.bad[utterance.id])
@@ -134,7 +136,10 @@ class SpeechDataset(Dataset[Example]):
             if not self.reading.lossy:
                 raise
             return Lost(utterance, task, str(error))
-        return Example(utterance, features, self._tokenize(utterance.text), task)
+        finally:
+            self._store.measured.pop(utterance.id, None)  # or a loader process would keep those of the whole corpus
+        with stage("tokens"):
+            return Example(utterance, features, self._tokenize(utterance.text), task)
 
 
 Refuse = Callable[[dict[str, int], int], str]

@@ -27,6 +27,7 @@ from avsr.data.manifest import Utterance
 from avsr.data.measured import Measured, lasting, refuse_other_content, refuse_other_length
 from avsr.data.members import stamp
 from avsr.data.rates import SAMPLE_RATE
+from avsr.data.stopwatch import stage
 from avsr.data.transforms import PLAIN, Transforms, Version
 from avsr.errors import ClipError, UserError, at
 from avsr.runtime.progress import ProgressBar
@@ -191,14 +192,20 @@ class FeatureStore:
         out: dict[str, Tensor] = {}
         for name in self.active if streams is None else streams:
             cache = None if name in self.inside else self._caches[name]
-            key = "" if cache is None else self._key(name, utterance, version)
-            held = None if cache is None else cache.read(key)
+            with stage("cache"):
+                key = "" if cache is None else self._key(name, utterance, version)
+                held = None if cache is None else cache.read(key)
             if held is not None:
                 out[name] = torch.from_numpy(held).float()
                 continue
             try:
-                clip = clip or self._transforms(self._checked(utterance), utterance, version)
-                inputs = self.encoders[name].prepare(clip)
+                if clip is None:
+                    with stage("decode"):
+                        clip = self._checked(utterance)
+                    with stage("augment"):
+                        clip = self._transforms(clip, utterance, version)
+                with stage("encoder input"):
+                    inputs = self.encoders[name].prepare(clip)
             except UserError as error:
                 raise ClipError(str(error)) from None
             if cache is None:

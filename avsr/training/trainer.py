@@ -61,7 +61,7 @@ class Trainer:
         self._lost = LostClips(Path(config.run))
         self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
-        self._sampler = BatchSampler(
+        self.sampler = BatchSampler(
             train.sizes, settings.frames, settings.utterances, settings.seed, self.world, settings.accumulation
         )
 
@@ -138,7 +138,7 @@ class Trainer:
     def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of every step, from the current progress on, epoch after epoch."""
         progress = self.progress
-        schedule = _Schedule(self._sampler, self.rank, progress.epoch, progress.step_in_epoch)
+        schedule = _Schedule(self.sampler, self.rank, progress.epoch, progress.step_in_epoch)
         loader = DataLoader(
             self.train,
             batch_sampler=schedule,  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def newest(path: Path = RESULTS) -> dict[bool, Rows]:
 def table(found: dict[bool, Rows]) -> str:
     lines = [f"| 1.7 million rows, one core | {BEFORE} | now | aim |", "|---|---:|---:|---:|"]
     for title, name, field, unit, aim in LINES:
-        cells = [_cell(found[before].get((name, LARGEST)), field, unit) for before in (True, False)]
+        cells = [_cell(found[before], name, field, unit) for before in (True, False)]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} | {aim} |")
     cached = [{line: row for (line, _), row in found[before].items()} for before in (True, False)]
     counts = [next((row["rows"] for row in part.values() if row["line"] == "cached start"), "0") for part in cached]
@@ -67,11 +67,16 @@ def table(found: dict[bool, Rows]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, str] | None, field: str, unit: str) -> str:
-    if row is None or not row[field]:
+def _cell(rows: Rows, name: str, field: str, unit: str) -> str:
+    """A number of the largest manifest; where that was not measured, of the largest that was, in proportion."""
+    counts = sorted(int(count) for line, count in rows if line == name)
+    row = rows[name, str(counts[-1])] if counts else {}
+    if not row.get(field):
         return "-"
-    value = float(row[field])
-    return f"{value:,.2f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+    factor = int(LARGEST) / counts[-1]
+    value = float(row[field]) * factor
+    shown = f"{value:,.3f} {unit}" if value < 1 else f"{value:,.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+    return shown if factor == 1 else f"~ {shown}"
 
 
 def draw(found: dict[bool, Rows], path: Path = FIGURE) -> None:

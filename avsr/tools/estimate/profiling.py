@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from avsr.config import Config, load_config
-from avsr.data.batches import Batch
+from avsr.data.batches import Batch, collate
+from avsr.data.stopwatch import watching
 from avsr.errors import UserError, guarded
 from avsr.runtime.folders import remove, swap_in, write_durably
 from avsr.runtime.locks import hold
@@ -39,6 +40,7 @@ from avsr.training.trainer import Trainer
 
 logger = logging.getLogger("avsr")
 WARM_UP = 3
+DATA_BATCHES = 4
 # dense bf16 FLOP/s by a substring of the device's name (NVIDIA's data sheets)
 _PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -93,6 +95,7 @@ def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str
     result = _summary(trainer, rows, trace)
     result.update(_room(result["memory, MB"], _frames(batch), trainer))
     result["planned, MB"] = _planned(trainer, batch)
+    result["data, ms a clip"] = _data_stages(trainer)
     if dist.get_rank() == 0:
         write_durably(out / "profile.json", json.dumps(result, indent=1).encode())
         print(_page(result))
@@ -115,6 +118,17 @@ def _measure(trainer: Trainer, source: Any) -> Measured:
     seconds = time.perf_counter() - began
     flops = all_sum([step_flops(model_sizes(trainer), _rows(trainer, batches))], trainer.device)[0]
     return Measured(seconds, ready - began, row["tokens"], row["audio_seconds"], flops)
+
+
+def _data_stages(trainer: Trainer) -> dict[str, float]:
+    """Milliseconds that one process takes for a clip by stage, in the first batches of an epoch."""
+    steps = trainer.sampler.epoch_steps(0, trainer.rank)
+    batches = [batch for step in steps[:DATA_BATCHES] for batch in step][:DATA_BATCHES]
+    with watching() as seconds:
+        for batch in batches:
+            collate([trainer.train[index, 0] for index in batch])
+    clips = sum(map(len, batches))
+    return {name: 1e3 * spent / clips for name, spent in seconds.items()}
 
 
 def _settle() -> None:

@@ -102,6 +102,8 @@ def test_a_profile_says_where_time_and_memory_go(
     assert memory["frozen weights"] > memory["optimizer"] > memory["trained weights"] > 0
     assert 0 < memory["of it: logits"] < memory["head or layer"] < 50  # DeepSpeed's own buckets would be 2 GB
     assert memory["activations"] > memory["of it: logits"]
+    stages = result["data, ms a clip"]
+    assert stages.keys() >= {"row", "cache", "tokens", "collate"} and all(0 < spent < 1000 for spent in stages.values())
     assert 0 <= result["exposed communication share"] < 1 and 0 < result["data-wait share"] < 1
     assert len(result["stages, ms"]) == 4 and min(result["stages, ms"].values()) > 0
     assert result["largest training.frames"] > 1e5 and result["training.frames"] == 120

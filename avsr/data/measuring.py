@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from avsr.data.clip import load_clip
-from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow
+from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow, write_part
 from avsr.data.manifest import Utterance
 from avsr.data.measured import refuse_other_content
 from avsr.data.members import stamp
@@ -98,7 +98,7 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
     try:
         folder.mkdir(exist_ok=True)
         jobs = [
-            _Job(str(manifest), signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
+            _Job(str(manifest), index.sum, signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
             for first in range(0, rows, RANGE)
         ]
         own = jobs if share is None else list(share.of(jobs))
@@ -114,6 +114,7 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
 
 class _Job(NamedTuple):
     manifest: str
+    sum: str  # of the manifest's content
     signal: str
     first: int
     end: int
@@ -133,10 +134,11 @@ def _run(jobs: list[_Job], workers: int, title: str, total: int) -> None:
 def _measure(job: _Job) -> None:
     found = open_manifest(job.manifest, absolute=True)
     index, utterances = found.index, found.utterances[job.first : job.end]
-    assert index is not None
+    if index is None or index.sum != job.sum:
+        raise UserError(f"{job.manifest} has changed while its clips were measured: start again")
     held = _held(index, job.signal, range(job.first, job.end))
-    rows = [_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
-    write_arrow(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+    rows = [measure_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
+    write_part(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
 
 
 def _held(index: Index, signal: str, rows: range) -> Sequence[dict[str, Any] | None]:
@@ -172,10 +174,12 @@ def _marks(table: pa.Table, signal: str) -> Numbers:
     """(N,) marks of the files that a signal is read from."""
     video = np.asarray(table.column("video_mark"))
     audio = np.asarray(table.column("audio_mark"))
-    return video if signal == "video" else np.where(audio == 0, video, audio)
+    files = video if signal == "video" else np.where(audio == 0, video, audio)
+    return files ^ np.asarray(table.column("sum_mark"))  # a reason may be that the line's sha256 is of another file
 
 
-def _row(utterance: Utterance, signal: str, held: dict[str, Any] | None) -> dict[str, Any]:
+def measure_row(utterance: Utterance, signal: str, held: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A row of ``MEASURED`` for an utterance: ``held`` if its file has not changed since that was measured."""
     path = utterance.video if signal == "video" else utterance.audio or utterance.video
     if path is None:
         return {"length": -1, "reason": None, "stamp": ""}

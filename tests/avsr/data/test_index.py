@@ -173,3 +173,44 @@ def test_bad_manifests(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             make_index(path)
             open_manifest(path)
+
+
+def test_a_path_that_is_the_folder_itself(small: Path) -> None:
+    small.write_text(good("a") + "\n" + good("folder", audio=".") + "\n")
+    make_index(small)
+    found = open_manifest(small)
+    assert (list(found.utterances), found.bad) == by_lines(small, False)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none/none.jsonl", "", "."])
+def test_what_is_no_file_leaves_nothing(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (make_index, open_manifest):
+        with pytest.raises(UserError, match="cannot read the manifest"):
+            call(Path(name))
+    assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, sys
+from avsr.data import index
+from avsr.errors import UserError
+if __name__ == "__main__":
+    index.RANGE = 300
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as a full disk does, in the processes too
+    try:
+        index.make_index(sys.argv[1], workers=2)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_in_other_processes_is_one_line(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "full.py").write_text(FULL)
+    command = [sys.executable, str(tmp_path / "full.py"), str(small)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.stdout.startswith("cannot write to the index") and found.stdout.count("\n") == 1, found.stderr
+
+
+def test_a_negative_number_of_processes_is_refused(small: Path, refuse: Callable[..., str]) -> None:
+    assert "--workers: expected a number from 0 on, got -1" in refuse("index", small, "--workers=-1")

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,13 @@ def _same(meta: dict[str, Any], path: Path) -> bool:
     found = path.stat()
     if found.st_size != meta["size"] or str(Root.of(path, True).folder) != meta["root"]:
         return False
-    return found.st_mtime_ns == meta["mtime_ns"] or sha256(path) == meta["sha256"]
+    return found.st_mtime_ns == meta["mtime_ns"] or _sum(path, found.st_size, found.st_mtime_ns) == meta["sha256"]
+
+
+@lru_cache(maxsize=64)
+def _sum(path: Path, size: int, changed: int) -> str:
+    """Once for the many jobs of a process."""
+    return sha256(path)
 
 
 def _usable(index: Index, path: Path, absolute: bool) -> Manifest:

@@ -91,7 +91,7 @@ class Utterances(Sequence[Utterance]):
     def __getitem__(self, index: slice) -> Utterances: ...
     def __getitem__(self, index: int | slice) -> Utterance | Utterances:
         if isinstance(index, slice):
-            return self._part(self._rows[index])
+            return self if index in (slice(None), slice(0, None)) else self._part(self._rows[index])
         row = int(self._rows[index])
         values = {name: column[row] for name, column in zip(_OWN, self._columns, strict=True)}
         line = values.pop("line")

@@ -90,13 +90,17 @@ def test_an_index_is_used_until_the_manifest_changes(small: Path, monkeypatch: p
     monkeypatch.setattr(index, "_parse", lambda *args, real=index._parse: (parsed.append(args), real(*args)))
     make_index(small)
     os.utime(small, (1, 1))  # a copy has another time
+    read: list[Path] = []
+    monkeypatch.setattr(index, "sha256", lambda path, real=index.sha256: (read.append(path), real(path))[1])
     make_index(small)
+    assert open_manifest(small).index is not None and len(read) == 1
     assert len(parsed) == 1 and len(open_manifest(small).utterances) == 20
     small.write_text(small.read_text() + good("new") + "\n")
     assert len(open_manifest(small).utterances) == 21  # small, so it needs none
     assert open_manifest(small).index is None
     make_index(small)
     assert len(parsed) == 2 and open_manifest(small).index is not None
+    assert open_manifest(small).utterances[:].twice == (0, "", "")  # it is not counted again
     names = sorted(path.name.split("-")[0] for path in (small.parent / f"m.jsonl{SUFFIX}").iterdir())
     assert names == ["index.json", "rows"]  # nothing of the older content is left
 

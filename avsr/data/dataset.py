@@ -134,6 +134,8 @@ class SpeechDataset(Dataset[Example]):
             if not self.reading.lossy:
                 raise
             return Lost(utterance, task, str(error))
+        finally:
+            self._store.measured.pop(utterance.id, None)  # loader processes would collect those of a whole corpus
         return Example(utterance, features, self._tokenize(utterance.text), task)
 
 

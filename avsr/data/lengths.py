@@ -72,6 +72,7 @@ def frames_of(
         held[list(bad)] = True  # or of no interest
         rest = np.flatnonzero(~held)
         unusable = store.prepare(mine.select(rest), title=bar[0], versions=versions, shown=bar[1])
+        store.measured.clear()
         for place in rest.tolist() if unusable else ():
             if (name := mine[place].id) in unusable:
                 bad[place] = unusable[name]

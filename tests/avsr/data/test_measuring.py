@@ -231,6 +231,19 @@ def test_a_repaired_file_is_found_by_the_next_start(corpus: Path, load: Callable
     assert load(corpus).sizes.tolist() == found.sizes.tolist()
 
 
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+def test_no_process_collects_lengths(
+    make_corpus: Callable[..., Path], load: Callable[..., SpeechDataset], tmp_path: Path, index: bool, cache: bool
+) -> None:
+    manifest = make_corpus(tmp_path / "good")
+    if index:
+        measure(manifest, "audio", workers=1)
+    found = load(manifest, *([f"data.cache={tmp_path / 'features'}"] if cache else []))
+    assert not found._store.measured and len([found[place] for place in range(len(found))]) == 8
+    assert not found._store.measured
+
+
 def test_a_limit_measures_no_other_clips(
     corpus: Path, load: Callable[..., SpeechDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:

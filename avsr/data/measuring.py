@@ -102,7 +102,7 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
             for first in range(0, rows, RANGE)
         ]
         own = jobs if share is None else list(share.of(jobs))
-        _run([job for job in own if not os.path.exists(job.part)], workers, f"measure {signal}", len(own))
+        _run(own, workers, f"measure {signal}")
         with hold(index.folder, f"measured-{signal}", wait=True):
             if all(os.path.exists(job.part) for job in jobs):
                 table = pa.concat_tables([read_arrow(Path(job.part)) for job in jobs])
@@ -121,8 +121,8 @@ class _Job(NamedTuple):
     part: str
 
 
-def _run(jobs: list[_Job], workers: int, title: str, total: int) -> None:
-    with ProgressBar(title, total, done=total - len(jobs)) as bar:
+def _run(jobs: list[_Job], workers: int, title: str) -> None:
+    with ProgressBar(title, len(jobs)) as bar:
         for job, result in run_jobs(_measure, jobs, workers if len(jobs) > 1 else 1):
             if isinstance(result, Lost):
                 raise UserError(
@@ -136,9 +136,18 @@ def _measure(job: _Job) -> None:
     index, utterances = found.index, found.utterances[job.first : job.end]
     if index is None or index.sum != job.sum:
         raise UserError(f"{job.manifest} has changed while its clips were measured: start again")
-    held = _held(index, job.signal, range(job.first, job.end))
+    held = _left(job) or _held(index, job.signal, range(job.first, job.end))
     rows = [measure_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
     write_part(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+
+
+def _left(job: _Job) -> list[dict[str, Any]]:
+    """What a process that was stopped has measured; its files may have changed since. Empty if there is nothing."""
+    try:
+        table = read_arrow(Path(job.part))
+    except (OSError, ValueError):
+        return []
+    return list(table.to_pylist()) if table.schema == MEASURED and len(table) == job.end - job.first else []
 
 
 def _held(index: Index, signal: str, rows: range) -> Sequence[dict[str, Any] | None]:

@@ -173,6 +173,21 @@ def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found is not None and found["audio"].equals(whole["audio"])
 
 
+def test_what_changes_after_a_kill_is_measured_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "RANGE", 2)
+    measure(corpus, "audio", workers=1, share=Share(1, 2))  # stands for a whole that was stopped
+    path = open_manifest(corpus).utterances[1].audio
+    assert path is not None
+    soundfile.write(str(path), np.sin(np.arange(5000)).astype(np.float32), 16_000)
+    read: list[str] = []
+    real = measuring.load_clip
+    monkeypatch.setattr(measuring, "load_clip", lambda u, *args: (read.append(u.id), real(u, *args))[1])
+    measure(corpus, "audio", workers=1)
+    assert read == ["u001", "u002", "u003", "u006", "u007", "u010"]
+    found = measured(open_manifest(corpus).index, ["audio"])
+    assert found is not None and found["audio"].column("length")[1].as_py() == 5000
+
+
 def test_a_truncated_table_is_measured_again(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     measure(corpus, "audio", workers=1)
     index = make_index(corpus)

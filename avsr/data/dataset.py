@@ -191,7 +191,8 @@ def load_dataset(
     }
     left = np.setdiff1d(np.arange(len(utterances)), list(refused))
     mine = left[rank::world]
-    measure_missing(found.index, str(path), store, config.workers)
+    if not config.limit:  # of the first few, others need not be measured
+        measure_missing(found.index, str(path), store, config.workers)
     store.refresh()
     utterances.know(stamps(found.index))
     own = _check(utterances.select(mine), tokens[mine], found.index, store, reading, (title, rank == 0), refuse)

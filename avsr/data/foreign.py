@@ -181,6 +181,8 @@ def _kept(found: Any, folder: Path) -> list[Path]:
             found.save_to_disk(str(part))
             os.replace(part, folder)
         except OSError as error:
+            if folder.is_dir():  # another rank of this host was faster
+                return _saved(folder)
             raise UserError(f"cannot write {folder}: {error.strerror or error} (AVSR_CACHE names it)") from error
         finally:
             remove(part)

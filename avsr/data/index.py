@@ -20,6 +20,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,8 @@ def make_index(path: Path, workers: int = 0) -> Index:
         UserError: the manifest cannot be read, or no folder takes the index.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"cannot read the manifest {path}: it is no file")
     problem: OSError | None = None
     for folder in _places(path):
         try:
@@ -134,14 +137,14 @@ def _places(path: Path) -> list[Path]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.stat().st_size if path.is_file() else 0
     except (OSError, ValueError):
         return 0
 
 
 def _find(path: Path) -> Index | None:
-    found = (_open(folder, path) for folder in _places(path) if _size(path) and folder.is_dir())
-    return next(filter(None, found), None)
+    places = _places(path) if _size(path) else []
+    return next(filter(None, (_open(folder, path) for folder in places if folder.is_dir())), None)
 
 
 def _open(folder: Path, path: Path) -> Index | None:
@@ -171,7 +174,13 @@ def _same(meta: dict[str, Any], path: Path) -> bool:
     found = path.stat()
     if found.st_size != meta["size"] or str(Root.of(path, True).folder) != meta["root"]:
         return False
-    return found.st_mtime_ns == meta["mtime_ns"] or sha256(path) == meta["sha256"]
+    return found.st_mtime_ns == meta["mtime_ns"] or _sum(path, found.st_size, found.st_mtime_ns) == meta["sha256"]
+
+
+@lru_cache(maxsize=64)
+def _sum(path: Path, size: int, changed: int) -> str:
+    """Once for the many jobs of a process."""
+    return sha256(path)
 
 
 def _usable(index: Index, path: Path, absolute: bool) -> Manifest:
@@ -271,7 +280,7 @@ def _parse_range(job: _Job) -> None:
         else:
             rows.append((number, found))
     notes = {"lines": len(lines), "bad": bad, "unread": within.unread}
-    write_arrow(
+    write_part(
         Path(job.part),
         Utterances.of(rows, "", str(within.folder)).table.replace_schema_metadata({"notes": json.dumps(notes)}),
     )
@@ -333,6 +342,18 @@ def write_arrow(place: Path, table: pa.Table) -> None:
         os.replace(part, place)
     finally:
         remove(part)
+
+
+def write_part(place: Path, table: pa.Table) -> None:
+    """:func:`write_arrow` in a process that can hand over no other error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_arrow(place, table)
+    except OSError as error:
+        raise UserError(f"cannot write to the index {place}: {error.strerror or error}") from error
 
 
 def read_arrow(path: Path) -> pa.Table:

@@ -3,6 +3,7 @@ it, else by reading every clip, or from features."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from avsr.data.features import FeatureStore
 from avsr.data.index import Index
 from avsr.data.manifest import Utterance
 from avsr.data.measured import SHARE, Measured, lasting_many
-from avsr.data.measuring import measure, measured, state_of
+from avsr.data.measuring import measure, measure_row, measured, state_of
 from avsr.data.rates import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_FRAME
 from avsr.data.transforms import Version
 from avsr.data.utterances import Utterances
@@ -30,10 +31,16 @@ Found = tuple[dict[str, Numbers], dict[int, str]]
 
 def measure_missing(index: Index | None, manifest: str, store: FeatureStore, workers: int) -> None:
     """Measures the clips of a manifest with an index if nothing else reads them before training. Collective."""
-    if index is None or not store.reads_before or store.keeps:
+    if not store.reads_before or store.keeps:
         return
     together = dist.is_initialized() and dist.get_world_size() > 1
     share = Share(dist.get_rank() + 1, dist.get_world_size()) if together else None
+    places = [str(index.folder) if index is not None and os.access(index.folder, os.W_OK) else ""]
+    if together:  # the index may be in the cache of one host, or read-only on another
+        places *= dist.get_world_size()
+        dist.all_gather_object(places, places[0])
+    if not places[0] or len(set(places)) > 1:
+        return  # every rank reads the clips of its own share
     for signal in sorted(store.needs):
         if measured(index, [signal]) is None:
             measure(Path(manifest), signal, workers=max(workers, 1), share=share)
@@ -65,6 +72,7 @@ def frames_of(
         held[list(bad)] = True  # or of no interest
         rest = np.flatnonzero(~held)
         unusable = store.prepare(mine.select(rest), title=bar[0], versions=versions, shown=bar[1])
+        store.measured.clear()
         for place in rest.tolist() if unusable else ():
             if (name := mine[place].id) in unusable:
                 bad[place] = unusable[name]
@@ -115,14 +123,16 @@ def _measured(mine: Utterances, tables: dict[str, pa.Table], store: FeatureStore
     bad: dict[int, str] = {}
     rows = pa.array(mine.rows)
     found = {signal: table.take(rows) for signal, table in tables.items()}
-    lengths = {signal: np.asarray(part.column("length")) for signal, part in found.items()}
-    none = np.zeros(len(mine), dtype=np.int64)
-    samples, pictures = (lengths.get(signal, none).clip(min=0) for signal in ("audio", "video"))
+    lengths = {signal: np.asarray(part.column("length")).copy() for signal, part in found.items()}
     for signal, part in found.items():
         for place in np.flatnonzero(lengths[signal] <= 0).tolist():
             utterance = mine[place]
-            reason = part.column("reason")[place].as_py() or f"{utterance.id!r} has no {signal}"
-            bad.setdefault(place, f"{utterance.where}: {reason}")
+            row = measure_row(utterance, signal, part.slice(place, 1).to_pylist()[0])  # it may have been repaired
+            lengths[signal][place] = row["length"]
+            if row["length"] <= 0:
+                bad.setdefault(place, f"{utterance.where}: {row['reason'] or f'{utterance.id!r} has no {signal}'}")
+    none = np.zeros(len(mine), dtype=np.int64)
+    samples, pictures = (lengths.get(signal, none).clip(min=0) for signal in ("audio", "video"))
     if len(found) == 2:
         apart = np.abs(samples / SAMPLE_RATE - pictures / FRAMES_PER_SECOND) > store.max_mismatch
         for place in np.flatnonzero(apart).tolist():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from avsr.data.clip import load_clip
-from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow
+from avsr.data.index import Index, make_index, open_manifest, read_arrow, write_arrow, write_part
 from avsr.data.manifest import Utterance
 from avsr.data.measured import refuse_other_content
 from avsr.data.members import stamp
@@ -98,11 +98,11 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
     try:
         folder.mkdir(exist_ok=True)
         jobs = [
-            _Job(str(manifest), signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
+            _Job(str(manifest), index.sum, signal, first, min(first + RANGE, rows), str(folder / f"{first:09d}.arrow"))
             for first in range(0, rows, RANGE)
         ]
         own = jobs if share is None else list(share.of(jobs))
-        _run([job for job in own if not os.path.exists(job.part)], workers, f"measure {signal}", len(own))
+        _run(own, workers, f"measure {signal}")
         with hold(index.folder, f"measured-{signal}", wait=True):
             if all(os.path.exists(job.part) for job in jobs):
                 table = pa.concat_tables([read_arrow(Path(job.part)) for job in jobs])
@@ -114,14 +114,15 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
 
 class _Job(NamedTuple):
     manifest: str
+    sum: str  # of the manifest's content
     signal: str
     first: int
     end: int
     part: str
 
 
-def _run(jobs: list[_Job], workers: int, title: str, total: int) -> None:
-    with ProgressBar(title, total, done=total - len(jobs)) as bar:
+def _run(jobs: list[_Job], workers: int, title: str) -> None:
+    with ProgressBar(title, len(jobs)) as bar:
         for job, result in run_jobs(_measure, jobs, workers if len(jobs) > 1 else 1):
             if isinstance(result, Lost):  # a file can crash the decoder that reads it
                 _measure_alone(job)
@@ -146,10 +147,20 @@ def _measure_alone(job: _Job) -> None:
 def _measure(job: _Job) -> None:
     found = open_manifest(job.manifest, absolute=True)
     index, utterances = found.index, found.utterances[job.first : job.end]
-    assert index is not None
-    held = _held(index, job.signal, range(job.first, job.end))
-    rows = [_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
-    write_arrow(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+    if index is None or index.sum != job.sum:
+        raise UserError(f"{job.manifest} has changed while its clips were measured: start again")
+    held = _left(job) or _held(index, job.signal, range(job.first, job.end))
+    rows = [measure_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
+    write_part(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
+
+
+def _left(job: _Job) -> list[dict[str, Any]]:
+    """What a process that was stopped has measured; its files may have changed since. Empty if there is nothing."""
+    try:
+        table = read_arrow(Path(job.part))
+    except (OSError, ValueError):
+        return []
+    return list(table.to_pylist()) if table.schema == MEASURED and len(table) == job.end - job.first else []
 
 
 def _held(index: Index, signal: str, rows: range) -> Sequence[dict[str, Any] | None]:
@@ -185,10 +196,12 @@ def _marks(table: pa.Table, signal: str) -> Numbers:
     """(N,) marks of the files that a signal is read from."""
     video = np.asarray(table.column("video_mark"))
     audio = np.asarray(table.column("audio_mark"))
-    return video if signal == "video" else np.where(audio == 0, video, audio)
+    files = video if signal == "video" else np.where(audio == 0, video, audio)
+    return files ^ np.asarray(table.column("sum_mark"))  # a reason may be that the line's sha256 is of another file
 
 
-def _row(utterance: Utterance, signal: str, held: dict[str, Any] | None) -> dict[str, Any]:
+def measure_row(utterance: Utterance, signal: str, held: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A row of ``MEASURED`` for an utterance: ``held`` if its file has not changed since that was measured."""
     path = utterance.video if signal == "video" else utterance.audio or utterance.video
     if path is None:
         return {"length": -1, "reason": None, "stamp": ""}

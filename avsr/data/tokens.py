@@ -13,6 +13,7 @@ import numpy as np
 
 from avsr.data.index import Index
 from avsr.data.utterances import Utterances
+from avsr.errors import UserError
 from avsr.runtime.folders import write_flushed
 from avsr.runtime.locks import hold
 from avsr.runtime.progress import ProgressBar
@@ -55,8 +56,8 @@ def _made(path: Path, everything: Utterances, tokenize: Tokenize, shown: bool) -
             np.save(content, counts, allow_pickle=False)
             write_flushed(path, content.getvalue())
             return counts
-    except OSError as error:
-        logger.warning("the numbers of tokens are not kept: %s: %s", path, error.strerror or error)
+    except (OSError, UserError) as error:  # as of an index that others have made, and that only they may write
+        logger.warning("the numbers of tokens are not kept: %s: %s", path, getattr(error, "strerror", None) or error)
         return _counted(everything, tokenize, shown)
 
 

@@ -73,7 +73,8 @@ class Utterances(Sequence[Utterance]):
             list(column) for column in zip(*((*line, number, *marks_of(line)) for number, line in rows), strict=True)
         ]
         for place in map(SCHEMA.get_field_index, PATHS if columns and prefix else ()):
-            columns[place] = [value and value.removeprefix(prefix) for value in columns[place]]
+            paths = columns[place]
+            columns[place] = ["." if path == root else path and path.removeprefix(prefix) for path in paths]
         return cls(pa.table(columns, schema=SCHEMA) if columns else SCHEMA.empty_table(), manifest, root)
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class Utterances(Sequence[Utterance]):
     def __getitem__(self, index: slice) -> Utterances: ...
     def __getitem__(self, index: int | slice) -> Utterance | Utterances:
         if isinstance(index, slice):
-            return self._part(self._rows[index])
+            return self if index in (slice(None), slice(0, None)) else self._part(self._rows[index])
         row = int(self._rows[index])
         values = {name: column[row] for name, column in zip(_OWN, self._columns, strict=True)}
         line = values.pop("line")

@@ -181,7 +181,8 @@ def _publish(place: Path, kept: StoredRows, places: Sequence[int], manifest: str
                 yield {name: value for name, value in row.items() if name != _STAMP}
 
     refused = place.with_name(REJECTED)
-    refused.unlink(missing_ok=True)
+    if manifest is not None:  # else it is none of ours: OUT may be a run
+        refused.unlink(missing_ok=True)
     if next(rows(accepted=False), None):
         reasons = ((row["id"], row.get("error", "no text was found in it")) for row in rows(accepted=False))
         write_rows(refused, ({"manifest": manifest, "id": id, "reason": reason} for id, reason in reasons))

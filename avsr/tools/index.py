@@ -38,9 +38,11 @@ def index_manifest(
         Lines for the user.
 
     Raises:
-        UserError: the manifest cannot be read, or the index cannot be written.
+        UserError: the manifest cannot be read, the index cannot be written, or ``workers`` is negative.
     """
     path = Path(manifest)
+    if workers < 0:
+        raise UserError(f"--workers: expected a number from 0 on, got {workers}")
     index = make_index(path, workers)
     signals = [signal for signal in SIGNALS if media and _has(index, signal)]
     for signal in signals:

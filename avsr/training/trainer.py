@@ -158,6 +158,8 @@ class Trainer:
             progress.step += 1
             yield batches
             batches = []
+        if schedule.failure is not None:
+            raise schedule.failure
 
     def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
         """Runs one optimizer step. Returns the metrics row, and the signal that asked any rank to stop, or 0."""
@@ -291,16 +293,24 @@ class Trainer:
 
 class _Schedule:
     """The micro-batches of one rank, each a list of (utterance, epoch): without end, so that the loader processes go on
-    from epoch to epoch. ``steps`` holds the number of steps of every epoch that was begun."""
+    from epoch to epoch. ``steps`` holds the number of steps of every epoch that was begun.
+
+    It ends before a later epoch that cannot make a step, and ``failure`` says why: loaders ask for batches long before
+    they are trained, perhaps never."""
 
     def __init__(self, sampler: BatchSampler, rank: int, epoch: int, step: int) -> None:
         self.steps: dict[int, int] = {}
+        self.failure: UserError | None = None
         self._sampler, self._rank, self._start = sampler, rank, (epoch, step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = self._start
         while True:
-            steps = self._sampler.epoch_steps(epoch, self._rank)
+            try:
+                steps = self._sampler.epoch_steps(epoch, self._rank)
+            except UserError as error:
+                self.failure = error
+                return
             self.steps[epoch] = len(steps)
             for number in range(step, len(steps)):
                 for batch in steps[number]:

@@ -135,6 +135,19 @@ def test_a_dataset_that_is_loaded(own: list[Utterance], tmp_path: Path, monkeypa
         resolve("hf:named,train", DataConfig(), load=False)
 
 
+def test_a_part_that_another_rank_saves_meanwhile(own: list[Utterance], tmp_path: Path) -> None:
+    found = table(own[:2])
+
+    class Slow:
+        def save_to_disk(self, place: str) -> None:
+            found.save_to_disk(place)
+            found.save_to_disk(str(tmp_path / "rows"))
+
+    (file,) = foreign._kept(Slow(), tmp_path / "rows")
+    assert file.parent == tmp_path / "rows" and len(open_rows(file)) == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_folders_that_are_no_dataset(own: list[Utterance], tmp_path: Path) -> None:
     splits = datasets.DatasetDict({"train": table(own), "test": table(own)})
     splits.save_to_disk(str(tmp_path / "both"))

@@ -90,13 +90,17 @@ def test_an_index_is_used_until_the_manifest_changes(small: Path, monkeypatch: p
     monkeypatch.setattr(index, "_parse", lambda *args, real=index._parse: (parsed.append(args), real(*args)))
     make_index(small)
     os.utime(small, (1, 1))  # a copy has another time
+    read: list[Path] = []
+    monkeypatch.setattr(index, "sha256", lambda path, real=index.sha256: (read.append(path), real(path))[1])
     make_index(small)
+    assert open_manifest(small).index is not None and len(read) == 1
     assert len(parsed) == 1 and len(open_manifest(small).utterances) == 20
     small.write_text(small.read_text() + good("new") + "\n")
     assert len(open_manifest(small).utterances) == 21  # small, so it needs none
     assert open_manifest(small).index is None
     make_index(small)
     assert len(parsed) == 2 and open_manifest(small).index is not None
+    assert open_manifest(small).utterances[:].twice == (0, "", "")  # it is not counted again
     names = sorted(path.name.split("-")[0] for path in (small.parent / f"m.jsonl{SUFFIX}").iterdir())
     assert names == ["index.json", "rows"]  # nothing of the older content is left
 
@@ -173,3 +177,44 @@ def test_bad_manifests(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             make_index(path)
             open_manifest(path)
+
+
+def test_a_path_that_is_the_folder_itself(small: Path) -> None:
+    small.write_text(good("a") + "\n" + good("folder", audio=".") + "\n")
+    make_index(small)
+    found = open_manifest(small)
+    assert (list(found.utterances), found.bad) == by_lines(small, False)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none/none.jsonl", "", "."])
+def test_what_is_no_file_leaves_nothing(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (make_index, open_manifest):
+        with pytest.raises(UserError, match="cannot read the manifest"):
+            call(Path(name))
+    assert not list(tmp_path.iterdir())
+
+
+FULL = """
+import resource, sys
+from avsr.data import index
+from avsr.errors import UserError
+if __name__ == "__main__":
+    index.RANGE = 300
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as a full disk does, in the processes too
+    try:
+        index.make_index(sys.argv[1], workers=2)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_in_other_processes_is_one_line(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "full.py").write_text(FULL)
+    command = [sys.executable, str(tmp_path / "full.py"), str(small)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.stdout.startswith("cannot write to the index") and found.stdout.count("\n") == 1, found.stderr
+
+
+def test_a_negative_number_of_processes_is_refused(small: Path, refuse: Callable[..., str]) -> None:
+    assert "--workers: expected a number from 0 on, got -1" in refuse("index", small, "--workers=-1")

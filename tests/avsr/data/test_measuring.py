@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL
@@ -193,6 +196,21 @@ def test_a_clip_that_crashes_its_decoder_is_named(corpus: Path, monkeypatch: pyt
     assert rows[:2] + rows[3:] == expected[:2] + expected[3:]
 
 
+def test_what_changes_after_a_kill_is_measured_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "RANGE", 2)
+    measure(corpus, "audio", workers=1, share=Share(1, 2))  # stands for a whole that was stopped
+    path = open_manifest(corpus).utterances[1].audio
+    assert path is not None
+    soundfile.write(str(path), np.sin(np.arange(5000)).astype(np.float32), 16_000)
+    read: list[str] = []
+    real = measuring.load_clip
+    monkeypatch.setattr(measuring, "load_clip", lambda u, *args: (read.append(u.id), real(u, *args))[1])
+    measure(corpus, "audio", workers=1)
+    assert read == ["u001", "u002", "u003", "u006", "u007", "u010"]
+    found = measured(open_manifest(corpus).index, ["audio"])
+    assert found is not None and found["audio"].column("length")[1].as_py() == 5000
+
+
 def test_a_truncated_table_is_measured_again(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     measure(corpus, "audio", workers=1)
     index = make_index(corpus)
@@ -212,3 +230,116 @@ def test_a_full_disk_is_one_line(corpus: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measuring, "write_arrow", full)
     with pytest.raises(UserError, match="cannot write to the index.*No space left"):
         measure(corpus, "audio", workers=1)
+
+
+def test_a_corrected_checksum_counts(corpus: Path) -> None:
+    measure(corpus, "audio", workers=1)
+    path = open_manifest(corpus).utterances[5].audio
+    assert path is not None
+    for digest, usable in ((hashlib.sha256(path.read_bytes()).hexdigest(), True), ("cd" * 32, False)):
+        change(corpus, 5, sha256=digest)
+        measure(corpus, "audio", workers=1)
+        found = measured(open_manifest(corpus).index, ["audio"])
+        assert found is not None and (found["audio"].column("length")[5].as_py() > 0) == usable
+
+
+@pytest.fixture
+def load(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., SpeechDataset]:
+    def load(manifest: Path, *overrides: str) -> SpeechDataset:
+        config = load_config(str(tiny_recipe(tmp_path)), ["data.on_bad=skip", "data.cache=null", *overrides])
+        store = build_store(config, torch.device("cpu"))
+        return load_dataset(str(manifest), config.data, store, list, title="x", reading=Reading("audio"))
+
+    return load
+
+
+def test_a_repaired_file_is_found_by_the_next_start(corpus: Path, load: Callable[..., SpeechDataset]) -> None:
+    rows = open_manifest(corpus).utterances
+    broken, gone, good = rows[1].audio, rows[8].audio, rows[7].audio
+    assert broken is not None and gone is not None and good is not None
+    gone.unlink()
+    make_index(corpus)
+    assert {"u001", "u008"} <= load(corpus).bad.keys()
+    for file, seconds in ((broken, 0.8), (gone, 0.7)):
+        sound, rate = soundfile.read(str(good))
+        soundfile.write(str(file), sound[: round(seconds * rate)], rate)
+    found = load(corpus)
+    assert not {"u001", "u008"} & found.bad.keys()
+    (corpus.parent / "manifest.jsonl.index").rename(corpus.parent / "away")
+    assert load(corpus).sizes.tolist() == found.sizes.tolist()
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+def test_no_process_collects_lengths(
+    make_corpus: Callable[..., Path], load: Callable[..., SpeechDataset], tmp_path: Path, index: bool, cache: bool
+) -> None:
+    manifest = make_corpus(tmp_path / "good")
+    if index:
+        measure(manifest, "audio", workers=1)
+    found = load(manifest, *([f"data.cache={tmp_path / 'features'}"] if cache else []))
+    assert not found._store.measured and len([found[place] for place in range(len(found))]) == 8
+    assert not found._store.measured
+
+
+def test_a_limit_measures_no_other_clips(
+    corpus: Path, load: Callable[..., SpeechDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_index(corpus)
+    monkeypatch.setattr(measuring, "load_clip", None)
+    assert [u.id for u in load(corpus, "data.limit=1").utterances] == ["u000"]
+
+
+def test_an_index_that_only_others_may_write(
+    corpus: Path, load: Callable[..., SpeechDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load(corpus)
+    make_index(corpus)
+    monkeypatch.setattr(os, "access", lambda *args: False)  # tests may run as root
+    monkeypatch.setattr(measuring, "load_clip", None)
+    assert load(corpus).bad == plain.bad
+
+
+def test_a_manifest_that_changes_meanwhile_is_one_line(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = measuring._measure
+    monkeypatch.setattr(measuring, "_measure", lambda job: (change(corpus, 0, text="other"), real(job)))
+    with pytest.raises(UserError, match="has changed while its clips were measured"):
+        measure(corpus, "audio", workers=1)
+
+
+RANK = """
+import datetime, sys, types
+import torch.distributed as dist
+from avsr.data.index import open_manifest
+from avsr.data.lengths import measure_missing
+rank, manifest, store = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+limit = datetime.timedelta(seconds=20)
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=limit)
+needs = types.SimpleNamespace(reads_before=True, keeps=False, needs=frozenset({"audio"}))
+index = open_manifest(manifest).index
+measure_missing(index, manifest, needs, 1)
+found = [None, None]
+dist.all_gather_object(found, index is not None)
+print(found)
+"""
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_index_that_one_host_has_does_not_stop_the_ranks(corpus: Path, tmp_path: Path, both: bool) -> None:
+    (corpus.parent / "manifest.jsonl.index").write_text("a file")  # stands for a read-only folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AVSR_CACHE", str(tmp_path / "0"))
+        make_index(corpus)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(corpus), str(tmp_path / "store")],
+            env={**os.environ, "AVSR_CACHE": str(tmp_path / ("0" if both else str(rank)))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        out, error = rank.communicate(timeout=60)
+        assert out.splitlines()[-1:] == [f"[True, {both}]"], error

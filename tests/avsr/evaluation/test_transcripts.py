@@ -20,6 +20,7 @@ from avsr.evaluation.decode import Hypothesis
 from avsr.evaluation.transcripts import TRANSCRIPTS, find_clips, transcribe_files
 from avsr.runtime.folders import sha256
 from avsr.runtime.rows import StoredRows, write_rows
+from avsr.runtime.share import Share
 
 Tone = Callable[[Path, float], Path]
 CONFIG = load_config("demo").data
@@ -144,10 +145,10 @@ def test_shards_are_parts_of_the_whole(
         tone(tmp_path / f"{number}.wav", 0.4 + 0.1 * number)
     pattern = str(tmp_path / "*.wav")
     whole = list(transcribe_files(run_folder, [pattern], []))
-    parts = [list(transcribe_files(run_folder, [pattern], [], tmp_path / f"{i}", (i, 3))) for i in (1, 2, 3)]
+    parts = [list(transcribe_files(run_folder, [pattern], [], tmp_path / f"{i}", Share(i, 3))) for i in (1, 2, 3)]
     assert [parts[n % 3][n // 3] for n in range(5)] == whole and sum(map(len, parts)) == 5
     assert [len(content(tmp_path / f"{i}" / TRANSCRIPTS)) for i in (1, 2, 3)] == [2, 2, 1]
-    assert not list(transcribe_files(run_folder, [pattern], [], tmp_path / "none", (6, 6)))
+    assert not list(transcribe_files(run_folder, [pattern], [], tmp_path / "none", Share(6, 6)))
     assert content(tmp_path / "none" / TRANSCRIPTS) == []
     for text in ("0/3", "4/3", "1", "1/3/3", "\u0661/3"):
         assert f"--shard: expected I/N with I from 1 to N, such as 3/16, got {text!r}" in refuse(
@@ -217,3 +218,10 @@ def test_a_stop_after_the_result_is_written_needs_no_other_folder(
     publish_and_stop()
     with pytest.raises(UserError, match="is there already and of other settings: name another folder with --out"):
         list(transcribe_files(run_folder, files, ["decode.beams=2"], out))
+
+
+@pytest.mark.integration
+def test_files_leave_the_list_of_a_training(run_folder: Path, tone: Tone, tmp_path: Path) -> None:
+    (run_folder / "rejected.jsonl").write_text("of the training\n")
+    list(transcribe_files(run_folder, [str(tone(tmp_path / "a.wav", 0.5))], [], run_folder))
+    assert (run_folder / "rejected.jsonl").read_text() == "of the training\n"

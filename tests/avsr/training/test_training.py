@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from avsr.config import load_config
-from avsr.data.batches import Batch, collate
+from avsr.data.batches import Batch, BatchSampler, Lost, collate
 from avsr.data.dataset import Reading, load_dataset
+from avsr.data.manifest import Utterance
 from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
@@ -195,3 +199,25 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0)
     assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_makes_no_step_ends_those_before_it_whole(workers: int) -> None:
+    """Loader processes look ahead."""
+    sizes = np.array([18, 48, 30, 32, 22, 26, 52, 47])
+    whole = [BatchSampler(sizes, 120, 4, seed) for seed in range(1000)]
+    counts = [[len(sampler.epoch_steps(epoch, 0)) for epoch in range(2)] for sampler in whole]
+    sampler = replace(whole[counts.index([4, 3])], accumulation=4)
+    clip = Utterance("u", Path("u.wav"), "text", 1.0)
+    own = SimpleNamespace(
+        progress=Progress(),
+        train={(index, 0): Lost(clip, "audio", "") for index in range(len(sizes))},
+        settings=SimpleNamespace(accumulation=4, seed=0),
+        config=SimpleNamespace(data=SimpleNamespace(workers=workers)),
+        rank=0,
+        _sampler=sampler,
+    )
+    batches = Trainer.batches(own)  # type: ignore[arg-type]
+    assert len(next(batches)) == 4 and own.progress.step == 1
+    with pytest.raises(UserError, match="make 3 batches, but one step"):
+        next(batches)

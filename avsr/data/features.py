@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -217,6 +218,7 @@ class FeatureStore:
                     "the next start (resume=true) does, or set data.workers=0"
                 )
             features = self.encoders[name].run([inputs])[0].half().cpu()
+            key = self._key(name, replace(utterance, stamps=(None, None)), version)  # the file may have changed
             cache.keep(key, _finite(features, utterance))
             out[name] = features.float()
         return out
@@ -258,7 +260,9 @@ class FeatureStore:
         self, utterances: Sequence[Utterance], clips: Mapping[str, Clip], version: Version, bad: dict[str, str]
     ) -> None:
         """Encodes what the cache lacks of a version; an utterance whose version cannot be made is added to ``bad``."""
-        keys = {name: {u.id: self._key(name, u, version) for u in utterances} for name in self._caches}
+        # of the files as they are now, whatever an index knows of them
+        fresh = [replace(u, stamps=(None, None)) for u in utterances]
+        keys = {name: {u.id: self._key(name, u, version) for u in fresh} for name in self._caches}
         lacking = {
             name: {id for id, there in zip(keys[name], cache.find(list(keys[name].values())), strict=True) if not there}
             for name, cache in self._caches.items()

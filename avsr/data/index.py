@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avsr.data.manifest import Root, no_line, parse_lines, read_lines, used_twice, warn_of_unread
+from avsr.data.manifest import NO_TEXT, Root, no_line, parse_lines, read_lines, used_twice, warn_of_unread
 from avsr.data.marks import repeated
 from avsr.data.utterances import CHUNK, PATHS, SCHEMA, Utterances, twice
 from avsr.errors import UserError, visible
@@ -56,6 +56,7 @@ class Index:
         previous: that of the content before, whose measured clips may still be there; "" = none.
         bad: (line, reason, line that is mentioned at its end or 0) of every bad line.
         twice: what :func:`avsr.data.utterances.twice` returns for it.
+        unread: fields that are not read, and the line where each was first seen.
         outside: number of rows with a path outside of the manifest's folder.
     """
 
@@ -65,6 +66,7 @@ class Index:
     bad: list[tuple[int, str, int]]
     twice: tuple[int, str, str]
     outside: int
+    unread: dict[str, int]
     table: pa.Table
 
     def reasons(self, path: Path) -> list[str]:
@@ -84,13 +86,14 @@ class Manifest:
     index: Index | None
 
 
-def open_manifest(manifest: str | Path, *, absolute: bool = False) -> Manifest:
+def open_manifest(manifest: str | Path, *, absolute: bool = False, quiet: bool = False) -> Manifest:
     """Reads a manifest, by its index if it has one or is large. Of several processes that need a new index one makes
     it, the others wait.
 
     Args:
         manifest: as of :func:`~avsr.data.manifest.read_manifest`.
         absolute: likewise.
+        quiet: fields that may be misspelt are not warned about.
 
     Raises:
         UserError: it is missing, unreadable or without a usable line, or its index cannot be made.
@@ -100,6 +103,8 @@ def open_manifest(manifest: str | Path, *, absolute: bool = False) -> Manifest:
     if index is None:
         bad: list[str] = []
         return Manifest(Utterances.of(read_lines(path, bad.append, absolute), str(path)), bad, None)
+    if not quiet:
+        warn_of_unread(path, index.unread)
     return _usable(index, path, absolute)
 
 
@@ -156,11 +161,20 @@ def _open(folder: Path, path: Path) -> Index | None:
             return None
         bad = [(int(line), str(reason), int(before)) for line, reason, before in meta["bad"]]
         count, first, second = meta["twice"]
+        again = count, first, second
         table = read_arrow(folder / f"rows-{meta['sha256'][:12]}.arrow")
         if table.schema != SCHEMA or len(table) != meta["rows"]:
             raise ValueError("rows are missing")
-        warn_of_unread(path, meta["unread"])
-        return Index(folder, meta["sha256"][:12], meta["previous"], bad, (count, first, second), meta["outside"], table)
+        return Index(
+            folder,
+            meta["sha256"][:12],
+            meta["previous"],
+            bad,
+            (count, first, second),
+            meta["outside"],
+            meta["unread"],
+            table,
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -172,6 +186,8 @@ def _open(folder: Path, path: Path) -> Index | None:
 def _same(meta: dict[str, Any], path: Path) -> bool:
     """Whether the manifest has the content that was indexed; its time alone changes when a corpus is copied."""
     found = path.stat()
+    if any(reason.startswith(NO_TEXT) for _, reason, _ in meta["bad"]):
+        return False  # the text of a label may be there by now
     if found.st_size != meta["size"] or str(Root.of(path, True).folder) != meta["root"]:
         return False
     return found.st_mtime_ns == meta["mtime_ns"] or _sum(path, found.st_size, found.st_mtime_ns) == meta["sha256"]

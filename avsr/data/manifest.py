@@ -37,6 +37,7 @@ LABEL_FRAMES_PER_SECOND = 25  # Llama-AVSR label files count video frames, also 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _HALF = re.compile(r"\\u[dD]")
 _FIELDS = {"id", "audio", "video", "text", "duration", "offset", "speaker", "times", "sha256"}
+NO_TEXT = ": the line has no text, and"  # how a refusal goes on whose text is in a file that is missing
 _MOST_DIGITS = 9  # of a frame count: int() refuses 5,000 digits
 
 
@@ -312,7 +313,7 @@ def _parallel_text(root: Root, dataset: str, relative: str, where: str) -> str:
     try:
         return " ".join(path.read_text(encoding="utf-8-sig").lower().split())
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: the line has no text, and {path} cannot be read: {error}") from error
+        raise UserError(f"{where}{NO_TEXT} {path} cannot be read: {error}") from error
 
 
 def _inside(root: Root, relative: str, where: str) -> str:

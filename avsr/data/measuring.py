@@ -145,7 +145,7 @@ def _measure_alone(job: _Job) -> None:
 
 
 def _measure(job: _Job) -> None:
-    found = open_manifest(job.manifest, absolute=True)
+    found = open_manifest(job.manifest, absolute=True, quiet=True)
     index, utterances = found.index, found.utterances[job.first : job.end]
     if index is None or index.sum != job.sum:
         raise UserError(f"{job.manifest} has changed while its clips were measured: start again")

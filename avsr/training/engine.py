@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from avsr.models.speech_llm import SpeechLLM
 from avsr.training import jit, meeting
 from avsr.training.deepspeed_json import deepspeed_config, explained
 from avsr.training.watchdog import Watchdog
+
+_NO_LIMIT = timedelta(days=7)
 
 
 def import_deepspeed() -> Any:
@@ -87,10 +90,10 @@ def _make_group(deepspeed: Any, place: meeting.Place, store: dist.Store) -> None
     from deepspeed.constants import default_pg_timeout
 
     backend = deepspeed.get_accelerator().communication_backend_name()
+    # the watchdog ends what hangs, and lets one rank read a corpus for hours while the others wait
+    timeout = default_pg_timeout if "DEEPSPEED_TIMEOUT" in os.environ else _NO_LIMIT
     try:
-        dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.ranks, timeout=default_pg_timeout
-        )
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=timeout)
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

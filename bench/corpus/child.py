@@ -60,14 +60,14 @@ def dataset(manifest: str, tokenize: Callable[[str], list[int]] = lambda text: [
     return load_dataset(manifest, config, store, tokenize, title="read", reading=Reading("audio"))
 
 
-def read(manifest: str) -> int:
+def read(manifest: str) -> Any:
     try:
         from avsr.data.index import open_manifest
     except ImportError:  # an older version
         from avsr.data.manifest import read_manifest
 
-        return len(read_manifest(manifest))
-    return len(open_manifest(manifest).utterances)
+        return read_manifest(manifest)
+    return open_manifest(manifest)
 
 
 def start(manifest: str) -> SpeechDataset:

@@ -161,7 +161,6 @@ def _open(folder: Path, path: Path) -> Index | None:
             return None
         bad = [(int(line), str(reason), int(before)) for line, reason, before in meta["bad"]]
         count, first, second = meta["twice"]
-        again = count, first, second
         table = read_arrow(folder / f"rows-{meta['sha256'][:12]}.arrow")
         if table.schema != SCHEMA or len(table) != meta["rows"]:
             raise ValueError("rows are missing")

@@ -138,7 +138,7 @@ def test_sets(config: Config, model: SpeechLLM, store: FeatureStore) -> dict[str
         UserError: the config names none, an utterance cannot be used, or no transcript of a manifest has a word.
     """
     if not config.data.test:
-        raise UserError("data.test: names no manifest to evaluate on (data.test.NAME=PATH)")
+        raise UserError(f"data.test: the config of {config.run} names no manifest to evaluate on (data.test.NAME=PATH)")
     sets = {}
     normalise = normaliser(config.decode.normaliser)
     for name, manifest in config.data.test.items():

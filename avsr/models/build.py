@@ -118,6 +118,8 @@ def find_checkpoint(run: str | Path, which: str = "best") -> Path:
     """
     checkpoints = Path(run) / "checkpoints"
     there = sorted(path.parent.name for path in checkpoints.glob(f"*/{WEIGHTS}") if not path.parent.suffix)
+    if which == "best" and which not in there and (checkpoints / which).is_dir():
+        raise UserError(f"{checkpoints / which} has no {WEIGHTS}: restore it, or name another one with --checkpoint")
     for name in (which, "last") if which == "best" else (which,):
         if name in there:
             return checkpoints / name

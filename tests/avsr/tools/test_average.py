@@ -135,6 +135,11 @@ def test_an_unknown_checkpoint_lists_what_there_is(refuse: Refuse, kept: Path) -
     for name in ("..", "../checkpoints/best", "", "."):
         with pytest.raises(UserError, match="there are: best"):
             find_checkpoint(kept, name)
+    (kept / "checkpoints" / "best" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"best has no {WEIGHTS}: restore it"):
+        find_checkpoint(kept, "best")
+    shutil.rmtree(kept / "checkpoints" / "best")
+    assert find_checkpoint(kept, "best").name == "last"
     shutil.rmtree(kept / "checkpoints")
     with pytest.raises(UserError, match="train it first"):
         find_checkpoint(kept, "best")

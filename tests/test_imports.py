@@ -27,7 +27,18 @@ LAYERS = {
         "hf",
         "__main__",
     ],
-    "avsr": ["errors", "runtime", "config", "data", "models", "training evaluation", "tools", "train evaluate", "cli"],
+    "avsr": [
+        "errors",
+        "runtime",
+        "config",
+        "data",
+        "models",
+        "training evaluation",
+        "tools",
+        "train evaluate",
+        "commands",
+        "cli",
+    ],
 }
 LEVEL = {
     f"{top}.{name}": level for top, lines in LAYERS.items() for level, line in enumerate(lines) for name in line.split()

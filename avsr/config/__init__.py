@@ -84,11 +84,17 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a run folder, with overrides."""
+    """The resolved config of a run folder, with overrides.
+
+    Raises:
+        UserError: it is missing, damaged, or ends within a line: half a YAML file may well be read, and gives defaults.
+    """
     path = Path(run) / "config.yaml"
     if not os.path.isfile(path):
         raise UserError(f"{run} is not a run: {path} is missing (train one with 'avsr train CONFIG')")
     config = load_config(str(path), overrides)
+    if not path.read_bytes().endswith(b"\n"):
+        raise UserError(f"{path} ends within a line: restore it, or if it is whole end that line")
     config.run = str(run)
     return config
 

@@ -37,6 +37,9 @@ def average(run: str | Path, last: int = 0) -> Path:
     run = Path(run)
     read_run_config(run)
     folders = step_checkpoints(run)
+    for path in sorted((run / "checkpoints").glob("step-*")):
+        if path.name.removeprefix("step-").isdecimal() and path not in folders:
+            raise UserError(f"{path} has no {WEIGHTS}: restore it, or delete the folder to average the others")
     if last < 0 or last == 1:
         raise UserError(f"--last: expected at least 2, got {last}")
     if len(folders) < max(last, 2):

@@ -92,7 +92,7 @@ def _check(words: list[str]) -> None:
             if Path(script).stem == "train":
                 load_config(given[0], given[1:])
             else:
-                _check_avsr([Path(script).stem, *given])
+                _check_avsr(given)
         case "nsys" | "ncu":
             if ".venv/bin/avsr" in rest:
                 _check_avsr(rest[rest.index(".venv/bin/avsr") + 1 :])

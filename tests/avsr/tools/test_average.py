@@ -150,3 +150,14 @@ def test_the_oldest_first(kept: Path) -> None:
     shutil.copy(kept / "checkpoints" / "best" / WEIGHTS, kept / "checkpoints" / "step-x" / WEIGHTS)
     (kept / "checkpoints" / "step-000002").mkdir()  # without weights
     assert [path.name for path in step_checkpoints(kept)] == ["step-000008", "step-000090", "step-1000000"]
+
+
+def test_a_step_without_weights_is_not_left_out_in_silence(refuse: Refuse, kept: Path) -> None:
+    (kept / "checkpoints" / "step-000008" / WEIGHTS).unlink()
+    assert f"step-000008 has no {WEIGHTS}" in refuse("average", kept)
+
+
+def test_half_a_config_is_not_read(refuse: Refuse, kept: Path) -> None:
+    path = kept / "config.yaml"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path} ends within a line" in refuse("average", kept)

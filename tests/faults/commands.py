@@ -204,6 +204,7 @@ COMMANDS = {
         ["official.pth", "official.yaml", "plain_llm/model.safetensors"],
         ["official.yaml"],
         cannot={"damaged cache": "reads none"},
+        refuses="imported exists already",
     ),
     "doctor": Command(["doctor"], "", lambda root: {}, cannot={**_READER, "damaged cache": "reads none"}),
     "synth": Command(

@@ -171,7 +171,8 @@ def measure(runner: Runner, manifests: dict[int, Path], sizes: Sequence[int]) ->
 def measure_cache(runner: Runner, manifest: Path, count: int) -> Iterator[dict[str, object]]:
     began = time.perf_counter()
     runner.index(manifest)
-    yield {"line": "measure all clips", "rows": count, "seconds": time.perf_counter() - began}
+    if runner.indexed:
+        yield {"line": "measure all clips", "rows": count, "seconds": time.perf_counter() - began}
     yield {"line": "fill the cache", "rows": count, **runner.cached(manifest, "fill")}
     files = sum(len(names) for _, _, names in os.walk(runner.folder / "features"))
     yield {"line": "files of the cache", "rows": count, "note": files}

@@ -23,7 +23,6 @@ LINES = (
     ("", "read", "mb", "MB", "shared"),
     ("everything up to the first batch: rows, tokens, lengths, order, overlaps", "start", "seconds", "s", "15 s"),
     ("", "start", "mb", "MB", "200 MB"),
-    (f"{RANKS} ranks on one node, together", f"{RANKS} ranks", "mb", "MB", ""),
     ("order of an epoch", "order", "seconds", "s", "1 s"),
     ("", "order", "mb", "MB", ""),
     ("a loader process, of four", "loader", "mb", "MB", "100 MB"),
@@ -44,6 +43,9 @@ def table(found: dict[bool, Rows]) -> str:
     for title, name, field, unit, aim in LINES:
         cells = [_cell(found[before], name, field, unit) for before in (True, False)]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} | {aim} |")
+    few, many = (found[False].get((f"{RANKS} ranks", count)) for count in ("100", LARGEST))
+    each = "-" if few is None or many is None else f"{(float(many['mb']) - float(few['mb'])) / RANKS:,.0f} MB"
+    lines.append(f"| {RANKS} ranks on one node, more than with 100 rows, each | - | {each} | 200 MB |")
     cached = [{line: row for (line, _), row in found[before].items()} for before in (True, False)]
     counts = [next((row["rows"] for row in part.values() if row["line"] == "cached start"), "0") for part in cached]
     lines += [
@@ -68,15 +70,16 @@ def table(found: dict[bool, Rows]) -> str:
 
 
 def _cell(rows: Rows, name: str, field: str, unit: str) -> str:
-    """A number of the largest manifest; where that was not measured, of the largest that was, in proportion."""
+    """A number of the largest manifest; where that was not measured, by a line through the smallest and the largest."""
     counts = sorted(int(count) for line, count in rows if line == name)
-    row = rows[name, str(counts[-1])] if counts else {}
-    if not row.get(field):
+    if not counts or not rows[name, str(counts[-1])][field]:
         return "-"
-    factor = int(LARGEST) / counts[-1]
-    value = float(row[field]) * factor
+    low, high = (float(rows[name, str(count)][field]) for count in (counts[0], counts[-1]))
+    value = high
+    if counts[-1] != int(LARGEST):
+        value = low + (high - low) * (int(LARGEST) - counts[0]) / (counts[-1] - counts[0])
     shown = f"{value:,.3f} {unit}" if value < 1 else f"{value:,.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
-    return shown if factor == 1 else f"~ {shown}"
+    return shown if counts[-1] == int(LARGEST) else f"~ {shown}"
 
 
 def draw(found: dict[bool, Rows], path: Path = FIGURE) -> None:

@@ -43,6 +43,7 @@ from avsr.runtime.rows import Row, StoredRows, write_rows
 from avsr.runtime.share import Share
 
 logger = logging.getLogger("avsr")
+_DIGITS = 4  # of a score: later ones depend on which clips are decoded together
 TRANSCRIPTS = "transcripts.jsonl"
 Clip = str | Utterance  # a file, or a line of a manifest
 _MANIFESTS = (".jsonl", ".csv")
@@ -167,7 +168,13 @@ def _transcribe_some(
     seconds = [example.utterance.duration for _, example in examples]
     for number, hypotheses in transcribe(model, lambda i: examples[i][1], seconds, config.decode):
         index, (text, score, cut) = examples[number][0], hypotheses[0]
-        own = {"duration": seconds[number], "text": text, "score": score, "cut": cut, "loop": loops(text)}
+        own = {
+            "duration": seconds[number],
+            "text": text,
+            "score": round(score, _DIGITS),
+            "cut": cut,
+            "loop": loops(text),
+        }
         add(index, {**own, _STAMP: _key(clips[index])[1]})
     return [found[index] for index in range(len(clips))]
 

@@ -102,6 +102,7 @@ def draw(found: dict[bool, Rows], path: Path = FIGURE) -> None:
                 if points:
                     axis.plot(*zip(*points, strict=True), "o-", color=color, label=name)
             axis.set(xscale="log", yscale="log", xlabel="rows of the manifest", ylabel=label)
+            axis.minorticks_off()
             axis.legend(fontsize=8)
         write(path, to_svg(figure, "large corpora"))
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -122,7 +123,7 @@ class Runner:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
 
-    def once(self, line: str, manifest: Path) -> dict[str, float]:
+    def once(self, line: str, manifest: Path) -> dict[str, Any]:
         out, error = (process := self.start(line, manifest)).communicate()
         if process.returncode:
             raise RuntimeError(f"{line} of {manifest}: {error}")

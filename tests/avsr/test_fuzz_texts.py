@@ -34,8 +34,8 @@ from avsr.tools.corpora.transcripts import read_transcript
 from avsr.tools.corpora.voxceleb import read_labels
 from avsr.tools.lipreader.timed import _read_times
 from avsr.training.deepspeed_json import deepspeed_config
+from avsr.training.frames import FRAMES, read_frames
 from avsr.training.metrics import DRAWN, read_metrics
-from avsr.training.resume import FRAMES, read_frames
 
 pytestmark = pytest.mark.integration
 
@@ -279,7 +279,7 @@ def test_other_json_files(count: int, tmp_path: Path) -> None:
     spans = {"words": [["hi", 0.1, 0.4]], "phonemes": [["h", 0.1, 0.2], ["aI", 0.2, 0.4]]}
     tools.fuzz_json(count, times, spans, lambda: _read_times(times, row))
     frames = {"train": {"a": 30, "b": 1}, "validation": {"c": 0}}
-    tools.fuzz_json(count, tmp_path / FRAMES, frames, lambda: [sum(p.values()) for p in read_frames(tmp_path).values()])
+    tools.fuzz_json(count, tmp_path / FRAMES, frames, lambda: [p.frames.sum() for p in read_frames(tmp_path).values()])
     state = {"format": corpus.FORMAT, "options": {"grid": 1}, "utterances": {"grid/train.jsonl": 3}}
     made = tmp_path / "synth"
     tools.fuzz_json(count, made / "corpus.json", state, lambda: corpus.synthesise(made, SynthOptions()))

@@ -215,7 +215,7 @@ def test_an_epoch_that_makes_no_step_ends_those_before_it_whole(workers: int) ->
         settings=SimpleNamespace(accumulation=4, seed=0),
         config=SimpleNamespace(data=SimpleNamespace(workers=workers)),
         rank=0,
-        _sampler=sampler,
+        sampler=sampler,
     )
     batches = Trainer.batches(own)  # type: ignore[arg-type]
     assert len(next(batches)) == 4 and own.progress.step == 1

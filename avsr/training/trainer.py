@@ -32,6 +32,7 @@ from avsr.training.term_gradients import TermGradients
 from avsr.training.watchdog import Watchdog
 
 logger = logging.getLogger("avsr")
+PREFETCH = 4  # batches that a loader process reads ahead: steps differ in length (bench/LOG.md)
 
 
 class Trainer:
@@ -144,6 +145,7 @@ class Trainer:
             batch_sampler=schedule,  # type: ignore[arg-type]
             collate_fn=collate,
             num_workers=self.config.data.workers,
+            prefetch_factor=PREFETCH if self.config.data.workers else None,
             # separate, so that making a loader after a resume draws nothing from the model's
             generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
         )

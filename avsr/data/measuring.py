@@ -90,7 +90,7 @@ def measure(manifest: Path, signal: str, *, workers: int = 0, share: Share | Non
         share: of the work; None = all of it. The process that finds what all shares have measured joins it.
 
     Raises:
-        UserError: the index cannot be written, or a process died.
+        UserError: the index cannot be written.
     """
     index = make_index(manifest)
     rows = len(index.table)
@@ -151,6 +151,8 @@ def _measure(job: _Job) -> None:
         raise UserError(f"{job.manifest} has changed while its clips were measured: start again")
     held = _left(job) or _held(index, job.signal, range(job.first, job.end))
     rows = [measure_row(utterance, job.signal, before) for utterance, before in zip(utterances, held, strict=True)]
+    # another share may have joined what a stopped process had left, and cleared the folder
+    Path(job.part).parent.mkdir(exist_ok=True)
     write_part(Path(job.part), pa.Table.from_pylist(rows, schema=MEASURED))
 
 

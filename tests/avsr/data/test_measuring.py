@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,6 +173,23 @@ def test_shares_and_a_kill(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     measure(corpus, "audio", workers=1, share=Share(3, 3))
     found = measured(index, ["audio"])
     assert found is not None and found["audio"].equals(whole["audio"])
+
+
+def test_another_share_may_join_what_was_left_and_clear_it(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of this one's work."""
+    real = measuring._measure
+
+    def cleared(job: Any) -> None:
+        shutil.rmtree(Path(job.part).parent, ignore_errors=True)
+        real(job)
+
+    monkeypatch.setattr(measuring, "RANGE", 4)
+    monkeypatch.setattr(measuring, "_measure", cleared)
+    measure(corpus, "audio", workers=1)
+    monkeypatch.setattr(measuring, "_measure", real)
+    measure(corpus, "audio", workers=1)
+    found = measured(make_index(corpus), ["audio"])
+    assert found is not None and len(found["audio"]) == 11
 
 
 def _dies_of_the_third(job: Any) -> None:

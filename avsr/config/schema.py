@@ -218,6 +218,12 @@ class LossConfig:
 
     decorrelation: float = key(0.0, "weight (lambda) of the decorrelation loss; 0 = not computed", at_least=0)
     margin: float = key(0.0, "squared cosine to BOS that a state may have at no cost", at_least=0, below=1)
+    anchor: str = key(
+        "bos",
+        "bos: the state of BOS as trained | base: that of the language model without adapters, with which no other "
+        "token can swap roles",
+        choices=("bos", "base"),
+    )
     cross_entropy: str = key(
         "plain",
         "plain | chunked: an eighth of the logits at a time, computed twice | liger: a fused kernel, CUDA",
@@ -234,6 +240,13 @@ class TrainingConfig:
     betas: list[float] = key([0.9, 0.98], "AdamW's betas")
     weight_decay: float = key(0.1, "AdamW's weight decay", at_least=0)
     warmup: int = key(0, "steps of linear warm-up", at_least=0)
+    decay: float = key(
+        0.0,
+        "share of the steps, the last ones, in which the learning rate falls to 0 in a line, after being constant; "
+        "0 = a cosine over all",
+        at_least=0,
+        at_most=1,
+    )
     clip: float = key(10.0, "largest norm of the whole gradient", above=0)
     accumulation: int = key(1, "micro-batches per step and rank", at_least=1)
     frames: int = key(1000, "encoder frames in a micro-batch, over all streams and including padding", at_least=1)

@@ -87,7 +87,8 @@ class SpeechLLM(nn.Module):
         self.max_positions = int(getattr(loaded.model.config, "max_position_embeddings", NO_LIMIT))
         self.layout = PromptLayout.of(config, lambda text: len(loaded.tokenize(text)), self.max_positions)
         self.hidden = int(loaded.model.config.hidden_size)
-        with _whole(table) as embeddings:
+        with _whole(table):
+            embeddings = table.detach()
             scale = float(embeddings.float().std())
             self.llm: Any = add_lora(loaded.model, config.lora)
             self.projectors = nn.ModuleDict({name: self._projector(name, widths[name], scale) for name in self.streams})
@@ -130,6 +131,12 @@ class SpeechLLM(nn.Module):
         if self.probe is not None:
             self.probe.detach()
             self.probe = None
+
+    def base_states(self) -> Tensor:
+        """(L, C) float32 states of BOS in the language model without adapters: see :func:`flashsink.bos_states`. Before
+        :meth:`attach`; under ZeRO-3 every rank holds the whole model while this runs."""
+        with _whole(*self.llm.parameters()):
+            return flashsink.bos_states(self.llm, self.bos)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -317,15 +324,16 @@ class SpeechLLM(nn.Module):
 
 
 @contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """The values of a parameter that ZeRO-3 may have partitioned."""
-    if not hasattr(parameter, "ds_id"):
-        yield parameter.detach()
+def _whole(*parameters: nn.Parameter) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 may have partitioned have their values."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
         return
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    with GatheredParameters([parameter]):
-        yield parameter.detach()
+    with GatheredParameters(partitioned):
+        yield
 
 
 def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -102,10 +102,13 @@ def _make_group(deepspeed: Any, place: meeting.Place, store: dist.Store) -> None
         ) from error
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 0: the factor for the update number ``step`` (from 0)."""
+def learning_rate_factor(step: int, steps: int, warmup: int, decay: float = 0.0) -> float:
+    """The factor for the update number ``step`` (from 0): linear warm-up, then a cosine to 0, or with ``decay`` 1 and
+    over this share of the steps a line to 0."""
     if step < warmup:
         return (step + 1) / warmup
+    if decay:
+        return min(1.0, max(steps - step, 0) / (decay * steps))
     progress = (step - warmup) / max(steps - warmup, 1)
     return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -127,7 +130,7 @@ def partitioned_loading(config: Config) -> Iterator[None]:
 
 
 def make_engine(model: SpeechLLM, config: Config) -> Any:
-    """The DeepSpeed engine around ``model``: AdamW and the cosine schedule, unless the user's JSON has its own."""
+    """The DeepSpeed engine around ``model``: AdamW and the schedule, unless the user's JSON has its own."""
     deepspeed = import_deepspeed()
     settings = deepspeed_config(config)
     _gather_whole(model)
@@ -140,7 +143,7 @@ def make_engine(model: SpeechLLM, config: Config) -> Any:
     training = config.training
 
     def schedule(inner: Any) -> LambdaLR:
-        return LambdaLR(inner, lambda step: learning_rate_factor(step, training.steps, training.warmup))
+        return LambdaLR(inner, lambda step: learning_rate_factor(step, training.steps, training.warmup, training.decay))
 
     scheduler: Callable[[Any], LambdaLR] | None = None if "scheduler" in settings else schedule
     with warnings.catch_warnings():

@@ -135,13 +135,13 @@ def _check_steps(config: Config, before: int, done: int) -> None:
     if training.steps < done:
         raise UserError(f"resume: training.steps = {training.steps}, but the run has {done} steps already")
     if config.deepspeed.config is not None:
-        rates = f"a scheduler of {config.deepspeed.config} goes on as it was; without one the cosine ends there"
+        rates = f"a scheduler of {config.deepspeed.config} goes on as it was; without one the learning rate ends there"
     else:
         old, new = (
-            training.learning_rate * learning_rate_factor(done, steps, training.warmup)
+            training.learning_rate * learning_rate_factor(done, steps, training.warmup, training.decay)
             for steps in (before, training.steps)
         )
-        rates = f"the cosine ends there, so that the learning rate after step {done} is {new:.3g} instead of {old:.3g}"
+        rates = f"the schedule ends there: the learning rate after step {done} is {new:.3g} instead of {old:.3g}"
     logger.warning("resume: training.steps = %d instead of %d: %s", training.steps, before, rates)
 
 

@@ -177,7 +177,9 @@ def _load_splits(
 def attach(model: SpeechLLM, config: Config) -> None:
     """Attaches flashsink for training: the decorrelation loss if it has a weight, sinks if flashsink computes the
     attention."""
+    constant = config.loss.decorrelation > 0 and config.loss.anchor == "base"
     model.attach(
+        anchors=model.base_states() if constant else None,
         attention=config.model.llm.attention == "flashsink",
         decorrelation=config.loss.decorrelation > 0,
         activations=False,

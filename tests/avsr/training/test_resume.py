@@ -183,9 +183,7 @@ def test_a_run_goes_on_for_more_steps_along_the_longer_cosine(
     assert [row["step"] for row in read_metrics(parts)] == list(range(1, 10))
     assert used == pytest.approx([cosine(n, 9) for n in range(done, 9)])
     old, new = cosine(done, 7), cosine(done, 9)
-    assert (
-        f"steps = 9 instead of 7: the cosine ends there, so that the learning rate after step {done} is" in caplog.text
-    )
+    assert f"steps = 9 instead of 7: the schedule ends there: the learning rate after step {done} is" in caplog.text
     assert f"{new:.3g} instead of {old:.3g}" in caplog.text
 
 

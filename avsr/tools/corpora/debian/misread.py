@@ -1,0 +1,3 @@
+"""x"""
+
+MISREAD: frozenset[str] = frozenset()

@@ -1,0 +1,54 @@
+"""The corpus of the settled study: acted human dialogue and telephone prompts, and synthetic sentences to train on too.
+
+All manifests are in one folder, with the paths of both corpora below it. Clips that are shorter than a token of the
+highest rate are in none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from avsr.data.manifest import write_manifest
+from avsr.data.rates import SAMPLE_RATE
+from avsr.tools.corpora.debian.corpus import prepare_debian
+from bench.study import corpus
+
+FOLDER = Path("data")
+HUMAN = FOLDER / "debian"
+SHORTEST = 64 * 320 / SAMPLE_RATE  # seconds: a token of rate 64
+SYNTHETIC = corpus.TUNING  # utterances to train on
+
+TESTS = {
+    "texts": HUMAN / "test_texts.jsonl",
+    "roles": HUMAN / "test_roles.jsonl",
+    "prompts": HUMAN / "test_prompts.jsonl",
+    "synthetic": corpus.SETS["sentences"],
+}
+OVERRIDES = [
+    f"data.train={FOLDER / 'settled_train.jsonl'}",
+    f"data.validation={FOLDER / 'settled_validation.jsonl'}",
+    "data.test={" + ", ".join(f"{name}: {FOLDER / f'settled_{name}.jsonl'}" for name in TESTS) + "}",
+]
+
+
+def make_corpus() -> None:
+    """Makes both corpora unless they exist, and the study's manifests."""
+    corpus.make_corpus()
+    prepare_debian(HUMAN)
+    _write("train", HUMAN / "train.jsonl", corpus.OPEN / "tuning.jsonl")
+    _write("validation", HUMAN / "validation.jsonl")
+    for name, manifest in TESTS.items():
+        _write(name, manifest)
+
+
+def _write(name: str, *manifests: Path) -> None:
+    rows = []
+    for manifest in manifests:
+        for line in manifest.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["duration"] >= SHORTEST:
+                below = manifest.parent.relative_to(FOLDER)
+                paths = {key: str(below / row[key]) for key in ("audio", "times") if key in row}
+                rows.append({**row, **paths})
+    write_manifest(FOLDER / f"settled_{name}.jsonl", rows)

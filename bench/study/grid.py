@@ -1,4 +1,7 @@
-"""The grid: every training of the study, by name. PLAN.md says what each is for; the tables pick them by name."""
+"""The grid of the short study: its trainings, by name. PLAN.md says what each is for; the tables pick them by name.
+
+Those of the settled study are in :mod:`bench.study.settled`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from bench.study.penalty import Penalty
 
 HIGH, LOW = 32, 8  # encoder frames per token: 1.6 and 6.3 tokens per second
 SEEDS = (1, 2, 3, 4, 5)
-START, INFERENCE = "start ", "inference "  # prefixes of the keys of untrained arms, and of arms changed at inference
+# prefixes of the keys: untrained arms, arms changed at inference, and the settled study's
+START, INFERENCE, SETTLED = "start ", "inference ", "settled "
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Arm:
         seed: of the delimiters, LoRA and the order of the data.
         weight: lambda.
         margin: of the product's loss.
+        anchor: of the product's loss.
         penalty: a loss in place of the product's, weighted by lambda.
         overrides: of the config.
         faithful: with the reference's habits (bench.study.faithful).
@@ -28,6 +33,7 @@ class Arm:
         cold: the projector starts at random, as in the demo.
         steps: optimizer steps; 0 = those of the rate.
         full: only in ``python -m bench.study full``.
+        settled: part of the settled study.
     """
 
     name: str
@@ -35,6 +41,7 @@ class Arm:
     seed: int = 1
     weight: float = 0.0
     margin: float = 0.0
+    anchor: str = "bos"
     penalty: Penalty | None = None
     overrides: tuple[str, ...] = ()
     faithful: bool = False
@@ -42,10 +49,11 @@ class Arm:
     cold: bool = False
     steps: int = 0
     full: bool = False
+    settled: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.name}-r{self.rate}-s{self.seed}"
+        return f"{SETTLED if self.settled else ''}{self.name}-r{self.rate}-s{self.seed}"
 
 
 STEPS = {HIGH: 200, LOW: 120}

@@ -1,4 +1,4 @@
-"""The corpus of the settled study: acted human dialogue and telephone prompts, and synthetic sentences to train on too.
+"""The corpus of the settled study: acted human dialogue to train on; tests on it, on prompts, on synthetic sentences.
 
 All manifests are in one folder, with the paths of both corpora below it. Clips that are shorter than a token of the
 highest rate are in none.
@@ -17,7 +17,6 @@ from bench.study import corpus
 FOLDER = Path("data")
 HUMAN = FOLDER / "debian"
 SHORTEST = 64 * 320 / SAMPLE_RATE  # seconds: a token of rate 64
-SYNTHETIC = corpus.TUNING  # utterances to train on
 
 TESTS = {
     "texts": HUMAN / "test_texts.jsonl",
@@ -36,19 +35,17 @@ def make_corpus() -> None:
     """Makes both corpora unless they exist, and the study's manifests."""
     corpus.make_corpus()
     prepare_debian(HUMAN)
-    _write("train", HUMAN / "train.jsonl", corpus.OPEN / "tuning.jsonl")
-    _write("validation", HUMAN / "validation.jsonl")
-    for name, manifest in TESTS.items():
+    training = {name: HUMAN / f"{name}.jsonl" for name in ("train", "validation")}
+    for name, manifest in {**training, **TESTS}.items():
         _write(name, manifest)
 
 
-def _write(name: str, *manifests: Path) -> None:
+def _write(name: str, manifest: Path) -> None:
     rows = []
-    for manifest in manifests:
-        for line in manifest.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["duration"] >= SHORTEST:
-                below = manifest.parent.relative_to(FOLDER)
-                paths = {key: str(below / row[key]) for key in ("audio", "times") if key in row}
-                rows.append({**row, **paths})
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["duration"] >= SHORTEST:
+            below = manifest.parent.relative_to(FOLDER)
+            paths = {key: str(below / row[key]) for key in ("audio", "times") if key in row}
+            rows.append({**row, **paths})
     write_manifest(FOLDER / f"settled_{name}.jsonl", rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from avsr.tools.analysis.collect import collect
 from avsr.tools.analysis.inputs import speech_subject
 from avsr.training.checkpoint import STATE
 from avsr.training.metrics import read_metrics
+from bench.study import settled
 from bench.study.grid import ARMS, INFERENCE, SEEDS, START, Arm, arm_key
 from bench.study.interventions import KINDS, MassiveMeans, intervene
 from bench.study.side_effects import int8_inputs, perplexity, plain_text
@@ -37,18 +37,15 @@ CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrel
 
 def row_of(key: str) -> dict[str, Any]:
     """The row of ``key``; trains its arm first unless it is trained."""
-    arm = ARMS[arm_key(key)]
+    arm = {**ARMS, **settled.ARMS}[arm_key(key)]
     if key.startswith(START):
         return measure_start(arm)
     if key.startswith(INFERENCE):
         return measure_inference(arm)
     config = config_of(arm)
-    run = Path(config.run)
-    if run.exists() and not _finished(run, config.training.steps):
-        shutil.rmtree(run)
-    if not run.exists():
+    if not _finished(Path(config.run), config.training.steps):
         train_arm(arm)
-    return measure(arm)
+    return measure_settled(arm) if arm.settled else measure(arm)
 
 
 def _finished(run: Path, steps: int) -> bool:
@@ -68,6 +65,17 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
         row["scores"]["unseen_voices"] = _score(model, sets["unseen_voices"], config, "unseen_voices")
     with int8_inputs(model.decoder.model):
         row["scores"]["sentences int8"] = _score(model, sets["sentences"], config, "sentences int8")
+    row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())
+    return row
+
+
+def measure_settled(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
+    """The row of a trained arm of the settled study, as of :func:`measure`."""
+    config, model, store = load_arm(arm, folder)
+    row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
+    row["sinks"] = sinks(model, _few(config, model, store), config)
+    sets = test_sets(config, model, store)
+    row["scores"] = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
     row["perplexity"], row["plain_text_tokens"] = perplexity(model, plain_text())
     return row
 

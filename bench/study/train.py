@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from avsr.config import Config, load_config
 from avsr.data.features import FeatureStore
 from avsr.models.build import build_model, build_store, find_checkpoint, load_some_weights, load_weights, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.training.checkpoint import STATE
 from avsr.training.run import attach, train_and_leave
 from avsr.training.warm_start import warm_projector
-from bench.study import corpus
+from bench.study import corpus, settled
 from bench.study.faithful import make_faithful
 from bench.study.grid import STEPS, Arm
 from bench.study.penalty import attach_penalty
@@ -20,27 +22,33 @@ from bench.study.sink_logits import add_sink_logits
 FOLDER = Path("runs/study")
 
 
+SHORT_RECIPE = (
+    *corpus.OVERRIDES,
+    "training.validate_every=50",
+    "training.save_every=100000",
+    "training.gradient_norms_every=25",
+    "decode.base_tokens=4",
+    "decode.tokens_per_second=6",  # the longest reference has 5
+)
+
+
 def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
     """The config of ``arm``'s run."""
-    steps = arm.steps or STEPS[arm.rate]
+    recipe, steps = (settled.RECIPE, settled.STEPS) if arm.settled else (SHORT_RECIPE, STEPS[arm.rate])
     return load_config(
         "demo",
         [
-            f"run={folder / arm.key}",
-            *corpus.OVERRIDES,
+            f"run={folder / arm.key.replace(' ', '-')}",
             f"model.audio.compression.rate={arm.rate}",
             f"loss.decorrelation={arm.weight}",
             f"loss.margin={arm.margin}",
+            f"loss.anchor={arm.anchor}",
             f"training.seed={arm.seed}",
-            f"training.steps={steps}",
+            f"training.steps={arm.steps or steps}",
             "training.frames=4000",
-            "training.validate_every=50",
-            "training.save_every=100000",
-            "training.gradient_norms_every=25",
             "decode.batch=50",
-            "decode.base_tokens=4",
-            "decode.tokens_per_second=6",  # the longest reference has 5
             "log.tensorboard=false",
+            *recipe,
             *arm.overrides,
         ],
     )
@@ -63,7 +71,14 @@ def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
 
 
 def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
-    """Trains ``arm`` and returns its run folder."""
+    """Trains ``arm``, or goes on with what is there of it, and returns its run folder."""
+    config = config_of(arm, folder)
+    if Path(config.run).exists():
+        # what a killed process left before its first checkpoint is of no use
+        if (Path(config.run) / "checkpoints" / "last" / STATE).is_file():
+            config.resume = True
+        else:
+            shutil.rmtree(config.run)
 
     def prepare(model: SpeechLLM, config: Config) -> None:
         change(model, arm, folder)
@@ -74,7 +89,7 @@ def train_arm(arm: Arm, folder: Path = FOLDER) -> Path:
         elif not arm.sink_logits:  # which brings its own attention
             attach(model, config)
 
-    return train_and_leave(config_of(arm, folder), prepare)
+    return train_and_leave(config, prepare)
 
 
 def load_arm(

@@ -1,0 +1,45 @@
+"""The grid of the settled study: its trainings in the order in which they run. PLAN.md says what each is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bench.study import human
+from bench.study.grid import MARGIN, MARGIN_WEIGHT, PAPER, SEEDS, Arm
+from bench.study.penalty import Penalty
+
+STEPS = 1600  # by the pilot, see PLAN.md
+RECIPE = (
+    *human.OVERRIDES,
+    "training.warmup=40",
+    "training.decay=0.2",
+    "training.packed=true",
+    "training.validate_every=200",
+    "training.save_every=200",
+    "training.gradient_norms_every=200",
+    "decode.base_tokens=6",
+    "decode.tokens_per_second=8",  # the fastest reference has 7
+)
+SWEEP_SEED = 6
+PAPER_SWEEP = (30.0, 100.0, 300.0, 1000.0)
+
+OFF = Arm("off", settled=True)
+MARGIN_FORM = Arm(f"margin-{MARGIN_WEIGHT:g}", weight=MARGIN_WEIGHT, margin=MARGIN, settled=True)
+NORM = Arm(f"norm-{PAPER:g}", weight=PAPER, penalty=Penalty(kind="norm"), settled=True)
+ANCHORED = Arm(f"anchored-{MARGIN_WEIGHT:g}", weight=MARGIN_WEIGHT, margin=MARGIN, anchor="base", settled=True)
+ANCHORED_WHOLE = Arm(f"anchored-whole-{PAPER:g}", weight=PAPER, anchor="base", settled=True)
+
+
+def paper(weight: float) -> Arm:
+    return Arm(f"paper-{weight:g}", weight=weight, settled=True)
+
+
+CORE = [OFF, paper(PAPER), MARGIN_FORM, NORM, ANCHORED]
+SWEEP = [OFF, *map(paper, PAPER_SWEEP), ANCHORED, ANCHORED_WHOLE]
+ARMS = {
+    arm.key: arm
+    for arm in [
+        *(replace(arm, seed=SWEEP_SEED) for arm in SWEEP),
+        *(replace(arm, seed=seed) for seed in SEEDS for arm in CORE),
+    ]
+}

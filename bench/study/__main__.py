@@ -1,6 +1,7 @@
 """``make study``: trains and measures what has no row yet, then writes the tables.
 
-Rows are kept in ``rows.jsonl`` next to this file, so that a restart continues where the last run stopped.
+Rows are kept in ``rows.jsonl`` next to this file, and a training that is killed goes on from its last checkpoint, so
+that a restart continues where the last run stopped. The settled study comes first.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from avsr.errors import guarded
 from avsr.runtime.machine import cpus
-from bench.study import corpus
+from bench.study import corpus, human, settled
 from bench.study.grid import ARMS, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
-from bench.study.measure import row_of
+from bench.study.measure import arm_of, row_of
 from bench.study.rows import ROWS, read_rows
 from bench.study.tables import write_results
 from bench.study.train import FOLDER, projector_file
@@ -28,15 +30,18 @@ logger = logging.getLogger("avsr")
 def run_all(full: bool, only: str, workers: int) -> list[str]:
     """Runs what is missing, ``workers`` at a time; returns the keys that failed (their logs are in runs/study/logs)."""
     done = read_rows()
-    trained = [key for key, arm in ARMS.items() if full or not arm.full]
-    wanted = [key for key in [*trained, *STARTS, *INFERENCES] if arm_key(key).startswith(only) and key not in done]
+    trained = [*settled.ARMS, *(key for key, arm in ARMS.items() if full or not arm.full)]
+    keys = [*trained, *STARTS, *settled.INFERENCES, *INFERENCES]
+    wanted = [key for key in keys if arm_key(key).startswith(only) and key not in done]
     if wanted:
         corpus.make_corpus()
-    for rate in sorted({ARMS[arm_key(key)].rate for key in wanted}):
+    if any(arm_of(key).settled for key in wanted):
+        human.make_corpus()
+    for rate in sorted({arm_of(key).rate for key in wanted}):
         projector_file(rate)
     # changes at inference need the trainings; of these, the first seed of a rate finds the heads for the others
     late = [key for key in wanted if key.startswith(INFERENCE)]
-    first = [key for key in late if ARMS[arm_key(key)].seed == SEEDS[0]]
+    first = [key for key in late if arm_of(key).seed == SEEDS[0]]
     failed: list[str] = []
     for wave in ([key for key in wanted if key not in late], first, [key for key in late if key not in first]):
         failed += _run(wave, workers)
@@ -49,11 +54,14 @@ def _run(wanted: list[str], workers: int) -> list[str]:
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
+    began, whole = time.monotonic(), len(wanted)
     while wanted or running:
         while wanted and len(running) < workers:
             key = wanted.pop(0)
             running[key] = _start(key, logs)
-            logger.info("%s (%d to go)", key, len(wanted))
+            ended = whole - len(wanted) - len(running)
+            hours = (time.monotonic() - began) / 3600 / max(ended, 1) * (len(wanted) + len(running))
+            logger.info("%s (%d to go%s)", key, len(wanted), f", about {hours:.1f} hours" if ended else "")
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         for key, process in list(running.items()):
             if process.poll() is not None:
@@ -68,7 +76,7 @@ def _run(wanted: list[str], workers: int) -> list[str]:
 
 def _start(key: str, logs: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bench.study", "--row", key, str(logs / f"{key}.json")]
-    with (logs / f"{key}.log").open("wb") as log:
+    with (logs / f"{key}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

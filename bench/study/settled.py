@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.study import human
-from bench.study.grid import MARGIN, MARGIN_WEIGHT, PAPER, SEEDS, Arm
+from bench.study.grid import INFERENCE, MARGIN, MARGIN_WEIGHT, PAPER, SEEDS, Arm
 from bench.study.penalty import Penalty
 
 STEPS = 1600  # by the pilot, see PLAN.md
@@ -43,3 +43,5 @@ ARMS = {
         *(replace(arm, seed=seed) for seed in SEEDS for arm in CORE),
     ]
 }
+# ACT on the models of off
+INFERENCES = [INFERENCE + replace(OFF, seed=seed).key for seed in SEEDS]

@@ -2,7 +2,7 @@
 
 A file may name others in its ``defaults`` list (paths below ``configs/`` without the suffix); later ones win over
 earlier ones, then the file itself, then the overrides. A table with free names, such as ``data.test``, replaces that of
-an earlier file; an override changes one name of it.
+an earlier file, and so does an override of it; one of a name in it (``data.test.NAME=...``) changes that alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def compose(name: str, overrides: Sequence[str], schema: type[Schema]) -> Schema
         with _as_user_error(repr(text)):
             given = OmegaConf.load(io.StringIO(parse_override(key, value, _types(schema))))
             check_leaves(OmegaConf.to_container(given), "override")
-            merged = OmegaConf.merge(merged, given)
+            whole = key in _tables(schema)
+            merged = _merge([merged, given], schema) if whole else OmegaConf.merge(merged, given)
     return _typed(merged, name, schema)
 
 
@@ -143,8 +144,13 @@ def _as_user_error(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {_one_line(error)}") from error
 
 
+def _tables(schema: type[Any]) -> list[str]:
+    """The keys that hold a table with free names."""
+    return [name for name, value in leaves(schema()) if isinstance(value, dict)]
+
+
 def _merge(parts: Sequence[Any], schema: type[Any]) -> DictConfig:
-    tables = [name for name, value in leaves(schema()) if isinstance(value, dict)]
+    tables = _tables(schema)
     merged = OmegaConf.create()
     for part in parts:
         for name in tables:

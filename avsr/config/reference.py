@@ -35,7 +35,8 @@ A config is a small YAML file with a `defaults` list of other files, named by th
 - `key=value` overrides one key. Values are YAML (`null`, `true`, `[1, 2]`, `.inf`), but text is taken as it is: after
   `run=` follows the name of the folder without quotes, whatever is in it. A value may refer to another key:
   `log.wandb='${run}'`. In files, too, unquoted text stays text (`run: 007`), and `~` is expanded in every path.
-- A table with free names (`data.test`, `training.tasks`) replaces an earlier one; an override changes one name of it.
+- A table with free names (`data.test`, `training.tasks`) replaces an earlier one, in an override too;
+  `data.test.NAME=PATH` changes one name of it.
 - Unknown keys and bad values are refused; the message names the nearest key or the allowed values.
 - The run folder keeps the resolved config as `config.yaml`, which is a config as well.
 - `avsr train --help-keys` prints the keys in a terminal.

@@ -21,6 +21,7 @@ from bench.study import corpus, human, settled
 from bench.study.grid import ARMS, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
 from bench.study.measure import arm_of, row_of
 from bench.study.rows import ROWS, read_rows
+from bench.study.settled_tables import write_settled
 from bench.study.tables import write_results
 from bench.study.train import FOLDER, projector_file
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="PREFIX", help="arms whose key starts with it")
     parser.add_argument("--workers", type=int, default=cpus(), help="parallel trainings (default: one per core)")
     parser.add_argument("--row", nargs=2, metavar=("KEY", "FILE"), help="in this process: writes one row to FILE")
+    parser.add_argument("--tables", action="store_true", help="only write the pages from the rows")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded():
@@ -99,8 +101,9 @@ def main() -> None:
             key, file = arguments.row
             Path(file).write_text(json.dumps(row_of(key)) + "\n", encoding="utf-8")
             return
-        failed = run_all(arguments.grid == "full", arguments.only, arguments.workers)
+        failed = [] if arguments.tables else run_all(arguments.grid == "full", arguments.only, arguments.workers)
         write_results()
+        write_settled()
     raise SystemExit(bool(failed))
 
 

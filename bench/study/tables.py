@@ -1,4 +1,4 @@
-"""``python -m bench.study.tables``: writes RESULTS.md, curves.svg and sweep.svg from the rows."""
+"""Tables and figures of the short study: RESULTS.md, curves.svg, sweep.svg, from the rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from avsr.evaluation.wer import plain
-from bench.study import corpus
+from bench.study import corpus, human
 from bench.study.figures import curves, sweep
 from bench.study.grid import (
     ARMS,
@@ -48,8 +48,12 @@ Rows = dict[str, dict[str, Any]]
 
 def keep_utterances() -> None:
     """Keeps words and speakers of the test sets for the statistics, since the corpus is not committed."""
-    held = {}
-    for name, path in corpus.SETS.items():
+    held = json.loads(UTTERANCES.read_text(encoding="utf-8")) if UTTERANCES.is_file() else {}
+    paths = {name: path for name, path in corpus.SETS.items()}
+    paths |= {f"settled {name}": human.FOLDER / f"settled_{name}.jsonl" for name in human.TESTS}
+    for name, path in paths.items():
+        if not path.is_file():
+            continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         held[name] = {
             "words": [len(plain(line["text"]).split()) for line in lines],
@@ -115,7 +119,7 @@ def origin_table(rows: Rows) -> str:
         after = [rows[k]["sinks"] for k in (Arm(arm.name, seed=s).key for s in SEEDS) if k in rows]
         name = "marks-normal-frozen-first (off)" if arm.name == "off" else arm.name
         lines.append([name, _state(before), _state(after)])
-    return _table(("delimiters", "before training", "after training"), lines)
+    return table(("delimiters", "before training", "after training"), lines)
 
 
 def _state(found: list[dict[str, Any]]) -> str:
@@ -181,14 +185,14 @@ def main_table(rows: Rows) -> str:
         values = [f"{d.base:.4f}", f"{d.other:.4f}", f"{d.delta:+.4f}", interval, *p_values, corrected]
         lines.append([title, str(seeds), *values, f"{d.smallest:.4f}"])
     numbers = ("off", "with", "difference", "95% interval", "p bootstrap", "p seeds", "Holm", "smallest seen")
-    return _table(("against off", "seeds", *numbers), lines)
+    return table(("against off", "seeds", *numbers), lines)
 
 
 def side_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int] = SEEDS) -> str:
-    return _table(("arm", *_SIDE), [[arm.name, *side_effects(rows, arm, seeds)] for arm in arms])
+    return table(("arm", *_SIDE), [[arm.name, *side_effects(rows, arm, seeds)] for arm in arms])
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     parts = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*parts, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
@@ -209,13 +213,12 @@ def at_inference(rows: Rows) -> str:
         lines.append([str(rate), str(len(keys)), f"{off:.3f}", str(len(heads)), *cells])
     changes = [f"seed {SEEDS[0]}, massive to {kind}" for kind in KINDS]
     head = ("rate", "seeds", "WER off", "ACT heads", "ACT", *changes)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def write_results(path: Path = HERE / "RESULTS.md") -> None:
     """Writes the page and its figures."""
-    if corpus.OPEN.is_dir():
-        keep_utterances()
+    keep_utterances()
     rows = read_rows()
     low = [Arm(arm.name, rate=LOW) for arm in MAIN]
     base = [key for key, arm in ARMS.items() if not arm.full]
@@ -223,7 +226,7 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
     unadapted = f" Perplexity of the model without adapters: {base_model:.1f}." if base_model else ""
     parts = [
         "# Results of the study\n",
-        f"Written by `python -m bench.study.tables`; {sum(key in rows for key in base)} of {len(base)} "
+        f"Written by `python -m bench.study --tables`; {sum(key in rows for key in base)} of {len(base)} "
         "trainings of the base grid are in. Terms are those of PLAN.md; marks are delimiters and prompt tokens; "
         "sink rates are the corrected ones; shares of attention are those of the text queries; both are means over "
         "layers 1..29 and heads. A peak is the largest mean over the utterances of any of these layers."
@@ -244,7 +247,3 @@ def write_results(path: Path = HERE / "RESULTS.md") -> None:
     path.write_text("\n".join(parts), encoding="utf-8")
     curves(rows, MAIN, HERE / "curves.svg")
     sweep(rows, PAPER_SWEEP, MARGIN_SWEEP, SWEEP_SEED, HERE / "sweep.svg")
-
-
-if __name__ == "__main__":
-    write_results()

@@ -98,6 +98,8 @@ def test_a_later_table_stands_alone_and_an_override_changes_one_name(folder: Pat
     assert load_config(name).training.tasks == {"audio": 1.0} and load_config(name).data.train == "t.jsonl"
     both = load_config("mine+data/one", ["data.test.y=other.jsonl", "data.test.n=n.jsonl"])
     assert both.data.test == {"x": "x.jsonl", "y": "other.jsonl", "n": "n.jsonl"}
+    assert load_config("mine+data/one", ["data.test={q: q.jsonl}"]).data.test == {"q": "q.jsonl"}
+    assert load_config("mine", ["data.test={}"]).data.test == {}
 
 
 def test_missing_defaults_name_both_files(folder: Path, complete: str) -> None:

@@ -78,7 +78,7 @@ def test_unquoted_text_in_a_file_stays_text(recipe: Callable[..., str], text: st
     path = recipe(more)
     config = load_config(path, [f"data.test={{{text}: {text}, other: {text}}}", f"model.lora.targets=[{text}, b]"])
     assert config.log.wandb == config.noise.file == text
-    assert config.data.test == {"a": "a.jsonl", text: text, "other": text}
+    assert config.data.test == {text: text, "other": text}
     assert config.model.lora.targets == [text, "b"]
 
 

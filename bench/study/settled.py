@@ -8,7 +8,7 @@ from bench.study import human
 from bench.study.grid import INFERENCE, MARGIN, MARGIN_WEIGHT, PAPER, SEEDS, Arm
 from bench.study.penalty import Penalty
 
-STEPS = 1600  # by the pilot, see PLAN.md
+STEPS = 800  # by the pilot, see PLAN.md
 RECIPE = (
     *human.OVERRIDES,
     "training.warmup=40",

@@ -22,7 +22,7 @@ from bench.study.grid import ARMS, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
 from bench.study.measure import arm_of, row_of
 from bench.study.rows import ROWS, read_rows
 from bench.study.settled_tables import write_settled
-from bench.study.tables import write_results
+from bench.study.tables import keep_utterances, write_results
 from bench.study.train import FOLDER, projector_file
 
 logger = logging.getLogger("avsr")
@@ -102,6 +102,7 @@ def main() -> None:
             Path(file).write_text(json.dumps(row_of(key)) + "\n", encoding="utf-8")
             return
         failed = [] if arguments.tables else run_all(arguments.grid == "full", arguments.only, arguments.workers)
+        keep_utterances()
         write_results()
         write_settled()
     raise SystemExit(bool(failed))

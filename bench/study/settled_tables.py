@@ -15,7 +15,7 @@ from bench.study.grid import INFERENCE, SEEDS, Arm
 from bench.study.rows import marks, massive_mark, read_rows, strongest
 from bench.study.statistics import Difference, compare, holm
 from bench.study.tables import UTTERANCES, table
-from bench.svg import write
+from bench.svg import GREY, write
 
 HERE = Path(__file__).parent
 PAPER = settled.CORE[1]
@@ -153,7 +153,7 @@ def differences(found: Sequence[Comparison], path: Path) -> None:
             ends = [[d.delta - d.low], [d.high - d.delta]]
             axis.errorbar(d.delta, place, xerr=ends, fmt="o", color=colour, markersize=3)
         axis.set_yticks(range(len(shown)), [f"{one.name}: {one.test}" for one, _ in reversed(shown)], fontsize=7)
-        axis.axvline(0, color="currentColor", linewidth=0.5)
+        axis.axvline(0, color=GREY, linewidth=0.5)
         axis.set_xlabel("difference of the word error rate to off")
         write(path, to_svg(figure, "differences of the word error rate to off, with 95% intervals"))
 

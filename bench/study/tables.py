@@ -49,7 +49,7 @@ Rows = dict[str, dict[str, Any]]
 def keep_utterances() -> None:
     """Keeps words and speakers of the test sets for the statistics, since the corpus is not committed."""
     held = json.loads(UTTERANCES.read_text(encoding="utf-8")) if UTTERANCES.is_file() else {}
-    paths = {name: path for name, path in corpus.SETS.items()}
+    paths = {**corpus.SETS}
     paths |= {f"settled {name}": human.FOLDER / f"settled_{name}.jsonl" for name in human.TESTS}
     for name, path in paths.items():
         if not path.is_file():
@@ -218,7 +218,6 @@ def at_inference(rows: Rows) -> str:
 
 def write_results(path: Path = HERE / "RESULTS.md") -> None:
     """Writes the page and its figures."""
-    keep_utterances()
     rows = read_rows()
     low = [Arm(arm.name, rate=LOW) for arm in MAIN]
     base = [key for key, arm in ARMS.items() if not arm.full]

@@ -147,7 +147,7 @@ _COMMANDS = {
     ),
     "analyze": _Command(
         commands.run_analyze,
-        "write analysis.json and report.html of runs or language models",
+        "write analysis.json and report.html of runs, language models or speech encoders",
         [
             _path(
                 "targets",
@@ -160,6 +160,17 @@ _COMMANDS = {
             _path("--text", metavar="FILE", help="one text per line, for models (default: 100 fixed sentences)"),
             _path("--audio", metavar="FILE", help="sound for a speech language model, in its own chat template"),
             _path("--image", metavar="FILE", help="a picture for a vision language model, likewise"),
+            _argument(
+                "--encoder",
+                action="store_true",
+                help="targets are speech encoders, whisper:NAME, wavlm:NAME or avhubert:NAME (NAME: hub id, folder, "
+                "file, package:NAME/path); key=value: limit=N clips, stream=audio, video or fused of AV-HuBERT",
+            ),
+            _path(
+                "--manifest",
+                metavar="FILE",
+                help="the clips that encoders read, without their texts; of 1 s or more",
+            ),
             _path(
                 "--out",
                 help="folder of the report (default: as evaluate's, of the first run, or runs/analysis/NAME)",

@@ -83,11 +83,20 @@ def run_act_search(arguments: argparse.Namespace) -> None:
 def run_analyze(arguments: argparse.Namespace) -> None:
     from avsr.tools.analysis.composite import AUDIO, IMAGE, Media
     from avsr.tools.analyze import analyze
+    from avsr.tools.analyze_encoder import analyze_encoders
 
     targets, overrides = _split(arguments.targets)
     if not targets:
         raise UserError("analyze: no run or model given")
     given = [(kind, file) for kind in (AUDIO, IMAGE) if (file := getattr(arguments, kind)) is not None]
+    if arguments.encoder:
+        others = [f"--{kind}" for kind, _ in given] + ["--text"] * (arguments.text is not None)
+        if others:
+            raise UserError(f"analyze: --encoder reads the clips of --manifest, not {others[0]}")
+        print(analyze_encoders(targets, overrides, arguments.manifest, arguments.out))
+        return
+    if arguments.manifest is not None:
+        raise UserError("analyze: --manifest is for speech encoders, with --encoder")
     if len(given) > 1:
         raise UserError("analyze: expected --audio or --image, got both")
     print(analyze(targets, overrides, arguments.out, arguments.text, Media(*given[0]) if given else None))

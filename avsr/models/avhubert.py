@@ -53,6 +53,10 @@ class AVHubertEncoder(SpeechEncoder):
         add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
         self.eval()
 
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        return self.model.encoder.layers
+
     def frames(self, samples: int, video_frames: int) -> int:
         if self.stream == "audio" or (self.stream == "fused" and not video_frames):
             return audio_frames(samples) if samples else 0

@@ -41,6 +41,11 @@ class SpeechEncoder(nn.Module):
         """Of the weights."""
         return next(self.parameters()).dtype
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its transformer layers, each with a ``self_attn`` or ``attention`` and (B, T, D) states as output."""
+        raise NotImplementedError
+
     def frames(self, samples: int, video_frames: int) -> int:
         """Number of features of a clip with this many samples and mouth frames."""
         raise NotImplementedError

@@ -47,6 +47,11 @@ class WavLMEncoder(SpeechEncoder):
         self.model = model.to(device)
         self.eval()
 
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        layers: torch.nn.ModuleList = self.model.encoder.layers
+        return layers
+
     def frames(self, samples: int, video_frames: int) -> int:
         return self.feature_count(samples)
 

@@ -54,6 +54,10 @@ class Whisper(SpeechEncoder):
         )
         self.to(device).eval().requires_grad_(False)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self._encoder.layers
+
     def frames(self, samples: int, video_frames: int) -> int:
         """One for every 20 ms begun."""
         return frame_count(samples)

@@ -24,6 +24,7 @@ from avsr.runtime.machine import enough_memory
 from avsr.tools.analysis.causal import causal_test
 from avsr.tools.analysis.collect import collect
 from avsr.tools.analysis.composite import ASKED, Media, load_media_subject
+from avsr.tools.analysis.encoder_inputs import KINDS as ENCODERS
 from avsr.tools.analysis.example import examine_row
 from avsr.tools.analysis.features import feature_sets
 from avsr.tools.analysis.figures import Run
@@ -129,6 +130,8 @@ def kind_of(target: str) -> str:
         UserError: a folder that is neither, or a name that can be neither.
     """
     path = Path(target)
+    if target.partition(":")[0] in ENCODERS and not path.exists():
+        raise UserError(f"{target} is a speech encoder: analyze it with --encoder --manifest FILE.jsonl")
     if (path / "config.yaml").is_file():
         return RUN
     if path.is_dir() and not (path / "config.json").is_file():
@@ -276,13 +279,15 @@ def _identity(subject: Subject, reads: str, noise: str, data: str, lines: list[s
     }
 
 
-def write_results(folder: Path, analyses: list[Run]) -> Path:
-    """Writes both files to ``folder`` and returns the report's path."""
+def write_results(
+    folder: Path, analyses: list[Run], page: Callable[[Path, list[Run], str], None] = write_report
+) -> Path:
+    """Writes both files to ``folder``, the report by ``page``, and returns its path."""
     names = " and ".join(name for name, _ in analyses)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / ANALYSIS, (json.dumps(dict(analyses), indent=1) + "\n").encode())
-        write_report(folder / "report.html", analyses, f"Attention sinks: {names}")
+        page(folder / "report.html", analyses, f"Attention sinks: {names}")
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error}") from error
     return folder / "report.html"

@@ -26,8 +26,8 @@ from avsr.evaluation.results import results_folder
 from avsr.evaluation.run import evaluate, worst
 from avsr.models.sources import inside_run, resolve
 from avsr.runtime.progress import ProgressBar
+from avsr.tools.analysis.page import escape
 from avsr.tools.analysis.plots import drawing
-from avsr.tools.analysis.sections import escape
 from avsr.tools.corpora.prepare.journal import Journal
 from avsr.tools.corpora.prepare.options import PrepareOptions
 from avsr.tools.corpora.prepare.run import prepare

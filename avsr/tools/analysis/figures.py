@@ -10,6 +10,7 @@ from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 
 from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.plots import COLOURS, drawing, legend_below, panels, styled, to_svg, token_label
@@ -105,7 +106,7 @@ def heat_by_token(runs: Sequence[Run], key: str, groups: Sequence[str]) -> list[
             continue
         title, height = f"{name}: {key} by token and layer", 0.26 * len(shown) + 1.3
         with drawing(pictures, title, "layer", height=height, legend=False) as axis:
-            _heat(axis, [values for _, values in shown])
+            heat(axis, [values for _, values in shown])
             axis.set_yticks(range(1, len(shown) + 1), [label for label, _ in shown])
     return pictures
 
@@ -117,21 +118,22 @@ def heat_by_head(run: Run, group: str) -> str:
     title = f"{name}: share of tokens in which {group} is a sink, by layer and head"
     pictures: list[str] = []
     with drawing(pictures, title, "layer", "head", height=min(0.14 * len(by_head) + 1.6, 4.6), legend=False) as axis:
-        _heat(axis, by_head)
+        heat(axis, by_head)
         axis.set_title(token_label(group))
     return pictures[0]
 
 
-def _heat(axis: Axes, rows: Sequence[Sequence[float]]) -> None:
-    """Columns count from 1, and so do rows, from the top."""
+def heat(axis: Axes, rows: Sequence[Sequence[float]], norm: Normalize | None = None) -> None:
+    """Columns count from 1, and so do rows, from the top; colors are 0 to 1, or as ``norm`` says."""
     extent = (0.5, len(rows[0]) + 0.5, len(rows) + 0.5, 0.5)
-    image = axis.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    norm = norm or Normalize(0, 1)
+    image = axis.imshow(rows, aspect="auto", cmap="viridis", norm=norm, extent=extent, interpolation="nearest")
     if axis.figure is not None:
         axis.figure.colorbar(image, ax=axis, pad=0.02)
 
 
-def mass(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
-    """The share of the text queries' attention that goes to every group, stacked to 1, by layer."""
+def mass(runs: Sequence[Run], groups: Sequence[str], whose: str = "the text's") -> list[str]:
+    """The share of ``whose`` attention that goes to every group, stacked to 1, by layer."""
     pictures: list[str] = []
     for name, analysis in runs:
         table, layers = analysis["groups"], range(1, analysis["layers"] + 1)
@@ -142,7 +144,7 @@ def mass(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
         others = [table[group]["mass"] for group in table if group not in groups]
         if others:
             bars.append(("other prompt tokens", "#606060", [sum(values) for values in zip(*others, strict=True)]))
-        title = f"{name}: where the text's attention goes, by layer"
+        title = f"{name}: where {whose} attention goes, by layer"
         with drawing(pictures, title, "layer", "share of attention", height=_height(len(bars))) as axis:
             bottom = [0.0] * len(layers)
             for label, color, share in bars:

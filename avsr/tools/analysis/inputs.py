@@ -90,13 +90,19 @@ def parse_model_options(overrides: Sequence[str]) -> ModelOptions:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown option {key!r}: did you mean {near!r}? A model takes {', '.join(_KEYS)}")
-        if key != "limit":
-            setattr(options, _KEYS[key], value)
-        elif value.isdecimal() and int(value) > 0:
-            options.limit = int(value)
-        else:
-            raise UserError(f"limit: expected a whole number above 0, got {value!r}")
+        setattr(options, _KEYS[key], parse_limit(value) if key == "limit" else value)
     return options
+
+
+def parse_limit(value: str) -> int:
+    """The value of ``limit``.
+
+    Raises:
+        UserError: it is not a whole number above 0.
+    """
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"limit: expected a whole number above 0, got {value!r}")
+    return int(value)
 
 
 def read_texts(path: str | None, limit: int | None) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from avsr.errors import visible
 
@@ -69,6 +70,8 @@ def drawing(
         figure, (axis,) = panels(width=width, height=height)
         axis.set_xlabel(xlabel)
         axis.set_ylabel(ylabel)
+        if xlabel == "layer":
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         yield axis
         if legend:
             legend_below(figure, axis)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from avsr.runtime.folders import write_durably
 from avsr.tools.analysis.groups import BOS, mean_over_layers
-from avsr.tools.analysis.sections import SECTIONS, Runs, escape, table
+from avsr.tools.analysis.page import Runs, Section, escape, table
+from avsr.tools.analysis.sections import SECTIONS
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d0d0d0; --soft: #f4f4f2; --link: #0b5cad; }
@@ -25,8 +27,8 @@ figure { margin: 0; min-width: 0; max-width: 100%; } figure div, .table { overfl
 svg { display: block; width: 100%; height: auto; } .wide svg { width: auto; max-width: none; }
 table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th { white-space: normal; } th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem;
-  overflow-wrap: normal; }
+th { white-space: normal; overflow-wrap: normal; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: normal; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .85rem; overflow-wrap: normal; }
 """
@@ -51,12 +53,16 @@ def write_report(path: Path, runs: Runs, title: str) -> None:
     """Writes the page. ``runs`` are (name, analysis) pairs; an analysis is what ``avsr.tools.analyze.analyze_model`` or
     ``analyze_subject`` returned, a run's with ``curve`` (metrics rows), ``scores`` (by set), ``settings``, ``errors``.
     """
-    sections = [(s.id, s.title, s.caption, s.build(runs)) for s in SECTIONS]
-    sections = [("summary", "Summary", _SUMMARY, _summary(runs)), *(section for section in sections if section[3])]
-    links = "".join(f"<li><a href='#{id}'>{escape(heading)}</a></li>" for id, heading, _, _ in sections)
+    write_page(path, runs, title, [Section("summary", "Summary", _SUMMARY, _summary), *SECTIONS])
+
+
+def write_page(path: Path, runs: Runs, title: str, sections: Sequence[Section]) -> None:
+    """Writes a page of those ``sections`` for which the analyses ``runs`` hold something."""
+    built = [(s.id, s.title, s.caption, inner) for s in sections if (inner := s.build(runs))]
+    links = "".join(f"<li><a href='#{id}'>{escape(heading)}</a></li>" for id, heading, _, _ in built)
     parts = "".join(
         f"<section id={id}><h2>{escape(heading)}</h2><p class=caption>{escape(caption)}</p>{inner}</section>"
-        for id, heading, caption, inner in sections
+        for id, heading, caption, inner in built
     )
     page = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title>"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from avsr.errors import visible
 from avsr.tools.analysis import figures, plots
 from avsr.tools.analysis.figures import Run
 from avsr.tools.analysis.groups import BOS, IMAGE, SPEECH, TEXT
+from avsr.tools.analysis.page import Runs, Section, by_run, details, escape, grid, listed
 
-Runs = Sequence[Run]
 # Tables: headings with the formats of their cells.
 _MASSIVE = (
     "token={group}; layer={layer}; feature={feature}; tokens={count}; largest={value:,.0f}; "
@@ -34,82 +32,28 @@ _CAUSAL = (
 )
 
 
-class Section(NamedTuple):
-    """``build`` returns the inner HTML, or "" where the analyses hold nothing for it."""
-
-    id: str
-    title: str
-    caption: str
-    build: Callable[[Runs], str]
-
-
-def escape(text: object) -> str:
-    return html.escape(visible(str(text), "\n\t"))
-
-
 def named(runs: Runs) -> list[str]:
     """What figures draw: the shown groups of all runs, in the order of the rows, text, speech and images last."""
     groups = list(dict.fromkeys(group for _, analysis in runs for group in analysis["shown"]))
     return sorted(groups, key=lambda group: group in (SPEECH, IMAGE, TEXT))
 
 
-def _grid(pictures: Sequence[str], names: Sequence[str] = (), wide: bool = False) -> str:
-    """SVGs side by side where the page is wide enough, each under its name; ``wide`` ones keep their size and scroll.
-    Empty ones are left out."""
-    framed = [
-        f"<figure>{f'<b>{escape(name)}</b>' if name else ''}<div>{svg}</div></figure>"
-        for svg, name in zip(pictures, names or [""] * len(pictures), strict=True)
-        if svg
-    ]
-    return f"<div class='grid{' wide' if wide else ''}'>{''.join(framed)}</div>" if framed else ""
-
-
-def _by_run(runs: Runs, *rows: Sequence[str], wide: bool = False) -> str:
-    """Rows of SVGs, one for each run, which is named where there are several."""
-    names = [name if len(runs) > 1 else "" for name, _ in runs]
-    return _grid([svg for row in rows for svg in row], names * len(rows), wide)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are text."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=table><table><tr>{top}</tr>{body}</table></div>"
-
-
-def _listed(columns: str, items: Iterable[Mapping[str, Any]]) -> str:
-    """A table with a row for each item. ``columns``: "heading=format; ..."; a cell is empty where its value is None."""
-    heads, forms = zip(*(column.split("=", 1) for column in columns.split("; ")), strict=True)
-    return table(heads, ([_filled(form, item) for form in forms] for item in items))
-
-
-def _filled(form: str, item: Mapping[str, Any]) -> str:
-    try:
-        return form.format_map(item)
-    except TypeError:  # of a None
-        return ""
-
-
-def _details(summary: str, inner: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
-
-
 def _lines(**curves: str) -> Callable[[Runs], str]:
     """Figures of values by layer: their keys with their labels."""
 
     def build(runs: Runs) -> str:
-        return _by_run(runs, *(figures.layer_lines(runs, key, named(runs), label) for key, label in curves.items()))
+        return by_run(runs, *(figures.layer_lines(runs, key, named(runs), label) for key, label in curves.items()))
 
     return build
 
 
 def _where(runs: Runs) -> str:
-    return _by_run(runs, figures.heat_by_token(runs, "sink_rate_corrected", named(runs)), figures.positions(runs))
+    return by_run(runs, figures.heat_by_token(runs, "sink_rate_corrected", named(runs)), figures.positions(runs))
 
 
 def _heads(runs: Runs) -> str:
     groups = dict.fromkeys([BOS, *(analysis["strongest"] for _, analysis in runs)])
-    return _by_run(
+    return by_run(
         runs,
         *([figures.heat_by_head(run, group) if group in run[1]["heads"] else "" for run in runs] for group in groups),
     )
@@ -118,7 +62,7 @@ def _heads(runs: Runs) -> str:
 def _massive(runs: Runs) -> str:
     groups = named(runs)
     parts = [
-        _by_run(
+        by_run(
             runs,
             figures.layer_lines(runs, "max_abs", groups, "max |h|", log=True),
             figures.layer_lines(runs, "log10_ratio", groups, "log10(max / median)", mark=3.0),
@@ -127,10 +71,10 @@ def _massive(runs: Runs) -> str:
     for name, analysis in runs:
         found = analysis["massive"]
         if found:
-            parts.append(_details(f"{name}: massive activations ({len(found)})", _listed(_MASSIVE, found)))
+            parts.append(details(f"{name}: massive activations ({len(found)})", listed(_MASSIVE, found)))
         else:
             parts.append(f"<p>{escape(name)}: no massive activation.</p>")
-        parts.append(_details(f"{name}: the largest activation of every layer", _listed(_LARGEST, analysis["largest"])))
+        parts.append(details(f"{name}: the largest activation of every layer", listed(_LARGEST, analysis["largest"])))
     return "".join(parts)
 
 
@@ -160,9 +104,9 @@ def _origin(runs: Runs) -> str:
             | ({} if found["layer"] else {"origin": "the embedding"})
             for label, found in origin["tokens"].items()
         ]
-        parts += [f"<p>{_rows(run)}.</p>", _grid(figures.contributions(run)), _listed(_ORIGIN, rows)]
+        parts += [f"<p>{_rows(run)}.</p>", grid(figures.contributions(run)), listed(_ORIGIN, rows)]
         parts += [
-            _details(f"{row['label']}: units of the MLP of layer {inside['layer']}", _listed(_UNITS, inside["units"]))
+            details(f"{row['label']}: units of the MLP of layer {inside['layer']}", listed(_UNITS, inside["units"]))
             for row in rows
             if row["massive"] and (inside := row["inside"])
         ]
@@ -176,7 +120,7 @@ def _features(runs: Runs) -> str:
             {**one, "label": label, "features": ", ".join(map(str, one["common"])) or "none"}
             for label, one in found["tokens"].items()
         ]
-        parts.append(f"<p>{_rows(run)}, layer {found['layer']}: {_sets(found)}</p>{_listed(_FEATURES, rows)}")
+        parts.append(f"<p>{_rows(run)}, layer {found['layer']}: {_sets(found)}</p>{listed(_FEATURES, rows)}")
     return "".join(parts)
 
 
@@ -207,26 +151,26 @@ def _causal(runs: Runs) -> str:
             rows.append({**one, **sizes, "label": label, "massive": massive, "sink": sink})
         embedded = ", ".join(label for label, one in causal["sinks"].items() if one is None)
         left = f" Not rotated, as the embedding makes it: {escape(embedded)}." if embedded else ""
-        parts += [f"<p>{_rows(run, 'turned')}.{left}</p>", _grid(figures.rotations(run))]
-        parts += [_listed(_CAUSAL, rows)] if rows else []
+        parts += [f"<p>{_rows(run, 'turned')}.{left}</p>", grid(figures.rotations(run))]
+        parts += [listed(_CAUSAL, rows)] if rows else []
     return "".join(parts)
 
 
 def _maps(runs: Runs) -> str:
     return "".join(
-        (f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else "") + _grid(figures.attention_maps(run), wide=True)
+        (f"<h3>{escape(run[0])}</h3>" if len(runs) > 1 else "") + grid(figures.attention_maps(run), wide=True)
         for run in runs
     )
 
 
 def _training(runs: Runs) -> str:
-    return _grid(plots.training_curves([(name, held["curve"]) for name, held in runs if held.get("curve")]))
+    return grid(plots.training_curves([(name, held["curve"]) for name, held in runs if held.get("curve")]))
 
 
 def _texts(key: str, what: str, runs: Runs) -> str:
     """The text under ``key`` of every run, folded."""
     return "".join(
-        _details(f"{name}: {what}", f"<pre>{escape(analysis[key])}</pre>")
+        details(f"{name}: {what}", f"<pre>{escape(analysis[key])}</pre>")
         for name, analysis in runs
         if analysis.get(key)
     )
@@ -270,7 +214,7 @@ SECTIONS = [
         "Where the text's attention goes",
         "All attention of the text tokens, including that to themselves, by the token that receives it; mean over "
         "heads. Every bar adds up to 1.",
-        lambda runs: _by_run(runs, figures.mass(runs, named(runs))),
+        lambda runs: by_run(runs, figures.mass(runs, named(runs))),
     ),
     Section(
         "massive",
@@ -285,7 +229,7 @@ SECTIONS = [
         "Activations of one row",
         "The largest |h| of every token of one row, after the layer with the largest of all. Dashed: 1000 times the "
         "median. A long row is drawn in 96 pieces, each by its largest value and named after its first token.",
-        lambda runs: _by_run(runs, figures.activation_bars(runs), wide=True),
+        lambda runs: by_run(runs, figures.activation_bars(runs), wide=True),
     ),
     Section(
         "origin",

@@ -15,6 +15,10 @@ from avsr.tools.analysis.statistics import EPS
 
 BINS = 50  # of a whole clip
 START, END, CLIP = "start", "end", "clip"
+_PER_LAYER = (
+    *("multiple", "multiple_raw", "sink_heads", "sink_clips", "sink_frames", "raw_heads", "raw_clips"),
+    *("corrected_heads", "corrected_clips", "sink_mass", "activation", "ratio", "massive_clips", "massive_frames"),
+)
 PADDING_START, PADDING_END = "padding_start", "padding_end"
 
 
@@ -173,9 +177,7 @@ def _add_massive(totals: _Totals, one: FrameStatistics) -> None:
 def _result(totals: _Totals) -> dict[str, Any]:
     layers = len(totals.features)
     rows: list[dict[str, Any]] = [{"layer": layer + 1} for layer in range(layers)]
-    keys = ("multiple", "multiple_raw", "sink_heads", "sink_clips", "sink_frames", "raw_heads", "raw_clips")
-    keys += ("corrected_heads", "corrected_clips", "sink_mass", "activation", "ratio", "massive_clips")
-    for key in (*keys, "massive_frames"):
+    for key in _PER_LAYER:
         for row, value in zip(rows, totals.mean(key), strict=True):
             row[key] = value
     for row, value in zip(rows, totals.ratio("sink_value", "sinks"), strict=True):

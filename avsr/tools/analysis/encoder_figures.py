@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from avsr.tools.analysis.encoder_collect import CLIP, END, PADDING_END, PADDING_START, START
 from avsr.tools.analysis.figures import Run, heat
@@ -42,7 +43,7 @@ def _by_head(run: Run, key: str, what: str, norm: LogNorm | None = None) -> str:
     with drawing(pictures, title, "layer", "head", height=height, legend=False) as axis:
         heat(axis, rows, norm)
         axis.set_title(what)
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return pictures[0]
 
 

@@ -143,8 +143,9 @@ SECTIONS = [
         "summary",
         "Summary",
         "Every frame sees all frames. The multiple is what a frame receives on average from the clip's frames, without "
-        "its attention to itself, in units of uniform attention (1 / number of frames). A sink takes at least as much "
-        f"attention as {WORTH:g} s of the clip have to give. Means are over clips, and rates of heads over layers.",
+        "its attention to itself, in units of uniform attention (1 / number of frames, padding counted). A sink takes "
+        f"at least as much attention as {WORTH:g} s of the clip have to give. Means are over clips, and rates of heads "
+        "over layers.",
         _summary,
     ),
     Section(

@@ -148,7 +148,7 @@ def _watched(
     """Calls ``see`` before the attention of every layer, and ``output`` with the (1, T, D) states after it."""
     with ExitStack() as stack:
         for layer in encoder.layers:
-            attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+            attention: Any = layer.attention if hasattr(layer, "attention") else layer.self_attn
             if isinstance(attention, WavLMAttention):
                 stack.enter_context(_watched_wavlm(attention, see))
             else:

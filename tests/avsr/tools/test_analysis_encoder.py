@@ -108,10 +108,16 @@ def test_padded_whisper_is_that_of_hugging_face(tiny_whisper: Path) -> None:
     assert sum(region["frames"] for region in result["groups"].values()) == pytest.approx(1.0)
 
 
-def eager(model: Any, mel: Tensor) -> tuple[Tensor, Tensor]:
+def outputs_of(layers: Any) -> list[Tensor]:
+    """Grows by what every layer gives in the next forward."""
     states: list[Tensor] = []
-    for layer in model.layers:
+    for layer in layers:
         layer.register_forward_hook(lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    return states
+
+
+def eager(model: Any, mel: Tensor) -> tuple[Tensor, Tensor]:
+    states = outputs_of(model.layers)
     with torch.no_grad():
         maps = model(mel, output_attentions=True).attentions
     return torch.cat(maps), torch.cat(states)
@@ -142,14 +148,12 @@ def test_wavlm_with_its_relative_positions(
     wavlm_maps.clear()
     model = WavLMModel.from_pretrained(tiny_wavlm).eval()
     model.load_state_dict(encoder.model.state_dict())
-    states: list[Tensor] = []
-    for layer in model.encoder.layers:
-        layer.register_forward_hook(lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))
+    states = outputs_of(model.encoder.layers)
     with torch.no_grad():
         model.double()(torch.nn.functional.layer_norm(wave, wave.shape, eps=1e-8)[None].double())
     assert found.own == 59 and found.seconds == pytest.approx(59 / 50)
     check(found, torch.stack(wavlm_maps), torch.cat(states))
-    assert not hasattr(encoder.layers[0], "_forward_hooks") or not encoder.layers[0]._forward_hooks
+    assert not encoder.layers[0]._forward_hooks
     assert "torch_multi_head_self_attention" not in vars(encoder.layers[0].attention)
 
 
@@ -158,7 +162,7 @@ def test_avhubert_by_its_own_softmax(tiny_avhubert: Path, monkeypatch: pytest.Mo
     wave = noise(1.31)
     found = measure_clip(encoder, Clip(wave))
     maps: list[Tensor] = []
-    states: list[Tensor] = []
+    states = outputs_of(encoder.layers)
 
     def spelled_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         assert attn_mask is None
@@ -166,8 +170,6 @@ def test_avhubert_by_its_own_softmax(tiny_avhubert: Path, monkeypatch: pytest.Mo
         return maps[-1] @ v
 
     monkeypatch.setattr("avsr.models.avhubert_network.scaled_dot_product_attention", spelled_out)
-    for layer in encoder.layers:
-        layer.register_forward_hook(lambda module, args, out: states.append(out))
     inputs = encoder.prepare(Clip(wave))[None]
     with torch.no_grad():
         encoder.double()(inputs, torch.tensor([inputs.shape[1]]))
@@ -217,7 +219,6 @@ def test_a_planted_sink_is_found_where_and_when_it_is(tiny_whisper: Path) -> Non
     assert (strongest["head"], strongest["second"], strongest["clip"]) == (2, pytest.approx(PLANTED / 50), "clip 1")
     assert strongest["region"] == "speech" and largest["second"] == pytest.approx(PLANTED / 50)
     assert int(np.argmax(result["time"]["start"][0])) == PLANTED
-    assert result["time"]["start"][0][PLANTED] == max(result["time"]["start"][0])
     massive = [row for row in result["massive"] if row["layer"] == 1]
     assert [(row["feature"], row["region"], row["frames"], row["clips"]) for row in massive] == [(3, "speech", 3, 3)]
     assert result["groups"]["speech"]["peak"][0] == 1.0

@@ -1,5 +1,4 @@
-"""Sinks and massive activations inside speech encoders, against eager attention in float64, planted ones, and the
-command."""
+"""Sinks and massive activations inside speech encoders: eager attention in float64, planted ones, the command."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ def check(found: FrameStatistics, maps: Tensor, states: Tensor) -> None:
     frames, own = maps.shape[-1], found.own
     asked = maps[:, :, :own]
     others = asked.sum(2)
-    for j in range(own):
-        others[..., j] -= asked[:, :, j, j]
+    others[..., :own] -= asked.diagonal(dim1=2, dim2=3)
     counts = torch.tensor([own - 1] * own + [own] * (frames - own))
     for name, expected in {"raw": maps.mean(2), "mean": asked.mean(2), "others": others / counts}.items():
         torch.testing.assert_close(getattr(found, name).double(), expected, rtol=2e-4, atol=2e-6)
@@ -80,8 +78,7 @@ def check(found: FrameStatistics, maps: Tensor, states: Tensor) -> None:
 @pytest.mark.parametrize("seconds", [1.0, 1.53])
 def test_own_frames_of_whisper_are_those_of_eager_attention(tiny_whisper: Path, seconds: float) -> None:
     encoder = lively(opened("whisper", tiny_whisper))
-    wave = noise(seconds)
-    found = measure_clip(encoder, Clip(wave))
+    found = measure_clip(encoder, Clip(wave := noise(seconds)))
     frames = math.ceil(seconds * 50)
     mel = encoder._log_mel(torch.nn.functional.pad(wave, (0, frames * 320 - len(wave) + 400))[None])[..., : 2 * frames]
     model = double_whisper(encoder, tiny_whisper)
@@ -102,8 +99,8 @@ def test_padded_whisper_is_that_of_hugging_face(tiny_whisper: Path) -> None:
     torch.testing.assert_close(found.mean.double(), expected, rtol=2e-2, atol=1e-5)  # two ways to make a mel spectrum
     torch.testing.assert_close(found.raw.double(), maps.mean(2), rtol=2e-2, atol=1e-5)
     result = collect_frames([("a", found)])
-    share = expected[..., 65:].sum(-1)
-    torch.testing.assert_close(torch.tensor(result["heads"]["padding"]), share.float(), rtol=1e-3, atol=1e-4)
+    share = expected[..., 65:].sum(-1).float()
+    torch.testing.assert_close(torch.tensor(result["heads"]["padding"]), share, rtol=1e-3, atol=1e-4)
     assert result["padding_frames"] == pytest.approx(1 - 65 / 1500)
     assert sum(region["frames"] for region in result["groups"].values()) == pytest.approx(1.0)
 
@@ -146,8 +143,7 @@ def test_wavlm_with_its_relative_positions(
     wave = noise(1.2)
     found = measure_clip(encoder, Clip(wave))
     wavlm_maps.clear()
-    model = WavLMModel.from_pretrained(tiny_wavlm).eval()
-    model.load_state_dict(encoder.model.state_dict())
+    (model := WavLMModel.from_pretrained(tiny_wavlm).eval()).load_state_dict(encoder.model.state_dict())
     states = outputs_of(model.encoder.layers)
     with torch.no_grad():
         model.double()(torch.nn.functional.layer_norm(wave, wave.shape, eps=1e-8)[None].double())
@@ -170,9 +166,8 @@ def test_avhubert_by_its_own_softmax(tiny_avhubert: Path, monkeypatch: pytest.Mo
         return maps[-1] @ v
 
     monkeypatch.setattr("avsr.models.avhubert_network.scaled_dot_product_attention", spelled_out)
-    inputs = encoder.prepare(Clip(wave))[None]
     with torch.no_grad():
-        encoder.double()(inputs, torch.tensor([inputs.shape[1]]))
+        encoder.double()(inputs := encoder.prepare(Clip(wave))[None], torch.tensor([found.own]))
     assert found.own == inputs.shape[1] and found.seconds == pytest.approx(found.own / 25)
     check(found, torch.stack(maps), torch.cat(states))
 
@@ -212,8 +207,7 @@ def test_a_planted_sink_is_found_where_and_when_it_is(tiny_whisper: Path) -> Non
     assert first["sink_heads"] == first["raw_heads"] == first["corrected_heads"] == 0.25
     assert first["sink_clips"] == first["massive_clips"] == 1.0 and first["sink_frames"] == 1.0
     assert first["feature"] == 3 and first["feature_clips"] == 1.0
-    frames = [60, 100, 81]
-    assert first["multiple"] == pytest.approx(sum(frames) / 3, rel=1e-3)  # all attention goes there
+    assert first["multiple"] == pytest.approx((60 + 100 + 81) / 3, rel=1e-3)  # all attention goes there
     assert result["heads"]["sinks"][0] == [0.0, 1.0, 0.0, 0.0]
     strongest, largest = result["strongest"][0], result["largest"][0]
     assert (strongest["head"], strongest["second"], strongest["clip"]) == (2, pytest.approx(PLANTED / 50), "clip 1")
@@ -252,8 +246,7 @@ def test_attention_to_oneself_is_not_counted() -> None:
 
 def test_regions_of_ends_speech_silence_and_padding() -> None:
     wave = noise(2.0)
-    wave[8000:16000] *= 0.001  # -60 dB
-    wave[16000:24000] *= 0.03  # -30 dB
+    wave[8000:16000], wave[16000:24000] = wave[8000:16000] * 0.001, wave[16000:24000] * 0.03  # -60 and -30 dB
     regions = regions_of(wave, 100, 130, 50).tolist()
     assert regions[:5] == [FIRST] * 5 and regions[95:100] == [LAST] * 5 and regions[100:] == [PADDING] * 30
     assert regions[5:25] == [SPEECH] * 20 and regions[25:50] == [SILENCE] * 25 and regions[50:95] == [SPEECH] * 45
@@ -266,8 +259,7 @@ def test_a_silent_clip_has_no_speech_and_finite_numbers(tiny_whisper: Path) -> N
     result = collect_frames([("silent", found)])
     assert set(result["groups"]) == {"first", "silence", "last"}
     json.dumps(result, allow_nan=False)
-    sums = np.sum([region["mass"] for region in result["groups"].values()], axis=0)
-    np.testing.assert_allclose(sums, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(np.sum([one["mass"] for one in result["groups"].values()], axis=0), 1.0, rtol=1e-5)
 
 
 def uniform(own: int, frames: int = 0, layers: int = 2, heads: int = 3) -> FrameStatistics:
@@ -282,7 +274,7 @@ def uniform(own: int, frames: int = 0, layers: int = 2, heads: int = 3) -> Frame
 
 
 def test_uniform_attention_is_one_everywhere_whatever_the_length() -> None:
-    result = collect_frames([("a", uniform(50)), ("b", uniform(77)), ("c", uniform(1500))])
+    result = collect_frames([(str(own), uniform(own)) for own in (50, 77, 1500)])
     for region in result["groups"].values():
         np.testing.assert_allclose(region["multiple"], 1.0, rtol=1e-5)
         assert region["sink_rate_relative"] == [0.0, 0.0]
@@ -355,18 +347,17 @@ def test_the_command_over_a_random_avhubert(
     tiny_avhubert: Path, make_corpus: Callable[..., Path], tmp_path: Path, stream: str
 ) -> None:
     manifest = make_corpus(tmp_path / "corpus", seconds=[1.2, 1.6], video="beside")
-    out = tmp_path / "out"
-    main(["analyze", f"avhubert:{tiny_avhubert}", "--encoder", f"--manifest={manifest}", f"stream={stream}",
-          f"--out={out}"])  # fmt: skip
-    (held,) = json.loads((out / "analysis.json").read_text()).values()
+    options = [f"--manifest={manifest}", f"stream={stream}", f"--out={tmp_path}"]
+    main(["analyze", f"avhubert:{tiny_avhubert}", "--encoder", *options])
+    (held,) = json.loads((tmp_path / "analysis.json").read_text()).values()
     assert held["identity"]["frames_per_second"] == 25 and held["clips"] == 2
     assert ("between" in held["groups"]) == (stream == "video")
 
 
 def test_two_encoders_side_by_side(tiny_wavlm: Path, tiny_whisper: Path, corpus: Path, tmp_path: Path) -> None:
     targets = [f"wavlm:{tiny_wavlm}", f"whisper:{tiny_whisper}", f"wavlm:{tiny_wavlm}"]
-    main(["analyze", *targets, "--encoder", f"--manifest={corpus}", f"--out={tmp_path / 'out'}", "limit=1"])
-    assert len(json.loads((tmp_path / "out" / "analysis.json").read_text())) == 3
+    main(["analyze", *targets, "--encoder", f"--manifest={corpus}", f"--out={tmp_path}", "limit=1"])
+    assert len(json.loads((tmp_path / "analysis.json").read_text())) == 3
 
 
 def test_what_is_refused(

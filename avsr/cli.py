@@ -217,13 +217,17 @@ _COMMANDS = {
     ),
     "prepare": _Command(
         commands.run_prepare,
-        "turn the videos of a corpus into mouth crops, sound and manifests",
+        "turn a corpus into mouth crops, sound and manifests",
         [
-            _argument("corpus", help="lrs2, lrs3, vox2, muavic or videos (a folder of your own)"),
-            _path("root", help="the corpus as it was distributed"),
-            _path("out", help="the folder to create"),
+            _argument("corpus", help="lrs2, lrs3, vox2, muavic, videos (a folder of your own) or debian-speech"),
+            _path(
+                "targets",
+                nargs="+",
+                metavar="FOLDER",
+                help="ROOT, the corpus as it was distributed, and OUT, the folder to create; of debian-speech, human "
+                "English without videos out of packages of Debian, OUT alone; and key=value options",
+            ),
             *_SHARES,
-            _OVERRIDES,
         ],
         _PREPARE_KEYS,
     ),

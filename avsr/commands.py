@@ -135,19 +135,29 @@ def run_synth(arguments: argparse.Namespace) -> None:
 
 
 def run_prepare(arguments: argparse.Namespace) -> None:
-    from avsr.tools.corpora.prepare.options import parse_options
+    from avsr.tools.corpora.prepare.options import DEBIAN, parse_options, read_folders
     from avsr.tools.corpora.prepare.run import REFUSED, prepare
 
     share = _share(arguments)
-    options = parse_options(arguments.corpus, arguments.overrides)
-    report = prepare(arguments.corpus, arguments.root, arguments.out, options, share, merge=arguments.merge)
-    for name, count in report.manifests.items():
+    (*root, out), overrides = read_folders(arguments.corpus, arguments.targets)
+    options = parse_options(arguments.corpus, overrides)
+    if arguments.corpus == DEBIAN:
+        from avsr.tools.corpora.debian.corpus import prepare_debian
+
+        if share is not None or arguments.merge:
+            given = "--merge" if share is None else "--shard"
+            raise UserError(f"{given} is none of {DEBIAN}: one process makes it in a minute")
+        manifests, refused = prepare_debian(out, options.debs)
+    else:
+        report = prepare(arguments.corpus, root[0], out, options, share, merge=arguments.merge)
+        manifests, refused = report.manifests, report.refused
+    for name, count in manifests.items():
         print(f"{count:7d}  {name}.jsonl")
-    for kind, count in report.refused.items():
+    for kind, count in refused.items():
         print(f"{count:7d}  refused: {kind}")
     _print_share(share)
-    if report.refused and share is None:
-        print(f"the reasons are in {Path(arguments.out, REFUSED)}")
+    if refused and share is None:
+        print(f"the reasons are in {Path(out, REFUSED)}")
 
 
 def run_index(arguments: argparse.Namespace) -> None:

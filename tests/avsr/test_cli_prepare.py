@@ -67,7 +67,7 @@ def test_nothing_usable_is_a_failure(videos: Path, refuse: Refuse) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({1: "lrs4"}, ["unknown corpus 'lrs4'", "lrs2, lrs3, vox2, muavic, videos"]),
+        ({1: "lrs4"}, ["unknown corpus 'lrs4'", "lrs2, lrs3, vox2, muavic, videos, debian-speech"]),
         ({2: "nowhere"}, ["there is no folder", "nowhere"]),
         ({4: "landmark=x"}, ["unknown option 'landmark'", "did you mean 'landmarks'"]),
         ({4: "landmarks=nowhere"}, ["option landmarks", "nowhere"]),
@@ -87,7 +87,10 @@ def test_bad_input_is_one_line(videos: Path, refuse: Refuse, change: dict[int, s
 
 
 def test_a_folder_is_missing_on_the_command_line(refuse: Refuse) -> None:
-    assert "required: root, out" in refuse("prepare", "videos")
+    assert "required: FOLDER" in refuse("prepare", "videos")
+    expected = "avsr: expected avsr prepare videos ROOT OUT [key=value ...], got"
+    for given in (["in"], ["in", "seg=3"], ["in", "out", "more", "seg=3"]):
+        assert refuse("prepare", "videos", *given) == f"{expected} {' '.join(given)}"
 
 
 def test_shards_and_their_merge_on_the_command_line(

@@ -16,6 +16,7 @@ from avsr import cli
 from avsr.config import load_config
 from avsr.config.composing import compose
 from avsr.tools.corpora.prepare.options import parse_options as prepare_options
+from avsr.tools.corpora.prepare.options import read_folders
 from avsr.tools.corpora.synth.corpus import parse_options as synth_options
 from avsr.tools.lipreader.pretrain import PretrainConfig
 
@@ -111,7 +112,7 @@ def _check_avsr(words: list[str]) -> None:
                 word.startswith(("limit=", "model.llm.")) for word in arguments.targets if "=" in word
             )
         case "prepare":
-            prepare_options(arguments.corpus, overrides)
+            prepare_options(arguments.corpus, read_folders(arguments.corpus, [*arguments.targets, *rest])[1])
         case "synth":
             synth_options(overrides)
         case "pretrain":

@@ -186,7 +186,7 @@ def test_the_home_folder_is_put_in_for_every_path(
         ("average ~/p", "run"),
         ("import ~/p --config=~/p --out=~/p", "checkpoint config out"),
         ("synth ~/p", "out"),
-        ("prepare lrs3 ~/p ~/p", "root out"),
+        ("prepare lrs3 ~/p", "targets"),
     ],
 )
 def test_the_home_folder_in_arguments(

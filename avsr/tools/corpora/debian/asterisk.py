@@ -10,12 +10,11 @@ from avsr.tools.corpora.debian.spoken import Spoken
 
 SPEAKER = "allison"
 
-_REMARK = re.compile(r"\[[^]]*\]|<[^>]*>|\([^)]*\)")  # tones, silence, notes
 _LINE = re.compile(r"([^:\s;][^:]*):\s*(.*)")
 
 
 def read_asterisk(listed: str, sounds: Mapping[str, bytes]) -> Iterator[Spoken]:
-    """The prompts that are speech.
+    """The prompts, of which those that are no speech have their text in brackets.
 
     Args:
         listed: the list of texts; lines that begin with ``;`` are comments.
@@ -29,8 +28,7 @@ def read_asterisk(listed: str, sounds: Mapping[str, bytes]) -> Iterator[Spoken]:
         match = _LINE.fullmatch(line.strip())
         if match and match[1] in sounds:
             found = True
-            text = _REMARK.sub(" ", match[2])
-            if re.search(r"\w", text):
-                yield Spoken(f"asterisk_{match[1].replace('/', '_').lower()}", SPEAKER, text, sounds[match[1]], "g722")
+            name = match[1].replace("/", "_").lower()
+            yield Spoken(f"asterisk_{name}", SPEAKER, match[2], sounds[match[1]], "g722")
     if not found:
         raise UserError("the list of prompts and the sounds do not belong together")

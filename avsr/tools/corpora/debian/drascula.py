@@ -45,7 +45,7 @@ def read_drascula(files: Mapping[str, bytes]) -> Iterator[Spoken]:
                 sound = files.get(f"{prefix}{number}.ALS")
                 if sound is not None:
                     yield Spoken(f"drascula_{role}_{number:03d}", role, text, sound, "u8")
-    except (struct.error, UnicodeDecodeError, ValueError) as error:
+    except (struct.error, ValueError) as error:
         raise UserError(f"{TEXTS} is damaged: {error}") from error
 
 
@@ -65,7 +65,10 @@ def _table(data: bytes, at: int) -> tuple[list[str], int]:
 def _lines(block: bytes, count: int) -> list[str]:
     lines, at = [], _START
     for _ in range(count):
-        lines.append(block[at : block.index(b"\0", at)].decode("cp850"))
+        end = block.index(b"\0", at)
+        lines.append(block[at:end].decode("cp850"))
         (distance,) = struct.unpack_from(">H", block, at - 2)
+        if at + distance <= end:  # else a block could claim thousands of times what it has
+            raise ValueError("its texts overlap")
         at += distance
     return lines

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from itertools import chain
 
 from avsr.errors import UserError
 from avsr.tools.corpora.debian.spoken import Spoken
@@ -24,6 +25,7 @@ _STRING = struct.Struct(">xxHB")  # id and length of a text
 _HEADER, _LEVEL, _FIXED, _PERSON = 20, 96, 32, 22  # bytes; where the offset of the person's strings is
 _GESTURE = re.compile(r"\*..")  # between two segments of a text, each with a sound of its own
 _DESCRIPTIONS, _FIRST_DESCRIPTION = "QUEEN2.JAS", 41  # number of the sound of the first line
+_MOST_TEXT = 2**20  # bytes of QUEEN2.JAS: it has 36 KB
 
 
 def read_queen(data: bytes) -> Iterator[Spoken]:
@@ -36,11 +38,11 @@ def read_queen(data: bytes) -> Iterator[Spoken]:
         files = _files(data)
         sounds = {name: content for name, content in files.items() if name.endswith(".SB")}
         seen: set[str] = set()
-        for sound, role, text in (*_dialogues(files), *_descriptions(files)):
+        for sound, role, text in chain(_dialogues(files), _descriptions(files)):
             if sound in sounds and sound not in seen:  # some lines were cut, a few are in two files
                 seen.add(sound)
                 yield Spoken(f"queen_{sound.removesuffix('.SB').lower()}", role, text, sounds[sound], "mp3")
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
+    except (struct.error, ValueError, KeyError) as error:
         raise UserError(f"{CONTAINER} is damaged: {error}") from error
 
 
@@ -49,11 +51,14 @@ def _files(data: bytes) -> dict[str, bytes]:
     if first < 2:
         raise UserError(f"{CONTAINER} has no table of sounds: another version than the one with speech?")
     (count,) = struct.unpack_from(">H", data, first - 2)
-    files = {}
+    files, left = {}, len(data)
     for index in range(count):
         name, _, offset, size = _ENTRY.unpack_from(data, first + index * _ENTRY.size)
         if offset + size > len(data):
             raise UserError(f"{CONTAINER} is truncated: {name!r} ends at byte {offset + size} of {len(data)}")
+        left -= size
+        if left < 0:  # else it could claim thousands of times what it has
+            raise ValueError("its entries overlap")
         files[name.rstrip(b"\0").decode("ascii")] = data[offset : offset + size]
     return files
 
@@ -84,6 +89,9 @@ def _strings(data: bytes, at: int, count: int) -> Iterator[tuple[int, str]]:
 
 
 def _descriptions(files: dict[str, bytes]) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(files[_DESCRIPTIONS].decode("cp850").split("\r\n"), _FIRST_DESCRIPTION):
+    content = files[_DESCRIPTIONS]
+    if len(content) > _MOST_TEXT:
+        raise ValueError(f"{_DESCRIPTIONS} has more than {_MOST_TEXT} bytes")
+    for number, line in enumerate(content.decode("cp850").split("\r\n"), _FIRST_DESCRIPTION):
         for index, segment in enumerate(_GESTURE.split(line), 1):
             yield f"JOE{number:04d}{index:X}.SB", HERO, segment

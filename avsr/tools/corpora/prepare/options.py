@@ -9,7 +9,9 @@ from avsr.errors import UserError
 from avsr.tools.corpora.lrs import LRS3_VALIDATION
 from avsr.tools.corpora.options import check_ranges, read_options
 
-CORPORA = ("lrs2", "lrs3", "vox2", "muavic", "videos")
+VIDEOS = ("lrs2", "lrs3", "vox2", "muavic", "videos")  # of these mouths are cut
+DEBIAN = "debian-speech"
+CORPORA = (*VIDEOS, DEBIAN)
 
 DETECT = "detect"  # landmarks are found by the detector
 
@@ -29,6 +31,7 @@ class PrepareOptions:
         labels: vox2: a file with the texts of the clips.
         language: muavic: the code of the language.
         cropped: muavic: the videos already show only the mouth.
+        debs: debian-speech: a folder with the packages; empty: apt-get downloads them.
         workers: processes; 0 means one per CPU. 1 is the main process, which a video that crashes its decoder ends.
     """
 
@@ -42,6 +45,7 @@ class PrepareOptions:
     labels: str = ""
     language: str = "en"
     cropped: bool = True
+    debs: str = ""
     workers: int = 0
 
 
@@ -52,6 +56,7 @@ _ONLY = {
     "labels": ("vox2",),
     "language": ("muavic",),
     "cropped": ("muavic",),
+    "debs": (DEBIAN,),
     "seg": ("lrs2", "lrs3", "vox2", "videos"),
 }
 
@@ -71,20 +76,38 @@ def parse_options(corpus: str, overrides: list[str]) -> PrepareOptions:
         UserError: unknown corpus, unknown key, a key of another corpus, a value of the wrong kind or out of range.
     """
     check_corpus(corpus)
+    owners = {field.name: _ONLY.get(field.name, VIDEOS) for field in fields(PrepareOptions)}
     for key in (override.partition("=")[0] for override in overrides):
-        if corpus not in _ONLY.get(key, CORPORA):
-            raise UserError(f"option {key} is not one of {corpus}: it belongs to {', '.join(_ONLY[key])}")
+        if key in owners and corpus not in owners[key]:
+            raise UserError(f"option {key} is not one of {corpus}: it belongs to {', '.join(owners[key])}")
     options = PrepareOptions()
-    names = [field.name for field in fields(PrepareOptions) if corpus in _ONLY.get(field.name, CORPORA)]
+    names = [name for name, corpora in owners.items() if corpus in corpora]
     read_options(options, overrides, names, f"prepare {corpus}")
     check_options(options)
     return options
 
 
-def check_corpus(corpus: str) -> None:
+def check_corpus(corpus: str, known: tuple[str, ...] = CORPORA) -> None:
     """Raises a ``UserError`` if the corpus is unknown."""
-    if corpus not in CORPORA:
-        raise UserError(f"unknown corpus {corpus!r}: expected one of {', '.join(CORPORA)}")
+    if corpus not in known:
+        raise UserError(f"unknown corpus {corpus!r}: expected one of {', '.join(known)}")
+
+
+def read_folders(corpus: str, targets: list[str]) -> tuple[list[str], list[str]]:
+    """The folders at the begin of ``targets``, ROOT and OUT or OUT alone, and the ``key=value`` strings after them.
+
+    Raises:
+        UserError: unknown corpus, or another number of folders.
+    """
+    check_corpus(corpus)
+    wanted = ["OUT"] if corpus == DEBIAN else ["ROOT", "OUT"]
+    names = {field.name for field in fields(PrepareOptions)}
+    folders = [target for target in targets[: len(wanted)] if target.partition("=")[0] not in names]
+    more = targets[len(wanted) : len(wanted) + 1]
+    if len(folders) < len(wanted) or more and "=" not in more[0]:
+        listed = " ".join([*wanted, "[key=value ...]"])
+        raise UserError(f"expected avsr prepare {corpus} {listed}, got {' '.join(targets)}")
+    return folders, targets[len(wanted) :]
 
 
 def check_options(options: PrepareOptions) -> None:

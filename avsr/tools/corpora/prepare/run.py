@@ -33,7 +33,7 @@ from avsr.tools.corpora.lrs import read_lrs2, read_lrs3
 from avsr.tools.corpora.muavic import read_muavic
 from avsr.tools.corpora.prepare.clips import Job, Made, Outcome, make_clips
 from avsr.tools.corpora.prepare.journal import STATE, Entry, Journal
-from avsr.tools.corpora.prepare.options import DETECT, PrepareOptions, check_corpus, check_options
+from avsr.tools.corpora.prepare.options import DETECT, VIDEOS, PrepareOptions, check_corpus, check_options
 from avsr.tools.corpora.source import Refusal, Source
 from avsr.tools.corpora.videos import read_videos
 from avsr.tools.corpora.voxceleb import read_labels, read_vox2, vox_key
@@ -79,7 +79,7 @@ def prepare(
         UserError: bad options, ``root`` is not such a corpus, the landmark detector is missing, ``out`` holds
             something else, is in use or cannot be written, no clip could be made, or ``merge`` and a clip is missing.
     """
-    check_corpus(corpus)
+    check_corpus(corpus, VIDEOS)
     check_options(options)
     root, out = Path(root).absolute(), Path(out).absolute()
     if not root.is_dir():

@@ -1,4 +1,7 @@
-"""Every command of ``avsr`` with what it reads, what it makes, and which faults cannot happen to it."""
+"""Every command of ``avsr`` with what it reads, what it makes, and which faults cannot happen to it.
+
+``prepare`` has two rows: videos, and debian-speech, which has code of its own; the other corpora only read videos.
+"""
 
 from __future__ import annotations
 
@@ -219,6 +222,13 @@ COMMANDS = {
         _files("prepared/all.jsonl", "prepared/refused.jsonl", "prepared/clips/*.wav", "prepared/clips/*.mp4"),
         ["videos/b.mp4", "videos/b.txt", "landmarks/b.npy"],
         ["videos/b.mp4", "videos/b.txt", "landmarks/b.npy"],
+        cannot={"damaged cache": "keeps its progress in its output: kill and full disk damage it"},
+    ),
+    "prepare debian-speech": Command(
+        ["prepare", "debian-speech", "speech", "debs=debs"],
+        "speech",
+        _files("speech/*.jsonl", "speech/clips/*.wav", "speech/licences/*.txt"),
+        ["debs/drascula_1.0+ds4-2_all.deb", "debs/asterisk-core-sounds-en_1.6.1-1_all.deb"],
         cannot={"damaged cache": "keeps its progress in its output: kill and full disk damage it"},
     ),
     "pack": Command(

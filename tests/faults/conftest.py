@@ -27,6 +27,7 @@ tiny_llm, tiny_whisper, make_corpus, tiny_recipe, draw_face, parts, plain_llm = 
     _FIXTURES[name]
     for name in ("tiny_llm", "tiny_whisper", "make_corpus", "tiny_recipe", "draw_face", "parts", "plain_llm")
 )
+_TINY_DEBS = runpy.run_path(str(Path(__file__).parents[1] / "avsr/tools/tiny_debs.py"))
 _PRETRAIN = {
     "run": "pretrained",
     "train": "timed/train.jsonl",
@@ -71,6 +72,8 @@ def template(
     for name, pitch in (("a", 300), ("b", 500)):
         soundfile.write(str(root / f"{name}.wav"), _tone(0.8, pitch), 16_000)
     _videos(root, draw_face)
+    known = _TINY_DEBS["write_debs"](root / "debs")
+    (root / "debs/known.json").write_text(json.dumps(known), encoding="utf-8")
     _timed(root)
     OmegaConf.save(OmegaConf.create(_PRETRAIN), root / "pretrain.yaml")
     trained = commands.run(root, ["train", "recipe.yaml", "run=trained", "data.cache=null"])

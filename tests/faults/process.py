@@ -121,6 +121,7 @@ class _Serve(socketserver.StreamRequestHandler):
             os.dup2(self.connection.fileno(), number)
         os.environ.update(asked["environment"])
         os.chdir(asked["root"])
+        _pin(Path("debs/known.json"))
         watch = _Watch(asked["root"], asked["fault"], asked["moment"], sink)
         leave = os._exit
 
@@ -142,6 +143,14 @@ class _Serve(socketserver.StreamRequestHandler):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _pin(known: Path) -> None:
+    """The small packages of the template are those that ``prepare debian-speech`` knows."""
+    from avsr.tools.corpora.debian import packages
+
+    if known.is_file():
+        packages.SHA256.update(json.loads(known.read_text(encoding="utf-8")))
 
 
 class _Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
@@ -220,6 +229,7 @@ def _serve(address: str) -> None:
     import avsr.evaluation.run
     import avsr.tools.analyze
     import avsr.tools.average
+    import avsr.tools.corpora.debian.corpus
     import avsr.tools.corpora.prepare.run
     import avsr.tools.corpora.synth.corpus
     import avsr.tools.estimate.planning

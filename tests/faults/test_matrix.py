@@ -222,7 +222,7 @@ FAULTS = {
     "no network": no_network,
 }
 # Commands all of whose cells are in the minute of make test, and cells of others
-QUICK = {"plan", "average", "import", "doctor", "prepare"}
+QUICK = {"plan", "average", "import", "doctor", "prepare", "prepare debian-speech"}
 QUICK_CELLS = {
     ("pretrain", "kill -9"),
     ("evaluate", "SIGTERM"),
@@ -239,7 +239,7 @@ def _cell(command: str, fault: str) -> ParameterSet:
 
 
 def test_every_command_has_a_row() -> None:
-    assert COMMANDS.keys() == _COMMANDS.keys()
+    assert {name.partition(" ")[0] for name in COMMANDS} == _COMMANDS.keys()
     assert all(row.cannot.keys() <= FAULTS.keys() for row in COMMANDS.values())
 
 

@@ -84,10 +84,11 @@ def load_whisper(path: Path) -> WhisperForConditionalGeneration:
 
     def make(variables: dict[str, Tensor]) -> tuple[type[nn.Module], WhisperConfig, dict[str, Tensor]]:
         encoder, decoder = _below(_ENCODER, variables), _below(_DECODER, variables)
-        embeddings = decoder["embeddings/weight"]
+        embeddings, padding = decoder["embeddings/weight"], WhisperConfig().pad_token_id
         config = WhisperConfig(
             **_sizes(encoder),
             vocab_size=embeddings.shape[0],
+            pad_token_id=padding if padding < embeddings.shape[0] else None,  # the file does not say
             decoder_layers=_layers(decoder),
             decoder_attention_heads=int(decoder["num_heads"]),
             decoder_ffn_dim=decoder["layer_0/ffn/linear_0/weight"].shape[0],

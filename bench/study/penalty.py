@@ -60,7 +60,9 @@ class PenaltyProbe:
         self._steps = 0
         layers = model.decoder.model.layers
         first, last = penalty.layers or (1, len(layers) - 1)
-        self._hooks = [layer.register_forward_hook(self._observe) for layer in layers[first - 1 : last]]
+        self._hooks = [
+            layer.register_forward_hook(self._observe, with_kwargs=True) for layer in layers[first - 1 : last]
+        ]
 
     @contextmanager
     def spans(self, spans: Tensor) -> Iterator[None]:
@@ -85,8 +87,13 @@ class PenaltyProbe:
             hook.remove()
         self._inner.detach()
 
-    def _observe(self, module: Any, args: Any, out: Any) -> None:
-        self._states.append(out[0] if isinstance(out, tuple) else out)
+    def _observe(self, module: Any, args: Any, options: dict[str, Any], out: Any) -> None:
+        states = out[0] if isinstance(out, tuple) else out
+        bounds = options.get("cu_seq_lens_q")
+        if bounds is not None:  # packed rows
+            rows = states[0].split(bounds.diff().tolist())
+            states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._states.append(states)
 
 
 def penalty_loss(states: Tensor, spans: Tensor, penalty: Penalty, closing: int, random: torch.Generator) -> Tensor:
@@ -99,7 +106,7 @@ def penalty_loss(states: Tensor, spans: Tensor, penalty: Penalty, closing: int, 
         closing: tokens of a span after its speech.
         random: draws the content anchors.
     """
-    position = torch.arange(states.shape[2])
+    position = torch.arange(states.shape[2], device=states.device)
     counts = (position > 0) & (position < spans[:, None])  # (B, S)
     speech = counts & (position > CLOSING) & (position < spans[:, None] - closing)
     if penalty.tokens == "marks":
@@ -107,11 +114,11 @@ def penalty_loss(states: Tensor, spans: Tensor, penalty: Penalty, closing: int, 
     if penalty.kind == "norm":
         value = _outlying(states, counts)
     else:
-        anchors = torch.zeros(len(spans), dtype=torch.long)
+        anchors = torch.zeros(len(spans), dtype=torch.long, device=states.device)
         if penalty.anchor == "content":
-            anchors = torch.multinomial(speech.float(), 1, generator=random)[:, 0]
+            anchors = torch.multinomial(speech.float().cpu(), 1, generator=random)[:, 0].to(states.device)
             counts = counts & (position != anchors[:, None])
-        anchor = states[:, torch.arange(len(spans)), anchors][:, :, None]
+        anchor = states[:, torch.arange(len(spans), device=states.device), anchors][:, :, None]
         anchor = anchor.detach() if penalty.detach else anchor
         squared = torch.nn.functional.cosine_similarity(anchor, states, dim=-1) ** 2
         value = (squared - penalty.margin).clamp(min=0)

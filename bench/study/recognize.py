@@ -1,8 +1,8 @@
 """How well Whisper reads the human clips, as a yardstick for the corpus: ``python -m bench.study.recognize``.
 
 Writes ``recognizers.json``: word error rates of tiny.en and base on the study's tests, after Whisper's own English
-normalizer and after the plain one that the study scores with. With ``--misread`` it writes the list of Drascula's clips
-that its actors paraphrase (:data:`TOLERATED`) to ``avsr.tools.corpora.debian.misread`` instead.
+normalizer and after the plain one that the study scores with. With ``--misread`` it prints the list of Drascula's clips
+that its actors paraphrase (:data:`TOLERATED`) instead, which is kept in ``avsr.tools.corpora.debian.misread``.
 
 Greedy, in bf16, clips padded to 30 s as Whisper was trained. Whisper-base comes in two packages, see :data:`BASE`.
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jiwer
@@ -31,7 +32,11 @@ from avsr.models.formats.ctranslate2 import load_whisper
 from avsr.models.sources import PACKAGE, resolve
 from avsr.runtime.folders import cache_folder, write_durably
 from avsr.runtime.progress import ProgressBar
-from avsr.tools.corpora.debian import misread
+from avsr.tools.corpora.debian.corpus import DOWNLOADS
+from avsr.tools.corpora.debian.drascula import read_drascula
+from avsr.tools.corpora.debian.packages import DRASCULA, read_package
+from avsr.tools.corpora.debian.sound import Unusable, decode
+from avsr.tools.corpora.debian.text import spoken_words
 from bench.study import human
 
 HERE = Path(__file__).parent
@@ -103,9 +108,8 @@ def base_folder() -> Path:
     return folder
 
 
-def read_clips(recognizer: Recognizer, paths: Sequence[Path], title: str) -> list[str]:
-    """The texts of sound files, in their order; clips of like length share a batch."""
-    waves = [load_audio(path) for path in paths]
+def read_clips(recognizer: Recognizer, waves: Sequence[Tensor], title: str) -> list[str]:
+    """The texts of waveforms, in their order; clips of like length share a batch."""
     order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
     texts = [""] * len(waves)
     with ProgressBar(title, len(waves)) as bar:
@@ -122,7 +126,8 @@ def error_rates(name: str, recognizer: Recognizer) -> dict[str, dict[str, float]
     rates = {}
     for test in human.TESTS:
         rows = read_manifest(human.FOLDER / f"settled_{test}.jsonl")
-        texts = read_clips(recognizer, [row.audio for row in rows if row.audio is not None], f"{name}: {test}")
+        waves = [load_audio(row.audio) for row in rows if row.audio is not None]
+        texts = read_clips(recognizer, waves, f"{name}: {test}")
         rates[test] = {
             kind: round(jiwer.wer([normaliser(kind)(r.text) for r in rows], [normaliser(kind)(t) for t in texts]), 4)
             for kind in ("whisper", "plain")
@@ -130,33 +135,34 @@ def error_rates(name: str, recognizer: Recognizer) -> dict[str, dict[str, float]
     return rates
 
 
-def find_misread(recognizer: Recognizer) -> list[str]:
-    """The ids of Drascula's clips whose texts differ too much from what is heard."""
-    normalise = normaliser("whisper")
-    clips = [row for row in _drascula() if normalise(row[1])]
-    texts = read_clips(recognizer, [path for path, _ in clips], "Drascula")
-    wrong = [
-        path.stem
-        for (path, said), text in zip(clips, texts, strict=True)
-        if jiwer.wer(normalise(said), normalise(text)) > TOLERATED
-    ]
-    return sorted(wrong)
+def find_misread(recognizer: Recognizer, folder: Path) -> list[str]:
+    """The ids of Drascula's clips whose texts differ too much from what is heard.
 
-
-def _drascula() -> list[tuple[Path, str]]:
-    """Sound and text of every clip; ``avsr prepare`` has written also those that it refuses as misread."""
-    rows = read_manifest(human.HUMAN / "train.jsonl")
-    return [(row.audio, row.text) for row in rows if row.audio is not None and row.id.startswith("drascula")]
+    Args:
+        recognizer: Whisper-base.
+        folder: that holds Drascula's package.
+    """
+    files, _ = read_package(DRASCULA, folder / DRASCULA.file)
+    normalise, said, waves = normaliser("whisper"), {}, {}
+    for clip in read_drascula(files):
+        words = spoken_words(clip.text)
+        if words and normalise(words):
+            with suppress(Unusable):  # as in the corpus
+                waves[clip.id] = torch.from_numpy(decode(clip))
+                said[clip.id] = normalise(words)
+    texts = read_clips(recognizer, list(waves.values()), "Drascula")
+    heard = dict(zip(waves, map(normalise, texts), strict=True))
+    return sorted(name for name in said if jiwer.wer(said[name], heard[name]) > TOLERATED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.study.recognize", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--misread", action="store_true", help="write the list of clips that are misread")
+    parser.add_argument("--misread", action="store_true", help="print the clips that are misread")
     arguments = parser.parse_args()
     with guarded():
         if arguments.misread:
-            names = " ".join(find_misread(Recognizer(base_folder())))
-            print(textwrap.fill(names, 110, break_on_hyphens=False), f"\n{misread.__file__}")
+            names = find_misread(Recognizer(base_folder()), human.HUMAN / DOWNLOADS)
+            print(textwrap.fill(" ".join(name.removeprefix("drascula_") for name in names), 112))
             return
         human.make_corpus()
         found = {"tiny.en": Path(resolve(PACKAGE + TINY)), "base": base_folder()}

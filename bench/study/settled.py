@@ -21,7 +21,7 @@ RECIPE = (
     "decode.tokens_per_second=8",  # the fastest reference has 7
 )
 SWEEP_SEED = 6
-PAPER_SWEEP = (30.0, 100.0, 300.0, 1000.0)
+PAPER_SWEEP = (3.0, 10.0, 30.0, 100.0)
 
 OFF = Arm("off", settled=True)
 MARGIN_FORM = Arm(f"margin-{MARGIN_WEIGHT:g}", weight=MARGIN_WEIGHT, margin=MARGIN, settled=True)

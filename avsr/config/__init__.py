@@ -6,9 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from avsr.config.composing import compose
 from avsr.config.rules import check_config
 from avsr.config.schema import (
     TASKS,
@@ -74,6 +71,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: missing or broken file, unknown key (with the nearest valid one), bad value.
     """
+    from avsr.config.composing import compose  # needs OmegaConf, which a trained model does without
+
     config = compose(name, overrides, Config)
     training = config.training
     training.gradient_checkpointing = (
@@ -100,4 +99,6 @@ def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from avsr.errors import UserError
+
+MISSING: Any = "???"  # as in OmegaConf: must be given
 
 
 @dataclass(frozen=True)

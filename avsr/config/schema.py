@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from omegaconf import MISSING
-
-from avsr.config.keys import group, key
+from avsr.config.keys import MISSING, group, key
 
 # Streams of each task, in prompt order. "fused" is one encoder that takes both sound and mouth.
 TASKS: dict[str, tuple[str, ...]] = {

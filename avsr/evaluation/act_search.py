@@ -32,9 +32,10 @@ from avsr.errors import UserError
 from avsr.evaluation.act import Heads, calibrated, every_head, heads_file, size_of
 from avsr.evaluation.results import MADE_BY, UNFINISHED, made_by, refuse_other, row_key
 from avsr.evaluation.run import decode_set
-from avsr.models.build import find_checkpoint, load_run, pick_device
+from avsr.models.build import load_run, pick_device
 from avsr.models.rows import Assembled
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import find_checkpoint
 from avsr.runtime.folders import write_durably
 from avsr.runtime.locks import claim
 from avsr.runtime.machine import enough_memory

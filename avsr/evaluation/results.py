@@ -18,8 +18,8 @@ from avsr.config.composing import leaves
 from avsr.data.foreign import resolve
 from avsr.errors import UserError
 from avsr.evaluation.act import heads_file
-from avsr.models.build import WEIGHTS, find_checkpoint
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import WEIGHTS, find_checkpoint
 from avsr.runtime.folders import sha256
 from avsr.runtime.machine import settled_precision
 from avsr.runtime.rows import Row

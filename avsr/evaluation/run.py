@@ -39,8 +39,9 @@ from avsr.evaluation.results import (
 )
 from avsr.evaluation.speed import TIMES, rtfx, timed
 from avsr.evaluation.wer import Score, alignment, normaliser, score
-from avsr.models.build import find_checkpoint, load_run, pick_device
+from avsr.models.build import load_run, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import find_checkpoint
 from avsr.runtime.folders import write_durably
 from avsr.runtime.locks import claim, unwinding
 from avsr.runtime.progress import ProgressBar

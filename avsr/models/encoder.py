@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.encoder_lora import set_lora_mode
 from avsr.runtime.tensors import NOT_FINITE
+
+if TYPE_CHECKING:
+    from avsr.data.clip import Clip
 
 
 class SpeechEncoder(nn.Module):

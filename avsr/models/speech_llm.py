@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import flashsink
 from avsr.config import TASKS, ModelConfig, parts_of
 from avsr.data.batches import Batch
-from avsr.data.clip import Clip
 from avsr.errors import UserError
 from avsr.models.compression import compress, compressed_width
 from avsr.models.encoder import SpeechEncoder
@@ -25,8 +24,6 @@ from avsr.models.llm import LoadedLLM, add_lora
 from avsr.models.projector import make_projector
 from avsr.models.prompt import NO_LIMIT, Piece, PromptLayout, prompt_text
 from avsr.models.rows import Assembled, Packed, pack
-
-_BLANK = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -318,8 +315,11 @@ class SpeechLLM(nn.Module):
         """(1, T, D) features of a blank clip, computed by the stream's encoder if that is trained."""
         if name not in self.encoders:
             return torch.zeros(1, 0, self._widths[name], device=device)
+        from avsr.data.clip import Clip  # needs the libraries that read sound and video
+
         encoder: Any = self.encoders[name]
-        inputs = encoder.prepare(_BLANK)[None].to(device)
+        blank = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
+        inputs = encoder.prepare(blank)[None].to(device)
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
 
 

@@ -6,17 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_SECONDS = 15.0  # between plain lines
 
@@ -36,16 +29,7 @@ class ProgressBar:
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                console=Console(stderr=True),
-            )
+            self._bar = _columns()
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
@@ -82,3 +66,19 @@ class ProgressBar:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _columns() -> Progress:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("ETA"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from avsr.config import read_run_config
 from avsr.config.composing import differences
 from avsr.errors import UserError
-from avsr.models.build import WEIGHTS, checkpoint_shapes, step_checkpoints
+from avsr.models.weights import WEIGHTS, checkpoint_shapes, step_checkpoints
 from avsr.runtime.locks import claim
 from avsr.runtime.tensors import read_file
 from avsr.training.checkpoint import publish

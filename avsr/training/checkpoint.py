@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avsr.config import Config, to_yaml
-from avsr.models.build import WEIGHTS, step_checkpoints
+from avsr.models.weights import WEIGHTS, step_checkpoints
 from avsr.runtime import folders
 from avsr.runtime.tensors import save_file
 from avsr.training import optimizer_state

@@ -14,7 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from avsr.config import Config
 from avsr.data.batches import Batch
+from avsr.models.speech_llm import SpeechLLM
+
+
+def attach(model: SpeechLLM, config: Config) -> None:
+    """Attaches flashsink for training: the decorrelation loss if it has a weight, sinks if flashsink computes the
+    attention."""
+    constant = config.loss.decorrelation > 0 and config.loss.anchor == "base"
+    model.attach(
+        anchors=model.base_states() if constant else None,
+        attention=config.model.llm.attention == "flashsink",
+        decorrelation=config.loss.decorrelation > 0,
+        activations=False,
+        margin=config.loss.margin,
+    )
 
 
 @dataclass(frozen=True)

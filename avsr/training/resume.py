@@ -17,8 +17,8 @@ from avsr.config import Config, read_run_config, to_yaml
 from avsr.config.composing import differences
 from avsr.data.dataset import REJECTED
 from avsr.errors import UserError
-from avsr.models.build import WEIGHTS, load_weights
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import WEIGHTS, load_weights
 from avsr.runtime import folders
 from avsr.runtime.locks import LOCK
 from avsr.runtime.tensors import read_file

@@ -25,14 +25,16 @@ from avsr.data.features import FeatureStore
 from avsr.data.overlap import judges, overlaps
 from avsr.data.transforms import PLAIN
 from avsr.errors import UserError, guarded
-from avsr.models.build import build_model, build_store, load_some_weights, pick_device
+from avsr.models.build import build_model, build_store, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import load_some_weights
 from avsr.runtime import locks
 from avsr.runtime.machine import settled_precision
 from avsr.training import options, resume
 from avsr.training.checkpoint import Progress, agree
 from avsr.training.engine import make_engine, partitioned_loading, start_distributed
 from avsr.training.frames import read_frames, write_frames
+from avsr.training.losses import attach
 from avsr.training.trainer import Trainer, seed_everything
 from avsr.training.watchdog import Watchdog
 
@@ -172,19 +174,6 @@ def _load_splits(
         for line in overlaps(train.utterances, {"data.validation": validation.utterances, **judges(config.data)}):
             logger.warning(line)
     return train, validation
-
-
-def attach(model: SpeechLLM, config: Config) -> None:
-    """Attaches flashsink for training: the decorrelation loss if it has a weight, sinks if flashsink computes the
-    attention."""
-    constant = config.loss.decorrelation > 0 and config.loss.anchor == "base"
-    model.attach(
-        anchors=model.base_states() if constant else None,
-        attention=config.model.llm.attention == "flashsink",
-        decorrelation=config.loss.decorrelation > 0,
-        activations=False,
-        margin=config.loss.margin,
-    )
 
 
 def train_and_leave(config: Config, prepare: Prepare | None = None) -> Path:

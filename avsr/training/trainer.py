@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from avsr.config import Config
 from avsr.data.batches import Batch, BatchSampler, collate, make_batches
-from avsr.data.dataset import SpeechDataset
 from avsr.errors import Interrupted, UserError
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.runtime.progress import ProgressBar
@@ -30,6 +29,9 @@ from avsr.training.metrics import MetricsLogger, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
 from avsr.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from avsr.data.dataset import SpeechDataset
 
 logger = logging.getLogger("avsr")
 PREFETCH = 4  # batches that a loader process reads ahead: steps differ in length (bench/LOG.md)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from avsr.config import Config, load_config
 from avsr.data.features import FeatureStore
-from avsr.models.build import build_model, build_store, find_checkpoint, load_some_weights, load_weights, pick_device
+from avsr.models.build import build_model, build_store, pick_device
 from avsr.models.speech_llm import SpeechLLM
+from avsr.models.weights import find_checkpoint, load_some_weights, load_weights
 from avsr.training.checkpoint import STATE
-from avsr.training.run import attach, train_and_leave
+from avsr.training.losses import attach
+from avsr.training.run import train_and_leave
 from avsr.training.warm_start import warm_projector
 from bench.study import corpus, settled
 from bench.study.faithful import make_faithful

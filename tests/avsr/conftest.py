@@ -23,7 +23,8 @@ from avsr.cli import main
 from avsr.config import load_config, to_yaml
 from avsr.data.manifest import write_manifest
 from avsr.data.video_writer import write_video
-from avsr.models.build import WEIGHTS, build_model, build_store
+from avsr.models.build import build_model, build_store
+from avsr.models.weights import WEIGHTS
 
 RATE = 16_000
 WORDS = ("bin", "lay", "place", "set", "blue", "green", "red", "white", "now", "soon", "again")

@@ -18,7 +18,7 @@ import torch
 from avsr.cli import main
 from avsr.config import LogConfig, read_run_config, to_yaml
 from avsr.evaluation.results import results_folder
-from avsr.models.build import WEIGHTS
+from avsr.models.weights import WEIGHTS
 from avsr.training.metrics import MetricsLogger, read_metrics
 
 pytestmark = pytest.mark.integration

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import flashsink
 from avsr.config import TASKS, Config, LLMConfig
 from avsr.data.batches import collate, make_batches
-from avsr.data.dataset import SpeechDataset
 from avsr.errors import UserError
 from avsr.models.llm import LoadedLLM, convert_gguf, load_llm
 from avsr.models.rows import Assembled
@@ -23,6 +23,9 @@ from avsr.tools.analysis.groups import BOS
 from avsr.tools.analysis.subject import Subject
 from avsr.tools.analysis.walk import Tap, measure
 from avsr.tools.corpora.synth.sentences import open_sentences
+
+if TYPE_CHECKING:
+    from avsr.data.dataset import SpeechDataset
 
 SENTENCES, SEED = 100, 0  # of the text that is read by default
 ROWS = 16  # rows in a batch, at most

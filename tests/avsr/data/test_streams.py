@@ -28,12 +28,13 @@ from avsr.config import (
 from avsr.data.batches import Batch, Example, collate
 from avsr.data.clip import Clip
 from avsr.data.manifest import Utterance, read_manifest
-from avsr.models.build import build_model, build_store, load_weights
+from avsr.models.build import build_model, build_store
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.encoders import build_encoder
 from avsr.models.llm import load_llm
 from avsr.models.speech_llm import SpeechLLM
 from avsr.models.visual import VisualConfig, VisualModel, save_visual
+from avsr.models.weights import load_weights
 from avsr.training.checkpoint import publish
 
 CPU = torch.device("cpu")

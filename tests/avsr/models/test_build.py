@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from avsr.config import read_run_config, to_yaml
 from avsr.evaluation.run import evaluate
-from avsr.models.build import WEIGHTS, load_run
+from avsr.models.build import load_run
+from avsr.models.weights import WEIGHTS
 
 Refuse = Callable[..., str]
 CPU = torch.device("cpu")

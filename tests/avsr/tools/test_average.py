@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from avsr.cli import main
 from avsr.config import load_config, read_run_config, to_yaml
 from avsr.errors import UserError
-from avsr.models.build import WEIGHTS, find_checkpoint, load_run, step_checkpoints
+from avsr.models.build import load_run
+from avsr.models.weights import WEIGHTS, find_checkpoint, step_checkpoints
 from avsr.tools.average import average
 from avsr.training.resume import prepare_run
 from avsr.training.run import train

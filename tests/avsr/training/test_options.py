@@ -26,8 +26,9 @@ from avsr.models.label_loss import CHUNKS, label_loss
 from avsr.models.speech_llm import SpeechLLM
 from avsr.tools.estimate.trace import Trace
 from avsr.training import options
+from avsr.training.losses import attach
 from avsr.training.metrics import read_metrics
-from avsr.training.run import attach, make_trainer, train
+from avsr.training.run import make_trainer, train
 
 pytestmark = pytest.mark.integration
 

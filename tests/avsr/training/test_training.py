@@ -21,8 +21,8 @@ from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
+from avsr.training.losses import attach
 from avsr.training.metrics import read_metrics
-from avsr.training.run import attach
 from avsr.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -21,12 +21,11 @@ from avsr.data.transforms import Transforms
 from avsr.errors import UserError
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.encoders import build_encoder
-from avsr.models.llm import LoadedLLM, load_llm
+from avsr.models.llm import LoadedLLM
 from avsr.models.sources import inside_run
-from avsr.models.speech_llm import SpeechLLM
+from avsr.models.speech_llm import SpeechLLM, make_model
 from avsr.models.weights import WEIGHTS, checkpoint_shapes, find_checkpoint, load_weights
 from avsr.runtime import folders
-from avsr.runtime.machine import settled_precision
 
 logger = logging.getLogger("avsr")
 
@@ -94,13 +93,8 @@ def build_model(
         around: the LLM's weights are read inside this context.
         training: the forward packs rows and computes the cross entropy as ``config`` says, else plainly.
     """
-    dtype = torch.bfloat16 if settled_precision(config.training.precision) == "bf16" else torch.float32
-    loaded = load_llm(config.model.llm, dtype, around)
-    torch.manual_seed(config.training.seed)
     encoders = {name: encoder for name, encoder in speech_encoders(store).items() if name in store.inside}
-    ways: Any = {"packed": config.training.packed, "cross_entropy": config.loss.cross_entropy} if training else {}
-    model = SpeechLLM(config.model, loaded, {**(widths or {}), **store.widths}, encoders, **ways)
-    return model.to(device), loaded
+    return make_model(config, {**(widths or {}), **store.widths}, device, encoders, around, training=training)
 
 
 def speech_encoders(store: FeatureStore) -> dict[str, SpeechEncoder]:

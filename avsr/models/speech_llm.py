@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import flashsink
-from avsr.config import TASKS, ModelConfig, parts_of
+from avsr.config import TASKS, Config, ModelConfig, parts_of
 from avsr.data.batches import Batch
 from avsr.errors import UserError
 from avsr.models.compression import compress, compressed_width
 from avsr.models.encoder import SpeechEncoder
 from avsr.models.label_loss import label_loss
-from avsr.models.llm import LoadedLLM, add_lora
+from avsr.models.llm import LoadedLLM, add_lora, load_llm
 from avsr.models.projector import make_projector
 from avsr.models.prompt import NO_LIMIT, Piece, PromptLayout, prompt_text
 from avsr.models.rows import Assembled, Packed, pack
+from avsr.runtime.machine import settled_precision
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,24 @@ class SpeechLLM(nn.Module):
         blank = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
         inputs = encoder.prepare(blank)[None].to(device)
         return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
+
+
+def make_model(
+    config: Config,
+    widths: Mapping[str, int],
+    device: torch.device,
+    encoders: Mapping[str, SpeechEncoder] | None = None,
+    around: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+    *,
+    training: bool = False,
+) -> tuple[SpeechLLM, LoadedLLM]:
+    """The untrained model, its parts by arguments as of :class:`SpeechLLM`; the others are documented in
+    :func:`avsr.models.build.build_model`, which has the encoders made too."""
+    dtype = torch.bfloat16 if settled_precision(config.training.precision) == "bf16" else torch.float32
+    loaded = load_llm(config.model.llm, dtype, around)
+    torch.manual_seed(config.training.seed)
+    ways: Any = {"packed": config.training.packed, "cross_entropy": config.loss.cross_entropy} if training else {}
+    return SpeechLLM(config.model, loaded, widths, encoders, **ways).to(device), loaded
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from pathlib import Path
 from avsr.errors import guarded
 from avsr.runtime.machine import cpus
 from bench.study import corpus, human, settled
-from bench.study.grid import ARMS, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
+from bench.study.export import export, import_rows, settled_arms
+from bench.study.grid import ARMS, HIGH, INFERENCE, INFERENCES, SEEDS, STARTS, arm_key
 from bench.study.measure import arm_of, row_of
 from bench.study.rows import ROWS, read_rows
 from bench.study.settled_tables import write_settled
@@ -94,12 +95,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cpus(), help="parallel trainings (default: one per core)")
     parser.add_argument("--row", nargs=2, metavar=("KEY", "FILE"), help="in this process: writes one row to FILE")
     parser.add_argument("--tables", action="store_true", help="only write the pages from the rows")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="makes a folder that trains without this project")
+    parser.add_argument("--rate", type=int, default=HIGH, help=f"of --export, frames per token (default: {HIGH})")
+    parser.add_argument("--import", type=Path, metavar="FILE", dest="rows", help="adds the rows of such a folder")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with guarded():
         if arguments.row is not None:
             key, file = arguments.row
             Path(file).write_text(json.dumps(row_of(key)) + "\n", encoding="utf-8")
+            return
+        if arguments.export is not None:
+            export(arguments.export, arguments.rate)
+            return
+        if arguments.rows is not None:
+            logger.info("%d rows added", import_rows(arguments.rows, settled_arms()))
             return
         failed = [] if arguments.tables else run_all(arguments.grid == "full", arguments.only, arguments.workers)
         keep_utterances()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,16 @@ from avsr.evaluation.act_search import PAPER_BETA, search
 from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
-from avsr.tools.analysis.collect import collect
-from avsr.tools.analysis.inputs import speech_subject
 from avsr.training.checkpoint import STATE
 from avsr.training.metrics import read_metrics
 from bench.study import settled
 from bench.study.grid import ARMS, INFERENCE, SEEDS, START, Arm, arm_key
 from bench.study.interventions import KINDS, MassiveMeans, intervene
 from bench.study.side_effects import int8_inputs, perplexity, plain_text
+from bench.study.summary import ANALYSED, curves, plain_arm, sinks
 from bench.study.train import FOLDER, config_of, load_arm, train_arm
 
-ANALYSED = 100  # utterances whose attention is analyzed
 SEARCHED = 40  # utterances of the validation split on which ACT's heads are searched
-CURVE = ("ce", "decorrelation", "grad_norm", "grad_norm_ce", "grad_norm_decorrelation", "grad_cosine")
 
 
 def arm_of(key: str) -> Arm:
@@ -62,7 +60,7 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """The row of a trained arm. WER is a fraction; errors are the edits of every utterance, in the manifest's order."""
     config, model, store = load_arm(arm, folder)
     sets = test_sets(config, model, store)
-    row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
+    row = _begin_row(arm, config)
     if not arm.sink_logits:  # the analysis does not support its attention
         row["sinks"] = sinks(model, _few(config, model, store), config)
     row["scores"] = {"sentences": _score(model, sets["sentences"], config, "sentences")}
@@ -77,7 +75,7 @@ def measure(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
 def measure_settled(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """The row of a trained arm of the settled study, as of :func:`measure`."""
     config, model, store = load_arm(arm, folder)
-    row: dict[str, Any] = {"arm": _plain(arm), "key": arm.key, "machine": machine(), **_curves(Path(config.run))}
+    row = _begin_row(arm, config)
     row["sinks"] = sinks(model, _few(config, model, store), config)
     sets = test_sets(config, model, store)
     row["scores"] = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
@@ -85,11 +83,16 @@ def measure_settled(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     return row
 
 
+def _begin_row(arm: Arm, config: Config) -> dict[str, Any]:
+    curve = curves(read_metrics(Path(config.run)))
+    return {"arm": plain_arm(arm), "key": arm.key, "machine": machine(), **curve}
+
+
 def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
     """The sinks of an arm before its training."""
     config, model, store = load_arm(arm, folder, trained=False)
     found = sinks(model, _few(config, model, store), config)
-    row: dict[str, Any] = {"arm": _plain(arm), "key": START + arm.key, "sinks": found}
+    row: dict[str, Any] = {"arm": plain_arm(arm), "key": START + arm.key, "sinks": found}
     if arm.name == "off" and arm.seed == SEEDS[0]:
         row["perplexity"] = perplexity(model, plain_text())[0]  # of the language model without adapters
     return row
@@ -104,7 +107,7 @@ def measure_inference(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
         scores = {name: _score(model, dataset, config, name) for name, dataset in sets.items()}
     if arm.seed == SEEDS[0] and not arm.settled:
         scores |= _interventions(model, sets["sentences"], config)
-    return {"arm": _plain(arm), "key": INFERENCE + arm.key, "act_heads": heads, "scores": scores}
+    return {"arm": plain_arm(arm), "key": INFERENCE + arm.key, "act_heads": heads, "scores": scores}
 
 
 def act_heads(arm: Arm, folder: Path) -> Heads:
@@ -139,42 +142,27 @@ def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset
     return next(iter(test_sets(replace(config, data=data), model, store).values()))
 
 
-def sinks(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> dict[str, Any]:
-    """A summary of the analysis: for every token group the means over layers 1..L-1, its share of the text's attention,
-    ``peak`` (the largest mean over tokens of any of these layers) and ``massive`` (the largest share of its tokens that
-    are massive in any of them)."""
-    analysis, _ = collect(speech_subject(model, dataset, config))
-    inner = analysis["layers"] - 1
-    massive: dict[tuple[str, int], int] = {}
-    for found in analysis["massive"]:
-        place = found["group"], found["layer"]
-        massive[place] = massive.get(place, 0) + (found["count"] if found["layer"] <= inner else 0)
-    groups = {}
-    for name, group in analysis["groups"].items():
-        means = {key: _inner_mean(group[key]) for key in ("cosine", "sink_rate", "sink_rate_corrected", "mass")}
-        groups[name] = {key: value for key, value in means.items() if value is not None}
-        groups[name]["peak"] = round(max(group["max_abs"][:inner]), 1)
-        most = max((count for (other, _), count in massive.items() if other == name), default=0)
-        groups[name]["massive"] = round(most / group["tokens"], 4)
-    features = {(m["group"], m["feature"]) for m in analysis["massive"] if m["layer"] <= inner}
-    return {"cos2": analysis["cos2"], "features": sorted(features), "groups": groups}
-
-
-def _inner_mean(by_layer: list[float] | None) -> float | None:
-    return None if by_layer is None else round(sum(by_layer[:-1]) / len(by_layer[:-1]), 5)
-
-
 def machine() -> str:
     """Commit and processor."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    return f"{commit.strip()}, {platform.machine()} CPU, one thread"
+    return f"{commit()}, {platform.machine()} CPU, one thread"
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _score(model: SpeechLLM, dataset: SpeechDataset, config: Config, name: str) -> dict[str, Any]:
-    total, rows = decode_set(model, dataset, config, name)
+    _, rows = decode_set(model, dataset, config, name)
+    return scored([row["reference"] for row in rows], [row["hypothesis"] for row in rows])
+
+
+def scored(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, Any]:
+    """WER, a fraction, the words of the references, and the edits of every utterance."""
+    total = score(references, hypotheses)
     errors = []
-    for row in rows:
-        one = score([row["reference"]], [row["hypothesis"]])
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        one = score([reference], [hypothesis])
         errors.append(one.substitutions + one.deletions + one.insertions)
     return {"wer": total.wer, "words": total.words, "errors": errors}
 
@@ -189,17 +177,3 @@ def _interventions(model: SpeechLLM, dataset: SpeechDataset, config: Config) -> 
         with intervene(model, kind, means):
             scores[f"massive {kind}"] = _score(model, dataset, config, kind)
     return scores
-
-
-def _curves(run: Path) -> dict[str, Any]:
-    rows = read_metrics(run)
-    validated = [(row["step"], round(row["validation_ce"], 4)) for row in rows if row.get("validation_ce") is not None]
-    kept = [row for row in rows if "grad_norm_ce" in row or row["step"] % 50 == 0]
-    curve = [{"step": r["step"], **{k: float(f"{r[k]:.4g}") for k in CURVE if r.get(k) is not None}} for r in kept]
-    return {"validation": validated, "curve": curve, "seconds": round(sum(row["seconds"] for row in rows))}
-
-
-def _plain(arm: Arm) -> dict[str, Any]:
-    """The arm's fields that differ from their defaults."""
-    defaults = asdict(Arm(arm.name))
-    return {name: value for name, value in asdict(arm).items() if name == "name" or value != defaults[name]}

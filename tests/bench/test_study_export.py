@@ -6,6 +6,7 @@ import json
 import string
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from avsr.config import Config, load_config
@@ -23,8 +25,8 @@ from avsr.errors import UserError
 from avsr.evaluation import run as evaluation
 from avsr.models.build import build_model, build_store
 from avsr.models.weights import load_some_weights, load_weights
+from avsr.training import run as training
 from avsr.training.losses import attach
-from avsr.training.run import train_and_leave
 from bench.study import export, settled, train
 from bench.study.grid import Arm
 from bench.study.measure import scored
@@ -149,7 +151,7 @@ def config_of(root: Path, key: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Parts, corpora and a projector, and in ``export`` what is exported of them."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("study")
@@ -164,7 +166,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({name: p.detach().contiguous() for name, p in taught.items()}, root / "projector.safetensors")
     arms = {key: (arm, config_of(root, key)) for key, arm in ARMS.items()}
     export.write_export(root / "export", arms, root / "projector.safetensors")
-    return root
+    yield root
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def alone(root: Path, *arguments: object, script: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -194,7 +198,7 @@ def train_here(root: Path, key: str) -> tuple[Config, list[dict[str, Any]], dict
         penalty = ARMS[key].penalty
         attach(model, config) if penalty is None else attach_penalty(model, config, penalty)
 
-    run = train_and_leave(config, prepare)
+    run = training.train(config, prepare)  # DeepSpeed keeps the group: one for all trainings of a process
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return config, rows, load_file(run / "checkpoints" / "last" / "model.safetensors")
 

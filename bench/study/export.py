@@ -169,10 +169,9 @@ def import_rows(path: Path, arms: Mapping[str, tuple[Arm, Config]], into: Path =
     there = read_study(into)
     added = {row["key"]: row for row in rows if row["key"] not in there}
     for row in added.values():
-        transcripts = row.pop("transcripts")
-        del row["steps"], row["metrics"]
-        row["scores"] = {name: scored(*zip(*pairs, strict=True)) for name, pairs in transcripts.items()}
-        append_row(into, row)
+        scores = {name: scored(*zip(*pairs, strict=True)) for name, pairs in row["transcripts"].items()}
+        kept = {name: value for name, value in row.items() if name not in ("transcripts", "steps", "metrics")}
+        append_row(into, {**kept, "scores": scores})
     return len(added)
 
 

@@ -57,10 +57,10 @@ class Recognizer:
         self._model = load_whisper(folder / "model.bin").to(torch.bfloat16).eval()
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         start, english, task, plain, end = (
-            self._tokenizer.token_to_id(f"<|{name}|>")
+            self._tokenizer.token_to_id(f"<|{name}|>") or 0  # the English models have no language and no task
             for name in ("startoftranscript", "en", "transcribe", "notimestamps", "endoftext")
         )
-        vocabulary = self._model.proj_out.out_features
+        vocabulary = len(self._model.proj_out.weight)
         one_language = vocabulary < MULTILINGUAL
         self._prompt = [start, plain] if one_language else [start, english, task, plain]
         self._end = end

@@ -76,8 +76,19 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         interval = f"{d.low:+.3f} to {d.high:+.3f}" if tested else ""
         ends = [interval, f"{d.p:.4f}" if tested else "", corrected, f"{d.smallest:.3f}" if tested else ""]
         lines.append([*head, f"{d.base:.3f}", f"{d.other:.3f}", f"{d.delta:+.3f}", *ends])
-    head = ("against off", "test", "seeds", "off", "with", "difference", "95% interval", "p", "Holm", "smallest seen")
-    return table(head, lines)
+    columns = (
+        "against off",
+        "test",
+        "seeds",
+        "off",
+        "with",
+        "difference",
+        "95% interval",
+        "p",
+        "Holm",
+        "smallest seen",
+    )
+    return table(columns, lines)
 
 
 def arm_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -240,8 +240,8 @@ def train(export: Export, key: str, config: Config, device: torch.device) -> tup
         attach_penalty(model, config, arm.penalty)
     engine = Engine(model, config)
     torch.manual_seed(settings.seed)
-    sets: list[Any] = [export.load(name, model.tokenize) for name in ("train", "validation")]
-    trainer = Trainer(engine, config, *sets, Progress())
+    train_set, validation = (export.load(name, model.tokenize) for name in ("train", "validation"))
+    trainer = Trainer(engine, config, cast(Any, train_set), cast(Any, validation), Progress())
     rows = []
     with ProgressBar(key, settings.steps) as bar:
         for batches in trainer.batches():

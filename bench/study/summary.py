@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def _inner_mean(by_layer: list[float] | None) -> float | None:
     return None if by_layer is None else round(sum(by_layer[:-1]) / len(by_layer[:-1]), 5)
 
 
-def curves(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The validation curve, every 50th step and those with the norms of both terms, and the seconds of all steps, of a
     run's metrics."""
     validated = [(row["step"], round(row["validation_ce"], 4)) for row in rows if row.get("validation_ce") is not None]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flashsink
-from bench.study.penalty import OUTLIER, Penalty, penalty_loss
+from bench.study.penalty import OUTLIER, Penalty, PenaltyProbe, penalty_loss
 
 CLOSING = 3  # a closing delimiter and two prompt tokens
 
@@ -76,3 +79,34 @@ def test_the_norm_penalty_counts_outliers_alone() -> None:
     ratio = large / (OUTLIER * float(states[2, 0, 1:9].norm(dim=-1).median()))
     counted = 4 * (8 + 11 + 6)
     assert float(loss(Penalty(kind="norm"), states, spans)) == pytest.approx(math.log(ratio) ** 2 / counted)
+
+
+class Layer(nn.Module):
+    def forward(self, states: Tensor, **options: Any) -> Tensor:
+        return states
+
+
+@pytest.mark.parametrize("penalty", [Penalty(kind="norm"), Penalty(), Penalty(anchor="content")])
+def test_packed_rows_count_like_padded_ones(penalty: Penalty) -> None:
+    states, spans = rows()
+    states[:, 1, 4] *= 100  # in a row that is not the first
+    lengths = torch.tensor([10, 12, 7])
+    packed = torch.cat([states[:, b, :n] for b, n in enumerate(lengths.tolist())], dim=1)[:, None]
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    layers = [Layer() for _ in range(len(states) + 1)]
+    model: Any = SimpleNamespace(
+        attach=lambda **options: SimpleNamespace(spans=lambda spans: contextlib.nullcontext()),
+        decoder=SimpleNamespace(model=SimpleNamespace(layers=layers)),
+        prompts={"audio": [1, 2]},
+        training=True,
+    )
+    losses = []
+    for given, options in ((states, {}), (packed, {"cu_seq_lens_q": bounds})):
+        probe = PenaltyProbe(model, penalty, seed=1)
+        with probe.spans(spans):
+            for layer, own in zip(layers, given, strict=False):
+                layer(own, **options)
+        losses.append(float(probe.decorrelation_loss))
+        for hook in probe._hooks:
+            hook.remove()
+    assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-6)

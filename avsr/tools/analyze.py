@@ -280,14 +280,14 @@ def _identity(subject: Subject, reads: str, noise: str, data: str, lines: list[s
 
 
 def write_results(
-    folder: Path, analyses: list[Run], page: Callable[[Path, list[Run], str], None] = write_report
+    folder: Path, analyses: list[Run], page: Callable[[Path, list[Run], str], None] | None = None
 ) -> Path:
-    """Writes both files to ``folder``, the report by ``page``, and returns its path."""
+    """Writes both files to ``folder``, the report by ``page`` (default: that of runs), and returns its path."""
     names = " and ".join(name for name, _ in analyses)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / ANALYSIS, (json.dumps(dict(analyses), indent=1) + "\n").encode())
-        page(folder / "report.html", analyses, f"Attention sinks: {names}")
+        (page or write_report)(folder / "report.html", analyses, f"Attention sinks: {names}")
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error}") from error
     return folder / "report.html"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -86,3 +87,9 @@ def padding(request):
     }[request.param]
     ids, mask = decoders.padded(decoders.ids(3, 12, seed=7), torch.tensor(starts), torch.tensor(lengths))
     return request.param, ids, None if request.param == "none" else mask, torch.tensor(starts), torch.tensor(lengths)
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """accelerate collects garbage at the start of every training, which takes half a second here."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)

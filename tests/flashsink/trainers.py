@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import decoders
+import oracle
 import torch
 
 WEIGHT = 5.0
@@ -37,6 +38,13 @@ def pad(examples, side="right"):
         "labels": torch.tensor([column(example["labels"], -100) for example in examples]),
         "attention_mask": torch.tensor([column(mask, 0) for mask in masks]),
     }
+
+
+def flat(examples):
+    """One packed row, with the boundaries that kernels for packed rows take."""
+    from transformers import DataCollatorWithFlattening
+
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
 
 
 def arguments(folder, kind=None, **options):
@@ -87,3 +95,55 @@ def logged(trainer, *names):
     """The log lines of training steps, or of them the values of ``names``."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return [tuple(line[name] for name in names) for line in lines] if names else lines
+
+
+class Recorder:
+    """A collator that remembers the batches it made."""
+
+    def __init__(self, collate=pad):
+        self.collate, self.batches = collate, []
+
+    def __call__(self, examples):
+        self.batches.append(self.collate(examples))
+        return self.batches[-1]
+
+
+def terms_of(model, batches, spans):
+    """Both terms of a step over ``batches`` in float64, written out, with their graph: cross entropy over all labels,
+    and the decorrelation loss over all counted tokens."""
+    entropy, number, cosines, counted = [], [], 0.0, 0
+    for batch in batches:
+        out = model(**{**batch, "labels": None}, output_hidden_states=True, use_cache=False)
+        target = batch["labels"][:, 1:].flatten()
+        logits = out.logits[:, :-1].flatten(0, 1).double()
+        entropy.append(torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum"))
+        number.append(int((target != -100).sum()))
+        starts = batch["attention_mask"].int().argmax(dim=1)
+        own = spans(batch)
+        count = int((own - 1).clamp(min=0).sum())
+        cosines = cosines + count * oracle.decorrelation(out.hidden_states[1:-1], own, starts=starts)
+        counted += count
+    return sum(entropy) / sum(number), cosines / counted
+
+
+def prompts(batch):
+    """Tokens before the first label, row by row."""
+    found = []
+    for labels, mask in zip(batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True):
+        valid = [label for label, kept in zip(labels, mask, strict=True) if kept]
+        found.append(next((i for i, label in enumerate(valid) if label != -100), len(valid)))
+    return torch.tensor(found)
+
+
+def everything(batch):
+    return batch["attention_mask"].sum(dim=1)
+
+
+def half(batch):
+    return (everything(batch) + 1) // 2
+
+
+def close(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), atol=atol, rtol=0, msg=name)

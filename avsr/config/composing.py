@@ -214,7 +214,9 @@ def _refuse_unknown(tree: Any, where: str, schema: Any, prefix: str = "", every:
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
         if key not in known:
             inside = [f"{prefix}{key}.{name}" for name in value] if isinstance(value, Mapping) else []
-            near = difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
+            initials = [k for k in known if "".join(word[0] for word in k.split("_")) == str(key)]  # lr
+            near = [prefix + k for k in initials]
+            near = near or difflib.get_close_matches(inside[0] if len(inside) == 1 else f"{prefix}{key}", every, 1, 0.5)
             near = near or [prefix + k for k in difflib.get_close_matches(str(key), known, 1, 0.5)]
             hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {prefix + str(key)!r}{hint}")

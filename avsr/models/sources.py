@@ -184,7 +184,6 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
         if _is_whole(target):
             return target
         _log.warning("%s is damaged and is made again", target)
-        remove(target)
     part = target.with_name(f"{target.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with loading(f"{source}: cannot convert to {target}"):
@@ -194,14 +193,24 @@ def convert_once(source: Path, target: Path, last: str, write: Callable[[Path], 
             for path in part.iterdir():
                 like_new(path)
                 flush(path)
-            try:
-                os.replace(part, target)  # fails where another process was faster
-            except OSError:
-                if not (target / last).is_file():
-                    raise
+            _put(part, target, last)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _put(part: Path, target: Path, last: str) -> None:
+    """Makes ``part`` the folder ``target``, unless another process was faster."""
+    try:
+        os.replace(part, target)
+    except OSError:
+        if not (target / last).is_file():
+            raise
+        if _is_whole(target):
+            return
+        # only now, since a process that began earlier may have mended it meanwhile
+        remove(target)
+        os.replace(part, target)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -192,6 +192,7 @@ def test_the_streams_of_the_task_need_an_encoder(tmp_path: Path, task: str) -> N
     [
         ("trainig: {steps: 3}", "'trainig'", "'training"),
         ("training: {step: 3}", "'training.step'", "'training.steps'"),
+        ("training: {lr: 3}", "'training.lr'", "'training.learning_rate'"),
         ("training: {learning_rat: 3}", "'training.learning_rat'", "'training.learning_rate'"),
         ("loss: {decorelation: 3}", "'loss.decorelation'", "'loss.decorrelation'"),
         ("model: {lora: {rnk: 3}}", "'model.lora.rnk'", "'model.lora.rank'"),

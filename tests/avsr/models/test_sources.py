@@ -41,6 +41,22 @@ def test_what_another_process_finished_meanwhile_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_another_process_mended_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    fill(target)
+    (target / "x.safetensors").write_bytes(b"damaged")
+
+    def slow(folder: Path) -> None:
+        fill(folder)
+        (target / "x.safetensors").unlink()
+        fill(target, "theirs")
+
+    assert convert_once(SOURCE, target, "done", slow) == target
+    assert (target / "weights").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def _reads(target: Path, start: float) -> None:
     def write(folder: Path) -> None:
         time.sleep(max(0.0, start - time.monotonic()))

@@ -39,8 +39,8 @@ def run_all(full: bool, only: str, workers: int) -> list[str]:
         corpus.make_corpus()
     if any(arm_of(key).settled for key in wanted):
         human.make_corpus()
-    for rate in sorted({arm_of(key).rate for key in wanted}):
-        projector_file(rate)
+    for rate, layernorm in sorted({(arm_of(key).rate, arm_of(key).layernorm) for key in wanted}):
+        projector_file(rate, layernorm=layernorm)
     # changes at inference need the trainings; of these, the first seed of a rate finds the heads for the others
     late = [key for key in wanted if key.startswith(INFERENCE)]
     first = [key for key in late if arm_of(key).seed == SEEDS[0]]

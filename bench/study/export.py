@@ -52,12 +52,12 @@ if __name__ == "__main__":
 
 
 def export(target: Path, rate: int) -> None:
-    """Writes the folder of the settled study's arms of a rate.
+    """Writes the folder of the settled study's arms of a rate, those without a LayerNorm in the projector excepted.
 
     Raises:
         UserError: no arm has that rate; and as of :func:`write_export`.
     """
-    arms = {key: held for key, held in settled_arms().items() if held[0].rate == rate}
+    arms = {key: held for key, held in settled_arms().items() if held[0].rate == rate and held[0].layernorm}
     if not arms:
         rates = sorted({arm.rate for arm in settled.ARMS.values()})
         raise UserError(f"--rate {rate}: no arm of the settled study has it; there are: {rates}")

@@ -13,6 +13,7 @@ HIGH, LOW = 32, 8  # encoder frames per token: 1.6 and 6.3 tokens per second
 SEEDS = (1, 2, 3, 4, 5)
 # prefixes of the keys: untrained arms, arms changed at inference, and the settled study's
 START, INFERENCE, SETTLED = "start ", "inference ", "settled "
+NO_LAYERNORM = "model.projector.layernorm=false"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Arm:
     steps: int = 0
     full: bool = False
     settled: bool = False
+
+    @property
+    def layernorm(self) -> bool:
+        """Whether its projector ends with one."""
+        return NO_LAYERNORM not in self.overrides
 
     @property
     def key(self) -> str:

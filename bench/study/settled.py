@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.study import human
-from bench.study.grid import INFERENCE, MARGIN, MARGIN_WEIGHT, PAPER, SEEDS, Arm
+from bench.study.grid import INFERENCE, LOW, MARGIN, MARGIN_WEIGHT, NO_LAYERNORM, PAPER, SEEDS, Arm
 from bench.study.penalty import Penalty
 
 STEPS = 800  # by the pilot, see PLAN.md
@@ -36,11 +36,33 @@ def paper(weight: float) -> Arm:
 
 CORE = [OFF, paper(PAPER), MARGIN_FORM, NORM, ANCHORED]
 SWEEP = [OFF, *map(paper, PAPER_SWEEP), ANCHORED, ANCHORED_WHOLE]
+# is it settled?
+DOUBLED = [replace(arm, name=f"{arm.name}-2n", steps=2 * STEPS) for arm in CORE[:2]]
+# other rates, the one of the secondary comparisons first
+FEWER_SEEDS = SEEDS[:3]
+RATES = (LOW, 64, 16, 4)
+AT_RATES = [replace(arm, rate=rate) for rate in RATES for arm in (*CORE[:2], *([ANCHORED] if rate == LOW else []))]
+# is a gain the repair of a fragile baseline?
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+
+
+def fragile(arm: Arm, rate: float, layernorm: bool) -> Arm:
+    """``arm`` of the core with another learning rate and with or without LayerNorm in the projector."""
+    if rate == LEARNING_RATES[1] and layernorm:
+        return arm
+    changed = (f"training.learning_rate={rate}", *(() if layernorm else (NO_LAYERNORM,)))
+    return replace(arm, name=f"{arm.name}-lr{rate:g}{'' if layernorm else '-plain'}", overrides=changed)
+
+
+FRAGILE = [fragile(arm, rate, norm) for norm in (True, False) for rate in LEARNING_RATES for arm in CORE[:2]]
 ARMS = {
     arm.key: arm
     for arm in [
         *(replace(arm, seed=SWEEP_SEED) for arm in SWEEP),
         *(replace(arm, seed=seed) for seed in SEEDS for arm in CORE),
+        *DOUBLED,
+        *(replace(arm, seed=seed) for arm in AT_RATES for seed in FEWER_SEEDS),
+        *FRAGILE,
     ]
 }
 # ACT on the models of off

@@ -11,7 +11,7 @@ from typing import Any
 
 from avsr.tools.analysis.plots import COLOURS, panels, styled, to_svg
 from bench.study import human, settled
-from bench.study.grid import INFERENCE, SEEDS, Arm
+from bench.study.grid import HIGH, INFERENCE, LOW, SEEDS, Arm
 from bench.study.rows import marks, massive_mark, read_rows, strongest
 from bench.study.statistics import Difference, compare, holm
 from bench.study.tables import UTTERANCES, table
@@ -33,11 +33,13 @@ Rows = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against off on a test; ``difference`` is None without a pair of seeds."""
+    """One arm against off on a test, with the seeds that are there of those planned; ``difference`` is None without a
+    pair of seeds."""
 
     name: str
     test: str
     seeds: int
+    planned: int
     difference: Difference | None
 
 
@@ -46,23 +48,28 @@ def comparisons(rows: Rows) -> list[Comparison]:
     wanted = [(arm, "texts", "") for arm in settled.CORE[1:]]
     wanted += [(settled.OFF, "texts", INFERENCE)]
     wanted += [(arm, test, "") for test in list(human.TESTS)[1:] for arm in settled.CORE[1:]]
+    wanted += [(arm, "texts", "") for arm in settled.AT_RATES if arm.rate == LOW and arm.name != settled.OFF.name]
     return [_comparison(rows, arm, test, prefix) for arm, test, prefix in wanted]
 
 
-def _comparison(rows: Rows, arm: Arm, test: str, prefix: str) -> Comparison:
-    keys = [(replace(settled.OFF, seed=s).key, prefix + replace(arm, seed=s).key) for s in SEEDS]
+def _comparison(rows: Rows, arm: Arm, test: str, prefix: str = "") -> Comparison:
+    seeds = SEEDS if arm.rate == HIGH else settled.FEWER_SEEDS
+    off = replace(settled.OFF, rate=arm.rate)
+    keys = [(replace(off, seed=s).key, prefix + replace(arm, seed=s).key) for s in seeds]
     keys = [both for both in keys if all(key in rows for key in both)]
     difference = None
     if keys:
         base, other = ([rows[both[side]]["scores"][test]["errors"] for both in keys] for side in (0, 1))
         held = json.loads(UTTERANCES.read_text(encoding="utf-8"))[f"settled {test}"]
         difference = compare(base, other, held["words"], held["speakers"])
-    return Comparison("ACT (beta 0.4) on off" if prefix else NAMES[arm.name], test, len(keys), difference)
+    name = "ACT (beta 0.4) on off" if prefix else NAMES[arm.name]
+    name += "" if arm.rate == HIGH else f", rate {arm.rate}"
+    return Comparison(name, test, len(keys), len(seeds), difference)
 
 
 def comparison_table(found: Sequence[Comparison]) -> str:
     """With Holm's correction of all but the first, once every comparison has all seeds."""
-    complete = all(one.seeds == len(SEEDS) for one in found)
+    complete = all(one.seeds == one.planned for one in found)
     adjusted = holm([one.difference.p for one in found[1:] if one.difference]) if complete else []
     lines = []
     for index, one in enumerate(found):
@@ -89,6 +96,68 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         "smallest seen",
     )
     return table(columns, lines)
+
+
+def doubled_table(rows: Rows, primary: Comparison) -> str:
+    """The primary difference of one seed after N and after 2N steps; settled if it moves by less than its interval."""
+    pairs = [tuple(settled.CORE[:2]), tuple(settled.DOUBLED)]
+    lines, moved = [], []
+    for off, paper in pairs:
+        wer = [rows[arm.key]["scores"]["texts"]["wer"] for arm in (off, paper) if arm.key in rows]
+        if len(wer) == 2:
+            moved.append(wer[1] - wer[0])
+        cells = [f"{wer[0]:.3f}", f"{wer[1]:.3f}", f"{wer[1] - wer[0]:+.3f}"] if len(wer) == 2 else [""] * 3
+        lines.append([str(off.steps or settled.STEPS), *cells, ""])
+    d = primary.difference
+    if len(moved) == 2 and d is not None and primary.seeds > 1:
+        lines[-1][-1] = "yes" if abs(moved[1] - moved[0]) < d.high - d.low else "no"
+    return table(("steps", "off", "paper's form", "difference", "settled"), lines)
+
+
+def rate_comparisons(rows: Rows) -> list[tuple[int, Comparison]]:
+    """The paper's form against off on *texts*, by rate."""
+    arms = [arm for arm in settled.AT_RATES if arm.name == PAPER.name]
+    found = [(arm.rate, _comparison(rows, arm, "texts")) for arm in [PAPER, *arms]]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def rate_table(found: Sequence[tuple[int, Comparison]]) -> str:
+    lines = []
+    for rate, one in found:
+        d = one.difference
+        numbers = [""] * 4
+        if d is not None:
+            interval = f"{d.low:+.3f} to {d.high:+.3f}" if one.seeds > 1 else ""
+            numbers = [f"{d.base:.3f}", f"{d.other:.3f}", f"{d.delta:+.3f}", interval]
+        lines.append([str(rate), f"{one.seeds} of {one.planned}", *numbers])
+    return table(("rate", "seeds", "off", "paper's form", "difference", "95% interval"), lines)
+
+
+def rates(found: Sequence[tuple[int, Comparison]], path: Path) -> None:
+    """Differences of WER over the rate, with their intervals as a band."""
+    shown = [(rate, one.difference) for rate, one in found if one.difference is not None and one.seeds > 1]
+    with styled():
+        figure, (axis,) = panels(1, width=6.0, share=False)
+        if shown:
+            x = [rate for rate, _ in shown]
+            axis.fill_between(x, [d.low for _, d in shown], [d.high for _, d in shown], color=COLOURS[0], alpha=0.2)
+            axis.plot(x, [d.delta for _, d in shown], "o-", color=COLOURS[0], markersize=3)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, map(str, x))
+        axis.axhline(0, color=GREY, linewidth=0.5)
+        axis.set(xlabel="encoder frames per token", ylabel="difference of the word error rate to off")
+        write(path, to_svg(figure, "paper's form against off over the compression rate, with 95% intervals"))
+
+
+def fragile_table(rows: Rows) -> str:
+    """One seed an arm."""
+    lines = []
+    for layernorm in (True, False):
+        for rate in settled.LEARNING_RATES:
+            keys = [settled.fragile(arm, rate, layernorm).key for arm in settled.CORE[:2]]
+            cells = [f"{rows[key]['scores']['texts']['wer']:.3f}" if key in rows else "" for key in keys]
+            lines.append([f"{rate:g}", "yes" if layernorm else "no", *cells])
+    return table(("learning rate", "LayerNorm", "off", "paper's form"), lines)
 
 
 def arm_table(rows: Rows, arms: Sequence[Arm], seeds: Sequence[int]) -> str:
@@ -183,8 +252,12 @@ def write_settled(path: Path = HERE / "SETTLED.md") -> None:
         f"## Arms, rate 32, seeds {SEEDS[0]} to {SEEDS[-1]}\n", arm_table(rows, settled.CORE, SEEDS),
         "## Are the sinks removed?\n", removal_table(rows),
         f"## Sweep, rate 32, seed {settled.SWEEP_SEED}\n", arm_table(rows, sweep, (settled.SWEEP_SEED,)),
-        "![Validation cross entropy](settled-curves.svg)\n\n![Differences](settled-differences.svg)\n",
+        f"## Twice {settled.STEPS} steps, seed {SEEDS[0]}\n", doubled_table(rows, found[0]),
+        "## Rates: the paper's form against off on *texts*\n", rate_table(rate_comparisons(rows)),
+        "## A fragile baseline? WER on *texts*, seed 1, exploratory\n", fragile_table(rows),
+        *(f"![{name}](settled-{name.lower()}.svg)\n" for name in ("Curves", "Differences", "Rates")),
     ]  # fmt: skip
     path.write_text("\n".join(parts), encoding="utf-8")
     curves(rows, path.parent / "settled-curves.svg")
     differences(found, path.parent / "settled-differences.svg")
+    rates(rate_comparisons(rows), path.parent / "settled-rates.svg")

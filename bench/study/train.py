@@ -17,7 +17,7 @@ from avsr.training.run import train_and_leave
 from avsr.training.warm_start import warm_projector
 from bench.study import corpus, settled
 from bench.study.faithful import make_faithful
-from bench.study.grid import STEPS, Arm
+from bench.study.grid import NO_LAYERNORM, STEPS, Arm
 from bench.study.penalty import attach_penalty
 from bench.study.sink_logits import add_sink_logits
 
@@ -56,18 +56,23 @@ def config_of(arm: Arm, folder: Path = FOLDER) -> Config:
     )
 
 
-def projector_file(rate: int, folder: Path = FOLDER) -> Path:
+def projector_file(rate: int, folder: Path = FOLDER, *, layernorm: bool = True) -> Path:
     """The pretrained projector of a rate; trained if it is missing."""
-    config = load_config(
-        "demo", ["run=none", *corpus.OVERRIDES, *corpus.WARM, f"model.audio.compression.rate={rate}", "training.seed=0"]
-    )
-    return warm_projector(config, folder / f"projector-{rate}.safetensors")
+    overrides = [
+        *corpus.OVERRIDES,
+        *corpus.WARM,
+        f"model.audio.compression.rate={rate}",
+        "training.seed=0",
+        *([] if layernorm else [NO_LAYERNORM]),
+    ]
+    config = load_config("demo", ["run=none", *overrides])
+    return warm_projector(config, folder / f"projector-{rate}{'' if layernorm else '-plain'}.safetensors")
 
 
 def change(model: SpeechLLM, arm: Arm, folder: Path = FOLDER) -> None:
     """Turns the untrained ``model`` into the one that ``arm`` starts with."""
     if not arm.cold:
-        load_some_weights(model, projector_file(arm.rate, folder))
+        load_some_weights(model, projector_file(arm.rate, folder, layernorm=arm.layernorm))
     if arm.sink_logits:
         add_sink_logits(model)
 

@@ -22,6 +22,7 @@ from bench.study.train import config_of
 pytestmark = pytest.mark.integration
 
 UTTERANCES, WORDS = 24, 8
+LOWER = [settled.CORE[1], settled.ANCHORED]  # the arms of rate 8
 RATES = {settled.OFF.name: 0.4, settled.ANCHORED.name: 0.2}  # of the others 0.4
 
 
@@ -66,15 +67,18 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
 
 
 def test_every_arm_has_a_config_of_its_own() -> None:
-    first = {arm.name: key for key, arm in reversed(settled.ARMS.items())}  # the seed is shared code
+    first = {(arm.name, arm.rate): key for key, arm in reversed(settled.ARMS.items())}  # the seed is shared code
     configs = {key: config_of(settled.ARMS[key]) for key in first.values()}
     assert len({config.run for config in configs.values()}) == len(configs)
     for key, config in configs.items():
         arm = settled.ARMS[key]
-        assert arm_of(key) is arm and config.training.steps == settled.STEPS and config.training.decay == 0.2
+        steps = settled.STEPS * (2 if arm in settled.DOUBLED else 1)
+        assert arm_of(key) is arm and config.training.steps == steps and config.training.decay == 0.2
+        assert config.model.audio.compression.rate == arm.rate and config.model.projector.layernorm is arm.layernorm
         assert list(config.data.test) == list(human.TESTS) and config.training.packed
         assert (config.loss.decorrelation, config.loss.anchor) == (arm.weight, arm.anchor)
-    seeds = {name: [arm.seed for arm in settled.ARMS.values() if arm.name == name] for name in RATES}
+    core = [arm for arm in settled.ARMS.values() if arm.rate == 32]
+    seeds = {name: [arm.seed for arm in core if arm.name == name] for name in RATES}
     assert all(sorted(found) == [*SEEDS, settled.SWEEP_SEED] for found in seeds.values())
     assert {arm_key(key) for key in settled.INFERENCES} <= settled.ARMS.keys()
 
@@ -88,7 +92,9 @@ def test_a_short_and_a_settled_arm_of_one_name_are_two_rows() -> None:
 def test_the_comparisons_are_those_of_the_plan(rows: dict[str, dict[str, Any]]) -> None:
     found = settled_tables.comparisons(rows)
     assert (found[0].name, found[0].test) == (settled_tables.NAMES[settled_tables.PAPER.name], "texts")
-    assert len(found) == len({(one.name, one.test) for one in found}) == 4 * len(human.TESTS) + 1
+    assert len(found) == len({(one.name, one.test) for one in found}) == 4 * len(human.TESTS) + 1 + 2
+    assert [one.name for one in found[-2:]] == [f"{settled_tables.NAMES[a.name]}, rate 8" for a in LOWER]
+    assert [one.seeds for one in found[-2:]] == [one.planned for one in found[-2:]] == [3, 3]
     table = settled_tables.comparison_table(found).splitlines()
     anchored = next(line for line in table if "anchored" in line and "| texts |" in line).split("|")
     assert -0.26 < float(anchored[6]) < -0.14 and float(anchored[9]) < 0.05  # difference, and p after Holm
@@ -104,6 +110,32 @@ def test_nothing_is_corrected_or_tested_before_all_seeds_are_in(rows: dict[str, 
         assert cells[2] == "1" and cells[5] != "" and cells[6:] in (["", "", "", ""], ["", "", "primary", ""])
     assert {one.seeds for one in settled_tables.comparisons({})} == {0}
     assert settled_tables.comparison_table(settled_tables.comparisons({})).count("\n") == len(found) + 2
+
+
+def test_rates_are_compared_with_off_of_the_same_rate(rows: dict[str, dict[str, Any]]) -> None:
+    for key, row in rows.items():
+        if arm_of(key).rate == 16 and arm_of(key).name != settled.OFF.name:
+            row["scores"]["texts"] = {**row["scores"]["texts"], "errors": [0] * UTTERANCES}
+    del rows["settled off-r4-s2"]
+    lines = settled_tables.rate_table(settled_tables.rate_comparisons(rows)).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [line[:2] for line in cells] == [
+        ["4", "2 of 3"], ["8", "3 of 3"], ["16", "3 of 3"], ["32", "5 of 5"], ["64", "3 of 3"]
+    ]  # fmt: skip
+    assert [line[4] for line in cells if line[0] != "16"] == ["+0.000"] * 4
+    assert cells[2][3] == "0.000" and float(cells[2][4]) == -float(cells[2][2])
+
+
+def test_settled_is_what_moves_less_than_the_interval(rows: dict[str, dict[str, Any]]) -> None:
+    primary = settled_tables.comparisons(rows)[3]  # the first one here whose seeds differ
+    assert primary.difference is not None
+    width = primary.difference.high - primary.difference.low
+    for moved, answer in ((0.9 * width, "yes"), (1.1 * width, "no")):
+        held = rows[settled.DOUBLED[1].key]["scores"]
+        rows[settled.DOUBLED[1].key]["scores"] = {**held, "texts": {**held["texts"], "wer": 0.4 + moved}}
+        assert settled_tables.doubled_table(rows, primary).splitlines()[-1].endswith(f"| {answer} |")
+    del rows[settled.DOUBLED[0].key]
+    assert settled_tables.doubled_table(rows, primary).splitlines()[-1] == "| 1600 |  |  |  |  |"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +157,9 @@ def test_the_page_has_every_arm_and_its_figures(rows: dict[str, dict[str, Any]],
         assert f"paper's form, lambda {weight:g}" in text
     removal = text[text.index("## Are the sinks") : text.index("## Sweep")]
     assert removal.count("| 5 | 5 |") == 4
-    for name in ("settled-curves.svg", "settled-differences.svg"):
+    fragile = text[text.index("## A fragile") :].splitlines()
+    assert [line.count("0.400") for line in fragile if "e-" in line or "0.00" in line] == [2] * 6
+    for name in ("settled-curves.svg", "settled-differences.svg", "settled-rates.svg"):
         assert (tmp_path / name).read_text().count("<svg") == 1
 
 

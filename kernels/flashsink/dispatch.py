@@ -81,7 +81,7 @@ def backends() -> dict[str, str]:
     return {name: _state(name) for name in NAMES}
 
 
-@torch.compiler.assume_constant_result
+@verdicts.constant
 def _state(name: str) -> str:
     if name == "reference" or (name == "sdpa" and torch.cuda.is_available()):
         return (name == "sdpa" and launch.unsupported_gpu()) or _USABLE

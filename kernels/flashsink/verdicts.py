@@ -21,8 +21,9 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -88,7 +89,14 @@ def _unable(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiler takes the result of ``function`` as a constant. ``torch.compiler.assume_constant_result`` does the
+    same, but imports the compiler: two seconds for every process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _failed(device: torch.device, dtype: torch.dtype, families: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
     """Sizes, of which the caller's may be symbolic, at which kernels are known to fail, and why."""
     kernels = {kernel for where, kernel in _verdicts if where == device}
@@ -100,7 +108,6 @@ def _failed(device: torch.device, dtype: torch.dtype, families: tuple[str, ...])
     if not wanted:
         _say_unchecked(families[0], dtype)
     return tuple((kernel.size, reason) for kernel in wanted if (reason := _known(device, kernel)))
-
 
 @functools.cache
 def _say_unchecked(family: str, dtype: torch.dtype) -> None:

@@ -192,6 +192,15 @@ COMMANDS = {
         replaces=True,
         cache="cache",
     ),
+    "analyze --encoder": Command(
+        ["analyze", "whisper:whisper", "--encoder", "--manifest", "long.jsonl", "--out", "inside"],
+        "inside",
+        _jsons("inside/analysis.json"),
+        ["whisper/model.safetensors", "whisper/config.json", "long.jsonl", "long_b.wav"],
+        ["long.jsonl"],
+        replaces=True,
+        cannot={"damaged cache": "reads none"},
+    ),
     "average": Command(
         ["average", "trained"],
         "trained/checkpoints",

@@ -71,6 +71,11 @@ def template(
         (root / name).write_text(path.read_text(encoding="utf-8").replace(f"{root}/", ""), encoding="utf-8")
     for name, pitch in (("a", 300), ("b", 500)):
         soundfile.write(str(root / f"{name}.wav"), _tone(0.8, pitch), 16_000)
+    lasting = {"long_a": 1.1, "long_b": 1.4}  # as encoders are analyzed
+    for name, seconds in lasting.items():
+        soundfile.write(str(root / f"{name}.wav"), _tone(seconds, 400), 16_000)
+    rows = [{"id": n, "audio": f"{n}.wav", "text": n, "duration": seconds} for n, seconds in lasting.items()]
+    write_manifest(root / "long.jsonl", rows)
     _videos(root, draw_face)
     known = _TINY_DEBS["write_debs"](root / "debs")
     (root / "debs/known.json").write_text(json.dumps(known), encoding="utf-8")

@@ -202,6 +202,18 @@ def test_no_memory_says_nothing_of_the_kernels(checks):
 # ---- where nothing is checked
 
 
+def test_what_is_known_is_a_constant_of_a_graph_as_torch_marks_it():
+    """Without the compiler, which flashsink does not import."""
+
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(verdicts._failed) == vars(dispatch._state) == vars(marked) != {}
+    code = "import sys, flashsink; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_not_while_compiling_where_only_known_verdicts_count(checks, caplog):
     verdicts._say_unchecked.cache_clear()
 

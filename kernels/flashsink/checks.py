@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashsink.types import Layout, Pattern, narrowed
+from flashsink.types import Layout, Pattern, Segments, narrowed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 VALIDATE_VARIABLE = "FLASHSINK_VALIDATE"
+MOST_SEGMENTS = 64  # the statistics have so many column sums
 
 
 def check_values(device: torch.device, validate: bool = False) -> bool:
@@ -95,22 +96,53 @@ def check_pattern(
     return narrowed(Pattern(window, chunk, prefix, blocks), layout.tokens)
 
 
-def beyond_plain(q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None) -> str:
+def check_segments(segments: Tensor | None, count: int | None, layout: Layout) -> Segments | None:
+    """Raises:
+    ValueError: also where ``count`` is needed: it is not read from ids on a GPU, nor while a graph is compiled.
+    """
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_SEGMENTS):
+        raise ValueError(f"num_segments: expected 1 to {MOST_SEGMENTS}, got {count!r}")
+    if segments is None:
+        return None
+    shape, device = (layout.rows, layout.tokens), layout.starts.device
+    if not isinstance(segments, Tensor) or segments.shape != shape or segments.dtype not in INTEGERS:
+        raise ValueError(f"segments: expected integers {shape}, got {_shape(segments)}")
+    if segments.device != device:
+        raise ValueError(f"segments: expected a tensor on {device}, got {segments.device}")
+    ids = segments.long().clamp(min=-1).masked_fill(~layout.valid(), -1)
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if count is None and not readable:
+        raise ValueError(f"num_segments: expected beside segments on {device} or in a compiled graph, got None")
+    if readable or check_values(device):
+        largest = int(ids.max()) if ids.numel() else -1
+        if largest >= (count or MOST_SEGMENTS):
+            raise ValueError(f"segments: expected numbers below {count or MOST_SEGMENTS}, got {largest}")
+        count = count or max(largest + 1, 1)
+    assert count is not None
+    return Segments(ids.masked_fill(ids >= count, -1), count)
+
+
+def beyond_plain(
+    q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None, segments: bool = False
+) -> str:
     """What kernels of plain attention do not take of these, by name, or ""."""
     tokens = 0 if v is None else v.shape[2]
     pattern = pattern if v is None else narrowed(pattern, tokens)
     names = [] if pattern is None else pattern.named()
     names += [] if softcap is None else ["softcap"]
+    names += ["segments"] if segments else []
     if q is not None and v is not None and q.shape[3] != v.shape[3]:
         names.append(f"v's head dim {v.shape[3]} unlike {q.shape[3]}")
     return f"its attention does not take {', '.join(names)}" if names else ""
 
 
-def require_plain(name: str, q: Tensor, v: Tensor, pattern: Pattern | None, softcap: float | None) -> None:
+def require_plain(
+    name: str, q: Tensor, v: Tensor, pattern: Pattern | None, softcap: float | None, segments: Segments | None = None
+) -> None:
     """Raises:
     ValueError: the backend ``name``, called past the table of backends, would leave something out.
     """
-    reason = beyond_plain(q, v, pattern, softcap)
+    reason = beyond_plain(q, v, pattern, softcap, segments is not None)
     if reason:
         raise ValueError(f"backend: {name!r} cannot be used: {reason}")
 

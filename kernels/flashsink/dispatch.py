@@ -15,7 +15,7 @@ from flashsink.cpu import backend as cpu
 from flashsink.cpu import library
 from flashsink.triton import backend as triton
 from flashsink.triton import launch
-from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pattern, Segments, SinkStats
 
 logger = logging.getLogger("flashsink")
 
@@ -44,6 +44,7 @@ class Backend(Protocol):
         sink_logits: Tensor | None = None,
         pattern: Pattern | None = None,
         softcap: float | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, list[SinkStats]]: ...
 
     def calibrated_attention(
@@ -72,7 +73,7 @@ class Backend(Protocol):
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
-# take patterns, softcap, values of another head dim than the keys', and any tokens and anchors of the loss
+# take patterns, softcap, segments, values of another head dim than the keys', and any tokens and anchors of the loss
 _GENERAL = ("reference", "cpu")
 
 
@@ -96,9 +97,10 @@ def implementation(
     pattern: Pattern | None = None,
     softcap: float | None = None,
     family: str = "attention",
+    segments: bool = False,
 ) -> Backend:
     """The functions of the backend that :func:`select` chooses."""
-    return _MODULES[select(backend, device_type, x, v, pattern, softcap, family)]
+    return _MODULES[select(backend, device_type, x, v, pattern, softcap, family, segments)]
 
 
 def select(
@@ -109,6 +111,7 @@ def select(
     pattern: Pattern | None = None,
     softcap: float | None = None,
     family: str = "attention",
+    segments: bool = False,
 ) -> str:
     """The backend that runs on ``device_type``; with the arguments of attention, the one that takes them.
 
@@ -116,6 +119,7 @@ def select(
         x: q (B, H, Sq, D), or the states (B, S, C) of another ``family``: with it, kernels that fail their check on
             this device are passed over.
         family: what x is for, one of :data:`flashsink.selfcheck.FAMILIES`.
+        segments: whether attention's statistics are asked for by segment.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
@@ -132,12 +136,12 @@ def select(
             raise ValueError(f"backend: {backend!r} takes tensors on CUDA, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
-        reason = _refusal(backend, x, v, pattern, softcap, family) or _failed(backend, x, family)
+        reason = _refusal(backend, x, v, pattern, softcap, family, segments) or _failed(backend, x, family)
         if reason:
             raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
-        reason = state[name] if state[name] != _USABLE else _refusal(name, x, v, pattern, softcap, family)
+        reason = state[name] if state[name] != _USABLE else _refusal(name, x, v, pattern, softcap, family, segments)
         if not reason and not _failed(name, x, family):
             return name
         if reason and not torch.compiler.is_compiling():
@@ -162,13 +166,19 @@ def require_general(backend: str | None) -> None:
 
 
 def _refusal(
-    name: str, x: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None, family: str
+    name: str,
+    x: Tensor | None,
+    v: Tensor | None,
+    pattern: Pattern | None,
+    softcap: float | None,
+    family: str,
+    segments: bool,
 ) -> str:
     """Why the backend's attention does not take these, or ""."""
     if family not in selfcheck.ATTENTION:
         return ""
     reason = "" if x is None else _MODULES[name].refusal(x)
-    return reason or ("" if name in _GENERAL else checks.beyond_plain(x, v, pattern, softcap))
+    return reason or ("" if name in _GENERAL else checks.beyond_plain(x, v, pattern, softcap, segments))
 
 
 def _failed(name: str, x: Tensor | None, family: str) -> str:

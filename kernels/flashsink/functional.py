@@ -39,6 +39,8 @@ def attention(
     chunk: int | None = ...,
     prefix: Tensor | None = ...,
     blocks: Tensor | None = ...,
+    segments: Tensor | None = ...,
+    num_segments: int | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -60,6 +62,8 @@ def attention(
     chunk: int | None = ...,
     prefix: Tensor | None = ...,
     blocks: Tensor | None = ...,
+    segments: Tensor | None = ...,
+    num_segments: int | None = ...,
 ) -> tuple[Tensor, SinkStats]: ...
 def attention(
     q: Tensor,
@@ -80,6 +84,8 @@ def attention(
     chunk: int | None = None,
     prefix: Tensor | None = None,
     blocks: Tensor | None = None,
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
 ) -> Tensor | tuple[Tensor, SinkStats]:
     """Softmax attention that can measure its own sinks.
 
@@ -105,9 +111,14 @@ def attention(
             the order, window and chunk (PaliGemma).
         blocks: (B, Sk), packed (1, Sk) integers: tokens of a row or sequence with equal numbers >= 0 see each other,
             whatever the order, window and chunk (the images of Gemma 3).
+        segments: (B, Sk), packed (1, Sk) integers, the kind of every token (BOS, delimiter, speech, prompt, text),
+            below 0 for none; what padding holds does not matter. The statistics then have ``segment_mass`` and others
+            by segment, and the entropy of every query.
+        num_segments: n of :class:`SinkStats`, at most 64; default the largest number + 1, which is
+            read on the CPU alone. Elsewhere n must be given, and larger numbers are of no segment.
 
-    ``window``, ``softcap``, ``chunk``, ``prefix`` and ``blocks`` are for the backends "reference" and "cpu"; the
-    others refuse them by name. A window or chunk that leaves nothing out is none.
+    ``window``, ``softcap``, ``chunk``, ``prefix``, ``blocks`` and ``segments`` are for the backends "reference" and
+    "cpu"; the others refuse them by name. A window or chunk that leaves nothing out is none.
 
     Returns:
         out (B, H, Sq, Dv) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).
@@ -119,7 +130,10 @@ def attention(
     layout = _attention_layout(q, k, lengths, starts, cu_seqlens)
     checks.check_softcap(softcap)
     pattern = checks.check_pattern(layout, window, chunk, prefix, blocks)
-    chosen = implementation(backend, q.device.type, q, v, pattern, softcap)
+    kinds = checks.check_segments(segments, num_segments, layout)
+    if kinds is not None and not return_stats:
+        raise ValueError("segments: expected with return_stats=True, got return_stats=False")
+    chosen = implementation(backend, q.device.type, q, v, pattern, softcap, segments=kinds is not None)
     if query_starts is not None:
         if cu_seqlens is not None:
             raise ValueError("query_starts: expected without cu_seqlens, got both")
@@ -138,6 +152,7 @@ def attention(
         sink_logits=sink_logits,
         pattern=pattern,
         softcap=softcap,
+        segments=kinds,
     )
     return (out, stats[0]) if return_stats else out
 

@@ -7,11 +7,12 @@ materialise the probabilities. Dimensions: B rows, S tokens, H query and Hk key 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashsink.types import ActivationStats, Layout, Normed, Pairs, Pattern, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pairs, Pattern, Segments, SinkStats
 
 
 def refusal(q: Tensor) -> str:
@@ -76,15 +77,22 @@ def sink_stats(
     causal: bool,
     query_starts: Tensor | None = None,
     pattern: Pattern | None = None,
+    segments: Segments | None = None,
 ) -> SinkStats:
     """Column sums of A over the queries at positions >= ``query_starts``, one entry per row or packed sequence."""
     queries, a = a.shape[2], a.detach()
+    by_segment = None
+    if segments is not None:
+        own = segments.of_queries(layout, queries, query_starts)
+        chosen = own[..., None] == torch.arange(segments.number, device=a.device)
+        sums = chosen.mT.to(a.dtype).unsqueeze(1) @ a
+        by_segment = segments.sums(sums, torch.special.entr(a).sum(dim=-1), layout, own)
     if query_starts is not None:
         position = torch.arange(layout.tokens, device=a.device)
         counts = position >= query_starts[layout.segments().clamp(min=0)]
         a = a * counts[:, None, layout.tokens - queries :, None]
     seen = layout.query_counts(queries, causal, query_starts, pattern)
-    return SinkStats(a.sum(dim=2).float(), seen, lse.detach().float())
+    return SinkStats(a.sum(dim=2).float(), seen, lse.detach().float(), by_segment)
 
 
 def attention(
@@ -99,6 +107,7 @@ def attention(
     sink_logits: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """(out (B, H, Sq, Dv) in q's dtype, one :class:`SinkStats` for every entry of ``counted``).
 
@@ -108,7 +117,8 @@ def attention(
     a, lse = probabilities(
         q, k, layout, causal=causal, scale=scale, sink_logits=sink_logits, pattern=pattern, softcap=softcap
     )
-    stats = [sink_stats(a, lse, layout, causal=causal, query_starts=x, pattern=pattern) for x in counted]
+    options: dict[str, Any] = {"causal": causal, "pattern": pattern, "segments": segments}
+    stats = [sink_stats(a, lse, layout, query_starts=x, **options) for x in counted]
     return weigh(a, v, layout).to(q.dtype), stats
 
 

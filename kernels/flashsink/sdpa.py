@@ -25,7 +25,7 @@ from torch import Tensor
 from flashsink import checks, reference, verdicts
 from flashsink.cpu import backend as cpu
 from flashsink.triton import backend as triton_backend
-from flashsink.types import ActivationStats, Layout, Normed, Pattern, SinkStats
+from flashsink.types import ActivationStats, Layout, Normed, Pattern, Segments, SinkStats
 
 VENDOR_VARIABLE = "FLASHSINK_VENDOR"
 # (q, k, v (T, heads, D), cu_seqlens_q, cu_seqlens_k (N + 1,) int32, max_seqlen_q, max_seqlen_k, causal, scale)
@@ -56,10 +56,11 @@ def attention(
     sink_logits: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`. A sink logit changes the log-sum-exp that the vendor's backward relies
     on, so on CUDA it goes to the reference."""
-    checks.require_plain("sdpa", q, v, pattern, softcap)
+    checks.require_plain("sdpa", q, v, pattern, softcap, segments)
     if q.device.type == "cpu":
         return cpu.attention(q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits)
     if sink_logits is not None:

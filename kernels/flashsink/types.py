@@ -21,17 +21,36 @@ class SinkStats:
         received: (B, H, Sk) float32, sum of the probabilities over the counted queries that may see the key.
         queries: (B, Sk) int64, the number of those queries.
         lse: (B, H, Sq) float32, natural log-sum-exp of the scaled scores; 0 at padded queries.
+        segment_received: (B, H, n, Sk) float32, ``received`` by the segment of the query, of n segments: several groups
+            of queries in one pass. What queries of no segment give is in none.
+        segment_mass: (B, H, n, n), packed (N, H, n, n) float32: sum of the probabilities of the counted queries of
+            segment a on the keys of segment b.
+        segment_queries: (B, n), packed (N, n) int64: the number of counted queries of a segment.
+        entropy: (B, H, Sq) float32, of every valid query, counted or not: -sum of p ln p over its keys, in nats; 0 at
+            padding. With sink logits the p of the keys sum to less than 1, and the sink's own term is not in it.
+
+    The last four are None where no segments were given.
 
     ``received`` and ``queries`` may be passed as functions, which are called when they are first read and then dropped
     with the tensors they hold; :meth:`wait_for_backward` lets ``received`` drop them at once.
     """
 
     def __init__(
-        self, received: Tensor | Callable[[], Tensor], queries: Tensor | Callable[[], Tensor], lse: Tensor
+        self,
+        received: Tensor | Callable[[], Tensor],
+        queries: Tensor | Callable[[], Tensor],
+        lse: Tensor,
+        by_segment: BySegment | None = None,
     ) -> None:
         self._received = received
         self._queries = queries
         self.lse = lse
+        self.segment_received: Tensor | None = None
+        self.segment_mass: Tensor | None = None
+        self.segment_queries: Tensor | None = None
+        self.entropy: Tensor | None = None
+        if by_segment is not None:
+            self.segment_received, self.segment_mass, self.segment_queries, self.entropy = by_segment
 
     @property
     def received(self) -> Tensor:
@@ -56,12 +75,24 @@ class SinkStats:
         received = self._received
         if not isinstance(received, Tensor) or received.shape[-1] == tokens:
             return self
-        return SinkStats(received[..., :tokens], self.queries[..., :tokens], self.lse)
+        first = SinkStats(received[..., :tokens], self.queries[..., :tokens], self.lse)
+        if self.segment_received is not None:
+            first.segment_received = self.segment_received[..., :tokens]
+        first.segment_mass, first.segment_queries, first.entropy = self.segment_mass, self.segment_queries, self.entropy
+        return first
 
     @property
     def mean_received(self) -> Tensor:
         """(B, H, Sk) float32: ``received`` divided by the number of counted queries; 0 where there are none."""
         return self.received / self.queries.clamp(min=1).unsqueeze(1)
+
+    @property
+    def mean_segment_mass(self) -> Tensor | None:
+        """As ``segment_mass``, for one query: where every key has a segment row a sums to 1, without sink logits. 0
+        where segment a has no counted query."""
+        if self.segment_mass is None or self.segment_queries is None:
+            return None
+        return self.segment_mass / self.segment_queries.clamp(min=1)[:, None, :, None]
 
     def sink_rate(self, eps: float = 0.3, min_queries: int = 1) -> Tensor:
         """(B, Sk) float32: the share of heads in which a key is a sink, ``mean_received > eps``.
@@ -71,6 +102,15 @@ class SinkStats:
         """
         sinks = (self.mean_received > eps) & (self.queries >= max(min_queries, 1)).unsqueeze(1)
         return sinks.float().mean(dim=1)
+
+
+class BySegment(NamedTuple):
+    """What :class:`SinkStats` says by segment."""
+
+    received: Tensor
+    mass: Tensor
+    queries: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -144,6 +184,41 @@ def narrowed(pattern: Pattern | None, tokens: int) -> Pattern | None:
     window, chunk = (None if x is None or x >= tokens else x for x in (pattern.window, pattern.chunk))
     pattern = pattern._replace(window=window, chunk=chunk)
     return pattern if pattern.named() else None
+
+
+class Segments(NamedTuple):
+    """Kinds of tokens.
+
+    Attributes:
+        ids: (B, Sk) int64, packed (1, Sk), below ``number``; -1 for none and at padding.
+        number: n, how many there are.
+    """
+
+    ids: Tensor
+    number: int
+
+    def of_queries(self, layout: Layout, queries: int, query_starts: Tensor | None) -> Tensor:
+        """(B, Sq) int64: the segments of the last ``queries`` positions, -1 for those before ``query_starts``."""
+        own = self.ids[:, layout.tokens - queries :]
+        if query_starts is None:
+            return own
+        position = torch.arange(layout.tokens - queries, layout.tokens, device=own.device)
+        first = query_starts[layout.segments().clamp(min=0)[:, layout.tokens - queries :]]
+        return own.masked_fill(position < first, -1)
+
+    def sums(self, received: Tensor, entropy: Tensor, layout: Layout, of_queries: Tensor) -> BySegment:
+        """The statistics by segment, of ``received`` (B, H, n, Sk) and :meth:`of_queries`."""
+        (_, heads, n, keys), queries = received.shape, of_queries.shape[1]
+        sequences = len(layout.starts)
+        row = layout.segments() * n  # of a sequence's first segment; where there is none, the place after the last
+        place = torch.where(self.ids >= 0, row + self.ids, sequences * n).flatten()
+        mass = received.new_zeros(sequences * n + 1, heads * n)
+        mass.index_add_(0, place, received.permute(0, 3, 1, 2).reshape(-1, heads * n))
+        mass = mass[:-1].unflatten(0, (sequences, n)).unflatten(2, (heads, n)).permute(0, 2, 3, 1).contiguous()
+        place = torch.where(of_queries >= 0, row[:, keys - queries :] + of_queries, sequences * n).flatten()
+        counts = torch.zeros(sequences * n + 1, dtype=torch.long, device=place.device)
+        counts.index_add_(0, place, torch.ones_like(place))
+        return BySegment(received.float(), mass.float(), counts[:-1].view(sequences, n), entropy.float())
 
 
 class Pairs(NamedTuple):

@@ -34,7 +34,8 @@ def native(packed=False, dtype=torch.float32):
     q, k, v, up = normal(b, H, S, D), normal(b, HK, S, D), normal(b, HK, S, D, seed=1), normal(b, H, S, D, seed=2)
     wide, sink, blocks = normal(b, HK, S, 9), normal(H), torch.tensor([[0, 1, 0, -1, 2]]).expand(b, S)
     pattern = (starts, lengths, *tail, 2.0, 3, 4, spans, blocks, None)
-    tiled = ops.tiled_attention(q, k, wide, sink, None, *pattern)[:2]
+    targets = torch.randint(-1, 3, (2, b, S), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    tiled = ops.tiled_attention(q, k, wide, sink, None, 0, False, *pattern)[:2]
     h, weight, where = normal(b, S, C).to(dtype), normal(C).to(dtype), (starts, spans, packed)
     out, lse = ops.attention(q, k, v, starts, lengths, *tail)
     _, *kept = ops.decorrelation_sums([h, h + 1], *where, 0.0)
@@ -44,7 +45,7 @@ def native(packed=False, dtype=torch.float32):
         "attention": (q, k, v, starts, lengths, *tail),
         "attention_backward": (up, q, k, v, out, lse, starts, lengths, *tail),
         "received": (q, k, lse, starts, lengths, first, *tail),
-        "tiled_attention": (q, k, wide, sink, torch.stack([first, starts]), *pattern),
+        "tiled_attention": (q, k, wide, sink, targets, 3, True, *pattern),
         "tiled_attention_backward": (normal(b, H, S, 9), q, k, wide, sink, *tiled, *pattern),
         "activation_max": (h, starts, lengths, packed),
         "decorrelation_sums": ([h, h + 1], *where, 0.1),

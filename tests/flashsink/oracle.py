@@ -122,6 +122,29 @@ class Attention:
         self.out = torch.stack([torch.stack(row, dim=1) for row in out])
         self.mean_received = self.received / self.queries.clamp(min=1)[:, None]
 
+    def by_segment(self, ids, count, rows, query_starts=None):
+        """(received (B,H,n,Sk), mass (N,H,n,n), queries (N,n), entropy (B,H,Sq)), token by token; ``rows`` as of
+        :func:`runs`."""
+        b_, h_, sq, sk = self.probs.shape
+        sequences = [(b, first, end) for b in range(b_) for first, end in rows[b]]
+        received = torch.zeros(b_, h_, count, sk, dtype=torch.float64)
+        mass = torch.zeros(len(sequences), h_, count, count, dtype=torch.float64)
+        queries = torch.zeros(len(sequences), count, dtype=torch.long)
+        entropy = torch.zeros(b_, h_, sq, dtype=torch.float64)
+        for n, (b, first, end) in enumerate(sequences):
+            for i in range(max(first, sk - sq), end):
+                p = self.probs[b, :, i - sk + sq]
+                entropy[b, :, i - sk + sq] = -torch.where(p > 0.0, p * p.clamp(min=1e-300).log(), 0.0).sum(-1)
+                own = int(ids[b, i])
+                if own < 0 or (query_starts is not None and i < int(query_starts[b])):
+                    continue
+                queries[n, own] += 1
+                received[b, :, own] += p
+                for j in range(first, end):
+                    if int(ids[b, j]) >= 0:
+                        mass[n, :, own, int(ids[b, j])] += p[:, j]
+        return received, mass, queries, entropy
+
     def sink_rate(self, eps=0.3, min_queries=1):
         b_, h_, sk = self.received.shape
         rate = torch.zeros(b_, sk, dtype=torch.float64)

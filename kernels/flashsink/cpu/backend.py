@@ -36,7 +36,7 @@ from flashsink.cpu.norm import rms_norm
 from flashsink.cpu.operators import OPERATORS
 from flashsink.operators import register
 from flashsink.reference import refusal
-from flashsink.types import Layout, Pattern, SinkStats, narrowed
+from flashsink.types import Layout, Pattern, Segments, SinkStats, narrowed
 
 __all__ = ["activation_stats", "attention", "calibrated_attention", "decorrelation_sums", "refusal", "rms_norm"]
 
@@ -55,6 +55,7 @@ def attention(
     sink_logits: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`; no (Sq, Sk) tensor of probabilities."""
     pattern = narrowed(pattern, layout.tokens)
@@ -62,11 +63,11 @@ def attention(
     run: Callable[..., tuple[Tensor, list[SinkStats]]] | None = None
     if q.dtype == torch.float64 or q.numel() == 0 or v.numel() == 0 or torch.compiler.is_compiling():
         run = reference.attention
-    elif pattern is not None or softcap is not None or v.shape[3] != q.shape[3] or learning:
+    elif pattern is not None or softcap is not None or v.shape[3] != q.shape[3] or learning or segments is not None:
         run = _tiled_attention
     if run is not None:
         options: dict[str, Any] = {"counted": counted, "sink_logits": sink_logits, "pattern": pattern}
-        return run(q, k, v, layout, causal=causal, scale=scale, softcap=softcap, **options)
+        return run(q, k, v, layout, causal=causal, scale=scale, softcap=softcap, segments=segments, **options)
     if layout.packed or short.serves(q, k, layout.lengths):
         wide = _Wide(q.float(), k.float(), v.float(), None)  # padding is never read
     else:
@@ -98,21 +99,41 @@ def _tiled_attention(
     sink_logits: Tensor | None,
     pattern: Pattern | None,
     softcap: float | None,
+    segments: Segments | None,
 ) -> tuple[Tensor, list[SinkStats]]:
     wide, queries = _widen(q, k, v, layout), q.shape[2]
-    firsts = [layout.starts if x is None else x for x in counted]
-    out, lse, received = torch.ops.flashsink.tiled_attention(
-        *(wide.q, wide.k, wide.v, None if sink_logits is None else sink_logits.float()),
-        *(torch.stack(firsts) if firsts else None, layout.starts, layout.lengths, layout.packed),
+    targets, kinds = _targets(layout, queries, counted, segments)
+    sums = len(counted) * (1 + (segments.number if segments is not None else 0))
+    out, lse, received, entropy = torch.ops.flashsink.tiled_attention(
+        *(wide.q, wide.k, wide.v, None if sink_logits is None else sink_logits.float(), targets, sums),
+        *(segments is not None, layout.starts, layout.lengths, layout.packed),
         *(causal, scale, softcap, *(pattern or Pattern())),
     )
     if wide.padding is not None:  # a padded query's upstream gradient is not looked at
         out = out.masked_fill(wide.padding[:, None, layout.tokens - queries :, None], 0.0)
-    stats = [
-        SinkStats(sums, layout.queries_later(queries, causal, query_starts, pattern), lse)
-        for sums, query_starts in zip(received, counted, strict=True)
-    ]
+    stats = []
+    for n, query_starts in enumerate(counted):
+        more = None
+        if segments is not None:
+            own = received[len(counted) :].unflatten(0, (len(counted), -1))[n].movedim(0, 2)
+            more = segments.sums(own, entropy, layout, kinds[n])
+        seen = layout.queries_later(queries, causal, query_starts, pattern)
+        stats.append(SinkStats(received[n], seen, lse, more))
     return out.to(q.dtype), stats
+
+
+def _targets(
+    layout: Layout, queries: int, counted: Sequence[Tensor | None], segments: Segments | None
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Which column sums a query adds to, (n, B, Sq) int32: that of every entry of ``counted``, then for every entry
+    that of its segment; and the segments (B, Sq) of the queries that count."""
+    if not counted:
+        return None, []
+    every, count = Segments(torch.zeros(layout.rows, layout.tokens, dtype=torch.long), 1), len(counted)
+    found = [(every.of_queries(layout, queries, x), n) for n, x in enumerate(counted)]
+    kinds = [] if segments is None else [segments.of_queries(layout, queries, x) for x in counted]
+    found += [(own, count + n * segments.number) for n, own in enumerate(kinds)] if segments is not None else []
+    return torch.stack([torch.where(own < 0, -1, own + first).int() for own, first in found]), kinds
 
 
 def calibrated_attention(

@@ -32,8 +32,8 @@ OPERATORS = (
     ),
     Operator(
         "tiled_attention",
-        f"(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? counted, {_TILED}) ->"
-        " (Tensor out, Tensor lse, Tensor received)",
+        f"(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? targets, int sums, bool spread,"
+        f" {_TILED}) -> (Tensor out, Tensor lse, Tensor received, Tensor entropy)",
         tiled.forward,
         tiled.forward_like,
         Gradient(

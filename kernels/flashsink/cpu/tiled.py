@@ -43,10 +43,18 @@ class Tile(NamedTuple):
 
 
 def forward_like(
-    q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, counted: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    targets: Tensor | None,
+    sums: int,
+    spread: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
-    return out, lse, q.new_zeros(0 if counted is None else len(counted), q.shape[0], q.shape[1], k.shape[2])
+    received = q.new_zeros(sums, q.shape[0], q.shape[1], k.shape[2])
+    return out, lse, received, q.new_zeros(q.shape[:3] if spread else (0,))
 
 
 def forward(
@@ -54,7 +62,9 @@ def forward(
     k: Tensor,
     v: Tensor,
     sink_logits: Tensor | None,
-    counted: Tensor | None,
+    targets: Tensor | None,
+    sums: int,
+    spread: bool,
     starts: Tensor,
     lengths: Tensor,
     packed: bool,
@@ -62,45 +72,52 @@ def forward(
     scale: float,
     softcap: float | None,
     *pattern: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, H, Sq, Dv), lse (B, H, Sq), received (n, B, H, Sk)), 0 at queries that see nothing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out (B, H, Sq, Dv), lse (B, H, Sq), received (sums, B, H, Sk), entropy (B, H, Sq)), 0 at queries that see
+    nothing. With P = e / l, e = exp(x - m) of a row's scores x: entropy = sum of P (m - x) + log(l) sum of P, two terms
+    of one sign.
 
     Args:
         q, k, v: (B, H, Sq, D), (B, Hk, Sk, D) and (B, Hk, Sk, Dv) float32, finite at padding.
         sink_logits: (H,) float32 or None.
-        counted: (n, N) int64, n times the position from which on the queries of each row or sequence count, or None.
+        targets: (n, B, Sq) int32, n times the number of the sum in ``received`` that a query adds to, -1 for none; or
+            None.
+        sums: their number.
+        spread: whether the entropy is computed; else it is empty.
         starts, lengths: (N,) int64, as in :class:`flashsink.types.Layout`.
         pattern: the fields of :class:`flashsink.types.Pattern`.
     """
     layout, group = Layout(starts, lengths, q.shape[0], k.shape[2], packed), q.shape[1] // k.shape[1]
-    out, lse, received = forward_like(q, k, v, sink_logits, counted)
+    out, lse, received, entropy = forward_like(q, k, v, sink_logits, targets, sums, spread)
     q = q * (scale / (softcap or 1.0))
-    first = layout.tokens - q.shape[2]
     counts = None
-    if counted is not None:
-        index = layout.segments().clamp(min=0)[:, first:]
-        counts = (torch.arange(first, layout.tokens) >= counted[:, index]).float()  # (n, B, Sq)
+    if targets is not None:
+        counts = (targets.unsqueeze(1) == torch.arange(sums)[:, None, None]).sum(dim=0).float()  # (sums, B, Sq)
     for tile in _tiles(q, k, layout, causal, Pattern(*pattern)):
         scores = _scores(tile, q, k, softcap)
         scores = (scores if softcap is None else scores.mul_(softcap)).add_(tile.hidden)
         top = scores.amax(dim=-1)
         sink = None if sink_logits is None else sink_logits.unflatten(0, (-1, group))[tile.heads].unsqueeze(-1)
         top = top if sink is None else torch.maximum(top, sink)
-        scores.sub_(top.unsqueeze(-1)).exp_()
-        total = scores.sum(dim=-1)
-        total = total if sink is None else total.add_((sink - top).exp_())
+        scores.sub_(top.unsqueeze(-1))
+        below = scores.clone() if spread else scores
+        own = scores.exp_().sum(dim=-1)
+        total = own if sink is None else own + (sink - top).exp_()
         seen = (tile.hidden == 0.0).any(dim=-1)
         tile.of_queries(lse, group).copy_(top.add_(total.log()).mul_(seen))
         share = seen / total  # (b, g, G, T)
+        if spread:
+            apart = below.mul_(scores).sum(dim=-1)
+            torch.mul(own.mul(total.log()).sub_(apart), share, out=tile.of_queries(entropy, group))
         values = torch.bmm(scores.flatten(2, 3).flatten(0, 1), tile.of_keys(v).flatten(0, 1))
         torch.mul(values.view(*share.shape, -1), share.unsqueeze(-1), out=tile.of_queries(out, group))
         if counts is not None:
             weights = counts[:, tile.rows, None, None, tile.queries] * share
-            sums = torch.bmm(weights.flatten(1, 3).transpose(0, 1), scores.flatten(0, 2))  # (b g G, n, K)
-            for given, own in zip(received, sums.unbind(1), strict=True):
+            columns = torch.bmm(weights.flatten(1, 3).transpose(0, 1), scores.flatten(0, 2))  # (b g G, sums, K)
+            for given, column in zip(received, columns.unbind(1), strict=True):
                 target = given.unflatten(1, (-1, group))[tile.rows, tile.heads, :, tile.keys]
-                target += own.view(target.shape)
-    return out, lse, received
+                target += column.view(target.shape)
+    return out, lse, received, entropy
 
 
 def backward_like(

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashsink import checks, reference
 from flashsink.operators import adjacent
 from flashsink.triton import tiles
-from flashsink.types import Layout, Pattern, SinkStats
+from flashsink.types import Layout, Pattern, Segments, SinkStats
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -41,13 +41,14 @@ def attention(
     sink_logits: Tensor | None = None,
     pattern: Pattern | None = None,
     softcap: float | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`, differentiable once.
 
     Where a gradient is needed and ``counted`` has one entry, ``received`` is what the backward captures for free or,
     when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
-    checks.require_plain("triton", q, v, pattern, softcap)
+    checks.require_plain("triton", q, v, pattern, softcap, segments)
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot return a leaf that it creates, so there the pass runs

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avsr.config import Config
-from avsr.data.batches import Batch, Lost
+from avsr.data.batches import Lost
 from avsr.errors import UserError, visible
 from avsr.runtime.machine import lacks_memory
 from avsr.runtime.rows import append_row, read_rows
@@ -29,17 +29,15 @@ class Nonfinite:
     def __init__(self, run: Path, most: int) -> None:
         self._path, self._most = run / "nonfinite.jsonl", most
 
-    def add(self, progress: Progress, row: dict[str, Any], batches: Sequence[Batch], sums: Tensor) -> None:
-        """Collective. Marks ``row`` as skipped; ``sums`` are those of this rank.
+    def add(self, progress: Progress, step: int, ids: Sequence[str], sums: Tensor) -> None:
+        """Collective. Counts ``step`` as skipped; ``ids`` of its utterances and ``sums`` are those of this rank.
 
         Raises:
             UserError: more than ``training.skip_nonfinite`` steps were skipped.
         """
-        ids = [utterance.id for batch in batches for utterance in batch.utterances]
-        own = {"rank": dist.get_rank(), "finite": bool(sums.isfinite().all()), "utterances": ids}
+        own = {"rank": dist.get_rank(), "finite": bool(sums.isfinite().all()), "utterances": list(ids)}
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
-        row["skipped"] = True
         progress.skipped += 1
         # a nonfinite gradient of a finite loss cannot be attributed to one rank
         guilty = [part for part in parts if not part["finite"]] or parts
@@ -47,11 +45,11 @@ class Nonfinite:
             ", ".join(visible(name) for part in guilty for name in part["utterances"]) or "none, all its clips are lost"
         )
         if dist.get_rank() == 0:
-            _append(self._path, {"step": progress.step, "ranks": guilty})
-            logger.warning("step %d is skipped: its loss or gradient is not finite (%s)", progress.step, names)
+            _append(self._path, {"step": step, "ranks": guilty})
+            logger.warning("step %d is skipped: its loss or gradient is not finite (%s)", step, names)
         if progress.skipped > self._most:
             raise UserError(
-                f"the loss or gradient of step {progress.step} is not finite; utterances: {names}; {progress.skipped} "
+                f"the loss or gradient of step {step} is not finite; utterances: {names}; {progress.skipped} "
                 f"steps so far, training.skip_nonfinite = {self._most}; all are in {self._path}"
             )
 

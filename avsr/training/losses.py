@@ -16,7 +16,8 @@ from torch import Tensor
 
 from avsr.config import Config
 from avsr.data.batches import Batch
-from avsr.models.speech_llm import SpeechLLM
+from avsr.models.speech_llm import SpeechLLM, Terms
+from avsr.runtime.transfer import Later, on_device
 
 
 def attach(model: SpeechLLM, config: Config) -> None:
@@ -63,14 +64,44 @@ def all_max(value: float, device: torch.device) -> float:
     return float(largest)
 
 
-def count_step(batches: Sequence[Batch], prompt_lengths: Sequence[Sequence[int]], device: torch.device) -> Counts:
-    """All-reduced counts of one step, from this rank's micro-batches and the prompt lengths in each."""
+def own_counts(batches: Sequence[Batch], prompt_lengths: Sequence[Sequence[int]]) -> list[int]:
+    """Labels, decorrelated tokens and lost utterances of this rank's micro-batches, from the prompt lengths in each."""
     labels = sum(batch.label_tokens for batch in batches)
-    lost = sum(len(batch.lost) for batch in batches)
-    own = [labels, sum(map(decorrelated_tokens, prompt_lengths)), lost]
-    labels, decorrelated, lost = map(int, all_sum(own, device))
+    return [labels, sum(map(decorrelated_tokens, prompt_lengths)), sum(len(batch.lost) for batch in batches)]
+
+
+def all_counts(summed: Sequence[float], micro_batches: int) -> Counts:
+    """From the sum of :func:`own_counts` over ranks, and the micro-batches of each."""
+    labels, decorrelated, lost = map(int, summed)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return Counts(labels, decorrelated, world * len(batches), lost)
+    return Counts(labels, decorrelated, world * micro_batches, lost)
+
+
+class Sums:
+    """What the micro-batches of a step add up to, on the device.
+
+    Attributes:
+        own: (3,) float64 of this rank: cross entropy summed over labels, decorrelation summed over tokens, and correct
+            predictions.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.own = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, terms: Terms, prompt_lengths: Sequence[int]) -> None:
+        """Adds what a model returned for a micro-batch with these prompt lengths."""
+        ce, decorrelation, correct = self.own
+        ce.add_(terms.cross_entropy.detach())
+        if terms.decorrelation is not None:
+            decorrelation.add_(terms.decorrelation.detach(), alpha=decorrelated_tokens(prompt_lengths))
+        correct.add_(terms.correct)
+
+    def send(self, values: Sequence[float]) -> Later:
+        """Collective, and launched only: the sums, then the host's own ``values``, all added over ranks."""
+        total = torch.cat((self.own, on_device(values, self.own.device, torch.float64)))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return Later(total)
 
 
 def scaled(

@@ -7,34 +7,36 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from avsr.config import Config
 from avsr.data.batches import Batch, BatchSampler, collate, make_batches
 from avsr.errors import Interrupted, UserError
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.runtime.progress import ProgressBar
+from avsr.runtime.transfer import Later
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
-from avsr.training.losses import Counts, all_max, all_sum, count_step, decorrelated_tokens, scaled
+from avsr.training.feed import StepData, feed
+from avsr.training.launched import Launched
+from avsr.training.losses import Counts, Sums, all_counts, all_max, all_sum, own_counts, scaled
 from avsr.training.metrics import MetricsLogger, peak_memory_mb
 from avsr.training.stages import Stages
 from avsr.training.term_gradients import TermGradients
+from avsr.training.update import update
 from avsr.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from avsr.data.dataset import SpeechDataset
 
 logger = logging.getLogger("avsr")
-PREFETCH = 4  # batches that a loader process reads ahead: steps differ in length (bench/LOG.md)
 
 
 class Trainer:
@@ -59,6 +61,10 @@ class Trainer:
         self._stop = 0  # the signal that asked to stop
         self._asked = -math.inf  # when Ctrl-C last asked
         self._log: MetricsLogger | None = None
+        self._bar: ProgressBar | None = None
+        self._feed: Iterator[tuple[tuple[int, int, int], list[Batch]]] | None = None  # while :meth:`fit` runs
+        self._ahead: StepData | Exception | None = None  # of the next step
+        self._unread: Launched | None = None  # the last step, if its row has not been made
         self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
         self._lost = LostClips(Path(config.run))
@@ -83,7 +89,6 @@ class Trainer:
         if self.rank == 0:
             self._log = MetricsLogger(Path(self.config.run), self.config.log, resume_at=resumed)
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        self._watchdog.enter("data", self.progress.step + 1)
         try:
             with (
                 ProgressBar("train", self.settings.steps, done=self.progress.step, shown=self.rank == 0) as bar,
@@ -97,40 +102,88 @@ class Trainer:
                 self._log.close()
 
     def _loop(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self._feed = self._start_feed()
+        try:
+            self._ahead = self._read_ahead()
+            while self.progress.step < self.settings.steps:
+                if isinstance(self._ahead, Exception):
+                    self._settle()
+                    raise self._ahead
+                self._take(self._ahead)
+        finally:
+            self._feed = None
+            if self._unread is not None and self._log is not None:  # something failed in the step after it
+                with suppress(RuntimeError):
+                    self._log.write(self._unread.row(self.config, self.progress))
+
+    def _take(self, data: StepData) -> None:
+        """One step, and what is due after it. Its row is written now, or when the next step has been launched."""
         settings, progress = self.settings, self.progress
-        waiting = time.perf_counter()
-        for batches in self.batches():
-            started = time.perf_counter()
-            row, stop = self.step(batches)
-            row["seconds"] = time.perf_counter() - started
-            row["wait_seconds"] = started - waiting
-            last = progress.step == settings.steps
-            validated = progress.step % settings.validate_every == 0 or last
-            before, better, progress.validation = progress.best, False, None
-            if validated:
-                row.update(self.validate())
-                progress.validation = row["validation_ce"]
-                finite = math.isfinite(progress.validation)
-                better = finite and (progress.best is None or progress.validation < progress.best)
-                progress.best = progress.validation if better else progress.best
-            if self._log is not None:
-                self._log.write(row)
-            bar.advance(1, _note(row))
-            stop = self._told_to_stop() if validated else stop  # a validation may take long
-            every = settings.save_every
-            if better or stop or last or (validated if not every else progress.step % every == 0):
-                with self._stages.enter("checkpoint", progress.step):
-                    failure = checkpoint.save(self.engine, self.config, progress, best=better)
-                if failure:
-                    progress.best = before
-                    self._cannot_save(failure, end=last or bool(stop))
-                stop = self._told_to_stop()
-            if stop and not last:
-                raise Interrupted(stop)
-            if last:
-                return
-            waiting = time.perf_counter()
-            self._watchdog.enter("data", progress.step + 1)
+        began = time.perf_counter()
+        self._advance(data)
+        done = self._unread = self.step(data)
+        stop = self._agree(done)
+        read = self._ahead.seconds if isinstance(self._ahead, StepData) else 0.0
+        done.times = {"seconds": time.perf_counter() - began - read, "wait_seconds": data.seconds}
+        last, every = progress.step == settings.steps, settings.save_every
+        validated = progress.step % settings.validate_every == 0 or last
+        due = bool(stop) or last or (validated if not every else progress.step % every == 0)
+        before, better, progress.validation = progress.best, False, None
+        if not validated and not due:
+            return
+        self._unread, row = None, self.row(done)
+        if validated:
+            row.update(self.validate())
+            progress.validation = row["validation_ce"]
+            finite = math.isfinite(progress.validation)
+            better = finite and (progress.best is None or progress.validation < progress.best)
+            progress.best = progress.validation if better else progress.best
+        self._write(row)
+        stop = self._told_to_stop() if validated else stop  # a validation may take long
+        if better or stop or due:
+            with self._stages.enter("checkpoint", progress.step):
+                failure = checkpoint.save(self.engine, self.config, progress, best=better)
+            if failure:
+                progress.best = before
+                self._cannot_save(failure, end=last or bool(stop))
+            stop = self._told_to_stop()
+        if stop and not last:
+            raise Interrupted(stop)
+
+    def _agree(self, done: Launched) -> int:
+        """Gives the next step the counts that came with the sums of this one. Returns the signal that asked any rank
+        to stop, or 0."""
+        *counts, interrupted, terminated = done.along
+        if isinstance(self._ahead, StepData):
+            self._ahead.counts = all_counts(counts, len(self._ahead.batches))
+        return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+
+    def _read_ahead(self) -> StepData | Exception:
+        """The data of the next step. What reading fails with is raised when that step begins: until then the other
+        ranks count on this one."""
+        self._watchdog.enter("data", self.progress.step + 1)
+        began = time.perf_counter()
+        try:
+            place, batches = next(self._feed)
+            return self.data(batches, place, time.perf_counter() - began)
+        except Exception as error:
+            return error
+
+    def _advance(self, data: StepData) -> None:
+        self.progress.step, self.progress.epoch, self.progress.step_in_epoch = data.place
+
+    def _settle(self) -> None:
+        """Writes the row of a step that was launched and not read yet."""
+        if self._unread is not None:
+            done, self._unread = self._unread, None
+            self._write(self.row(done))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(row)
+        if self._bar is not None:
+            self._bar.advance(1, _note(row))
 
     def _cannot_save(self, failure: str, *, end: bool) -> None:
         if end:
@@ -138,120 +191,88 @@ class Trainer:
         if self.rank == 0:
             logger.error("%s; training goes on, the old checkpoint stays", failure)
 
-    def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of every step, from the current progress on, epoch after epoch."""
-        progress = self.progress
-        schedule = _Schedule(self.sampler, self.rank, progress.epoch, progress.step_in_epoch)
-        loader = DataLoader(
-            self.train,
-            batch_sampler=schedule,  # type: ignore[arg-type]
-            collate_fn=collate,
-            num_workers=self.config.data.workers,
-            prefetch_factor=PREFETCH if self.config.data.workers else None,
-            # separate, so that making a loader after a resume draws nothing from the model's
-            generator=torch.Generator().manual_seed(self.settings.seed + progress.epoch),
-        )
-        batches: list[Batch] = []
-        for batch in _plain_errors(_started(loader)):
-            batches.append(batch)
-            if len(batches) < self.settings.accumulation:
-                continue
-            if progress.step_in_epoch == schedule.steps[progress.epoch]:
-                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-            progress.step_in_epoch += 1
-            progress.step += 1
-            yield batches
-            batches = []
-        if schedule.failure is not None:
-            raise schedule.failure
+    def steps(self) -> Iterator[StepData]:
+        """The data of every step from the current progress on, which it moves, without looking ahead."""
+        for place, batches in self._start_feed():
+            data = self.data(batches, place)
+            self._advance(data)
+            yield data
 
-    def step(self, batches: list[Batch]) -> tuple[dict[str, Any], int]:
-        """Runs one optimizer step. Returns the metrics row, and the signal that asked any rank to stop, or 0."""
+    def data(self, batches: list[Batch], place: tuple[int, int, int] | None = None, seconds: float = 0.0) -> StepData:
+        """``batches`` as the micro-batches of a step; arguments as in :class:`StepData`, by default here and now."""
+        progress = self.progress
+        place = place or (progress.step, progress.epoch, progress.step_in_epoch)
+        return StepData(batches, [self.model.prompt_lengths(batch) for batch in batches], place, seconds)
+
+    def _start_feed(self) -> Iterator[tuple[tuple[int, int, int], list[Batch]]]:
+        return feed(self.train, self.sampler, self.rank, self.progress, workers=self.config.data.workers)
+
+    def step(self, data: StepData) -> Launched:
+        """Runs one optimizer step, collectively. Its sums stay on the device; :meth:`row` reads them. Between the last
+        backward and the update, while a GPU computes, :meth:`_while_it_computes` does the host's work."""
         self.engine.train()
-        step, enter = self.progress.step, self._stages.enter
-        prompts = [self.model.prompt_lengths(batch) for batch in batches]
+        step, enter = data.place[0], self._stages.enter
         with enter("counts", step):
-            counts = count_step(batches, prompts, self.device)
+            counts = data.counts or self._count(data)
             if counts.lost:
-                self._lost.add(step, [item for batch in batches for item in batch.lost])
+                self._lost.add(step, [item for batch in data.batches for item in batch.lost])
         every = self.settings.gradient_norms_every
         split = TermGradients(self.model) if every and step % every == 0 else None
-        sums = torch.zeros(3, dtype=torch.float64)  # cross entropy, decorrelation, correct
-        for batch, lengths in zip(batches, prompts, strict=True):
+        sums, norm, totals = Sums(self.device), None, None  # totals: when all is launched
+        for index, (batch, lengths) in enumerate(zip(data.batches, data.prompts, strict=True)):
             with enter("forward", step):
                 terms: Terms = self.engine(batch)
                 cross_entropy, decorrelation = scaled(terms.cross_entropy, terms.decorrelation, lengths, counts)
                 loss = cross_entropy
                 if decorrelation is not None:
                     loss = loss + self.config.loss.decorrelation * decorrelation
-                    sums[1] += float(terms.decorrelation.detach()) * decorrelated_tokens(lengths)  # type: ignore[union-attr]
-                sums[0] += float(terms.cross_entropy.detach())
-                sums[2] += int(terms.correct)
+                sums.add(terms, lengths)
             if split is not None:
                 split.add(*scaled(terms.own.cross_entropy, terms.own.decorrelation, lengths, counts), counts.parts)
             with enter("backward", step):
                 self.engine.backward(loss)
+            if index + 1 == len(data.batches):
+                totals = self._while_it_computes(data, sums)
             with enter("optimizer", step):
-                norm = self._update()
-        seconds = sum(batch.seconds for batch in batches)
-        tokens = sum(sum(n) + b.label_tokens - len(n) for n, b in zip(prompts, batches, strict=True))
-        with enter("metrics", step):
-            totals = all_sum([*sums.tolist(), seconds, tokens], self.device)
-        row = self._row(totals, counts, norm)
-        if split is not None:
-            row.update(split.norms(self.config.loss.decorrelation))
-        if not math.isfinite(row["loss"]) or norm is None or not math.isfinite(norm):
-            self._nonfinite.add(self.progress, row, batches, sums)
-        return row, self._told_to_stop()
+                norm = update(self.engine, self.model.trainable().values())
+        assert totals is not None
+        norms = {} if split is None else split.norms(self.config.loss.decorrelation)
+        ids = [utterance.id for batch in data.batches for utterance in batch.utterances]
+        place = step, data.place[1]
+        return Launched(place, ids, counts, sums, totals, norm, self.engine.get_lr()[0], peak_memory_mb(), norms)
+
+    def _while_it_computes(self, data: StepData, sums: Sums) -> Later:
+        """Writes the row of the step before, reads the data of the next one, and launches the one reduction of a step:
+        the sums, the counts of the next one, and whether to stop."""
+        step, ahead = data.place[0], [0, 0, 0]
+        with self._stages.enter("metrics", step):
+            self._settle()
+        if self._feed is not None and step < self.settings.steps:
+            self._ahead = self._read_ahead()
+            if isinstance(self._ahead, StepData):
+                ahead = own_counts(self._ahead.batches, self._ahead.prompts)
+        with self._stages.enter("metrics", step):
+            asked = [self._stop == signal.SIGINT, self._stop == signal.SIGTERM]
+            return sums.send([data.audio_seconds, data.tokens, *ahead, *asked])
+
+    def _count(self, data: StepData) -> Counts:
+        """The counts of a step that the one before has not brought along."""
+        return all_counts(all_sum(own_counts(data.batches, data.prompts), self.device), len(data.batches))
 
     def _told_to_stop(self) -> int:
         """Collective. The signal that asked any rank to stop, or 0."""
         return int(all_max(self._stop, self.device))
 
-    def _update(self) -> float | None:
-        """Ends a micro-batch. The last one of a step updates the weights and returns the gradient's norm; with a
-        gradient that is not finite no weight changes, but the schedule advances."""
-        engine = self.engine
-        boundary = engine.is_gradient_accumulation_boundary()
-        norm = self._plain_norm() if boundary else None
-        if norm is not None and not math.isfinite(norm):
-            with _idle(engine.optimizer):
-                engine.step()
-        else:
-            engine.step()
-        if not boundary:
-            return None
-        if not engine.was_step_applied():
-            if engine.lr_scheduler is not None:
-                engine.lr_scheduler.step()
-            return math.inf
-        return float(engine.get_global_grad_norm()) if norm is None else norm
+    def row(self, done: Launched) -> dict[str, Any]:
+        """Collective. The metrics of a step, when the device has computed its sums.
 
-    def _row(self, totals: list[float], counts: Counts, norm: float | None) -> dict[str, Any]:
-        progress, weight = self.progress, self.config.loss.decorrelation
-        labels = counts.labels or math.nan
-        progress.clipped += norm is not None and norm > self.settings.clip
-        row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "ce": totals[0] / labels}
-        if weight:
-            row["decorrelation"] = totals[1] / max(counts.decorrelated, 1)
-        row["loss"] = row["ce"] + weight * row.get("decorrelation", 0.0)
-        row["accuracy"] = totals[2] / labels
-        row["lr"] = self.engine.get_lr()[0]
-        row["grad_norm"] = norm
-        row["clipped_share"] = progress.clipped / progress.step
-        row["audio_seconds"], row["tokens"] = totals[3], int(totals[4])
-        if counts.lost:
-            row["lost"] = counts.lost
-        row["peak_memory_mb"] = peak_memory_mb()
+        Raises:
+            UserError: one more step that is not finite than are allowed.
+        """
+        row = done.row(self.config, self.progress)
+        if row.get("skipped"):
+            self._nonfinite.add(self.progress, row["step"], done.ids, done.sums.own)
         return row
-
-    def _plain_norm(self) -> float | None:
-        """The gradient's norm if DeepSpeed does not compute it: in float32 without ZeRO."""
-        engine = self.engine
-        if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-            return None
-        norms = [p.grad.norm() for p in self.model.trainable().values() if p.grad is not None]
-        return float(torch.stack(norms).norm())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -260,21 +281,18 @@ class Trainer:
         order = make_batches(self.validation.sizes, self.settings.frames, self.settings.utterances)
         mine = order[self.rank :: self.world]
         rounds = -(-len(order) // self.world)  # under ZeRO-3 all ranks must run the same number of forwards
-        sums, lost = [0.0] * 6, []
+        sums, host, lost = Sums(self.device), [0, 0, 0], []  # of the host: labels, decorrelated, lost
         for index in range(rounds):
             own = index < len(mine)
             with self._stages.enter("validation", self.progress.step):
                 batch = collate([self.validation[i] for i in (mine[index] if own else order[0])])
                 terms: Terms = self.engine(batch)
-            if not own:
-                continue
-            count = decorrelated_tokens(self.model.prompt_lengths(batch))
-            values = [float(terms.cross_entropy), int(terms.correct), batch.label_tokens, 0.0, count, len(batch.lost)]
-            lost += batch.lost
-            if terms.decorrelation is not None:
-                values[3] = float(terms.decorrelation) * count
-            sums = [total + value for total, value in zip(sums, values, strict=True)]
-        ce, correct, labels, decorrelation, counted, lost_clips = all_sum(sums, self.device)
+            if own:
+                prompts = self.model.prompt_lengths(batch)
+                sums.add(terms, prompts)
+                host = [a + b for a, b in zip(host, own_counts([batch], [prompts]), strict=True)]
+                lost += batch.lost
+        ce, decorrelation, correct, labels, counted, lost_clips = sums.send(host).read()
         if lost_clips:
             self._lost.add(self.progress.step, lost)
         labels = labels or math.nan
@@ -293,64 +311,6 @@ class Trainer:
         if not self._stop:
             logger.warning("stopping after this step; a checkpoint will be written")
         self._stop = max(self._stop, number)
-
-
-class _Schedule:
-    """The micro-batches of one rank, each a list of (utterance, epoch): without end, so that the loader processes go on
-    from epoch to epoch. ``steps`` holds the number of steps of every epoch that was begun.
-
-    It ends before a later epoch that cannot make a step, and ``failure`` says why: loaders ask for batches long before
-    they are trained, perhaps never."""
-
-    def __init__(self, sampler: BatchSampler, rank: int, epoch: int, step: int) -> None:
-        self.steps: dict[int, int] = {}
-        self.failure: UserError | None = None
-        self._sampler, self._rank, self._start = sampler, rank, (epoch, step)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, step = self._start
-        while True:
-            try:
-                steps = self._sampler.epoch_steps(epoch, self._rank)
-            except UserError as error:
-                self.failure = error
-                return
-            self.steps[epoch] = len(steps)
-            for number in range(step, len(steps)):
-                for batch in steps[number]:
-                    yield [(index, epoch) for index in batch]
-            epoch, step = epoch + 1, 0
-
-
-@contextmanager
-def _idle(optimizer: Any) -> Iterator[None]:
-    """Inside this context the optimizer's steps change nothing."""
-    step, optimizer.step = optimizer.step, lambda: None
-    try:
-        yield
-    finally:
-        optimizer.step = step
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[Batch]:
-    try:
-        if loader.num_workers:
-            torch.multiprocessing.get_context().Lock()  # where this fails, the loader also prints a traceback
-        return iter(loader)
-    except OSError as error:
-        raise UserError(
-            f"data.workers = {loader.num_workers}: cannot start the loader processes ({error}); they need shared "
-            "memory in /dev/shm (docker run --shm-size=8g); or set data.workers=0"
-        ) from error
-
-
-def _plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Strips the traceback that a loader process adds to the message of a UserError."""
-    try:
-        yield from batches
-    except UserError as error:
-        kind = type(error)
-        raise UserError(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].strip()) from None
 
 
 def seed_everything(seed: int) -> None:

@@ -36,8 +36,10 @@ _STARTING = {
 _EVALUATING = {"decoding": "decodes its share", "results": "brings the results together"}
 _ALONE = {**_STARTING, **_EVALUATING}  # stages in which a rank may be busy for long while others wait for it
 START = tuple(_STARTING)
-# in the order of a step: the others wait for the rank that is in the earliest stage
-STAGES = (*_ALONE, "data", "counts", "forward", "backward", "optimizer", "metrics", "validation", "checkpoint")
+# in the order of a step: the others wait for the rank that is in the earliest stage. The data of a step is read after
+# the backward of the one before
+STAGES = (*_ALONE, "counts", "forward", "backward", "data", "metrics", "optimizer", "validation", "checkpoint")
+_AHEAD = "data"
 START_LEAST = 30.0  # seconds that a stage of the start may always take
 _ABORT, _LEFT = "abort", "left"
 _GRACE = 2.0  # seconds after which a rank that has not ended by itself is ended
@@ -104,7 +106,7 @@ class Watchdog:
             count += 1
             age, store = time.monotonic() - self._since, self._store
             if store is None:
-                places = [(self._step, STAGES.index(self._stage), -age, self._rank)]
+                places = [(*_moment(self._step, self._stage), -age, self._rank)]
                 self._notice(places)
                 if age > self._patience(self._stage):
                     _leave(self._describe(places))
@@ -165,7 +167,7 @@ class Watchdog:
             if self._heard.get(rank, (0, 0.0))[0] != count:
                 self._heard[rank] = (count, now)
             age += now - self._heard[rank][1]  # a stopped process no longer counts up
-            places.append((step, STAGES.index(stage), -age, rank))
+            places.append((*_moment(step, stage), -age, rank))
         self._notice(sorted(places))
         late = [-age > self._patience(STAGES[stage]) for _, stage, age, _ in places]
         alone = any(STAGES[stage] in _ALONE for _, stage, _, _ in places)
@@ -176,11 +178,11 @@ class Watchdog:
         return (self.patience if stage in _ALONE else self.timeout) or math.inf
 
     def _describe(self, places: list[tuple[int, int, float, int]]) -> str:
-        """``places`` are (step, stage, -seconds, rank), the earliest first."""
+        """``places`` are (*moment, -seconds, rank), the earliest first."""
 
         def where(step: int, stage: int, age: float) -> str:
             name = STAGES[stage]
-            part = name if name in _EVALUATING else f"{name} of step {step}"
+            part = name if name in _EVALUATING else f"{name} of step {step + (name == _AHEAD)}"
             part = f"the start ({name})" if name in START else part
             return f"{part} for {-age:.0f} s"
 
@@ -188,6 +190,11 @@ class Watchdog:
         rest = ", ".join(f"rank {r} in {where(s, g, a)}" for s, g, a, r in places[1:6])
         shown = f"rank {rank} hangs in {where(step, stage, age)} (training.timeout = {self.timeout:g} s)"
         return f"{shown}; {rest}" if rest else shown
+
+
+def _moment(step: int, stage: str) -> tuple[int, int]:
+    """Orders what ranks do: the step in which they do it, and the place of the stage in a step."""
+    return step - (stage == _AHEAD), STAGES.index(stage)
 
 
 def _reason(rank: int, error: BaseException) -> str:

@@ -104,11 +104,11 @@ def _worker(number: int, stage: int, barrier: Any, results: Any) -> None:
     config.training.steps = WARM_UP + STEPS + 1
     with process_group():
         trainer = make_trainer(config)
-        source, times = trainer.batches(), []
+        source, times = trainer.steps(), []
         for _ in range(WARM_UP + STEPS):
             barrier.wait()
             began = time.perf_counter()
-            trainer.step(next(source))
+            trainer.row(trainer.step(next(source)))
             times.append(time.perf_counter() - began)
         found: dict[str, Any] = {"seconds": statistics.mean(times[WARM_UP:]), "sizes": None}
         if number == 0:

@@ -244,9 +244,9 @@ def train(export: Export, key: str, config: Config, device: torch.device) -> tup
     trainer = Trainer(engine, config, cast(Any, train_set), cast(Any, validation), Progress())
     rows = []
     with ProgressBar(key, settings.steps) as bar:
-        for batches in trainer.batches():
+        for data in trainer.steps():
             started = time.perf_counter()
-            row, _ = trainer.step(batches)
+            row = trainer.row(trainer.step(data))
             row["seconds"] = time.perf_counter() - started
             last = row["step"] == settings.steps
             if last or row["step"] % settings.validate_every == 0:

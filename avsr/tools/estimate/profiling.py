@@ -89,7 +89,7 @@ def _profile(config: Config, steps: int, out: Path, held: ExitStack) -> dict[str
     config.run, config.resume, config.log.tensorboard = str(out), False, False
     config.training.steps = WARM_UP + steps + 2
     trainer = make_trainer(config, held=held)
-    source = trainer.batches()
+    source = trainer.steps()
     rows = [_measure(trainer, source) for _ in range(WARM_UP + steps)][WARM_UP:]
     batch, trace = _trace(trainer, source, out)
     result = _summary(trainer, rows, trace)
@@ -111,12 +111,12 @@ def profile_and_leave(config: Config, steps: int = 10) -> dict[str, Any]:
 def _measure(trainer: Trainer, source: Any) -> Measured:
     _settle()
     began = time.perf_counter()
-    batches = next(source)
+    data = next(source)
     ready = time.perf_counter()
-    row, _ = trainer.step(batches)
+    row = trainer.row(trainer.step(data))
     _settle()
     seconds = time.perf_counter() - began
-    flops = all_sum([step_flops(model_sizes(trainer), _rows(trainer, batches))], trainer.device)[0]
+    flops = all_sum([step_flops(model_sizes(trainer), _rows(trainer, data.batches))], trainer.device)[0]
     return Measured(seconds, ready - began, row["tokens"], row["audio_seconds"], flops)
 
 
@@ -148,19 +148,19 @@ def _rows(trainer: Trainer, batches: Sequence[Batch]) -> Rows:
 def _trace(trainer: Trainer, source: Any, out: Path) -> tuple[Batch, Trace]:
     """The first micro-batch of a step, and the step's trace by torch's profiler."""
     cuda = torch.cuda.is_available()
-    batches = next(source)
+    data = next(source)
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch_profile(activities=activities, profile_memory=True) as profiler:
-        trainer.step(batches)
+        trainer.row(trainer.step(data))
         _settle()
     path = out / f"trace-{dist.get_rank()}.json" if dist.get_rank() else out / "trace.json"
     profiler.export_chrome_trace(str(path))
     if cuda:
         torch.cuda.memory._dump_snapshot(str(out / f"memory-{dist.get_rank()}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-    return batches[0], Trace(path, device=int(cuda))
+    return data.batches[0], Trace(path, device=int(cuda))
 
 
 def _frames(batch: Batch) -> int:

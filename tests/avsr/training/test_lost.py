@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from avsr.config import load_config
-from avsr.data.batches import Batch, Lost, collate
+from avsr.data.batches import Lost, collate
 from avsr.data.dataset import Reading, load_dataset
 from avsr.data.manifest import Utterance, read_manifest
 from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
 from avsr.training import faults
+from avsr.training.feed import StepData
 from avsr.training.metrics import read_metrics
 from avsr.training.trainer import Trainer
 
@@ -43,9 +44,9 @@ def watched() -> Iterator[list[list[str]]]:
     seen: list[list[str]] = []
     real = Trainer.step
 
-    def step(self: Trainer, batches: list[Batch]) -> Any:
-        seen.append([utterance.id for batch in batches for utterance in batch.utterances])
-        return real(self, batches)
+    def step(self: Trainer, data: StepData) -> Any:
+        seen.append([utterance.id for batch in data.batches for utterance in batch.utterances])
+        return real(self, data)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", step)

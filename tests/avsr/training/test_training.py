@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from avsr.errors import UserError
 from avsr.models.build import build_model, build_store
 from avsr.training.checkpoint import Progress
 from avsr.training.engine import learning_rate_factor, make_engine, partitioned_loading, start_distributed
+from avsr.training.feed import feed
 from avsr.training.losses import attach
 from avsr.training.metrics import read_metrics
 from avsr.training.trainer import Trainer
@@ -177,7 +177,7 @@ def test_unbalanced_accumulation_gives_the_gradient_of_one_batch(prepared: tuple
     loss = terms.cross_entropy / together.label_tokens + 3.0 * terms.decorrelation
     grads = torch.autograd.grad(loss, list(model.trainable().values()), allow_unused=True)
     norm = torch.stack([g.norm() for g in grads if g is not None]).norm()
-    row, _ = loop.step(micro)
+    row = loop.row(loop.step(loop.data(micro)))
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert row["ce"] == pytest.approx(float(terms.cross_entropy.detach()) / together.label_tokens, rel=1e-5)
     assert row["decorrelation"] == pytest.approx(float(terms.decorrelation.detach()), rel=1e-5)
@@ -209,15 +209,9 @@ def test_an_epoch_that_makes_no_step_ends_those_before_it_whole(workers: int) ->
     counts = [[len(sampler.epoch_steps(epoch, 0)) for epoch in range(2)] for sampler in whole]
     sampler = replace(whole[counts.index([4, 3])], accumulation=4)
     clip = Utterance("u", Path("u.wav"), "text", 1.0)
-    own = SimpleNamespace(
-        progress=Progress(),
-        train={(index, 0): Lost(clip, "audio", "") for index in range(len(sizes))},
-        settings=SimpleNamespace(accumulation=4, seed=0),
-        config=SimpleNamespace(data=SimpleNamespace(workers=workers)),
-        rank=0,
-        sampler=sampler,
-    )
-    batches = Trainer.batches(own)  # type: ignore[arg-type]
-    assert len(next(batches)) == 4 and own.progress.step == 1
+    data: Any = {(index, 0): Lost(clip, "audio", "") for index in range(len(sizes))}
+    steps = feed(data, sampler, 0, Progress(), workers=workers)
+    place, batches = next(steps)
+    assert len(batches) == 4 and place == (1, 0, 1)
     with pytest.raises(UserError, match="make 3 batches, but one step"):
-        next(batches)
+        next(steps)

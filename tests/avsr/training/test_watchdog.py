@@ -106,6 +106,9 @@ def test_a_start_that_hangs_says_in_which_stage(
         # in a step one is enough
         ([("forward", 3, 1.0), ("data", 3, 70.0)], "rank 1 hangs in data of step 3 for 70 s"),
         ([("forward", 3, 1.0), ("data", 3, 50.0)], ""),
+        # the data of the next step is read before the weights are updated, with sums that all ranks add up
+        ([("optimizer", 2, 69.0), ("metrics", 2, 69.0), ("data", 3, 69.0)], "rank 2 hangs in data of step 3 for 69 s"),
+        ([("backward", 2, 70.0), ("data", 3, 69.0)], "rank 0 hangs in backward of step 2 for 70 s"),
     ],
 )
 def test_at_the_start_all_ranks_have_to_stand_still(places: list[tuple[str, int, float]], said: str) -> None:

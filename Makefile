@@ -55,9 +55,10 @@ browser:
 	  $(APT) install -y --no-install-recommends chromium >/dev/null 2>&1; then echo "chromium is installed now"; \
 	else echo "no chromium: the test that opens the report in a browser will be skipped"; fi
 
-# most tests keep to one thread; a file's stay in one process, which shares what they train
+# most tests keep to one thread; a file's stay in one process, which shares what they train; tests/conftest.py has
+# their order
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # at every change: under two minutes on two cores
 check: lint

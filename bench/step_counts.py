@@ -40,7 +40,7 @@ _SHAPED_BY_VALUES = {"nonzero", "masked_select", "unique", "unique_consecutive",
 _FROM_LISTS = {"tensor", "as_tensor", "new_tensor", "from_numpy", "asarray"}
 _NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 _NO_LAUNCH |= {"detach", "alias", "_local_scalar_dense", "set_", "resize_", "is_nonzero"}
-_OF_CPU = "flashsink/cpu/"  # kernels that a GPU does not run
+_OF_CPU = ("flashsink/cpu/", "kernels/flashsink/cpu/")  # kernels that a GPU does not run
 _COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter")
 _COLLECTIVES += ("reduce_scatter_tensor", "all_to_all_single", "barrier", "all_gather_object", "broadcast_object_list")
 
@@ -181,8 +181,9 @@ def _caller() -> str:
         if "/torch/" not in name and not name.endswith(("step_counts.py", "contextlib.py")):
             break
         frame = frame.f_back
-    parts = frame.f_code.co_filename.split("/")
-    return f"{'/'.join(parts[-3:])}:{frame.f_lineno}"
+    path = frame.f_code.co_filename
+    _, installed, inside = path.partition("/site-packages/")
+    return f"{inside if installed else '/'.join(path.split('/')[-3:])}:{frame.f_lineno}"
 
 
 def count(config: Config, first: int = 3, last: int = 7) -> StepCounts:

@@ -97,8 +97,9 @@ class TransformerEncoder(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D), (B,) -> (B, T, D). Frames after a row's end are zeros for the convolution and masked in
         attention; the output there is meaningless."""
-        keep = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        mask = None if bool(keep.all()) else keep[:, None, None]
+        ragged = bool((lengths < x.shape[1]).any())
+        keep = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device, non_blocking=True)[:, None]
+        mask = keep[:, None, None] if ragged else None
         x = x.masked_fill(~keep[..., None], 0)
         x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
         for layer in self.layers:
@@ -138,24 +139,22 @@ class AVHubert(nn.Module):
         Args:
             audio: (B, T, 104), or None.
             video: (B, T, 88, 88) normalised, or None.
-            lengths: (B,) valid frames of each row, at least 1.
+            lengths: (B,) valid frames of each row, at least 1; on the host or the device.
 
         Returns:
             (B, T, D). A modality that is None, or that is zero in all of a row while the batch has both, is
             missing: its half of the fused features is zero, as in the official model.
         """
-        given = audio if audio is not None else video
-        assert given is not None
-        lengths = lengths.to(given.device)
         both = audio is not None and video is not None
         halves = []
         if audio is not None:
             half = self.feature_extractor_audio.proj(audio)
             halves.append(half * audio.any(dim=2).any(dim=1)[:, None, None] if both else half)
         if video is not None:
-            seen = video.flatten(1).any(dim=1) if both else torch.ones_like(lengths, dtype=torch.bool)
-            half = self.feature_extractor_video.resnet(video, lengths * seen)
-            halves.append(self.feature_extractor_video.proj(half) * seen[:, None, None])
+            seen = video.flatten(1).any(dim=1) if both else None
+            valid = lengths if seen is None else lengths.to(video.device, non_blocking=True) * seen
+            half = self.feature_extractor_video.proj(self.feature_extractor_video.resnet(video, valid))
+            halves.append(half if seen is None else half * seen[:, None, None])
         if not both:
             halves.insert(0 if audio is None else 1, torch.zeros_like(halves[0]))
         fused = self.post_extract_proj(self.layer_norm(torch.cat(halves, dim=-1)))

@@ -58,7 +58,10 @@ class SpeechEncoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, K) prepared inputs, zero-padded after ``lengths`` (B,) -> (B, T, D) in the weights' dtype."""
+        """(B, T, K) prepared inputs, zero-padded after ``lengths`` (B,) -> (B, T, D) in the weights' dtype.
+
+        Lengths are best left on the host: whether there is padding then needs no wait for the device.
+        """
         raise NotImplementedError
 
     def feature_count(self, rows: int) -> int:
@@ -83,7 +86,7 @@ class SpeechEncoder(nn.Module):
         out: dict[int, Tensor] = {}
         for first in range(0, len(order), self.batch):
             part = order[first : first + self.batch]
-            lengths = torch.tensor([len(inputs[i]) for i in part], device=device)
+            lengths = torch.tensor([len(inputs[i]) for i in part])
             padded = nn.utils.rnn.pad_sequence([inputs[i] for i in part], batch_first=True).to(device)
             for index, row, length in zip(part, self(padded, lengths), lengths.tolist(), strict=True):
                 out[index] = row[: self.feature_count(length)].float()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from avsr.runtime.transfer import on_device
+
 _REACH = 2  # frames that the 3D convolution sees on either side
 _CHUNK = 256  # frames processed at once, which bounds the memory for long clips and large batches
 
@@ -72,18 +74,21 @@ class VisualFrontEnd(nn.Module):
         what it gives alone, and nothing is computed on padding.
         """
         rows, steps = frames.shape[:2]
-        place = torch.arange(steps + _REACH, device=frames.device)
-        valid = place < lengths[:, None]
-        taken = place < lengths[:, None] + _REACH
-        padded = nn.functional.pad(frames, (0, 0, 0, 0, 0, _REACH)).masked_fill(~valid[..., None, None], 0)
-        packed, real = padded[taken], valid[taken]
-        parts = [self._chunk(packed, real, first) for first in range(0, len(packed), _CHUNK)]
-        out = frames.new_zeros(rows, steps, self.width)
-        out[valid[:, :steps]] = torch.cat(parts)
-        return out
+        counts, device = lengths.tolist(), frames.device
+        # of every packed frame: its place in ``frames``, or none for the zeros after a row
+        places = [b * steps + t if t < count else None for b, count in enumerate(counts) for t in range(count + _REACH)]
+        padding = on_device([place is None for place in places], device)
+        packed = frames.flatten(0, 1).index_select(0, on_device([place or 0 for place in places], device))
+        packed = packed.masked_fill(padding[:, None, None], 0)
+        chunks = range(0, len(places), _CHUNK)
+        parts = [self._chunk(packed, places[first : first + _CHUNK], first) for first in chunks]
+        filled = on_device([place for place in places if place is not None], device)
+        return (
+            frames.new_zeros(rows * steps, self.width).index_copy(0, filled, torch.cat(parts)).unflatten(0, (rows, -1))
+        )
 
-    def _chunk(self, packed: Tensor, real: Tensor, first: int) -> Tensor:
+    def _chunk(self, packed: Tensor, places: list[int | None], first: int) -> Tensor:
         begin = max(first - _REACH, 0)
         x = self.frontend3D(packed[None, None, begin : first + _CHUNK + _REACH])
-        x = x[0].transpose(0, 1)[first - begin : first - begin + _CHUNK]
-        return self.trunk(x[real[first : first + _CHUNK]])
+        real = [index + first - begin for index, place in enumerate(places) if place is not None]
+        return self.trunk(x[0].index_select(1, on_device(real, packed.device)).transpose(0, 1))

@@ -9,6 +9,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from avsr.runtime.transfer import on_device
+
+PADDING = 0  # the place in a table whose embedding is zero
+
 
 @dataclass
 class Assembled:
@@ -18,12 +22,18 @@ class Assembled:
     mask: Tensor  # (B, S) int64, 1 = token
     spans: Tensor  # (B,) int64
     names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
+    counts: list[int] | None = None  # ``spans``, where the host knows them
 
     @property
     def starts(self) -> Sequence[int]:
         """Where each row begins in ``embeddings.flatten(0, 1)``, for rows that are padded on the right."""
         rows, length, _ = self.embeddings.shape
         return range(0, rows * length, length)
+
+    @property
+    def prompts(self) -> list[int]:
+        """The prompt lengths, for the host."""
+        return self.spans.tolist() if self.counts is None else self.counts
 
     def decoder_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the decoder."""
@@ -32,13 +42,15 @@ class Assembled:
 
 @dataclass
 class Packed:
-    """Rows concatenated without padding, T tokens in all. ``starts`` and ``spans`` as in :class:`Assembled`."""
+    """Rows concatenated without padding, T tokens in all. ``starts``, ``spans`` and ``prompts`` as in
+    :class:`Assembled`."""
 
     embeddings: Tensor  # (1, T, C)
     positions: Tensor  # (1, T) int64, from 0 in every row
     bounds: Tensor  # (B + 1,) int64, where the rows begin, and T
     starts: Sequence[int]
     spans: Tensor  # (B,) int64
+    prompts: list[int]
 
     def decoder_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the decoder."""
@@ -46,9 +58,55 @@ class Packed:
         return {"inputs_embeds": self.embeddings, "position_ids": self.positions, "cu_seq_lens_q": self.bounds}
 
 
-def pack(rows: Sequence[Tensor], spans: Tensor) -> Packed:
-    """Concatenates rows (S_b, C) with the prompt lengths (B,)."""
-    starts = [0, *accumulate(len(row) for row in rows)]
-    embeddings, bounds = torch.cat(list(rows))[None], torch.tensor(starts, device=spans.device)
-    positions = torch.cat([torch.arange(len(row), device=spans.device) for row in rows])
-    return Packed(embeddings, positions[None], bounds, starts[:-1], spans)
+class Table:
+    """Embeddings (n, C) one under the other, the first of them zero."""
+
+    def __init__(self, zero: Tensor) -> None:
+        self._parts, self._size = [zero], len(zero)
+
+    def add(self, embeddings: Tensor) -> int:
+        """Appends embeddings (n, C) and returns the place of the first."""
+        first, self._size = self._size, self._size + len(embeddings)
+        self._parts.append(embeddings)
+        return first
+
+    def whole(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Rows by the place of every token in a table, known to the host alone.
+
+    Attributes:
+        table: (N, C) embeddings of all that the rows are made of, at :data:`PADDING` zeros.
+        rows: the places of every row's tokens.
+        prompts: the prompt lengths.
+        names: as in :class:`Assembled`.
+    """
+
+    table: Tensor
+    rows: list[list[int]]
+    prompts: list[int]
+    names: list[list[str]]
+
+    def padded(self, *, left: bool) -> Assembled:
+        """With padding on the right or on the left of shorter rows, zero and masked."""
+        longest = max(map(len, self.rows))
+        padding = [[PADDING] * (longest - len(row)) for row in self.rows]
+        filled = [pad + row if left else row + pad for pad, row in zip(padding, self.rows, strict=True)]
+        places = on_device(filled, self.table.device)
+        embeddings = self.table.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return Assembled(embeddings, (places != PADDING).long(), self._spans(), self.names, self.prompts)
+
+    def packed(self) -> Packed:
+        """Concatenated."""
+        device, starts = self.table.device, [0, *accumulate(map(len, self.rows))]
+        places = on_device([place for row in self.rows for place in row], device)
+        positions = on_device([position for row in self.rows for position in range(len(row))], device)
+        embeddings = self.table.index_select(0, places)[None]
+        bounds = on_device(starts, device)
+        return Packed(embeddings, positions[None], bounds, starts[:-1], self._spans(), self.prompts)
+
+    def _spans(self) -> Tensor:
+        return on_device(self.prompts, self.table.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from avsr.models.encoder import SpeechEncoder
 from avsr.models.label_loss import label_loss
 from avsr.models.llm import LoadedLLM, add_lora, load_llm
 from avsr.models.projector import make_projector
-from avsr.models.prompt import NO_LIMIT, Piece, PromptLayout, prompt_text
-from avsr.models.rows import Assembled, Packed, pack
+from avsr.models.prompt import NO_LIMIT, PromptLayout, prompt_text
+from avsr.models.rows import Assembled, Packed, Places, Table
 from avsr.runtime.machine import settled_precision
+from avsr.runtime.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -152,65 +154,48 @@ class SpeechLLM(nn.Module):
 
         Padding is zero and masked; it never changes a row.
         """
-        rows, spans, labels = self._rows(batch, with_text=with_text, names=names)
-        lengths = torch.tensor([len(row) for row in rows], device=spans.device)
-        side = "left" if left else "right"
-        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-        mask = torch.arange(embeddings.shape[1], device=spans.device) < lengths[:, None]
-        return Assembled(embeddings, (mask.flip(1) if left else mask).long(), spans, labels)
+        return self._places(batch, with_text=with_text, names=names).padded(left=left)
 
-    def _rows(self, batch: Batch, *, with_text: bool, names: bool) -> tuple[list[Tensor], Tensor, list[list[str]]]:
-        """Embeddings (S_b, C) of every utterance, prompt lengths (B,), and names of the tokens if asked for."""
+    def _places(self, batch: Batch, *, with_text: bool, names: bool) -> Places:
+        """The rows as places in a table of all that they are made of, so that one gather makes them."""
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
-        speech = {name: self._project(name, batch, device) for name in self.streams}
-        # one call for all: under ZeRO-3 every call gathers the table, and ranks must make the same number of calls
+        # one call for all: under ZeRO-3 every call gathers the weight, and ranks must make the same number of calls
         written = [[self.bos], *self.prompts.values(), *batch.text]
-        ids = torch.tensor([index for part in written for index in part], device=device)
-        bos, *embedded = embed(ids).split([len(part) for part in written])
-        prompts = dict(zip(self.prompts, embedded, strict=False))
-        texts = embedded[len(self.prompts) :]
+        known = embed(on_device([index for part in written for index in part], device))
+        table = Table(known.new_zeros(1, self.hidden))
+        begins = list(accumulate(map(len, written), initial=table.add(known)))
+        bos, *others = [range(*bounds) for bounds in pairwise(begins)]
+        prompts, texts = dict(zip(self.prompts, others, strict=False)), others[len(self.prompts) :]
+        framing = 0
+        if self.delimiters is not None:  # once for every row, so that their gradient is a sum in float32
+            own = self.delimiters.expand(len(batch.text), -1, -1)
+            framing = table.add(own.to(dtype).flatten(0, 1))
+        starts, counts = {}, {}
+        for name in self.streams:
+            tokens, counts[name] = self._project(name, batch, device)
+            # a stream that no utterance has adds no tokens, only a zero gradient: see _project
+            first = table.add(tokens.to(dtype).flatten(0, 1))
+            starts[name] = [first + b * tokens.shape[1] for b in range(len(batch.text))]
         rows, lengths, labels = [], [], []
         for b, task in enumerate(batch.tasks):
-            pieces = self.layout.pieces(task, {name: len(speech[name][b]) for name in TASKS[task]})
-            own = {name: tokens[b].to(dtype) for name, tokens in speech.items()}
-            parts = self._parts(pieces, bos, prompts[task], own)
-            # a stream that the task lacks adds no tokens, only a zero gradient: see _project
-            parts += [own[name] for name in self.streams if name not in TASKS[task]]
-            lengths.append(sum(piece.length for piece in pieces))
-            if with_text:
-                parts.append(texts[b])
-            rows.append(torch.cat(parts))
+            pieces = self.layout.pieces(task, {name: counts[name][b] for name in TASKS[task]})
+            found = {"bos": bos, "prompt": prompts[task]}
+            row: list[int] = []
+            for piece in pieces:
+                if piece.kind in found:
+                    row += found[piece.kind]
+                elif piece.kind == "speech":
+                    row += range(starts[piece.stream][b], starts[piece.stream][b] + piece.length)
+                else:
+                    place = self.layout.delimited.index(piece.stream) * 2 + (piece.kind == "closing")
+                    row.append(framing + b * 2 * len(self.layout.delimited) + place)
+            lengths.append(len(row))
+            rows.append(row + list(texts[b]) if with_text else row)
             if names:
                 prompt, text = map(self._decode, (self.prompts[task], batch.text[b] if with_text else []))
                 labels.append([name for piece in pieces for name in piece.names(prompt)] + text)
-        return rows, torch.tensor(lengths, device=device), labels
-
-    def _parts(
-        self, pieces: Sequence[Piece], bos: Tensor, prompt: Tensor, speech: Mapping[str, Tensor]
-    ) -> list[Tensor]:
-        """The embeddings (length, C) of every piece."""
-        parts, closing = [], bos
-        for piece in pieces:
-            match piece.kind:
-                case "bos":
-                    parts.append(bos)
-                case "prompt":
-                    parts.append(prompt)
-                case "speech":
-                    parts.append(speech[piece.stream])
-                case "opening":
-                    opening, closing = self._delimiters_of(piece.stream, bos.dtype)
-                    parts.append(opening)
-                case "closing":
-                    parts.append(closing)
-        return parts
-
-    def _delimiters_of(self, stream: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The embeddings (1, C) of the delimiter tokens around a stream."""
-        assert self.delimiters is not None
-        first = 2 * self.layout.delimited.index(stream)
-        return self.delimiters[first : first + 2].to(dtype).split(1)
+        return Places(table.whole(), rows, lengths, labels)
 
     def _decode(self, ids: Sequence[int]) -> list[str]:
         return [self.tokenizer.decode([index]) for index in ids]
@@ -224,7 +209,7 @@ class SpeechLLM(nn.Module):
         if self._packed:
             if self.probe is None:
                 raise RuntimeError("packed rows need flashsink's attention: call attach() first")
-            rows: Assembled | Packed = pack(*self._rows(batch, with_text=True, names=False)[:2])
+            rows: Assembled | Packed = self._places(batch, with_text=True, names=False).packed()
         else:
             rows = self.assemble(batch, with_text=True)
         loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self._cross_entropy)
@@ -245,12 +230,12 @@ class SpeechLLM(nn.Module):
         hidden = self.hidden_states(rows)
         places: list[int] = []
         targets: list[int] = []
-        for ids, start, length in zip(batch.text, rows.starts, rows.spans.tolist(), strict=True):
+        for ids, start, length in zip(batch.text, rows.starts, rows.prompts, strict=True):
             first = start + length - 1  # the last prompt token predicts the first text token
             places += range(first, first + len(ids) + 1)
             targets += [*ids, self.eos]
-        chosen = hidden.flatten(0, 1)[torch.tensor(places, device=hidden.device)]
-        return chosen, torch.tensor(targets, device=hidden.device)
+        chosen = hidden.flatten(0, 1).index_select(0, on_device(places, hidden.device))
+        return chosen, on_device(targets, hidden.device)
 
     def hidden_states(self, rows: Assembled | Packed) -> Tensor:
         """States after the final norm, of the embeddings' shape."""
@@ -273,8 +258,9 @@ class SpeechLLM(nn.Module):
         """Number of features of an encoder input of so many rows."""
         return self._counts[name](rows) if name in self._counts else rows
 
-    def _project(self, name: str, batch: Batch, device: torch.device) -> list[Tensor]:
-        """Speech tokens (n_b, C) of every utterance; none if its task lacks the stream.
+    def _project(self, name: str, batch: Batch, device: torch.device) -> tuple[Tensor, list[int]]:
+        """Speech tokens (B, n, C), of which the first few of every row are an utterance's, and how many; 0 if its task
+        lacks the stream.
 
         Trained modules run even if the whole batch lacks the stream, since all ranks gather weights (ZeRO-3) and reduce
         gradients together: each needs a gradient of every parameter, if only a zero.
@@ -285,32 +271,32 @@ class SpeechLLM(nn.Module):
         features = (self._encode(name, batch, device) if given else self._blank(name, device)).to(dtype)
         tokens = self.projectors[name](compress(features, compression.kind, compression.rate))
         if not given:
-            return [tokens[0, :0]] * len(batch.text)
-        rows = []
-        for row, utterance, task, length in zip(
-            tokens, batch.utterances, batch.tasks, batch.lengths[name].tolist(), strict=True
-        ):
-            count = self.layout.speech_tokens(name, self._features(name, length))
+            return tokens, [0] * len(batch.text)
+        counts = [self.layout.speech_tokens(name, self._features(name, n)) for n in batch.lengths[name].tolist()]
+        for utterance, task, count in zip(batch.utterances, batch.tasks, counts, strict=True):
             if count < 1 and name in TASKS[task]:
                 raise UserError(f"{utterance.where}: {utterance.id!r} is shorter than one token at this rate")
-            rows.append(row[:count])
-        return rows
+        return tokens, counts
 
     def _encode(self, name: str, batch: Batch, device: torch.device) -> Tensor:
         """(B, T, D) features: as given, or computed by the stream's encoder."""
-        inputs, lengths = batch.features[name].to(device), batch.lengths[name].to(device)
+        inputs, lengths = batch.features[name].to(device, non_blocking=True), batch.lengths[name]
         if name not in self._counts:
             return inputs
         encoder = self._frozen[name] if name in self._frozen else self.encoders[name]
-        present = lengths > 0  # an utterance whose task lacks the stream is not encoded
+        # an utterance whose task lacks the stream is not encoded
+        present = [b for b, length in enumerate(lengths.tolist()) if length]
+        chosen = None if len(present) == len(lengths) else on_device(present, device)
+        if chosen is not None:
+            inputs, lengths = inputs.index_select(0, chosen), lengths[present]
         if name in self._frozen:
             with torch.no_grad():
-                rows = encoder(inputs[present], lengths[present]).half().float()  # rounded as in the cache
+                rows = encoder(inputs, lengths).half().float()  # rounded as in the cache
         else:
-            rows = encoder(inputs[present], lengths[present])
-        out = rows.new_zeros(len(lengths), *rows.shape[1:])
-        out[present] = rows
-        return out
+            rows = encoder(inputs, lengths)
+        if chosen is None:
+            return rows
+        return rows.new_zeros(len(batch.text), *rows.shape[1:]).index_copy(0, chosen, rows)
 
     def _blank(self, name: str, device: torch.device) -> Tensor:
         """(1, T, D) features of a blank clip, computed by the stream's encoder if that is trained."""
@@ -321,7 +307,7 @@ class SpeechLLM(nn.Module):
         encoder: Any = self.encoders[name]
         blank = Clip(torch.zeros(3200), torch.zeros(5, 96, 96, dtype=torch.uint8))
         inputs = encoder.prepare(blank)[None].to(device)
-        return encoder(inputs, torch.tensor([inputs.shape[1]], device=device))
+        return encoder(inputs, torch.tensor([inputs.shape[1]]))
 
 
 def make_model(

@@ -97,12 +97,14 @@ class Whisper(SpeechEncoder):
         convolution and are masked in attention."""
         encoder = self._encoder
         frames = mel.shape[-1] // 2
+        ragged = bool((length < frames).any())
+        length = length.to(mel.device, non_blocking=True)
         keep = torch.arange(2 * frames, device=mel.device) < 2 * length[:, None]
         hidden = nn.functional.gelu(encoder.conv1(mel * keep[:, None])) * keep[:, None]
         hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
         hidden = hidden + encoder.embed_positions.weight[:frames]
         mask = None
-        if not bool(keep.all()):
+        if ragged:
             mask = torch.zeros(len(length), 1, 1, frames, device=mel.device, dtype=hidden.dtype)
             mask.masked_fill_(~keep[:, None, None, ::2], torch.finfo(hidden.dtype).min)
             mask = mask.expand(-1, 1, frames, -1)

@@ -82,13 +82,12 @@ class VisualFrontEnd(nn.Module):
         packed = packed.masked_fill(padding[:, None, None], 0)
         chunks = range(0, len(places), _CHUNK)
         parts = [self._chunk(packed, places[first : first + _CHUNK], first) for first in chunks]
-        filled = on_device([place for place in places if place is not None], device)
-        return (
-            frames.new_zeros(rows * steps, self.width).index_copy(0, filled, torch.cat(parts)).unflatten(0, (rows, -1))
-        )
+        filled = on_device([place for place in places if place is not None], device, torch.int64)
+        out = frames.new_zeros(rows * steps, self.width)
+        return out.index_copy(0, filled, torch.cat(parts)).unflatten(0, (rows, steps))
 
     def _chunk(self, packed: Tensor, places: list[int | None], first: int) -> Tensor:
         begin = max(first - _REACH, 0)
         x = self.frontend3D(packed[None, None, begin : first + _CHUNK + _REACH])
         real = [index + first - begin for index, place in enumerate(places) if place is not None]
-        return self.trunk(x[0].index_select(1, on_device(real, packed.device)).transpose(0, 1))
+        return self.trunk(x[0].index_select(1, on_device(real, packed.device, torch.int64)).transpose(0, 1))

@@ -162,6 +162,7 @@ class Trainer:
     def _read_ahead(self) -> StepData | Exception:
         """The data of the next step. What reading fails with is raised when that step begins: until then the other
         ranks count on this one."""
+        assert self._feed is not None
         self._watchdog.enter("data", self.progress.step + 1)
         began = time.perf_counter()
         try:

@@ -48,6 +48,8 @@ def _check_streams(config: Config, name: str) -> None:
     for stream, part in model.streams.items():
         if part.encoder.lora.rank and part.encoder.kind != "avhubert":
             raise UserError(f"model.{stream}.encoder.lora: not available for {part.encoder.kind}; set its rank to 0")
+        if part.encoder.lora.rank and part.encoder.precision != "fp32":
+            raise UserError(f"model.{stream}.encoder.precision: with LoRA, training.precision decides; set it to fp32")
 
 
 def _check_tasks(config: Config) -> None:

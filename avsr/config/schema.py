@@ -50,6 +50,7 @@ class EncoderConfig:
     )
     normalise: bool | None = key(None, "layer-normalise the waveform; null = as the encoder was trained")
     batch: int = key(16, "clips encoded at once for the cache", at_least=1)
+    precision: str = key("fp32", "of a frozen encoder; bench/README.md has bf16 errors", choices=("fp32", "bf16"))
     lora: LoraConfig = group(_no_lora)
 
 

@@ -45,6 +45,13 @@ class SpeechEncoder(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def network(self) -> nn.Module:
+        """What computes in the precision of the weights: all but the transforms of the sound before it."""
+        network = self.model
+        assert isinstance(network, nn.Module)
+        return network
+
+    @property
     def layers(self) -> nn.ModuleList:
         """Its transformer layers, each with a ``self_attn`` or ``attention`` and (B, T, D) states as output."""
         raise NotImplementedError

@@ -55,6 +55,10 @@ class Whisper(SpeechEncoder):
         self.to(device).eval().requires_grad_(False)
 
     @property
+    def network(self) -> nn.Module:
+        return self._encoder
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self._encoder.layers
 

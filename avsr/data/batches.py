@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -57,6 +57,10 @@ class Batch:
     text: list[list[int]]
     tasks: list[str]
     lost: list[Lost] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """With its features in page-locked memory; torch's loader calls it when asked to pin."""
+        return replace(self, features={name: rows.pin_memory() for name, rows in self.features.items()})
 
     @property
     def is_dummy(self) -> bool:

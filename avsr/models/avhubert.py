@@ -50,6 +50,8 @@ class AVHubertEncoder(SpeechEncoder):
         self.width = model.config.width
         self.identity = f"avhubert {config.name} {fingerprint(model, str(config.name))} {stream}"
         self.model = model.to(device)
+        if torch.device(device).type == "cuda" and not config.lora.rank:  # a trained one is laid out by DeepSpeed
+            self.model.feature_extractor_video.resnet.use_channels_last()
         add_encoder_lora(self.model, config.lora, key=f"model.{stream}.encoder.lora", unused=UNUSED.get(stream, ()))
         self.eval()
 

@@ -67,6 +67,10 @@ class VisualFrontEnd(nn.Module):
         )
         self.trunk = Trunk(channels)
 
+    def use_channels_last(self) -> None:
+        """Lays the weights of the 2D convolutions out as tensor cores read them; their inputs and outputs follow."""
+        self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, H, W) normalized frames, (B,) lengths (0 allowed) -> (B, T, width), zeros after a row's end.
 

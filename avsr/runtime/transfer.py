@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,33 @@ def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | 
     """``torch.tensor(values, dtype=dtype, device=device)``, which on CUDA would wait for the stream."""
     cuda = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=cuda).to(device, non_blocking=True)
+
+
+class Carrier:
+    """Copies tensors to a CUDA device while it computes, on a stream of its own. For another device it does nothing.
+
+    Tensors should be in page-locked memory, or the host waits for their copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Launches the copies. :meth:`receive` has to be called with them before they are used."""
+        if self._stream is None:
+            return dict(tensors)
+        with torch.cuda.stream(self._stream):
+            return {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def receive(self, tensors: Iterable[Tensor]) -> None:
+        """What is launched from now on waits for all copies; the host does not."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(current)  # or its memory might be used again before that is done
 
 
 class Later:

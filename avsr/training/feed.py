@@ -49,9 +49,10 @@ class StepData:
 
 
 def feed(
-    data: SpeechDataset, sampler: BatchSampler, rank: int, progress: Progress, *, workers: int
+    data: SpeechDataset, sampler: BatchSampler, rank: int, progress: Progress, *, workers: int, pinned: bool = False
 ) -> Iterator[tuple[tuple[int, int, int], list[Batch]]]:
-    """The place (as in :class:`StepData`) and the micro-batches of every step after ``progress``, which stays as it is.
+    """The place (as in :class:`StepData`) and the micro-batches of every step after ``progress``, which stays as it is;
+    with ``pinned`` in page-locked memory.
 
     Raises:
         UserError: a clip cannot be read, the loader processes cannot be started, or an epoch makes no step.
@@ -64,6 +65,7 @@ def feed(
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pinned,
         # separate, so that making a loader after a resume draws nothing from the model's
         generator=torch.Generator().manual_seed(sampler.seed + epoch),
     )

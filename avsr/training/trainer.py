@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from avsr.data.batches import Batch, BatchSampler, collate, make_batches
 from avsr.errors import Interrupted, UserError
 from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.runtime.progress import ProgressBar
-from avsr.runtime.transfer import Later
+from avsr.runtime.transfer import Carrier, Later
 from avsr.training import checkpoint
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
@@ -67,6 +68,7 @@ class Trainer:
         self._unread: Launched | None = None  # the last step, if its row has not been made
         self._watchdog = watchdog or Watchdog(timeout=0)
         self._stages = Stages(self._watchdog)
+        self._carrier = Carrier(self.device)
         self._lost = LostClips(Path(config.run))
         self._nonfinite = Nonfinite(Path(config.run), config.training.skip_nonfinite)
         settings = self.settings
@@ -167,7 +169,9 @@ class Trainer:
         began = time.perf_counter()
         try:
             place, batches = next(self._feed)
-            return self.data(batches, place, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            batches = [replace(batch, features=self._carrier.send(batch.features)) for batch in batches]
+            return self.data(batches, place, seconds)
         except Exception as error:
             return error
 
@@ -206,13 +210,15 @@ class Trainer:
         return StepData(batches, [self.model.prompt_lengths(batch) for batch in batches], place, seconds)
 
     def _start_feed(self) -> Iterator[tuple[tuple[int, int, int], list[Batch]]]:
-        return feed(self.train, self.sampler, self.rank, self.progress, workers=self.config.data.workers)
+        workers, pinned = self.config.data.workers, self.device.type == "cuda"
+        return feed(self.train, self.sampler, self.rank, self.progress, workers=workers, pinned=pinned)
 
     def step(self, data: StepData) -> Launched:
         """Runs one optimizer step, collectively. Its sums stay on the device; :meth:`row` reads them. Between the last
         backward and the update, while a GPU computes, :meth:`_while_it_computes` does the host's work."""
         self.engine.train()
         step, enter = data.place[0], self._stages.enter
+        self._carrier.receive(rows for batch in data.batches for rows in batch.features.values() if rows.is_cuda)
         with enter("counts", step):
             counts = data.counts or self._count(data)
             if counts.lost:

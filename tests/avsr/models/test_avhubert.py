@@ -271,6 +271,17 @@ def test_the_front_end_in_chunks_is_the_front_end(
     assert not whole[1].any() and not whole[0, 5:].any() and whole[0, :5].any(dim=1).all()
 
 
+def test_the_front_end_with_channels_last_is_the_front_end(network: AVHubert) -> None:
+    frames, lengths = torch.randn(2, 7, 88, 88), torch.tensor([7, 4])
+    front = network.feature_extractor_video.resnet
+    other = copy.deepcopy(front)
+    other.use_channels_last()
+    convolutions = [part.weight for part in other.trunk.modules() if isinstance(part, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    with torch.no_grad():
+        torch.testing.assert_close(other(frames, lengths), front(frames, lengths), rtol=1e-5, atol=1e-5)
+
+
 def test_a_missing_modality_is_a_half_of_zeros(make_encoder: Callable[..., AVHubertEncoder], network: AVHubert) -> None:
     """Fused clips that lack one side are what the encoder of the other side alone makes of them, in any batch."""
     fused, hearing, seeing = make_encoder("fused"), make_encoder("audio"), make_encoder("video")

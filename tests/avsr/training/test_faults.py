@@ -92,6 +92,28 @@ def test_too_many_steps_that_are_not_finite_end_the_training(
     assert len((tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("fault", ["data", "forward"])
+def test_a_fault_in_the_third_step_leaves_the_rows_of_two(
+    tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Its data is read during the second step, whose row is written during the third."""
+    owner: Any = SpeechDataset if fault == "data" else SpeechLLM
+    name = "__getitem__" if fault == "data" else "forward"
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def broken(self: Any, given: Any) -> Any:
+        if next(calls) == 3:
+            raise UserError("broken")
+        return real(self, given)
+
+    monkeypatch.setattr(owner, name, broken)
+    settings = {"training.utterances": 1, "training.validate_every": 100}
+    with pytest.raises(UserError, match="broken"):
+        run(tiny_recipe(tmp_path, **settings))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2] and all(row["seconds"] > 0 for row in rows)
+
+
 def test_a_dead_loader_process_ends_with_what_to_do(
     tiny_recipe: Recipe, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

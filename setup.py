@@ -71,7 +71,7 @@ setup(
             NAME,
             sources=[
                 f"csrc/{name}.cpp"
-                for name in ("activations", "attention", "decorrelation", "library", "norm", "received", "short")
+                for name in ("activations", "backward", "decorrelation", "forward", "library", "norm")
             ],
             depends=sorted(glob.glob("csrc/*.h")),
             extra_compile_args=[*FLAGS, OPENMP],

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -28,7 +27,6 @@ import flashsink
 from bench.runner.ledger import ROOT
 from flashsink import dispatch
 from flashsink.checks import resolve_layout
-from flashsink.cpu import tiled
 from flashsink.triton import tiles
 from flashsink.triton.launch import INTERPRETED, Tile
 
@@ -132,7 +130,7 @@ def attention(draw: random.Random, backend: str, device: str) -> None:
     valid = _valid(rows, keys, layout)[:, None, :, None]
     upstream = normal(draw, *q.shape[:3], v.shape[3]).to(dtype)
     inputs = [x.to(dtype).masked_fill(~valid[:, :, keys - x.shape[2] :], float("nan")) for x in (q, k, v)]
-    with _tiles(draw, backend):
+    with _tiles(draw):
         leaves = [x.to(device).requires_grad_() for x in inputs]
         given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in (layout | options).items()}
         given |= {n: integers(draw, x) for n, x in given.items() if isinstance(x, torch.Tensor) and n in INTEGERS}
@@ -196,13 +194,9 @@ def _pattern(draw: random.Random, rows: int, keys: int, layout: Tensors) -> dict
 
 
 @contextlib.contextmanager
-def _tiles(draw: random.Random, backend: str) -> Iterator[None]:
-    """Small tiles for the Triton kernels and for the cpu backend's patterns."""
+def _tiles(draw: random.Random) -> Iterator[None]:
+    """Small tiles for the Triton kernels."""
     with contextlib.ExitStack() as stack:
-        if backend == "cpu":
-            stack.enter_context(
-                mock.patch.multiple(tiled, TILE=draw.choice([5, 16, 64]), PRODUCTS=draw.choice([1, 9000]))
-            )
         for kernel in ATTENTION_KERNELS:
             blocks = {"BLOCK_M": draw.choice([16, 32]), "BLOCK_N": draw.choice([16, 32])}
             stack.enter_context(tiles.override(kernel, Tile(blocks, 4, 1)))

@@ -31,7 +31,7 @@ int flashsink::isa() {
 }
 
 // Raised with every change of an exported function, so that a stale build is refused instead of misread.
-FLASHSINK_API int flashsink_abi_version() { return 3; }
+FLASHSINK_API int flashsink_abi_version() { return 4; }
 
 // Uses at most `level` (0 baseline, 1 AVX2, 2 AVX-512) of what the processor has, and returns the level in use.
 FLASHSINK_API int flashsink_limit_isa(int level) {

@@ -15,7 +15,6 @@ import flashsink
 from flashsink import dispatch
 from flashsink.checks import resolve_layout
 from flashsink.cpu import library as native
-from flashsink.cpu import short, tiled
 from flashsink.triton import tiles
 from flashsink.triton.launch import INTERPRETED, Tile
 
@@ -34,8 +33,6 @@ class Backend:
         name: as in flashsink.backends().
         dtype: what the tests compute in, unless they name another.
         level: of the C++ kernels' instructions: 0 baseline, 1 AVX2, None the best there is.
-        tiles: the C++ attention for long sequences, whatever the length.
-        cut: the cpu backend's tiles of query rows so small that a case has several, of some rows and heads.
         shipped: Triton's attention with the tiles of its table; else they are so small that every loop runs.
     """
 
@@ -43,15 +40,11 @@ class Backend:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     level: int | None = None
-    tiles: bool = False
     shipped: bool = False
-    cut: bool = False
 
     def __str__(self):
         parts = [
             self.name,
-            "tiles" if self.tiles else "",
-            "cut" if self.cut else "",
             "shipped" if self.shipped else "",
             {0: "baseline", 1: "avx2"}.get(self.level, ""),
         ]
@@ -83,11 +76,6 @@ class Backend:
                     stack.enter_context(tiles.override(kernel, Tile({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)))
                 for make in ("empty", "empty_like") if poison else ():
                     monkeypatch.setattr(torch, make, _filled(getattr(torch, make)))
-            if self.tiles:
-                monkeypatch.setattr(short, "LONGEST", -1)
-            if self.cut:
-                monkeypatch.setattr(tiled, "TILE", 7)
-                monkeypatch.setattr(tiled, "PRODUCTS", 1000)
             if self.level is not None:
                 if native.library().flashsink_limit_isa(self.level) != self.level:
                     pytest.skip("this processor does not have these instructions")
@@ -125,8 +113,7 @@ HALF = [Backend("triton", dtype=BF16)] if INTERPRETED else []
 TRITON, SHIPPED = _triton(), _triton(shipped=True)
 BACKENDS = [Backend("reference"), *_cpu(), *TRITON]
 LEVELS = [*BACKENDS, *_cpu(level=1), *_cpu(level=0)]
-KERNELS = [*LEVELS, *(b for level in (None, 1, 0) for b in _cpu(tiles=True, level=level))]
-KERNELS += _device(Backend("triton", "cuda"), Backend("sdpa", "cuda", BF16))
+KERNELS = LEVELS + _device(Backend("triton", "cuda"), Backend("sdpa", "cuda", BF16))
 
 
 def on(backends):
@@ -164,7 +151,7 @@ PATTERNS = {
     "mask": {"mask": "one"},
     "mask of rows": {"mask": "rows", "softcap": 3.0},
 }
-# several tiles of the C++ kernels
+# several blocks of the C++ kernels
 LONG = {
     "150 tokens": (3, 6, 2, 150, 150, 5, {"starts": [0, 3, 149], "lengths": [150, 66, 1]}),
     "150 tokens, 101 queries": (3, 3, 1, 101, 150, 5, {"starts": [0, 150, 40], "lengths": [150, 0, 65]}),

@@ -28,25 +28,27 @@ def layout_of(packed, device="cpu"):
     return (1 if packed else B, *(x.to(device) for x in found))
 
 
-def native(packed=False, dtype=torch.float32):
-    """name -> (operator, its arguments); what comes first feeds what follows."""
-    ops, tail, (b, starts, lengths, first, spans) = torch.ops.flashsink, (packed, True, 0.3), layout_of(packed)
+def native(packed=False, dtype=torch.float32, full=True):
+    """name -> its arguments; what comes first feeds what follows. ``full``: attention with everything it takes."""
+    ops, tail, (b, starts, lengths, _, spans) = torch.ops.flashsink, (packed, True, 0.3), layout_of(packed)
     q, k, v, up = normal(b, H, S, D), normal(b, HK, S, D), normal(b, HK, S, D, seed=1), normal(b, H, S, D, seed=2)
     wide, sink, blocks = normal(b, HK, S, 9), normal(H), torch.tensor([[0, 1, 0, -1, 2]]).expand(b, S)
     pattern = (starts, lengths, *tail, 2.0, 3, 4, spans, blocks, None)
     targets = torch.randint(-1, 3, (2, b, S), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    tiled = ops.tiled_attention(q, k, wide, sink, None, 0, False, *pattern)[:2]
+    plain = (starts, lengths, *tail, *[None] * 6)
     h, weight, where = normal(b, S, C).to(dtype), normal(C).to(dtype), (starts, spans, packed)
-    out, lse = ops.attention(q, k, v, starts, lengths, *tail)
+    out = ops.attention(q, k, v, None, None, 0, False, *plain)[:2]
+    capped = ops.attention(q, k, wide, sink, None, 0, False, *pattern)[:2]
     _, *kept = ops.decorrelation_sums([h, h + 1], *where, 0.0)
     normed = ops.rms_norm(h, weight, 1e-5, starts, lengths, spans, packed, 0.0)[4:]
     norm_up = (normal(b, S, C, seed=3).to(dtype), normal(1)[0])
     return {
-        "attention": (q, k, v, starts, lengths, *tail),
-        "attention_backward": (up, q, k, v, out, lse, starts, lengths, *tail),
-        "received": (q, k, lse, starts, lengths, first, *tail),
-        "tiled_attention": (q, k, wide, sink, targets, 3, True, *pattern),
-        "tiled_attention_backward": (normal(b, H, S, 9), q, k, wide, sink, *tiled, *pattern),
+        "attention": (q, k, wide, sink, targets, 3, True, *pattern)
+        if full
+        else (q, k, v, None, None, 0, False, *plain),
+        "attention_backward": (
+            (normal(b, H, S, 9), q, k, wide, sink, *capped, *pattern) if full else (up, q, k, v, None, *out, *plain)
+        ),
         "activation_max": (h, starts, lengths, packed),
         "decorrelation_sums": ([h, h + 1], *where, 0.1),
         "decorrelation_sums_backward": (normal(2), [h, h + 1], *where, *kept),

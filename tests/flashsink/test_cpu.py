@@ -1,20 +1,18 @@
-"""The C++ kernels: which calls they serve, their exponential, and that threads and tiles change nothing."""
+"""The C++ kernels: which calls they serve, their exponential, and that threads change nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from cases import LEVELS, Backend, Problem, States, compare, exact, on, run
+from cases import LEVELS, Backend, Problem, States, on, run
 
 import flashsink
 from flashsink import dispatch, reference
 from flashsink.cpu import backend as cpu
-from flashsink.cpu import received as native_received
 from flashsink.types import Layout, Pattern
 
 CPU = [b for b in LEVELS if isinstance(b, Backend) and b.name == "cpu"]
-TILES = [Backend("cpu", tiles=True, level=b.level) for b in CPU]
 
 
 @on(CPU[:1])
@@ -64,28 +62,29 @@ def test_which_calls_are_the_kernels_and_which_the_references(backend, monkeypat
         dispatch.select("cpu", "cuda")
 
 
-@on(CPU + TILES)
+def ratios(x, **options):
+    """(n,) float64: what a key with the product x (n,) receives from a query, by what another with 0 does."""
+    k = torch.stack([x, torch.zeros(len(x))], 1)[:, None, :, None]
+    _, stats = flashsink.attention(torch.ones(len(x), 1, 1, 1), k, k, **options, return_stats=True, backend="cpu")
+    return stats.received[:, 0, 0].double() / stats.received[:, 0, 1].double()
+
+
+@on(CPU)
 def test_exponential(backend):
-    """One query with the products x: received is e^x."""
-    x = torch.cat([torch.linspace(-87.0, 88.0, 20001), torch.linspace(-1e-3, 1e-3, 99), torch.randn(999)])
-    op = torch.ops.flashsink.received
-    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)
-    got = op(one, x.view(1, 1, -1, 1), zero, torch.tensor([0]), torch.tensor([len(x)]), None, False, True, 1.0)
-    assert ((got.flatten().double() - x.double().exp()) / x.double().exp()).abs().max() < 2e-7
-    small = torch.tensor([-88.0, -100.0, -1e30, -float("inf"), float("nan"), 0.0]).view(1, 1, -1, 1)
-    got = op(one, small, zero, torch.tensor([0]), torch.tensor([6]), None, False, True, 1.0).flatten()
-    assert got.tolist()[:4] == [0.0] * 4 and torch.isnan(got[4]) and got[5] == 1.0
+    x = torch.cat([torch.linspace(-86.0, 0.0, 20001), torch.linspace(-1e-3, 0.0, 99), -torch.rand(999)])
+    assert ((ratios(x) - x.double().exp()) / x.double().exp()).abs().max() < 3e-7
+    assert not ratios(torch.tensor([-88.0, -100.0, -1e30, -float("inf")])).any()
+    assert ratios(torch.tensor([float("nan")])).isnan().all()
 
 
-@on(TILES[:1])
-@pytest.mark.parametrize("products", [1, 3000, 100_000])
-def test_the_cut_changes_nothing_but_rounding(backend, monkeypatch, products):
-    monkeypatch.setattr(native_received, "PRODUCTS", products)
-    for case in ("150 tokens", "150 tokens, 101 queries", "150 tokens packed"):
-        compare(run(backend, Problem(case)), exact(case), torch.float32)
+@on(CPU)
+def test_hyperbolic_tangent(backend):
+    x = torch.cat([torch.linspace(-30.0, 30.0, 3001), torch.linspace(-1.0, 1.0, 999), torch.logspace(-30, 0, 99)])
+    want = (2.0 * (x.double() / 2.0).tanh()).exp()
+    assert ((ratios(x, softcap=2.0) - want) / want).abs().max() < 1e-6
 
 
-@on(CPU + TILES[:1])
+@on(CPU)
 def test_threads_change_no_bit(backend, threads):
     states = States("long")
     h = [states.states(2080, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -19,11 +19,13 @@ NATIVE = [b for b in OPERATORS if isinstance(b, Backend) and b.name == "cpu"]
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(backend, tracing, packed):
     """Values are compared elsewhere; here schemas, fake kernels, autograd and tracing."""
-    options = [{"dtype": torch.float32}, {"dtype": torch.bfloat16}] if backend.name == "cpu" else [{"features": 16}]
+    options = (
+        [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "full": False}]
+        if backend.name == "cpu"
+        else [{"features": 16}]
+    )
     for own in options:
         for name, arguments in operators(backend, packed, **own).items():
-            if backend.tiles and not name.startswith(("attention", "received")):
-                continue  # the same
             given = arguments if name.endswith(("backward", "received", "calibrate", "max")) else leaves(arguments)
             torch.library.opcheck(getattr(torch.ops.flashsink, name).default, given)
             if name.endswith("rms_norm"):  # without the loss
@@ -51,8 +53,8 @@ def test_a_second_derivative_is_refused(backend):
 def test_only_what_is_asked_for_is_returned(backend):
     q, k, v, *rest = operators(backend)["attention"]
     v.requires_grad_()
-    out, lse = torch.ops.flashsink.attention(q, k, v, *rest)
-    assert not lse.requires_grad
+    out, *others = torch.ops.flashsink.attention(q, k, v, *rest)
+    assert len(others) == 3 and not any(x.requires_grad for x in others)
     assert torch.autograd.grad(out.sum(), v)[0].shape == v.shape
 
 
@@ -93,7 +95,8 @@ def attend(backend, tokens):
 
     def run(q, k, v, layout):
         if backend.name == "cpu":  # the reference takes over in a graph, so the operator itself
-            return torch.ops.flashsink.attention(q * 2.0, k, v, layout.starts, layout.lengths, False, True, 0.3)[0]
+            how = (layout.starts, layout.lengths, False, True, 0.3, *[None] * 6)
+            return torch.ops.flashsink.attention(q * 2.0, k, v, None, None, 0, False, *how)[0]
         return backend.module.attention(q * 2.0, k, v, layout, causal=True, scale=0.3)[0]
 
     return run, (q, k, v), (layout,)
@@ -112,7 +115,7 @@ def decorrelate(backend, tokens):
     return run, (h, normal(C).to(backend.device)), (Layout(starts, lengths, B, tokens, False), spans)
 
 
-@on([b for b in OPERATORS if getattr(b, "tiles", False) is False])
+@on(OPERATORS)
 @pytest.mark.parametrize("make", [attend, decorrelate])
 def test_compiled_gives_the_same(backend, tracing, make):
     compiled = torch.compile(make(backend, 4)[0], fullgraph=True, backend="aot_eager")
@@ -141,12 +144,21 @@ def refused(match, name, arguments, **changes):
 @on(NATIVE)
 def test_the_operators_refuse_what_they_would_misread(backend):
     found = native()
-    q, k, lse, starts, lengths, *_ = found["received"]
-    refused("lse", "received", found["received"], a2=[lse.double()])
-    refused("k:", "received", found["received"], a1=[k[:, :, :4]])
-    one = (q, k, lse, starts[:1], lengths[:1], *found["received"][5:])
-    refused("starts", "received", one, a5=[None])
-    refused("lengths", "received", found["received"], a4=[lengths.int()])
+    given = found["attention"]
+    q, k, v, sink, targets, *_, starts, lengths = given[:9]
+    prefix, blocks = given[15:17]
+    refused("float32", "attention", given, a0=[q.double()], a2=[v.half()])
+    refused("k:", "attention", given, a1=[k[:, :, :4], k[:, :, :, :8]])
+    refused("v:", "attention", given, a2=[v[:, :1], v[:, :, :4]])
+    refused("sink_logits", "attention", given, a3=[sink[:2], sink.double()])
+    refused("targets", "attention", given, a4=[targets.long(), targets[:, :, 1:]], a5=[2])
+    refused("starts|lengths", "attention", given, a7=[starts.int(), starts[:1]], a9=[True])
+    refused("lengths", "attention", given, a8=[lengths.int(), lengths[None]])
+    refused("prefix", "attention", given, a15=[prefix.int(), prefix[:1]])
+    refused("blocks", "attention", given, a16=[blocks.int(), blocks[:, 1:]])
+    refused("mask", "attention", given, a17=[torch.ones(B, S, S).bool(), torch.ones(B, 1, S, S)])
+    refused("lse", "attention_backward", found["attention_backward"], a6=[found["attention_backward"][6][:, :1]])
+    refused("out", "attention_backward", found["attention_backward"], a0=[q])
     [h, _], _, spans, *_ = found["decorrelation_sums"]
     refused("layer", "decorrelation_sums", found["decorrelation_sums"], a0=[[h.double()], [h.mT], [h[0]]])
     refused("layers", "decorrelation_sums", found["decorrelation_sums"], a0=[[h, h.bfloat16()]])
@@ -157,5 +169,5 @@ def test_the_operators_refuse_what_they_would_misread(backend):
     refused("spans", "rms_norm", found["rms_norm"], a5=[spans[:1], spans.int()])
     # out of range is cut, never read
     far = (torch.tensor([-5, 99]), torch.tensor([400, 9]))
-    assert torch.ops.flashsink.received(q, k, lse, *far, None, False, True, 0.3).isfinite().all()
+    assert all(x.isfinite().all() for x in torch.ops.flashsink.attention(*given[:7], *far, *given[9:]))
     assert torch.ops.flashsink.decorrelation_sums([h], *far, False, 0.0)[0].isfinite().all()

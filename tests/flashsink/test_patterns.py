@@ -16,7 +16,6 @@ from cases import BACKENDS, PATTERNS, Backend, Problem, compare, exact, on, run,
 import flashsink
 from flashsink import dispatch, reference, sdpa
 from flashsink.checks import resolve_layout
-from flashsink.cpu import tiled
 from flashsink.triton import attention as triton_attention
 from flashsink.types import Layout, Pattern
 
@@ -24,12 +23,12 @@ pytestmark = pytest.mark.integration
 
 TAKE = [b for b in BACKENDS if isinstance(b, Backend) and b.name in ("reference", "cpu")]
 CPU = [b for b in TAKE if b.name == "cpu"]
-CUT = [*TAKE, *(Backend("cpu", cut=True) for _ in CPU)]
+LEVELS = [*TAKE, *(Backend("cpu", level=n) for _ in CPU for n in (1, 0))]
 PUBLIC = [name for name in PATTERNS if "mask" not in name]
 CASES = ["17 tokens, GQA 3", "both", "queries at the end", "packed with empty sequences and a tail"]
 
 
-@on(CUT)
+@on(LEVELS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("pattern", PUBLIC)
 @pytest.mark.parametrize("case", CASES)
@@ -47,12 +46,12 @@ def test_out_statistics_and_gradients(backend, case, pattern, causal):
 @on(TAKE)
 @pytest.mark.parametrize("pattern", ["window", "all"])
 @pytest.mark.parametrize("case", ["150 tokens", "150 tokens, 101 queries", "150 tokens packed"])
-def test_several_tiles(backend, case, pattern):
+def test_several_blocks(backend, case, pattern):
     problem = Problem(case)
     compare(run(backend, problem, **problem.pattern(pattern)), exact(case, pattern=pattern), torch.float32)
 
 
-@on(CUT)
+@on(LEVELS)
 @pytest.mark.parametrize("pattern", ["window", "all"])
 @pytest.mark.parametrize("size", [-3.0, 95.0])
 @pytest.mark.parametrize("case", CASES)
@@ -60,16 +59,6 @@ def test_sink_logits_and_their_gradient(backend, case, size, pattern):
     problem, logits = Problem(case), sink_logits(case, size)
     found = run(backend, problem, sink_logits=logits, **problem.pattern(pattern))
     compare(found, exact(case, sink=size, pattern=pattern), torch.float32, 2.0)
-
-
-@on(CPU)
-@pytest.mark.parametrize(("size", "products"), [(1, 1), (16, 1), (16, 40_000), (200, 1)])
-@pytest.mark.parametrize("case", ["150 tokens, 101 queries", "150 tokens packed"])
-def test_the_cut_changes_nothing_but_rounding(backend, monkeypatch, case, size, products):
-    monkeypatch.setattr(tiled, "TILE", size)
-    monkeypatch.setattr(tiled, "PRODUCTS", products)
-    problem = Problem(case)
-    compare(run(backend, problem, **problem.pattern("all")), exact(case, pattern="all"), torch.float32)
 
 
 @on(TAKE)
@@ -83,9 +72,9 @@ def test_values_of_another_head_dim(backend, case, pattern, features):
     compare(found, exact(case, pattern=pattern, features=features), torch.float32)
 
 
-@on(CUT)
+@on(LEVELS)
 @pytest.mark.parametrize("pattern", ["mask", "mask of rows"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "150 tokens"])
 def test_masks(backend, case, pattern):
     """Exactly the pairs of the mask, within a row or sequence; queries that see nothing give 0."""
     problem, want = Problem(case), exact(case, pattern=pattern)

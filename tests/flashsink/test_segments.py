@@ -17,7 +17,7 @@ from flashsink.types import Segments
 
 TAKE = [b for b in BACKENDS if isinstance(b, Backend) and b.name in ("reference", "cpu")]
 CPU = [b for b in TAKE if b.name == "cpu"]
-LEVELS = [*TAKE, *(Backend("cpu", cut=True) for _ in CPU), *(Backend("cpu", level=n) for _ in CPU for n in (1, 0))]
+LEVELS = [*TAKE, *(Backend("cpu", level=n) for _ in CPU for n in (1, 0))]
 CASES = ["one token", "17 tokens, GQA 3", "both", "queries in padding", "packed with empty sequences and a tail"]
 
 

@@ -2,8 +2,7 @@
 
 The library is plain C behind ctypes, so one build serves every release of torch. It is loaded on first use; the
 ``torch.library`` operators are always there, and raise where it is missing. Other kernels have their own modules:
-:mod:`flashsink.cpu.norm`, :mod:`flashsink.cpu.received`, :mod:`flashsink.cpu.attention` and
-:mod:`flashsink.cpu.short`.
+:mod:`flashsink.cpu.norm` and :mod:`flashsink.cpu.attention`.
 
 float32 and bfloat16 run in C++. float16 and float64 go to the reference, which is what the ``cpu`` backend means
 for them. Threads are those of ``torch.get_num_threads()``; results do not depend on their number.
@@ -25,12 +24,32 @@ from flashsink import reference
 from flashsink.operators import adjacent
 from flashsink.types import ActivationStats, Layout
 
-ABI_VERSION = 3  # flashsink_abi_version() in csrc/library.cpp
+ABI_VERSION = 4  # flashsink_abi_version() in csrc/library.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 USABLE = "usable"
 _PATH = Path(__file__).parents[1] / "_native.so"
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class Attention(ctypes.Structure):
+    """``Problem`` of csrc/blocks.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("data", "strides")),
+        *((name, _SIZE) for name in ("sequences", "rows", "heads", "group", "queries", "keys", "dim", "dim_v")),
+        *((name, _POINTER) for name in ("starts", "ends")),
+        *((name, _SIZE) for name in ("packed", "causal", "window", "chunk")),
+        *((name, _POINTER) for name in ("prefix", "blocks", "mask")),
+        ("mask_row", _SIZE),
+        *((name, _POINTER) for name in ("sink_logits", "targets")),
+        ("lists", _SIZE),
+        *((name, _POINTER) for name in ("received", "entropy")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap")),
+        *((name, _SIZE) for name in ("threads", "apart")),
+    ]
+
+
 _VIEW = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
 _LAYERS = [_POINTER, _POINTER, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _INT]
 _SIGNATURES = {
@@ -39,18 +58,8 @@ _SIGNATURES = {
     "flashsink_activation_max": [*_VIEW, _POINTER, _POINTER, _INT],
     "flashsink_rms_norm_forward": [*_VIEW, *[_POINTER] * 2, *[ctypes.c_double] * 2, *[_POINTER] * 7, _INT],
     "flashsink_rms_norm_backward": [*_VIEW, *[_POINTER] * 8, _INT],
-    "flashsink_column_sums": [*[_POINTER] * 3, *[_SIZE] * 10, *[_POINTER] * 3, _INT, ctypes.c_float, _INT],
-    "flashsink_attention_tile": [*[_POINTER] * 4, *[_SIZE] * 8, *[_POINTER] * 2, _INT, ctypes.c_float, _INT],
-    "flashsink_short_attention": [
-        _INT,
-        *[_POINTER] * 2,
-        *[_SIZE] * 5,
-        *[_POINTER] * 3,
-        _INT,
-        _INT,
-        ctypes.c_float,
-        _INT,
-    ],
+    "flashsink_attention_forward": [ctypes.POINTER(Attention)],
+    "flashsink_attention_backward": [ctypes.POINTER(Attention)],
     "flashsink_limit_isa": [_INT],
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flashsink.cpu import attention, library, norm, received, tiled
+from flashsink.cpu import attention, library, norm
 from flashsink.operators import Gradient, Operator
 
-_TILED = (
+_HOW = (
     "Tensor starts, Tensor lengths, bool packed, bool causal, float scale, float? softcap, int? window, int? chunk,"
     " Tensor? prefix, Tensor? blocks, Tensor? mask"
 )
@@ -13,49 +13,23 @@ _TILED = (
 OPERATORS = (
     Operator(
         "attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor lengths, bool packed, bool causal, float scale)"
-        " -> (Tensor out, Tensor lse)",
+        "(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? targets, int sums, bool spread,"
+        f" {_HOW}) -> (Tensor out, Tensor lse, Tensor received, Tensor entropy)",
         attention.forward,
         attention.forward_like,
         Gradient(
             "attention_backward",
-            takes="grad:out q k v out lse starts lengths packed causal scale",
-            gives="q k v",
-        ),
-    ),
-    Operator(
-        "attention_backward",
-        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, Tensor lengths,"
-        " bool packed, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
-        attention.backward,
-        attention.backward_like,
-    ),
-    Operator(
-        "tiled_attention",
-        f"(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? targets, int sums, bool spread,"
-        f" {_TILED}) -> (Tensor out, Tensor lse, Tensor received, Tensor entropy)",
-        tiled.forward,
-        tiled.forward_like,
-        Gradient(
-            "tiled_attention_backward",
             takes="grad:out q k v sink_logits out lse starts lengths packed causal scale softcap"
             " window chunk prefix blocks mask",
             gives="q k v sink_logits",
         ),
     ),
     Operator(
-        "tiled_attention_backward",
-        f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor out, Tensor lse, {_TILED}) ->"
+        "attention_backward",
+        f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor out, Tensor lse, {_HOW}) ->"
         " (Tensor, Tensor, Tensor, Tensor)",
-        tiled.backward,
-        tiled.backward_like,
-    ),
-    Operator(
-        "received",
-        "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? first, bool packed, bool causal,"
-        " float scale) -> Tensor",
-        received.forward,
-        received.forward_like,
+        attention.backward,
+        attention.backward_like,
     ),
     Operator(
         "decorrelation_sums",

@@ -21,8 +21,9 @@ from flashsink.types import ActivationStats, Layout
 
 
 @triton.jit
-def largest(h, offs_c, features):
-    """(max |h|, the lowest feature that reaches it) of h [BLOCK_C]. NaN counts as the largest, and the first is found.
+def ranks(h, offs_c):
+    """An integer for every entry of h [BLOCK_C], the largest for the largest |h| and of equal ones for the lowest
+    feature. NaN counts as the largest.
 
     Absolute values are compared as integers: the order is that of the numbers, infinity is above them and NaN, mapped
     to one value, above that. Entries beyond the features are 0 and come last, so they never win.
@@ -30,15 +31,19 @@ def largest(h, offs_c, features):
     bits = h.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.where(bits > 0x7F800000, 0x7FC00000, bits)
     if h.dtype.primitive_bitwidth == 16:
-        # the lower 13 bits are 0 and hold the feature: one reduction instead of two
-        both = tl.max(bits | (8191 - offs_c), axis=0)
-        value = (both & 0x7FFFE000).to(tl.float32, bitcast=True)
-        index = 8191 - (both & 8191)
+        return bits | (8191 - offs_c)  # the lower 13 bits are 0 and hold the feature
     else:
-        top = tl.max(bits, axis=0)
-        value = top.to(tl.float32, bitcast=True)
-        index = tl.min(tl.where(bits == top, offs_c, features), axis=0)
-    return value, index
+        return (bits.to(tl.int64) << 13) | (8191 - offs_c)
+
+
+@triton.jit
+def ranked(rank):
+    """(|h|, feature) of a rank."""
+    if rank.dtype.primitive_bitwidth == 64:
+        bits = (rank >> 13).to(tl.int32)
+    else:
+        bits = rank & 0x7FFFE000
+    return bits.to(tl.float32, bitcast=True), 8191 - (rank & 8191).to(tl.int32)
 
 
 @triton.jit
@@ -68,7 +73,7 @@ def activation_max(
     offs_c = tl.arange(0, BLOCK_C)
     h_row = select(layers, layer) + tl.cast(row, tl.int64) * stride_hb + tl.cast(token, tl.int64) * stride_hs
     h = tl.load(h_row + offs_c, mask=valid & (offs_c < FEATURES), other=0.0)  # [BLOCK_C]
-    top, index = largest(h, offs_c, FEATURES)
+    top, index = ranked(tl.max(ranks(h, offs_c), axis=0))
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens + token
     tl.store(max_abs + flat, tl.where(valid, top, 0.0))
     tl.store(feature + flat, tl.where(valid, index, -1))

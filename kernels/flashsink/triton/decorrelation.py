@@ -29,12 +29,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink import reference
-from flashsink.triton.launch import VARYING, Tile, launch
+from flashsink.triton.launch import INTERPRETED, VARYING, Tile, launch
 from flashsink.types import Layout
 
 MAX_FEATURES = 8192  # a row is held in the registers of one program
 _PROGRAMS = 512  # about two programs for every multiprocessor of a large GPU, each with a steady stream of rows
 _LEAST = tl.constexpr(1e-24)  # F.normalize divides by at least 1e-12
+# Several numbers are reduced together, which takes the barriers of one; the interpreter would go through them one by one
+TOGETHER = tl.constexpr(not INTERPRETED)
 
 # ---- pieces that other kernels share
 
@@ -57,9 +59,22 @@ def bounds(starts, counts, n, tokens):
 
 
 @triton.jit
-def cosine(h, h_sq, a, a_sq, margin):
-    """(term, w, p, q) of a token h [BLOCK_C] and BOS a [BLOCK_C] with their squared norms."""
-    dot = tl.sum(h * a, axis=0)
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def squared_and_dot(h, a):
+    """(|h|^2, <h, a>) of h and a [BLOCK_C] float32."""
+    if TOGETHER:
+        return tl.reduce((h * h, h * a), 0, _add_two)
+    else:
+        return tl.sum(h * h, axis=0), tl.sum(h * a, axis=0)
+
+
+@triton.jit
+def cosine(dot, h_sq, a_sq, margin):
+    """(term, w, p, q) of a token and BOS, from their product and squared norms."""
     p = dot / tl.maximum(h_sq, _LEAST)
     # a NaN of BOS is in dot; tl.maximum need not propagate that of a_sq
     q = dot / tl.maximum(a_sq, _LEAST)
@@ -108,7 +123,8 @@ def decorrelation_forward(
     flat = (tl.cast(layer, tl.int64) * rows + row) * tokens
     for token in tl.range(first, last, num_stages=2):  # loads the next token ahead
         h = tl.load(h_row + tl.cast(token, tl.int64) * stride_hs + offs_c, mask=inside, other=0.0).to(tl.float32)
-        term, w, p, q = cosine(h, tl.sum(h * h, axis=0), a, a_sq, margin)
+        h_sq, dot = squared_and_dot(h, a)
+        term, w, p, q = cosine(dot, h_sq, a_sq, margin)
         tl.store(terms + flat + token, term)
         tl.store(ws + flat + token, w)
         tl.store(ps + flat + token, p)

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink import reference
-from flashsink.triton.activations import largest, valid_range
-from flashsink.triton.decorrelation import alike, bounds, check_features, cosine, dcos2, row_tile
+from flashsink.triton.activations import ranked, ranks, valid_range
+from flashsink.triton.decorrelation import TOGETHER, alike, bounds, check_features, cosine, dcos2, row_tile
 from flashsink.triton.launch import VARYING, Tile, launch
 from flashsink.types import Layout, Normed
 
@@ -67,6 +67,31 @@ def piece(starts, n, first, last, begin, end):
     return low, high
 
 
+@triton.jit
+def _add_max(a, b, c, d):
+    return a + c, tl.maximum(b, d)
+
+
+@triton.jit
+def _add_add_max(a, b, c, d, e, f):
+    return a + d, b + e, tl.maximum(c, f)
+
+
+@triton.jit
+def reduced(x, rank, a, LOSS: tl.constexpr):
+    """(|x|^2, the largest rank, <x, a>) of x, rank and, for the loss, a [BLOCK_C]; the last is 0 without it."""
+    if TOGETHER:
+        if LOSS:
+            x_sq, dot, top = tl.reduce((x * x, x * a, rank), 0, _add_add_max)
+        else:
+            x_sq, top = tl.reduce((x * x, rank), 0, _add_max)
+            dot = 0.0
+    else:
+        x_sq, top = tl.sum(x * x, axis=0), tl.max(rank, axis=0)
+        dot = tl.sum(x * a, axis=0) if LOSS else 0.0
+    return x_sq, top, dot
+
+
 @triton.jit(do_not_specialize=VARYING)
 def norm_forward(
     h, weight,  # (B, S, C), (C,)
@@ -91,6 +116,7 @@ def norm_forward(
     first, last = owners(starts, sequences, row, begin, end, PACKED, LOSS, BLOCK_N)
     for n in range(first, last + 1):
         low, high = piece(starts, n, first, last, begin, end)
+        a = gamma  # not used without the loss
         if LOSS:
             start, span = bounds(starts, spans, n, tokens)
             a = tl.load(h + tl.cast(start, tl.int64) * stride_hs + offs_c, mask=inside & (span > 1), other=0.0)
@@ -100,17 +126,17 @@ def norm_forward(
         for token in tl.range(low, high, num_stages=2):  # loads the next token ahead
             raw = tl.load(h + tl.cast(token, tl.int64) * stride_hs + offs_c, mask=inside, other=0.0)  # [BLOCK_C]
             x = raw.to(tl.float32)
-            h_sq = tl.sum(x * x, axis=0)
+            h_sq, top, dot = reduced(x, ranks(raw, offs_c), a, LOSS)
             rstd_i = 1.0 / tl.sqrt(h_sq / FEATURES + eps)
             x_hat = (x * rstd_i).to(raw.dtype).to(tl.float32)
             tl.store(out + (flat + token) * FEATURES + offs_c, x_hat * gamma, mask=inside)
             tl.store(rstd + flat + token, rstd_i)
-            top, index = largest(raw, offs_c, FEATURES)
+            top, index = ranked(top)
             valid = (token >= valid_start) & (token < valid_end)
             tl.store(max_abs + flat + token, tl.where(valid, top, 0.0))
             tl.store(feature + flat + token, tl.where(valid, index, -1))
             if LOSS:
-                term, w, p, q = cosine(x, h_sq, a, a_sq, margin)
+                term, w, p, q = cosine(dot, h_sq, a_sq, margin)
                 counted = (token > start) & (token < start + span)
                 w = tl.where(counted, w, 0.0)
                 tl.store(terms + flat + token, tl.where(counted, term, 0.0))

@@ -1,9 +1,9 @@
 """What a GPU would execute, counted without one: the machine code of the kernels that a decoder layer starts, by loop.
 
 ``python -m bench.sass_report LABEL`` compiles them for sm_90 with the tiles of the table and writes a row a loop to
-``bench/results/sass.csv``, instead of older rows of that label: instructions a thread, barriers, copies to shared memory
-(those of 4 bytes apart), registers, and how many CTAs fit on an SM. ``--page BEFORE AFTER`` writes the table of two
-labels into ``bench/README.md``. Counts are exact, speeds are not in them.
+``bench/results/sass.csv``, instead of older rows of that label: instructions a thread, barriers, copies to shared
+memory (those of 4 bytes apart), registers, and how many CTAs fit on an SM. ``--page BEFORE AFTER`` writes the table of
+two labels into ``bench/README.md``. Counts are exact, speeds are not in them.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def table(found: Sequence[Row], before: str, after: str) -> str:
     """Two labels side by side, a line a kernel of a case: instructions of every loop, and what limits occupancy."""
     of = {label: _kernels([row for row in found if row["label"] == label]) for label in (before, after)}
     lines = [
-        "| case | kernel | tile | instructions an iteration, outside | barriers | 4-byte copies | registers | CTAs an SM |",
+        "| case | kernel | tile | instructions an iteration, outside | barriers | 4-byte copies | registers | CTAs |",
         "|---|---|---|---|---|---:|---:|---:|",
     ]
     for key in dict.fromkeys([*of[before], *of[after]]):

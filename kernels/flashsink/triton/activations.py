@@ -39,10 +39,8 @@ def ranks(h, offs_c):
 @triton.jit
 def ranked(rank):
     """(|h|, feature) of a rank."""
-    if rank.dtype.primitive_bitwidth == 64:
-        bits = (rank >> 13).to(tl.int32)
-    else:
-        bits = rank & 0x7FFFE000
+    wide: tl.constexpr = rank.dtype.primitive_bitwidth == 64
+    bits = (rank >> 13).to(tl.int32) if wide else rank & 0x7FFFE000
     return bits.to(tl.float32, bitcast=True), 8191 - (rank & 8191).to(tl.int32)
 
 

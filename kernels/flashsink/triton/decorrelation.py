@@ -35,7 +35,7 @@ from flashsink.types import Layout
 MAX_FEATURES = 8192  # a row is held in the registers of one program
 _PROGRAMS = 512  # about two programs for every multiprocessor of a large GPU, each with a steady stream of rows
 _LEAST = tl.constexpr(1e-24)  # F.normalize divides by at least 1e-12
-# Several numbers are reduced together, which takes the barriers of one; the interpreter would go through them one by one
+# Several sums are one reduction, with the barriers of one; the interpreter would go through such element by element
 TOGETHER = tl.constexpr(not INTERPRETED)
 
 # ---- pieces that other kernels share

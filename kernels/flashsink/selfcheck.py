@@ -213,7 +213,7 @@ def _states(kernel: Kernel, name: str, place: Place, layers: int, poison: bool) 
     return (
         made,
         torch.tensor(spans, device=device),
-        layout._replace(starts=layout.starts.to(device), lengths=layout.lengths.to(device)),
+        layout.to(device),
     )
 
 

@@ -250,6 +250,8 @@ class Layout(NamedTuple):
         tokens: number of positions S in a row, valid or not.
         packed: whether the single row holds N sequences one after another.
         full: known on the host: dense rows without padding.
+        segment: (tokens,) int64, what :meth:`segments` gives for the packed row, from where it was made for all calls
+            that share the layout; None where it was not.
     """
 
     starts: Tensor
@@ -258,9 +260,18 @@ class Layout(NamedTuple):
     tokens: int
     packed: bool
     full: bool = False
+    segment: Tensor | None = None
+
+    def to(self, device: torch.device) -> Layout:
+        if self.starts.device == device:
+            return self
+        segment = None if self.segment is None else self.segment.to(device)
+        return self._replace(starts=self.starts.to(device), lengths=self.lengths.to(device), segment=segment)
 
     def segments(self) -> Tensor:
         """(rows, tokens) int64: index of the row or packed sequence a position belongs to, -1 at padding."""
+        if self.segment is not None:
+            return self.segment.unsqueeze(0)
         device = self.starts.device
         position = torch.arange(self.tokens, device=device)
         if self.packed:

@@ -65,14 +65,16 @@ def kernels(packed=False, features=160, device="cpu"):
     h, weight, where = draw(b, S, C), draw(C), (starts, spans, packed)
     sink, capture = draw(H), torch.zeros(b, H, S, device=device)
     q, k, v, up = (draw(b, n, S, features, seed=seed).half() for seed, n in enumerate((H, HK, HK, H)))
-    out, lse = ops.triton_attention(q, k, v, sink, capture, starts, lengths, first, *tail)
+    segments = ops.triton_segments(starts, lengths, S) if packed else None
+    places = (starts, lengths, segments)
+    out, lse = ops.triton_attention(q, k, v, sink, capture, *places, first, *tail)
     _, *kept = ops.triton_decorrelation_sums([h, h + 1], *where, 0.0)
     normed = ops.triton_rms_norm(h, weight, starts, lengths, spans, packed, 1e-5, 0.0)[4:]
     norm_up = (draw(b, S, C, seed=3), draw(1)[0])
     found = {
-        "triton_attention": (q, k, v, sink, capture, starts, lengths, first, *tail),
-        "triton_attention_backward": (up, q, k, v, out, lse, sink, starts, lengths, first, *tail, True),
-        "triton_received": (q, k, lse, starts, lengths, first, *tail),
+        "triton_attention": (q, k, v, sink, capture, *places, first, *tail),
+        "triton_attention_backward": (up, q, k, v, out, lse, sink, *places, first, *tail, True),
+        "triton_received": (q, k, lse, *places, first, *tail),
         "triton_calibrate": (q, k, v, out, lse, draw(b, H, S) > 0.5, starts, lengths, 0.4, 0.3),
         "triton_activation_max": ([h, h + 1], starts, lengths, packed),
         "triton_decorrelation_sums": ([h, h + 1], *where, 0.1),
@@ -82,6 +84,7 @@ def kernels(packed=False, features=160, device="cpu"):
     }
     if packed:
         del found["triton_calibrate"]
+        found["triton_segments"] = (starts, lengths, S)
     return found
 
 

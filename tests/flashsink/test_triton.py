@@ -6,10 +6,14 @@ import contextlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import SHIPPED, TRITON, Problem, States, compare, exact, on, run
 
 import flashsink
-from flashsink.triton import decorrelation, launch, norm
+from flashsink.checks import resolve_layout
+from flashsink.triton import decorrelation, device, launch, norm
+from flashsink.triton.device import locate
 
 
 @contextlib.contextmanager
@@ -52,6 +56,51 @@ def test_how_often_kernels_are_launched(backend):
         backend.module.activation_stats(wide, states.layout, False)
         backend.module.rms_norm(wide[0], weight, 1e-5, states.layout, None, 0.0)
         assert not seen
+
+
+@triton.jit
+def tiles_kernel(
+    found, starts, lengths, segments, sequences, tokens, GROUP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr
+):
+    """What every slot is given."""
+    slot = tl.program_id(0)
+    _, origin, count, start, end, n, tile = locate(
+        slot, 0, starts, lengths, segments, sequences, tokens, tokens, GROUP, BLOCK, PACKED
+    )
+    found += slot * 6
+    tl.store(found, origin)
+    tl.store(found + 1, count)
+    tl.store(found + 2, start)
+    tl.store(found + 3, end)
+    tl.store(found + 4, n)
+    tl.store(found + 5, tile)
+
+
+@on(TRITON)
+@pytest.mark.parametrize(("group", "block"), [(1, 16), (3, 32), (40, 16)])
+@pytest.mark.parametrize("sizes", [[0, 1, 0, 16, 2, 0, 0, 31, 15, 17, 0], [0, 0], [1] * 130], ids=len)
+def test_packed_rows_are_cut_into_tiles(backend, sizes, group, block):
+    """Every row of GROUP heads is in exactly one tile of its own sequence, or of what is after the last."""
+    for tail in (0, 7):
+        tokens, bounds = sum(sizes) + tail, torch.tensor([0, *sizes], device=backend.device).cumsum(0)
+        layout = resolve_layout(1, tokens, bounds.device, cu_seqlens=bounds)
+        segments = torch.ops.flashsink.triton_segments(layout.starts, layout.lengths, tokens)
+        assert torch.equal(segments, layout.segments()[0])
+        slots = device.slots(tokens, len(sizes), group, block, True)
+        found = torch.zeros(slots, 6, dtype=torch.int64, device=bounds.device)
+        tiles_kernel[(slots,)](found, layout.starts, layout.lengths, segments, len(sizes), tokens, group, block, True)
+        owner = [None] * (tokens * group)
+        for origin, count, start, end, n, tile in found.tolist():
+            for row in range(tile * block, min((tile + 1) * block, count * group)):
+                assert owner[origin * group + row] is None
+                owner[origin * group + row] = (start, end, n, tile)
+        for n, (low, high) in enumerate(zip(bounds.tolist(), [*bounds.tolist()[1:], tokens], strict=True)):
+            own = owner[low * group : high * group]
+            after = n == len(sizes)
+            expected = (low, low, n - 1) if after else (low, high, n)
+            assert own == [(*expected, row // block) for row in range(len(own))]
+
+
 
 
 @on(SHIPPED)

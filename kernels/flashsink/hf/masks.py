@@ -4,8 +4,9 @@ Transformers asks a mask function once a forward for every kind of mask that the
 every attention call. Where the mask is no more than causal attention over padded or packed rows, a few
 numbers a row stand for it, which every backend takes; they travel as a 4-D int64 tensor, which passes through
 everything (generate, checkpointing, other devices) unchanged: dense rows (B, 3, 1, 1) = start, length and the first
-position whose query counts in the statistics; packed (1, N, 3, 1) with the same three. Any other mask stays what the
-model's own functions make of it, (B, 1, Sq, Sk) bool.
+position whose query counts in the statistics; packed (1, N + ceil(S / 3), 3, 1) with the same three of every sequence
+and, made once for all layers, the sequence of every token. Any other mask stays what the model's own functions make of
+it, (B, 1, Sq, Sk) bool.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ def encode(layout: Layout, query_starts: Tensor | None = None) -> Tensor:
     all."""
     query_starts = layout.starts if query_starts is None else query_starts
     numbers = torch.stack([layout.starts, layout.lengths, query_starts], dim=1)
-    return numbers[None, :, :, None] if layout.packed else numbers[:, :, None, None]
+    if not layout.packed:
+        return numbers[:, :, None, None]
+    sequences = torch.nn.functional.pad(layout.segments()[0], (0, -layout.tokens % 3))
+    return torch.cat([numbers, sequences.view(-1, 3)])[None, :, :, None]
 
 
 def is_encoded(mask: Any) -> bool:
@@ -132,7 +136,9 @@ def is_encoded(mask: Any) -> bool:
 def decode(mask: Tensor, rows: int, tokens: int) -> tuple[Layout, Tensor]:
     """(layout, query_starts) of an encoded mask over ``rows`` rows of ``tokens`` tokens."""
     if mask.shape[2] == 3:
-        return Layout(mask[0, :, 0, 0], mask[0, :, 1, 0], 1, tokens, True), mask[0, :, 2, 0]
+        count = mask.shape[1] + tokens // -3
+        starts, lengths, first = mask[0, :count, :, 0].unbind(1)
+        return Layout(starts, lengths, 1, tokens, True, segment=mask[0, count:].flatten()[:tokens]), first
     return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0]
 
 

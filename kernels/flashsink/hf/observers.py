@@ -49,7 +49,7 @@ class AttentionObserver:
             self._settle(record, call.q.transpose(1, 2), None if call.pattern is None else call.pattern.mask)
             whole = call
             if call.layout.tokens == record.places[0].tokens:
-                call = call._replace(layout=_on(record.places[0], call.q.device))
+                call = call._replace(layout=record.places[0].to(call.q.device))
         elif call.encoded and torch.is_grad_enabled():
             record = self.forwards.recalled()  # the backward of a checkpointed layer, whose mask knows of its forward
         recorded = record is not None and record.recorded and (live or call.encoded)
@@ -95,7 +95,7 @@ class AttentionObserver:
         # a row in which everything is masked gives all keys the same, and says nothing of them
         blind = ((a.amax(dim=-1) - a.amin(dim=-1)) < 1e-7).all(dim=1)[:, None, :, None]
         self._settle(record, a.transpose(1, 2), seen & (~blind | blind.all()))
-        layout = _on(record.places[0], a.device)
+        layout = record.places[0].to(a.device)
         if not record.recorded or a.shape[2] != layout.tokens or a.shape[3] != layout.tokens:
             return
         self._once(record, index)
@@ -169,7 +169,7 @@ class OutputObserver:
     def _sums(self, layers: list[Tensor], layout: Layout, spans: Tensor) -> Tensor:
         device = layers[0].device
         run = implementation(self._options.backend, device.type, layers[0], family="loss")
-        return run.decorrelation_sums(layers, spans.to(device), _on(layout, device), self._options.margin)
+        return run.decorrelation_sums(layers, spans.to(device), layout.to(device), self._options.margin)
 
     def _observe(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         """A layer's output."""
@@ -216,7 +216,7 @@ class OutputObserver:
             self._forwards.mine.states[index] = states
         if options.activations and record.recorded:
             run = implementation(options.backend, states.device.type, states, family="activations")
-            layout = _on(record.places[0], states.device)
+            layout = record.places[0].to(states.device)
             record.activations[index] = run.activation_stats([states], layout, options.median)
 
     def _normalize(self, place: int, norm: nn.Module, plain: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class OutputObserver:
         if not counts and not (options.activations and record.recorded):
             return plain(states)
         layout, spans = record.places
-        layout, device = _on(layout, states.device), states.device
+        layout, device = layout.to(states.device), states.device
         run = implementation(options.backend, device.type, states, family="norm")
         normed = run.rms_norm(
             states, form.weight(norm), form.eps, layout, spans.to(device) if counts else None, options.margin
@@ -284,8 +284,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return a is b
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.data_ptr() == b.data_ptr() != 0
 
-
-def _on(layout: Layout, device: torch.device) -> Layout:
-    if layout.starts.device == device:
-        return layout
-    return layout._replace(starts=layout.starts.to(device), lengths=layout.lengths.to(device))

@@ -48,7 +48,7 @@ def seen(probe: Any, options: Options, record: Record) -> Seen:
 def tokens(seen: Seen, eps: float, min_queries: int) -> list[dict[str, Any]]:
     """What :meth:`flashsink.Probe.report` returns."""
     record, sinks, activations, cosines = seen
-    layout = _on_cpu(record.places[0])
+    layout = record.places[0].to(torch.device("cpu"))
     first = (layout.offsets() == 0) & record.anchored
     layers = range(len(activations.max_abs)) if activations is not None else sorted(sinks)
     largest = None if activations is None else _largest(activations.max_abs.cpu(), layout)
@@ -102,9 +102,6 @@ def _number(x: Tensor) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _on_cpu(layout: Layout) -> Layout:
-    return layout._replace(starts=layout.starts.cpu(), lengths=layout.lengths.cpu())
-
 
 def picture(seen: Seen, layers: int, row: int, path: str | Path | None) -> Any:
     """What :meth:`flashsink.Probe.plot` returns."""
@@ -116,7 +113,7 @@ def picture(seen: Seen, layers: int, row: int, path: str | Path | None) -> Any:
         raise ImportError(f"matplotlib: plot() needs it, 'pip install matplotlib' gets it ({error})") from error
     if path is not None and Path(path).suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"path: expected a file that ends in .png or .svg, got {str(path)!r}")
-    layout = _on_cpu(record.places[0])
+    layout = record.places[0].to(torch.device("cpu"))
     if not 0 <= row < layout.rows:
         raise ValueError(f"row: expected 0 to {layout.rows - 1}, got {row}")
     keep = layout.valid()[row]

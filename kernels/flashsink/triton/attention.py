@@ -52,12 +52,13 @@ def attention(
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot return a leaf that it creates, so there the pass runs
+    layout = layout._replace(segment=known_segments(layout))
     pending, capture = None, None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
         pending = Pending(q, k, layout, causal, scale, counted[0])
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
-        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, counted[0] if counted else None),
+        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, layout.segment, counted[0] if counted else None),
         *(layout.packed, causal, scale),
     )
     lse = lse.detach()
@@ -83,9 +84,16 @@ def run_received(
 ) -> Tensor:
     """(B, H, Sk) float32: the statistics pass over any attention with the log-sum-exp ``lse`` (B, H, Sq)."""
     return torch.ops.flashsink.triton_received(
-        *(q.detach(), k.detach(), lse.float(), layout.starts, layout.lengths, query_starts),
+        *(q.detach(), k.detach(), lse.float(), layout.starts, layout.lengths, known_segments(layout), query_starts),
         *(layout.packed, causal, scale),
     )
+
+
+def known_segments(layout: Layout) -> Tensor | None:
+    """(Sk,) int64: the packed sequence of every token, which the kernels look up; None of dense rows."""
+    if not layout.packed or layout.segment is not None:
+        return layout.segment
+    return torch.ops.flashsink.triton_segments(layout.starts, layout.lengths, layout.tokens)
 
 
 def calibrated_attention(
@@ -113,7 +121,7 @@ def calibrated_attention(
     q, k, v = (adjacent(x) for x in (q, k, v))
     starts, lengths = layout.starts, layout.lengths
     out, lse = torch.ops.flashsink.triton_attention(
-        q, k, v, None, None, starts, lengths, None, layout.packed, True, scale
+        q, k, v, None, None, starts, lengths, None, None, layout.packed, True, scale
     )
     return torch.ops.flashsink.triton_calibrate(q, k, v, out, lse, sinks, starts, lengths, beta, scale)
 

@@ -140,6 +140,7 @@ def gradient_kv_kernel(
     dk, dv,  # (B, Hk, seqlen_k, D)
     received,  # (B, H, seqlen_k) float32, contiguous; or None
     starts, lengths,  # (N,) int64
+    segments,  # (seqlen_k,) int64 where packed
     query_starts,  # (N,) int64, position of the first query that counts in received; or None
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -156,7 +157,7 @@ def gradient_kv_kernel(
     stride_dvb, stride_dvh, stride_dvn = multiples(stride_dvb, stride_dvh, stride_dvn, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
     )
     if tile * BLOCK_N >= count:
         return
@@ -223,6 +224,7 @@ def gradient_q_kernel(
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
     dq,  # (B, H, seqlen_q, D)
     starts, lengths,  # (N,) int64
+    segments,  # (seqlen_k,) int64 where packed
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
@@ -237,7 +239,7 @@ def gradient_q_kernel(
     stride_dqb, stride_dqh, stride_dqm = multiples(stride_dqb, stride_dqh, stride_dqm, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
     )
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
@@ -280,6 +282,7 @@ def backward(
     sink_logits: Tensor | None,
     starts: Tensor,
     lengths: Tensor,
+    segments: Tensor | None,
     query_starts: Tensor | None,
     packed: bool,
     causal: bool,
@@ -307,6 +310,7 @@ def backward(
     )  # fmt: skip
     common: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "starts": starts, "lengths": lengths,
+        "segments": segments,
         "sequences": len(starts), "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "scale": scale,
         "GROUP": group, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
         "PRECISION": precision(d),
@@ -324,7 +328,7 @@ def backward(
         tile, **common, dq=dq, **strides({"bhm": {"q": q, "do": do, "dq": dq}, "bhn": {"k": k, "v": v}}),
     )  # fmt: skip
     if in_pass:
-        received = statistics_pass(q, k, lse, starts, lengths, query_starts, packed, causal, scale)
+        received = statistics_pass(q, k, lse, starts, lengths, segments, query_starts, packed, causal, scale)
     dsink = lse.new_empty(0)
     if sink_logits is not None:
         dsink = _dsink(sink_logits, lse, delta, Layout(starts, lengths, b, seqlen_k, packed))

@@ -68,6 +68,7 @@ def forward_kernel(
     out,  # (B, H, seqlen_q, D)
     lse,  # (B, H, seqlen_q) float32, contiguous
     starts, lengths,  # (N,) int64
+    segments,  # (seqlen_q,) int64 where packed
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
@@ -83,7 +84,7 @@ def forward_kernel(
     stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
     )
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
@@ -132,6 +133,7 @@ def forward(
     capture: Tensor | None,
     starts: Tensor,
     lengths: Tensor,
+    segments: Tensor | None,
     query_starts: Tensor | None,
     packed: bool,
     causal: bool,
@@ -139,7 +141,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, H, Sq, D) in q's dtype, lse (B, H, Sq) float32): both 0 at padded queries.
 
-    ``out`` is (B, Sq, H, D) in memory, as the next projection reads it. ``capture`` and ``query_starts`` are for the
+    ``out`` is (B, Sq, H, D) in memory, as the next projection reads it. ``segments`` (Sk,), needed where packed, is
+    what :func:`flashsink.triton.segments.forward` makes. ``capture`` and ``query_starts`` are for the
     backward alone.
     """
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
@@ -156,6 +159,7 @@ def forward(
         (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
         tile,
         q=q, k=k, v=v, sink_logits=sink_logits, out=out, lse=lse, starts=starts, lengths=lengths,
+        segments=segments,
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
         **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,

@@ -76,7 +76,7 @@ def calibrate_kernel(
     stride_rb, stride_rh, stride_rm = multiples(stride_rb, stride_rh, stride_rm, UNIT)
     off_h = tl.program_id(1).to(tl.int64)
     batch, origin, count, start, end, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, tl.num_programs(2), seqlen_q, seqlen_k, 1, BLOCK_M, False
+        tl.program_id(0), tl.program_id(2), starts, lengths, None, tl.num_programs(2), seqlen_q, seqlen_k, 1, BLOCK_M, False
     )
     offs_m, _, pos_m, inside, valid, first, last = query_tile(
         tile, origin, count, seqlen_k - seqlen_q, start, end, 1, BLOCK_M

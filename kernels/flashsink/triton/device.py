@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-1.0e38)  # finite, so that a row without a visible key so
 def slots(seqlen: int, sequences: int, group: int, block: int, packed: bool) -> int:
     """Number of programs along the first axis for ``seqlen`` positions of a row (of all sequences when packed)."""
     if packed:
-        return seqlen * group // block + sequences + 1
+        return max(seqlen * group - 1, 0) // block + sequences + 1
     return triton.cdiv(seqlen * group, block)
 
 
@@ -38,7 +38,7 @@ def multiples(stride_b, stride_h, stride_s, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _bounds(starts, lengths, n, seqlen):
+def bounds(starts, lengths, n, seqlen):
     """[start, end) of sequence n, clamped to the tensor: values on a GPU are not checked on the host."""
     start = tl.minimum(tl.maximum(tl.load(starts + n).to(tl.int32), 0), seqlen)
     end = start + tl.maximum(tl.load(lengths + n).to(tl.int32), 0)
@@ -47,35 +47,34 @@ def _bounds(starts, lengths, n, seqlen):
 
 @triton.jit
 def locate(
-    slot, batch, starts, lengths, sequences, size, seqlen_k,
+    slot, batch, starts, lengths, segments, sequences, size, seqlen_k,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The tile of slot ``slot`` of row ``batch``: (batch, origin, count, start, end, n, tile).
 
     The tile is the ``tile``-th of the ``count`` indices that begin at ``origin``, GROUP rows each; positions
     [start, end) are valid; n is the sequence. Dense rows: all ``size`` indices of the row, valid or not. Packed: the
-    slots of sequence n begin at starts[n] * GROUP // BLOCK + n. That leaves room for all its tiles without a table of
-    tiles; the tokens after the last sequence count as one more, without a valid position.
+    tokens after the last sequence count as one more, without a valid position. Slot n <= sequences has the first tile
+    of sequence n. Of the others slot sequences + i has the tile that begins in rows i BLOCK to (i + 1) BLOCK of the
+    whole and is not its sequence's first: at most one does, in the sequence of row i BLOCK, which ``segments`` names.
+    A slot without a tile has one beyond ``count``.
     """
     if PACKED:
-        last_start, last_end = _bounds(starts, lengths, sequences - 1, seqlen_k)
-        before = 0
-        for first in range(0, sequences + 1, 128):
-            n = first + tl.arange(0, 128)
-            start_n = tl.load(starts + n, mask=n < sequences, other=0).to(tl.int32)
-            start_n = tl.where(n == sequences, last_end, start_n)
-            begins = start_n * GROUP // BLOCK + n
-            before += tl.sum(((n <= sequences) & (begins <= slot)).to(tl.int32))
-        index = before - 1
-        start, end = _bounds(starts, lengths, tl.minimum(index, sequences - 1), seqlen_k)
+        block = slot - sequences
+        index = slot
+        if block > 0:
+            index = tl.load(segments + block * BLOCK // GROUP).to(tl.int32)
+            index = tl.where(index < 0, sequences, tl.minimum(index, sequences))
+        start, end = bounds(starts, lengths, tl.minimum(index, sequences - 1), seqlen_k)
         tail = index == sequences
         origin = tl.where(tail, end, start)
         count = tl.where(tail, seqlen_k, end) - origin
         start = tl.where(tail, end, start)
-        tile = slot - (origin * GROUP // BLOCK + index)
+        tile = block - origin * GROUP // BLOCK
+        tile = tl.where(block > 0, tl.where(tile > 0, tile, count * GROUP), 0)
         return batch, origin, count, start, end, tl.minimum(index, sequences - 1), tile
     else:
-        start, end = _bounds(starts, lengths, batch, seqlen_k)
+        start, end = bounds(starts, lengths, batch, seqlen_k)
         return batch, 0, size, start, end, batch, slot
 
 

@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # 1 or divisible by 16 and pointers that are aligned make kernels of their own, and a run compiles again and again, its
 # ranks at different steps. Strides are not among them: what they say of alignment makes loads wide, and they keep it.
 VARYING = (
-    *("starts", "lengths", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
+    *("starts", "lengths", "segments", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
     *("sequences", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
 )
 

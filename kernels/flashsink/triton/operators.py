@@ -11,33 +11,40 @@ from flashsink.triton import (
     decorrelation,
     norm,
     received,
+    segments,
 )
 
 OPERATORS = (
     Operator(
+        "triton_segments",
+        "(Tensor starts, Tensor lengths, SymInt tokens) -> Tensor",
+        segments.forward,
+        segments.forward_like,
+    ),
+    Operator(
         "triton_attention",
         "(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? capture, Tensor starts, Tensor lengths,"
-        " Tensor? first, bool packed, bool causal, float scale) -> (Tensor out, Tensor lse)",
+        " Tensor? segments, Tensor? first, bool packed, bool causal, float scale) -> (Tensor out, Tensor lse)",
         attention_forward.forward,
         attention_forward.forward_like,
         Gradient(
             "triton_attention_backward",
-            takes="grad:out q k v out lse sink_logits starts lengths first packed causal scale needs:capture",
+            takes="grad:out q k v out lse sink_logits starts lengths segments first packed causal scale needs:capture",
             gives="q k v sink_logits capture",
         ),
     ),
     Operator(
         "triton_attention_backward",
         "(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink_logits, Tensor starts,"
-        " Tensor lengths, Tensor? first, bool packed, bool causal, float scale, bool capture)"
+        " Tensor lengths, Tensor? segments, Tensor? first, bool packed, bool causal, float scale, bool capture)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         attention_backward.backward,
         attention_backward.backward_like,
     ),
     Operator(
         "triton_received",
-        "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? first, bool packed, bool causal,"
-        " float scale) -> Tensor",
+        "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? segments, Tensor? first, bool packed,"
+        " bool causal, float scale) -> Tensor",
         received.forward,
         received.forward_like,
     ),

@@ -55,6 +55,7 @@ def received_kernel(
     lse,  # (B, H, seqlen_q) float32, contiguous
     received,  # (B, H, seqlen_k) float32, contiguous
     starts, lengths,  # (N,) int64
+    segments,  # (seqlen_k,) int64 where packed
     query_starts,  # (N,) int64, position of the first query that counts; or None
     sequences, seqlen_q, seqlen_k, scale, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
@@ -65,7 +66,7 @@ def received_kernel(
     stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_k, seqlen_k, 1, BLOCK_N, PACKED
     )
     if tile * BLOCK_N >= count:
         return
@@ -102,6 +103,7 @@ def forward(
     lse: Tensor,
     starts: Tensor,
     lengths: Tensor,
+    segments: Tensor | None,
     query_starts: Tensor | None,
     packed: bool,
     causal: bool,
@@ -124,7 +126,7 @@ def forward(
         received_kernel,
         (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b),
         tile,
-        q=q, k=k, lse=lse, received=result, starts=starts, lengths=lengths, query_starts=query_starts,
+        q=q, k=k, lse=lse, received=result, starts=starts, lengths=lengths, segments=segments, query_starts=query_starts,
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
         **strides({"bhm": {"q": q}, "bhn": {"k": k}}),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,

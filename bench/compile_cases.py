@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.compile_report import CAPABILITIES, Case
 from flashsink.triton import activations, attention, decorrelation, norm, tiles
-from flashsink.types import Layout
+from flashsink.types import Layout, Pattern
 
 FEATURES = (576, 2048, 3072, 4096)  # SmolLM2, Llama 3.2 1B and 3B, 3.1 8B
 MATRIX = ("forward_kernel", "gradient_kv_kernel", "gradient_q_kernel", "received_kernel")
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "causal": (True, False),
     "packed": (True, False),
-    "extras": (True, False),
+    "extras": ("", "counted", "window", "pattern", "mask", "values"),
 }
 # that spilled before
 KNOWN = [
@@ -62,11 +62,12 @@ def layout(packed: bool) -> Layout:
 
 def attention_cases() -> Iterator[Case]:
     for known in KNOWN:
-        yield attention_case(**known, dtype=torch.bfloat16, extras=False)
+        yield attention_case(**known, dtype=torch.bfloat16, extras="")
     for chosen in pairwise(OPTIONS, _exists):
         yield attention_case(**chosen)
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (192, torch.float16), (128, torch.float32)):
-        yield calibrated_case(dim, dtype)
+        for extras in ("", "pattern", "mask"):
+            yield calibrated_case(dim, dtype, extras)
 
 
 def _exists(chosen: dict[str, Any]) -> bool:
@@ -102,21 +103,24 @@ def _pair(names: list[str], one: tuple[str, Any], other: tuple[str, Any]) -> Any
 
 
 def attention_case(
-    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: bool
+    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: str
 ) -> Case:
-    """Forward, statistics pass and backward with capture; with ``extras`` a sink logit, counted queries and no
-    capture."""
+    """Forward, statistics pass and backward with capture. ``extras``: counted: a sink logit, counted queries and no
+    capture; window: and capped scores; pattern: all that a pattern has but a mask; mask: and capped scores; values: of
+    a smaller head dim."""
     parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
-    parts += [name for name, on in (("full", not causal), ("extras", extras)) if on]
+    parts += [*(["full"] if not causal else []), *([extras] if extras else [])]
 
     def call() -> None:
         where = layout(packed)
-        q, k, v = projections(dim, dtype, where.rows, group)
-        extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if extras else {}
-        counted = [where.starts + 1 if extras else None]
+        q, k, v = projections(dim, dtype, where.rows, group, dim // 24 * 16 if extras == "values" else dim)
+        extra = seen(extras, where)
+        if extras == "counted":
+            extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)}
+        counted = [where.starts + 1 if extras == "counted" else None]
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                asked = [] if extras and grad else counted
+                asked = [] if extras == "counted" and grad else counted
                 out, _ = attention.attention(q, k, v, where, causal=causal, scale=0.1, counted=asked, **extra)
             if grad:
                 out.backward(torch.zeros_like(out))
@@ -124,19 +128,32 @@ def attention_case(
     return Case(" ".join(parts), call, MATRIX if dtype != torch.float32 else (), (capability,))
 
 
-def calibrated_case(dim: int, dtype: torch.dtype) -> Case:
+def seen(extras: str, where: Layout) -> dict[str, Any]:
+    """The options of attention that ``extras`` names."""
+    if extras == "window":
+        return {"pattern": Pattern(window=64), "softcap": 50.0}
+    if extras == "pattern":
+        blocks = torch.zeros(where.rows, TOKENS, dtype=torch.long)
+        return {"pattern": Pattern(64, 100, where.lengths // 2, blocks), "softcap": 50.0}
+    if extras == "mask":
+        return {"pattern": Pattern(mask=torch.ones(where.rows, 1, TOKENS, TOKENS, dtype=torch.bool)), "softcap": 50.0}
+    return {}
+
+
+def calibrated_case(dim: int, dtype: torch.dtype, extras: str) -> Case:
     def call() -> None:
         where = layout(False)
-        q, k, v = (x.detach() for x in projections(dim, dtype, where.rows, 4))
+        q, k, v = (x.detach() for x in projections(dim, dtype, where.rows, 4, dim))
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
-        attention.calibrated_attention(q, k, v, sinks, where, beta=0.4, scale=0.1)
+        attention.calibrated_attention(q, k, v, sinks, where, beta=0.4, scale=0.1, **seen(extras, where))
 
-    return Case(f"calibrated attention D{dim} {SHORT[dtype]}", call, capabilities=(80, 90, 100, 120))
+    return Case(f"calibrated attention D{dim} {SHORT[dtype]} {extras}".strip(), call, capabilities=(80, 90, 100, 120))
 
 
-def projections(dim: int, dtype: torch.dtype, rows: int, group: int) -> tuple[Tensor, ...]:
-    """q, k, v (B, heads, S, D), laid out as a decoder's projections leave them."""
-    made = [torch.zeros(rows, TOKENS, heads, dim, dtype=dtype).transpose(1, 2) for heads in (2 * group, 2, 2)]
+def projections(dim: int, dtype: torch.dtype, rows: int, group: int, values: int) -> tuple[Tensor, ...]:
+    """q, k (B, heads, S, D) and v (B, heads, S, values), laid out as a decoder's projections leave them."""
+    shapes = ((2 * group, dim), (2, dim), (2, values))
+    made = [torch.zeros(rows, TOKENS, heads, size, dtype=dtype).transpose(1, 2) for heads, size in shapes]
     return tuple(x.requires_grad_() for x in made)
 
 

@@ -123,7 +123,7 @@ def check_segments(segments: Tensor | None, count: int | None, layout: Layout) -
 
 
 def beyond_plain(
-    q: Tensor | None, v: Tensor | None, pattern: Pattern | None, softcap: float | None, segments: bool = False
+    q: Tensor, v: Tensor | None, pattern: Pattern | None, softcap: float | None, segments: bool = False
 ) -> str:
     """What kernels of plain attention do not take of these, by name, or ""."""
     tokens = 0 if v is None else v.shape[2]
@@ -131,18 +131,15 @@ def beyond_plain(
     names = [] if pattern is None else pattern.named()
     names += [] if softcap is None else ["softcap"]
     names += ["segments"] if segments else []
-    if q is not None and v is not None and q.shape[3] != v.shape[3]:
+    if v is not None and q.shape[3] != v.shape[3]:
         names.append(f"v's head dim {v.shape[3]} unlike {q.shape[3]}")
     return f"its attention does not take {', '.join(names)}" if names else ""
 
 
-def require_plain(
-    name: str, q: Tensor, v: Tensor, pattern: Pattern | None, softcap: float | None, segments: Segments | None = None
-) -> None:
+def require(name: str, reason: str) -> None:
     """Raises:
-    ValueError: the backend ``name``, called past the table of backends, would leave something out.
+    ValueError: the backend ``name``, called past the table of backends, does not take its arguments: ``reason``.
     """
-    reason = beyond_plain(q, v, pattern, softcap, segments is not None)
     if reason:
         raise ValueError(f"backend: {name!r} cannot be used: {reason}")
 

@@ -29,7 +29,9 @@ _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "sdpa", "reference
 class Backend(Protocol):
     """What a backend's module offers; :mod:`flashsink.reference` says what the functions mean."""
 
-    def refusal(self, q: Tensor) -> str: ...
+    def refusal(
+        self, q: Tensor, v: Tensor | None = None, pattern: Pattern | None = None, softcap: float | None = None
+    ) -> str: ...
 
     def attention(
         self,
@@ -73,7 +75,7 @@ class Backend(Protocol):
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
-# take patterns, softcap, segments, values of another head dim than the keys', and any tokens and anchors of the loss
+# take segments, and any tokens and anchors of the loss
 _GENERAL = ("reference", "cpu")
 
 
@@ -124,7 +126,9 @@ def select(
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
     """
-    state = backends()
+    state, kind = backends(), family
+    if x is not None and family in selfcheck.ATTENTION and checks.beyond_plain(x, v, pattern, softcap):
+        kind = "patterns"
     if backend is not None:
         if backend not in state:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
@@ -136,13 +140,13 @@ def select(
             raise ValueError(f"backend: {backend!r} takes tensors on CUDA, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
-        reason = _refusal(backend, x, v, pattern, softcap, family, segments) or _failed(backend, x, family)
+        reason = _refusal(backend, x, v, pattern, softcap, family, segments) or _failed(backend, x, kind)
         if reason:
             raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
         reason = state[name] if state[name] != _USABLE else _refusal(name, x, v, pattern, softcap, family, segments)
-        if not reason and not _failed(name, x, family):
+        if not reason and not _failed(name, x, kind):
             return name
         if reason and not torch.compiler.is_compiling():
             _log_once(device_type, name, reason)
@@ -175,10 +179,11 @@ def _refusal(
     segments: bool,
 ) -> str:
     """Why the backend's attention does not take these, or ""."""
-    if family not in selfcheck.ATTENTION:
+    if x is None or family not in selfcheck.ATTENTION:
         return ""
-    reason = "" if x is None else _MODULES[name].refusal(x)
-    return reason or ("" if name in _GENERAL else checks.beyond_plain(x, v, pattern, softcap, segments))
+    if segments and name not in _GENERAL:
+        return checks.beyond_plain(x, None, None, None, segments)
+    return _MODULES[name].refusal(x, v, pattern, softcap)
 
 
 def _failed(name: str, x: Tensor | None, family: str) -> str:

@@ -92,7 +92,7 @@ def attention(
     Args:
         q: (B, H, Sq, D), any floating dtype.
         k: (B, Hk, Sk, D) in q's dtype, Hk dividing H, Sq <= Sk.
-        v: (B, Hk, Sk, Dv) in q's dtype; Dv is D, or another on the backends "reference" and "cpu" (DeepSeek's MLA).
+        v: (B, Hk, Sk, Dv) in q's dtype; Dv is D or another (DeepSeek's MLA), but not on "sdpa".
         lengths: (B,) integers, valid keys of a row; default: all from ``starts`` on.
         starts: (B,) integers, first valid key of a row; default 0 (right padding).
         cu_seqlens: (N + 1,) integers, bounds of the packed sequences of the single row; Sq = Sk.
@@ -117,8 +117,8 @@ def attention(
         num_segments: n of :class:`SinkStats`, at most 64; default the largest number + 1, which is
             read on the CPU alone. Elsewhere n must be given, and larger numbers are of no segment.
 
-    ``window``, ``softcap``, ``chunk``, ``prefix``, ``blocks`` and ``segments`` are for the backends "reference" and
-    "cpu"; the others refuse them by name. A window or chunk that leaves nothing out is none.
+    "sdpa" refuses ``window``, ``softcap``, ``chunk``, ``prefix`` and ``blocks`` by name, "sdpa" and "triton" refuse
+    ``segments``. A window or chunk that leaves nothing out is none.
 
     Returns:
         out (B, H, Sq, Dv) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).

@@ -15,8 +15,8 @@ from torch import Tensor
 from flashsink.types import ActivationStats, Layout, Normed, Pairs, Pattern, Segments, SinkStats
 
 
-def refusal(q: Tensor) -> str:
-    """Why attention cannot take q: it takes everything."""
+def refusal(q: Tensor, v: Tensor | None = None, pattern: Pattern | None = None, softcap: float | None = None) -> str:
+    """Why attention cannot take these: it takes everything."""
     return ""
 
 

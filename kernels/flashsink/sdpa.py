@@ -33,10 +33,11 @@ VENDOR_VARIABLE = "FLASHSINK_VENDOR"
 Vendor = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bool, float], tuple[Tensor, Tensor]]
 
 
-def refusal(q: Tensor) -> str:
-    """Why q cannot be taken, or ""."""
-    if q.device.type == "cpu":
-        return ""
+def refusal(q: Tensor, v: Tensor | None = None, pattern: Pattern | None = None, softcap: float | None = None) -> str:
+    """Why these cannot be taken, or ""."""
+    reason = checks.beyond_plain(q, v, pattern, softcap)
+    if reason or q.device.type == "cpu":
+        return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"its attention takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
@@ -60,7 +61,7 @@ def attention(
 ) -> tuple[Tensor, list[SinkStats]]:
     """:func:`flashsink.reference.attention`. A sink logit changes the log-sum-exp that the vendor's backward relies
     on, so on CUDA it goes to the reference."""
-    checks.require_plain("sdpa", q, v, pattern, softcap, segments)
+    checks.require("sdpa", checks.beyond_plain(q, v, pattern, softcap, segments is not None))
     if q.device.type == "cpu":
         return cpu.attention(q, k, v, layout, causal=causal, scale=scale, counted=counted, sink_logits=sink_logits)
     if sink_logits is not None:
@@ -141,7 +142,7 @@ def calibrated_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`."""
-    checks.require_plain("sdpa", q, v, pattern, softcap)
+    checks.require("sdpa", checks.beyond_plain(q, v, pattern, softcap))
     return _ours(q, "ACT").calibrated_attention(
         q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, sink_logits=sink_logits
     )

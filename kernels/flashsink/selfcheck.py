@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.checks import resolve_layout
-from flashsink.types import Layout
+from flashsink.types import Layout, Pattern
 
 # of a result's error, relative to its own size and a twentieth of the largest one of its tensor; by the result's dtype
 LIMITS = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -47,6 +47,7 @@ class Rows(NamedTuple):
     layout: dict[str, list[int]]
     causal: bool = True
     sink: bool = False
+    pattern: str = ""
 
     def place(self, device: torch.device) -> Layout:
         options: dict[str, Any] = {name: torch.tensor(value, device=device) for name, value in self.layout.items()}
@@ -59,6 +60,11 @@ ROWS = {
     "padded rows": Rows(6, 2, 150, 150, {"starts": [0, 13], "lengths": [141, 137]}),
     "packed rows": Rows(6, 2, 150, 150, {"cu_seqlens": [0, 1, 1, 131, 143]}, sink=True),
     "rows without order": Rows(2, 2, 40, 150, {"lengths": [150, 97]}, causal=False),
+}
+PATTERNS = {
+    "a window of capped scores": ROWS["padded rows"]._replace(pattern="window"),
+    "a prefix and blocks": ROWS["packed rows"]._replace(pattern="blocks"),
+    "a mask": ROWS["rows without order"]._replace(pattern="mask"),
 }
 STATES = {  # tokens, layout, spans
     "padded rows": (40, {"starts": [0, 5, 40], "lengths": [40, 30, 0]}, [31, 30, 0]),
@@ -110,7 +116,7 @@ def difference(got: Tensor, want: Tensor, size: int) -> float:
     if got.shape != want.shape or not got.is_floating_point():
         return 0.0 if torch.equal(got, want) else float("inf")
     got, want = got.double(), want.double()
-    if got.shape[-1:] != (size,) and got.dim() != 1:
+    if got.dim() in (2, 3) and got.shape[-1] != size:
         got, want = got[..., None], want[..., None]
     sizes, errors = want.norm(dim=-1), (got - want).norm(dim=-1)
     allowed = sizes + sizes.max() / 20
@@ -121,7 +127,8 @@ def difference(got: Tensor, want: Tensor, size: int) -> float:
 
 
 class Inputs(NamedTuple):
-    """q, k, v and the output's gradient (B, H, S, D) as views of what a decoder's projections leave, (B, S, H, D)."""
+    """q, k, v and the output's gradient (B, H, S, D) as views of what a decoder's projections leave, (B, S, H, D).
+    Under a mask the last two have half the head dim."""
 
     leaves: list[Tensor]
     q: Tensor
@@ -138,8 +145,12 @@ def _inputs(rows: Rows, kernel: Kernel, place: Place, peak: float = 0.0) -> Inpu
     layout = rows.place(torch.device("cpu"))
     padding = ~layout.valid()[:, :, None, None]
     made = []
-    for heads, tokens in ((rows.heads, rows.queries), *((rows.kv_heads, rows.tokens),) * 2, (rows.heads, rows.queries)):
-        made.append(torch.randn(layout.rows, tokens, heads, kernel.size, generator=generator))
+    values = max(1, kernel.size // 2) if rows.pattern == "mask" else kernel.size
+    for heads, tokens, size in (
+        *((rows.heads, rows.queries, kernel.size), (rows.kv_heads, rows.tokens, kernel.size)),
+        *((rows.kv_heads, rows.tokens, values), (rows.heads, rows.queries, values)),
+    ):
+        made.append(torch.randn(layout.rows, tokens, heads, size, generator=generator))
     q, k, v, upstream = made
     q[..., 0] += peak * kernel.size**0.5
     k[:, 20, :, 0] += 1.0 if peak else 0.0
@@ -151,12 +162,27 @@ def _inputs(rows: Rows, kernel: Kernel, place: Place, peak: float = 0.0) -> Inpu
     return Inputs(leaves, q, k, v, upstream, layout, (layout.starts + layout.lengths // 3).clamp(min=hidden + 2))
 
 
+def _options(rows: Rows, layout: Layout) -> dict[str, Any]:
+    """What attention is to see."""
+    position = torch.arange(layout.tokens, device=layout.starts.device)
+    if rows.pattern == "window":
+        return {"pattern": Pattern(window=40), "softcap": 2.0}
+    if rows.pattern == "blocks":
+        blocks = (position // 10 % 4).expand(layout.rows, -1) - 1
+        return {"pattern": Pattern(chunk=50, prefix=layout.lengths // 4, blocks=blocks)}
+    if rows.pattern == "mask":
+        mask = (position[-rows.queries :, None] + position) % 3 > 0
+        return {"pattern": Pattern(mask=(mask & (position[-rows.queries :, None] % 7 > 0))[None, None])}
+    return {}
+
+
 def _attend(rows: Rows, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
     inputs = _inputs(rows, kernel, place)
     logits = place(torch.linspace(-1.0, 2.0, rows.heads).to(kernel.dtype)).requires_grad_() if rows.sink else None
     out, (stats,) = run.attention(
         *(inputs.q, inputs.k, inputs.v, inputs.layout),
         **{"causal": rows.causal, "scale": kernel.size**-0.5, "counted": [inputs.first], "sink_logits": logits},
+        **_options(rows, inputs.layout),
     )
     out.backward(inputs.upstream)  # not torch.autograd.grad: what the backward captures is the gradient of another leaf
     found = {"the output": out, "the log-sum-exp": stats.lse, "the attention received": stats.received}
@@ -178,14 +204,28 @@ def _receive(rows: Rows, kernel: Kernel, run: Any, place: Place) -> dict[str, Te
         return {"the pass": stats[0].received}
 
 
-def _calibrate(peak: float, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
-    rows = ROWS["padded rows"]
+def _passing(rows: Rows, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
+    inputs = _inputs(rows, kernel, place)
+    with torch.no_grad():
+        _, (stats,) = run.attention(
+            *(inputs.q, inputs.k, inputs.v, inputs.layout),
+            **{"causal": rows.causal, "scale": kernel.size**-0.5, "counted": [inputs.first]},
+            **_options(rows, inputs.layout),
+        )
+    return {"the pass": stats.received}
+
+
+def _calibrate(case: tuple[float, Rows], kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
+    peak, rows = case
     inputs = _inputs(rows, kernel, place, peak)
+    logits = place(torch.linspace(-1.0, 2.0, rows.heads).to(kernel.dtype)) if rows.sink else None
     sinks = torch.zeros(inputs.layout.rows, rows.heads, rows.tokens, dtype=torch.bool)
     sinks[:, :, 20] = sinks[:, 0, ::9] = True
     with torch.no_grad():
         out = run.calibrated_attention(
-            *(inputs.q, inputs.k, inputs.v, place(sinks), inputs.layout), beta=0.4, scale=kernel.size**-0.5
+            *(inputs.q, inputs.k, inputs.v, place(sinks), inputs.layout),
+            **{"beta": 0.4, "scale": kernel.size**-0.5, "causal": rows.causal, "sink_logits": logits},
+            **_options(rows, inputs.layout),
         )
     return {"the output": out}
 
@@ -254,6 +294,15 @@ def _each(solve: Callable[..., dict[str, Tensor]], cases: dict[str, Any]) -> Pro
     return lambda kernel: ((name, functools.partial(solve, case, kernel)) for name, case in cases.items())
 
 
+def _patterns(kernel: Kernel) -> Iterator[tuple[str, Problem]]:
+    """In training, by the statistics pass of a forward alone, and ACT."""
+    for name, rows in PATTERNS.items():
+        yield name, functools.partial(_attend, rows, kernel)
+        yield f"{name}, forward", functools.partial(_passing, rows, kernel)
+        if "cu_seqlens" not in rows.layout:
+            yield f"{name}, ACT", functools.partial(_calibrate, (0.0, rows), kernel)
+
+
 def _norms(kernel: Kernel) -> Iterator[tuple[str, Problem]]:
     for name, loss in itertools.product(STATES, (True, False)):
         yield f"{name}{'' if loss else ' without the loss'}", functools.partial(_normalize, name, loss, kernel)
@@ -263,7 +312,15 @@ _NAMES = {name: name for name in STATES}
 ATTENTION: dict[str, Problems] = {
     "attention": _each(_attend, ROWS),
     "statistics": _each(_receive, ROWS),
-    "ACT": _each(_calibrate, {"small sinks": 0.0, "large sinks": 6.0}),
+    "ACT": _each(
+        _calibrate,
+        {
+            "small sinks": (0.0, ROWS["padded rows"]),
+            "large sinks": (6.0, ROWS["padded rows"]),
+            "a sink logit": (0.0, ROWS["padded rows"]._replace(sink=True)),
+        },
+    ),
+    "patterns": _patterns,
 }
 FAMILIES: dict[str, Problems] = ATTENTION | {
     "loss": _each(_lose, _NAMES),

@@ -41,7 +41,11 @@ MODE = os.environ.get(VARIABLE, "")
 WAIT = 300.0  # seconds for another process's check
 
 # what has to be right where a backend is asked for these: the statistics may be read from any attention
-_NEEDS = {"attention": ("attention", "statistics"), "ACT": ("attention", "ACT")}
+_NEEDS = {
+    "attention": ("attention", "statistics"),
+    "ACT": ("attention", "ACT"),
+    "patterns": ("attention", "statistics", "patterns"),
+}
 
 _verdicts: dict[tuple[torch.device, Kernel], str] = {}
 _lock = threading.Lock()
@@ -108,6 +112,7 @@ def _failed(device: torch.device, dtype: torch.dtype, families: tuple[str, ...])
     if not wanted:
         _say_unchecked(families[0], dtype)
     return tuple((kernel.size, reason) for kernel in wanted if (reason := _known(device, kernel)))
+
 
 @functools.cache
 def _say_unchecked(family: str, dtype: torch.dtype) -> None:

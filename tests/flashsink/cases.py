@@ -170,6 +170,7 @@ class Problem:
         g = torch.Generator().manual_seed(len(name))
         sizes = ((h, queries, d, spread), (hk, keys, d, spread), (hk, keys, dv, 1.0))
         tensors = [(torch.randn(b, heads, n, m, generator=g) * size).to(dtype) for heads, n, m, size in sizes]
+        self.device = device
         self.upstream = torch.randn(b, h, queries, dv, generator=g).to(device)
         self.layout = {key: torch.tensor(value, device=device) for key, value in layout.items()}
         self.padding = torch.ones(b, keys, dtype=torch.bool)
@@ -196,7 +197,7 @@ class Problem:
             rows = len(self.padding) if options["mask"] == "rows" else 1
             shape = (rows, 1, self.silent.shape[1], self.padding.shape[1])
             options["mask"] = torch.rand(shape, generator=g) < torch.rand(shape[:3], generator=g)[..., None] - 0.3
-        return options
+        return {key: x.to(self.device) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
 
     def leaves(self, dtype=None):
         return [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.qkv]

@@ -7,6 +7,9 @@ import functools
 import torch
 from cases import KERNELS, TRITON, Backend
 
+from flashsink.triton.patterns import Operands, block_bounds
+from flashsink.types import Layout
+
 OPERATORS = [b for b in KERNELS if isinstance(b, Backend) and b.name == "cpu" and b.level is None] + TRITON
 B, H, HK, S, D, C = 2, 4, 2, 5, 16, 12
 
@@ -67,6 +70,13 @@ def kernels(packed=False, features=160, device="cpu"):
     q, k, v, up = (draw(b, n, S, features, seed=seed).half() for seed, n in enumerate((H, HK, HK, H)))
     segments = ops.triton_segments(starts, lengths, S) if packed else None
     places = (starts, lengths, segments)
+    more = Operands(mask=(torch.arange(S) % 3 < torch.arange(1, S + 1)[:, None]).expand(1, 1, S, S), softcap=2.0)
+    if not packed:
+        block_starts, block_ends = block_bounds(
+            torch.tensor([[0, 1, 0, -1, 2]]).expand(b, S), Layout(starts, lengths, b, S, False)
+        )
+        more = Operands(3, 4, column(2, 4), block_starts, block_ends, softcap=2.0)
+    tail = (*tail, *(x.to(device) if isinstance(x, torch.Tensor) else x for x in more))
     out, lse = ops.triton_attention(q, k, v, sink, capture, *places, first, *tail)
     _, *kept = ops.triton_decorrelation_sums([h, h + 1], *where, 0.0)
     normed = ops.triton_rms_norm(h, weight, starts, lengths, spans, packed, 1e-5, 0.0)[4:]
@@ -75,7 +85,7 @@ def kernels(packed=False, features=160, device="cpu"):
         "triton_attention": (q, k, v, sink, capture, *places, first, *tail),
         "triton_attention_backward": (up, q, k, v, out, lse, sink, *places, first, *tail, True),
         "triton_received": (q, k, lse, *places, first, *tail),
-        "triton_calibrate": (q, k, v, out, lse, draw(b, H, S) > 0.5, starts, lengths, 0.4, 0.3),
+        "triton_calibrate": (q, k, v, out, lse, sink, draw(b, H, S) > 0.5, starts, lengths, True, 0.4, *tail[2:]),
         "triton_activation_max": ([h, h + 1], starts, lengths, packed),
         "triton_decorrelation_sums": ([h, h + 1], *where, 0.1),
         "triton_decorrelation_sums_backward": (draw(2), [h, h + 1], *where, *kept),

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 
 import flashsink
+from flashsink.triton import launch
+from flashsink.triton.launch import INTERPRETED
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +49,7 @@ def eager(model, inputs):
     return out[0].detach(), [a for a in out.attentions if a is not None], hidden, grad
 
 
-def check_exact(model, *, bos=True, layers=None, **inputs):
+def check_exact(model, *, bos=True, layers=None, backends=BACKENDS, **inputs):
     """The attached model gives the model's logits and gradients, and the probe what its maps and states say.
 
     ``layers``: those with softmax attention, default all; ``bos``: whether rows begin with one.
@@ -62,7 +64,7 @@ def check_exact(model, *, bos=True, layers=None, **inputs):
         cosine = torch.cosine_similarity(states[:, row, start : start + 1], states[:, row, start + 1 : end], dim=-1)
         loss, count = loss + cosine.square().sum(), count + end - start - 1
     loss = loss / (count * len(states))
-    for backend in BACKENDS:
+    for backend in backends:
         probe = flashsink.attach(model, backend=backend)
         got = model(**inputs)[0]
         table = model.get_input_embeddings().weight
@@ -148,6 +150,17 @@ DECODERS = {
 def test_decoders(name, call):
     model = families.build(name)
     check_exact(model, layers=DECODERS[name], input_ids=ids(), **CALLS[call]())
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v3"])
+def test_decoders_on_triton(name):
+    """Masks with a cap, with learned sinks, and values of another size, all forward and backward by the kernels."""
+    kernels = set()
+    with launch.observe(lambda one: kernels.add(one.kernel.__name__) is None):
+        check_exact(families.build(name), backends=["triton"], input_ids=ids(), **CALLS["left"]())
+    assert {"forward_kernel", "gradient_kv_kernel", "gradient_q_kernel"} <= kernels
 
 
 @torch.no_grad()

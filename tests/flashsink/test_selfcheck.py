@@ -73,7 +73,7 @@ def raises(_):
 @pytest.mark.parametrize("family", selfcheck.FAMILIES)
 def test_right_kernels_pass(family):
     for dtype in (HALF, torch.float32):
-        if family not in ("attention", "ACT") or dtype == HALF:
+        if family not in ("attention", "ACT", "patterns") or dtype == HALF:
             assert selfcheck.wrong(dispatch.module("triton"), kernel(family, dtype), CPU) == ""
 
 
@@ -97,6 +97,8 @@ FAULTS = [
     ("statistics", "received_kernel", scaled("scale"), "padded rows: the pass"),
     ("statistics", "received_kernel", replaced(query_starts=None), "padded rows: the pass"),
     ("ACT", "calibrate_kernel", scaled("beta"), "small sinks: the output"),
+    ("patterns", "forward_kernel", replaced(window=39), "a window of capped scores: the output is off"),
+    ("patterns", "gradient_q_kernel", scaled("cap"), "a window of capped scores: the gradient of q"),
     ("loss", "decorrelation_forward", scaled("margin"), "padded rows: the sums"),
     ("loss", "decorrelation_backward", scaled("dsums"), "padded rows: the gradient of layer 0"),
     ("norm", "norm_forward", replaced(eps=0.0), "padded rows: the output is off"),

@@ -101,8 +101,6 @@ def test_packed_rows_are_cut_into_tiles(backend, sizes, group, block):
             assert own == [(*expected, row // block) for row in range(len(own))]
 
 
-
-
 @on(SHIPPED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["right padding", "packed", "33 tokens, two groups"])

@@ -43,6 +43,11 @@ SHAPES: dict[str, tuple[int, int, int, int, int, dict[str, list[int]]]] = {
     "queries at the end": (2, 3, 3, 17, 190, {"starts": [0, 100]}),
     "one query": (3, 6, 2, 1, 37, {"starts": [0, 20, 36]}),
 }
+# shape, head dim of q and of v, pattern of cases.PATTERNS
+PATTERNED = (
+    *(("padded", 64, 64, "window"), ("packed", 64, 64, "all"), ("queries at the end", 128, 64, "prefix")),
+    *(("padded", 128, 128, "all"), ("several blocks", 128, 128, "softcap"), ("packed", 256, 192, "image")),
+)
 HEAD_DIMS = {32: "padded", 64: "", 72: "packed", 80: "padded", 96: "packed", 128: "", 192: "padded", 256: ""}
 
 
@@ -79,17 +84,46 @@ def attention_problems(dtype: str) -> Iterator[Problem]:
             call = functools.partial(attention, shape, dim, DTYPES[dtype], **options)
             yield Problem(name, dtype, call, quick=dim == 64 and shape == "packed" and dtype == "bf16")
 
+    for shape, dim, values, pattern in PATTERNED:
+        if dtype != "fp32" or dim <= 128:
+            options = {"causal": True, "counted": False, "sink": pattern == "all", "pattern": pattern, "values": values}
+            name = f"attention D{dim} {shape} {pattern}" + (f" values D{values}" if values != dim else "")
+            call = functools.partial(attention, shape, dim, DTYPES[dtype], **options)
+            yield Problem(name, dtype, call, quick=dim == 64 and shape == "packed" and dtype == "bf16")
+    for dim in (64, 128, 256):  # with masks and ACT
+        if dtype != "fp32" or dim <= 128:
+            yield Problem(f"patterns of the check D{dim}", dtype, functools.partial(check, dim, DTYPES[dtype]))
 
-def attention(shape: str, dim: int, dtype: torch.dtype, causal: bool, counted: bool, sink: bool) -> float:
+
+def check(dim: int, dtype: torch.dtype) -> None:
+    from flashsink import dispatch, selfcheck
+
+    reason = selfcheck.wrong(dispatch.module("triton"), selfcheck.Kernel("patterns", dtype, dim), torch.device("cpu"))
+    assert not reason, reason
+
+
+def attention(
+    shape: str,
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    counted: bool,
+    sink: bool,
+    pattern: str | None = None,
+    values: int | None = None,
+) -> float:
     b, h, hk, queries, keys, layout = SHAPES[shape]
     name = f"{shape} D{dim}"
     cases.LONG[name] = (b, h, hk, queries, keys, dim, layout)  # where Problem and exact look
     logits = cases.sink_logits(name, 0.5) if sink else None
+    problem = cases.Problem(name, dtype, features=values)
     found = cases.run(
-        *(cases.Backend("triton", dtype=dtype, shipped=True), cases.Problem(name, dtype)),
-        causal=causal, counted=counted, sink_logits=logits,
+        *(cases.Backend("triton", dtype=dtype, shipped=True), problem),
+        causal=causal, counted=counted, sink_logits=logits, **(problem.pattern(pattern) if pattern else {}),
     )  # fmt: skip
-    want = cases.exact(name, causal, dtype, counted=counted, sink=0.5 if sink else None)
+    want = cases.exact(
+        name, causal, dtype, counted=counted, sink=0.5 if sink else None, pattern=pattern, features=values
+    )
     cases.compare(found, want, dtype)
     return max(
         share(found[key], want[key], cases.TOLERANCE[torch.float32 if key in STATISTICS else dtype])

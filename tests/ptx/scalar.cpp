@@ -287,6 +287,7 @@ void various() {
   ternary<int32_t, int16_t, int16_t, int32_t, MultiplyAdd>("mad.wide.s16");
   ternary<uint64_t, uint32_t, uint32_t, uint64_t, MultiplyAdd>("mad.wide.u32");
   ternary<int64_t, int32_t, int32_t, int64_t, MultiplyAdd>("mad.wide.s32");
+  binary<uint16_t, uint16_t, uint16_t, decltype([](uint32_t a, uint32_t b) { return a * b >> 16; })>("mul.hi.u16");
   binary<uint32_t, uint32_t, uint32_t, High>("mul.hi.u32");
   binary<int32_t, int32_t, int32_t, HighSigned>("mul.hi.s32");
   extract<uint32_t>("bfe.u32");

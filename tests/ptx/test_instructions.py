@@ -200,6 +200,8 @@ def test_conversions_of_integers():
     same(
         apply("mul.wide.s32", "b64", ["b32", "b32"], [a, a[::-1].copy()]), a.astype(np.int64) * a[::-1].astype(np.int64)
     )
+    u, w = pairs("u16")
+    same(apply("mul.hi.u16", "b16", ["b16", "b16"], [u, w]), (u.astype(np.uint32) * w >> 16).astype(np.uint16))
     (h, g), (c, _) = pairs("s16"), pairs("s32")
     n = min(len(h), len(c))
     same(

@@ -283,4 +283,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a is b or torch.compiler.is_compiling():
         return a is b
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.data_ptr() == b.data_ptr() != 0
-

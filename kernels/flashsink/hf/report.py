@@ -102,7 +102,6 @@ def _number(x: Tensor) -> float | None:
     return value if math.isfinite(value) else None
 
 
-
 def picture(seen: Seen, layers: int, row: int, path: str | Path | None) -> Any:
     """What :meth:`flashsink.Probe.plot` returns."""
     record, sinks, activations, _ = seen

@@ -7,6 +7,7 @@ and whose "gradient" is the attention received per key.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,19 @@ from torch import Tensor
 from flashsink import checks, reference
 from flashsink.operators import adjacent
 from flashsink.triton import tiles
-from flashsink.types import Layout, Pattern, Segments, SinkStats
+from flashsink.triton.patterns import PLAIN, Operands, operands
+from flashsink.types import Layout, Pattern, Segments, SinkStats, narrowed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def refusal(q: Tensor) -> str:
-    """Why the kernels do not take q, or ""."""
+def refusal(q: Tensor, v: Tensor | None = None, pattern: Pattern | None = None, softcap: float | None = None) -> str:
+    """Why the kernels do not take these, or ""."""
     if q.dtype not in DTYPES:
         return f"its attention takes float16, bfloat16 and float32, not {q.dtype}"
-    largest = tiles.LARGEST_HEAD_DIM[q.element_size()]
-    if q.shape[-1] > largest:
-        return f"its attention takes head dims up to {largest} in {q.dtype}, not {q.shape[-1]}"
+    largest, wide = tiles.LARGEST_HEAD_DIM[q.element_size()], q.shape[-1] if v is None else tiles.widest(q, v)
+    if wide > largest:
+        return f"its attention takes head dims up to {largest} in {q.dtype}, not {wide}"
     return ""
 
 
@@ -48,27 +50,41 @@ def attention(
     Where a gradient is needed and ``counted`` has one entry, ``received`` is what the backward captures for free or,
     when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
-    checks.require_plain("triton", q, v, pattern, softcap, segments)
+    checks.require(
+        "triton", refusal(q, v, pattern, softcap) or checks.beyond_plain(q, None, None, None, segments is not None)
+    )
+    pattern = narrowed(pattern, layout.tokens)
+    given = operands(pattern, softcap, layout)
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot return a leaf that it creates, so there the pass runs
     layout = layout._replace(segment=known_segments(layout))
     pending, capture = None, None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
-        pending = Pending(q, k, layout, causal, scale, counted[0])
+        pending = Pending(q, k, layout, causal, scale, counted[0], given)
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
-        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, layout.segment, counted[0] if counted else None),
-        *(layout.packed, causal, scale),
+        *(
+            q,
+            k,
+            v,
+            sink_logits,
+            capture,
+            layout.starts,
+            layout.lengths,
+            layout.segment,
+            counted[0] if counted else None,
+        ),
+        *(layout.packed, causal, scale, *given),
     )
     lse = lse.detach()
     if pending is not None:
         pending.lse = lse
-        return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0]), lse)]
+        return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0], pattern), lse)]
     stats = []
     for query_starts in counted:
-        received = run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts)
-        stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts), lse))
+        received = run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts, given=given)
+        stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts, pattern), lse))
     return out, stats
 
 
@@ -81,11 +97,12 @@ def run_received(
     causal: bool,
     scale: float,
     query_starts: Tensor | None = None,
+    given: Operands = PLAIN,
 ) -> Tensor:
     """(B, H, Sk) float32: the statistics pass over any attention with the log-sum-exp ``lse`` (B, H, Sq)."""
     return torch.ops.flashsink.triton_received(
         *(q.detach(), k.detach(), lse.float(), layout.starts, layout.lengths, known_segments(layout), query_starts),
-        *(layout.packed, causal, scale),
+        *(layout.packed, causal, scale, *given),
     )
 
 
@@ -111,19 +128,22 @@ def calibrated_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """:func:`flashsink.reference.calibrated_attention`: attention and its correction. ACT is a method of inference:
-    where a gradient is asked for, with sink logits, and in packed rows, the reference runs."""
-    checks.require_plain("triton", q, v, pattern, softcap)
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if layout.packed or learning or sink_logits is not None or not causal:
-        return reference.calibrated_attention(
-            q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, sink_logits=sink_logits
-        )
+    where a gradient is asked for, and in packed rows, the reference runs."""
+    checks.require("triton", refusal(q, v, pattern, softcap))
+    leaves = (q, k, v) if sink_logits is None else (q, k, v, sink_logits)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    if layout.packed or learning:
+        options: dict[str, Any] = {"pattern": pattern, "softcap": softcap, "sink_logits": sink_logits}
+        return reference.calibrated_attention(q, k, v, sinks, layout, beta=beta, scale=scale, causal=causal, **options)
+    given = operands(narrowed(pattern, layout.tokens), softcap, layout)
     q, k, v = (adjacent(x) for x in (q, k, v))
     starts, lengths = layout.starts, layout.lengths
     out, lse = torch.ops.flashsink.triton_attention(
-        q, k, v, None, None, starts, lengths, None, None, layout.packed, True, scale
+        q, k, v, sink_logits, None, starts, lengths, None, None, layout.packed, causal, scale, *given
     )
-    return torch.ops.flashsink.triton_calibrate(q, k, v, out, lse, sinks, starts, lengths, beta, scale)
+    return torch.ops.flashsink.triton_calibrate(
+        q, k, v, out, lse, sink_logits, sinks, starts, lengths, causal, beta, scale, *given
+    )
 
 
 class Pending:
@@ -133,10 +153,17 @@ class Pending:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, layout: Layout, causal: bool, scale: float, query_starts: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        layout: Layout,
+        causal: bool,
+        scale: float,
+        query_starts: Tensor | None,
+        given: Operands,
     ) -> None:
-        self._inputs: tuple[Tensor, Tensor, Layout, bool, float, Tensor | None] | None
-        self._inputs = (q.detach(), k.detach(), layout, causal, scale, query_starts)
+        self._inputs: tuple[Tensor, Tensor, Layout, bool, float, Tensor | None, Operands] | None
+        self._inputs = (q.detach(), k.detach(), layout, causal, scale, query_starts, given)
         self._captured: Tensor | None = None
         self.lse: Tensor | None = None
 
@@ -164,6 +191,7 @@ class Pending:
             return self._captured
         if self._inputs is None or self.lse is None:
             raise RuntimeError("received: under activation checkpointing it is known after the backward")
-        q, k, layout, causal, scale, query_starts = self._inputs
+        q, k, layout, causal, scale, query_starts, given = self._inputs
         self._inputs = None
-        return run_received(q, k, self.lse, layout, causal=causal, scale=scale, query_starts=query_starts)
+        options: dict[str, Any] = {"causal": causal, "scale": scale, "query_starts": query_starts, "given": given}
+        return run_received(q, k, self.lse, layout, **options)

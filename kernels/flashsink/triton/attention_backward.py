@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flashsink.operators import adjacent
-from flashsink.triton import tiles
+from flashsink.triton import patterns, tiles
 from flashsink.triton.device import (
     LOG2E,
+    capped,
+    head_dims,
     key_range,
     key_tile,
     load_all,
@@ -46,10 +48,10 @@ DELTA = Tile({"BLOCK_M": 16}, 4, 1)
 
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
-    do, out,  # (B, H, seqlen_q, D)
+    do, out,  # (B, H, seqlen_q, DV)
     delta,  # (B, H, seqlen_q) float32, contiguous
     seqlen_q, stride_dob, stride_doh, stride_dom, stride_ob, stride_oh, stride_om,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H, B): delta = rowsum(dO * O). Padded rows may hold anything; nothing reads theirs."""
     stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
@@ -57,20 +59,20 @@ def delta_kernel(
     off_h, off_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = offs_m < seqlen_q
-    do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, inside, D, BLOCK_D)
-    do_tile = do_tile.to(tl.float32)  # [BLOCK_M, BLOCK_D]
-    o_tile = load_rows(out + off_b * stride_ob + off_h * stride_oh, offs_m, stride_om, inside, D, BLOCK_D)
-    o_tile = o_tile.to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, inside, DV, BLOCK_DV)
+    do_tile = do_tile.to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+    o_tile = load_rows(out + off_b * stride_ob + off_h * stride_oh, offs_m, stride_om, inside, DV, BLOCK_DV)
+    o_tile = o_tile.to(tl.float32)  # [BLOCK_M, BLOCK_DV]
     rows = (off_b * tl.num_programs(1) + off_h) * seqlen_q + offs_m
     tl.store(delta + rows, tl.sum(do_tile * o_tile, 1), mask=inside)
 
 
 @triton.jit
 def _kv_step(
-    dk, dv, received, k_tile, v_tile, offs_n, q, do, lse, delta, start_m, offset, end, query_start, stride_qm,
-    stride_dom, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAPTURE: tl.constexpr,
-    COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, received, k_tile, v_tile, offs_n, q, do, lse, delta, start_m, offset, start, end, query_start, pattern,
+    stride_qm, stride_dom, qk_scale, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAPTURE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: the new dk, dv and received. A query at or after ``end`` has lse = inf, so its
     probabilities are 0 without a mask."""
@@ -78,12 +80,15 @@ def _kv_step(
     seen = pos_m < end
     offs_m = tl.minimum(pos_m, end - 1) - offset
     q_tile = load_all(q, offs_m, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do_tile = load_all(do, offs_m, stride_dom, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do_tile = load_all(do, offs_m, stride_dom, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     lse_i = tl.load(lse + offs_m, mask=seen, other=float("inf")) * LOG2E  # [BLOCK_M]
     delta_i = tl.load(delta + offs_m, mask=seen, other=0.0)  # [BLOCK_M]
-    p_t = tl.exp2(product(k_tile, tl.trans(q_tile), PRECISION) * qk_scale - lse_i[None, :])  # [BLOCK_N, BLOCK_M]
+    qk_t = product(k_tile, tl.trans(q_tile), PRECISION) * qk_scale  # [BLOCK_N, BLOCK_M]
+    if cap is not None:
+        qk_t, slope = capped(qk_t, cap)
+    p_t = tl.exp2(qk_t - lse_i[None, :])
     if MASKED:
-        p_t = tl.where(pos_m[None, :] >= offs_n[:, None], p_t, 0.0)
+        p_t = tl.where(visible(pos_m[None, :], offs_n[:, None], start, end, pattern, CAUSAL), p_t, 0.0)
     if CAPTURE:
         if COUNTED:
             received += tl.sum(tl.where((pos_m >= query_start)[None, :], p_t, 0.0), 1)
@@ -91,16 +96,19 @@ def _kv_step(
             received += tl.sum(p_t, 1)
     dv += product(p_t.to(do_tile.dtype), do_tile, PRECISION)
     ds_t = p_t * (product(v_tile, tl.trans(do_tile), PRECISION) - delta_i[None, :])  # [BLOCK_N, BLOCK_M]
+    if cap is not None:
+        ds_t *= slope
     dk += product(ds_t.to(q_tile.dtype), q_tile, PRECISION)
     return dk, dv, received
 
 
 @triton.jit
 def _kv_blocks(
-    dk, dv, k_tile, v_tile, offs_n, valid, start_m, blocks, q, do, lse, delta, received, offset, end, query_start,
-    seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh, stride_dom, qk_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k_tile, v_tile, offs_n, valid, start_m, blocks, q, do, lse, delta, received, offset, start, end,
+    query_start, pattern, seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh, stride_dom, qk_scale, cap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``blocks`` blocks of queries from position ``start_m`` on, of all heads of the group in one loop: with a loop in
     a loop dk and dv spill. After a head's last block its column sums are added to ``received``."""
@@ -109,9 +117,9 @@ def _kv_blocks(
         member = (i // blocks).to(tl.int64)
         dk, dv, col_sum = _kv_step(
             dk, dv, col_sum, k_tile, v_tile, offs_n, q + member * stride_qh, do + member * stride_doh,
-            lse + member * seqlen_q, delta + member * seqlen_q, start_m + i % blocks * BLOCK_M, offset, end,
-            query_start, stride_qm, stride_dom, qk_scale, D, BLOCK_D, BLOCK_M, MASKED, received is not None, COUNTED,
-            PRECISION,
+            lse + member * seqlen_q, delta + member * seqlen_q, start_m + i % blocks * BLOCK_M, offset, start, end,
+            query_start, pattern, stride_qm, stride_dom, qk_scale, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, CAUSAL,
+            MASKED, received is not None, COUNTED, PRECISION,
         )  # fmt: skip
         if received is not None:  # noqa: SIM102  known when the kernel is compiled, the next is not
             if (i + 1) % blocks == 0:
@@ -135,18 +143,21 @@ def _clear(received, offs_n, inside, seqlen_k, GROUP: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_kv_kernel(
-    q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
+    q, k,  # (B, H, seqlen_q, D) and (B, Hk, seqlen_k, D)
+    v, do,  # (B, Hk, seqlen_k, DV) and (B, H, seqlen_q, DV)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
-    dk, dv,  # (B, Hk, seqlen_k, D)
+    dk, dv,  # (B, Hk, seqlen_k, D or DV)
     received,  # (B, H, seqlen_k) float32, contiguous; or None
     starts, lengths,  # (N,) int64
     segments,  # (seqlen_k,) int64 where packed
     query_starts,  # (N,) int64, position of the first query that counts in received; or None
+    window, chunk, prefix, block_starts, block_ends, mask, stride_maskb, stride_maskm, cap,  # flashsink.triton.patterns
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_dom, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes dk, dv and received of BLOCK_N keys, walking over the queries."""
     stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
@@ -163,11 +174,18 @@ def gradient_kv_kernel(
         return
     offs_n, inside, valid, first, last = key_tile(tile, origin, count, start, end, BLOCK_N)
     offset = seqlen_k - seqlen_q
-    begin, full = query_range(start, end, first, last, offset, BLOCK_M, CAUSAL)
     off_b, head64 = batch.to(tl.int64), off_hk.to(tl.int64)
+    if prefix is not None:
+        prefix = tl.load(prefix + n).to(tl.int32)  # where it ends
+    if block_starts is not None:
+        block_starts, block_ends = block_starts + off_b * seqlen_k, block_ends + off_b * seqlen_k
+    if mask is not None:
+        mask += off_b * stride_maskb - (seqlen_k - seqlen_q).to(tl.int64) * stride_maskm
+    pattern = (window, chunk, prefix, block_starts, block_ends, mask, stride_maskm)
+    begin, full, stop = query_range(start, end, first, last, offset, offs_n, valid, pattern, BLOCK_M, CAUSAL)
     rows = tl.minimum(offs_n, seqlen_k - 1)  # what a row that is not valid holds stays in that row
     k_tile = load_all(k + off_b * stride_kb + head64 * stride_kh, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_all(v + off_b * stride_vb + head64 * stride_vh, rows, stride_vn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_all(v + off_b * stride_vb + head64 * stride_vh, rows, stride_vn, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     query_start = 0
     if query_starts is not None:
         query_start = tl.load(query_starts + n).to(tl.int32)
@@ -179,57 +197,68 @@ def gradient_kv_kernel(
         received += heads * seqlen_k
         _clear(received, offs_n, inside, seqlen_k, GROUP, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if CAUSAL:
-        if BLOCK_D > 128:
-            full = end  # a mask for all: a second loop would spill, and such rows are bound by products anyway
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    LOCAL: tl.constexpr = window is not None or chunk is not None or mask is not None
+    if CAUSAL or LOCAL:
+        if BLOCK_D > 128 or BLOCK_DV > 128:
+            full = stop  # a mask for all: a second loop would spill, and such rows are bound by products anyway
         dk_acc, dv_acc = _kv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, offs_n, valid, begin, tl.cdiv(full - begin, BLOCK_M), q, do, lse, delta,
-            received, offset, end, query_start, seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh, stride_dom,
-            scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, True, query_starts is not None, PRECISION,
+            received, offset, start, end, query_start, pattern, seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh,
+            stride_dom, scale * LOG2E, cap, GROUP, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, True,
+            query_starts is not None, PRECISION,
         )  # fmt: skip
-    if BLOCK_D <= 128 or not CAUSAL:
+    if not LOCAL and ((BLOCK_D <= 128 and BLOCK_DV <= 128) or not CAUSAL):
         dk_acc, dv_acc = _kv_blocks(
-            dk_acc, dv_acc, k_tile, v_tile, offs_n, valid, full, tl.cdiv(tl.maximum(end - full, 0), BLOCK_M), q, do,
-            lse, delta, received, offset, end, query_start, seqlen_q, seqlen_k, stride_qh, stride_qm, stride_doh,
-            stride_dom, scale * LOG2E, GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, False, query_starts is not None, PRECISION,
+            dk_acc, dv_acc, k_tile, v_tile, offs_n, valid, full, tl.cdiv(tl.maximum(stop - full, 0), BLOCK_M), q, do,
+            lse, delta, received, offset, start, end, query_start, pattern, seqlen_q, seqlen_k, stride_qh, stride_qm,
+            stride_doh, stride_dom, scale * LOG2E, cap, GROUP, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL,
+            False, query_starts is not None, PRECISION,
         )  # fmt: skip
     dk_acc = tl.where(valid[:, None], dk_acc * scale, 0.0)
     dv_acc = tl.where(valid[:, None], dv_acc, 0.0)
     store_rows(dk + off_b * stride_dkb + head64 * stride_dkh, offs_n, stride_dkn, dk_acc, inside, D, BLOCK_D)
-    store_rows(dv + off_b * stride_dvb + head64 * stride_dvh, offs_n, stride_dvn, dv_acc, inside, D, BLOCK_D)
+    store_rows(dv + off_b * stride_dvb + head64 * stride_dvh, offs_n, stride_dvn, dv_acc, inside, DV, BLOCK_DV)
 
 
 @triton.jit
 def _q_step(
-    dq, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, end, pos_m, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the new dq."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, end - 1) if MASKED else offs_n
     k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v_tile = load_all(v, rows, stride_vn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    p = tl.exp2(product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale - lse_i[:, None])  # [BLOCK_M, BLOCK_N]
+    v_tile = load_all(v, rows, stride_vn, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    qk = product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+    if cap is not None:
+        qk, slope = capped(qk, cap)
+    p = tl.exp2(qk - lse_i[:, None])
     if MASKED:
-        p = tl.where(visible(offs_n, pos_m, end, CAUSAL), p, 0.0)
+        p = tl.where(visible(pos_m[:, None], offs_n[None, :], start, end, pattern, CAUSAL), p, 0.0)
     ds = p * (product(do_tile, tl.trans(v_tile), PRECISION) - delta_i[:, None])  # [BLOCK_M, BLOCK_N]
+    if cap is not None:
+        ds *= slope
     return dq + product(ds.to(k_tile.dtype), k_tile, PRECISION)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_q_kernel(
-    q, k, v, do,  # (B, H or Hk, seqlen_q or seqlen_k, D)
+    q, k,  # (B, H, seqlen_q, D) and (B, Hk, seqlen_k, D)
+    v, do,  # (B, Hk, seqlen_k, DV) and (B, H, seqlen_q, DV)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
     dq,  # (B, H, seqlen_q, D)
     starts, lengths,  # (N,) int64
     segments,  # (seqlen_k,) int64 where packed
+    window, chunk, prefix, block_starts, block_ends, mask, stride_maskb, stride_maskm, cap,  # flashsink.triton.patterns
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B), as in the forward: a program computes dq of BLOCK_M rows, walking over the keys."""
     stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
@@ -238,8 +267,18 @@ def gradient_q_kernel(
     stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
     stride_dqb, stride_dqh, stride_dqm = multiples(stride_dqb, stride_dqh, stride_dqm, UNIT)
     off_hk = tl.program_id(1)
-    batch, origin, count, start, end, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
+    batch, origin, count, start, end, n, tile = locate(
+        tl.program_id(0),
+        tl.program_id(2),
+        starts,
+        lengths,
+        segments,
+        sequences,
+        seqlen_q,
+        seqlen_k,
+        GROUP,
+        BLOCK_M,
+        PACKED,
     )
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
@@ -250,23 +289,30 @@ def gradient_q_kernel(
     off_b = batch.to(tl.int64)
     off_h = (off_hk * GROUP + member).to(tl.int64)[:, None]
     q_tile = load_rows(q + off_b * stride_qb + off_h * stride_qh, offs_m, stride_qm, valid, D, BLOCK_D)
-    do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, valid, D, BLOCK_D)
+    do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, valid, DV, BLOCK_DV)
     rows = (off_b * tl.num_programs(1) * GROUP + off_hk * GROUP + member) * seqlen_q + offs_m
     lse_i = tl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E  # [BLOCK_M]
     delta_i = tl.load(delta + rows, mask=valid, other=0.0)  # [BLOCK_M]
     k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
     v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
-    full, stop = key_range(start, end, first, last, BLOCK_N, CAUSAL)
+    if prefix is not None:
+        prefix = tl.load(prefix + n).to(tl.int32)  # where it ends
+    if block_starts is not None:
+        block_starts, block_ends = block_starts + off_b * seqlen_k, block_ends + off_b * seqlen_k
+    if mask is not None:
+        mask += off_b * stride_maskb - (seqlen_k - seqlen_q).to(tl.int64) * stride_maskm
+    pattern = (window, chunk, prefix, block_starts, block_ends, mask, stride_maskm)
+    begin, full, stop = key_range(start, end, first, last, pos_m, valid, pattern, BLOCK_N, CAUSAL)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start_n in range(start, full, BLOCK_N):
+    for start_n in range(begin, full, BLOCK_N):
         acc = _q_step(
-            acc, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
+            acc, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern,
+            scale * LOG2E, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for start_n in range(full, stop, BLOCK_N):
         acc = _q_step(
-            acc, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
+            acc, q_tile, do_tile, lse_i, delta_i, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern,
+            scale * LOG2E, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
     acc = tl.where(valid[:, None], acc * scale, 0.0)
     store_rows(dq + off_b * stride_dqb + off_h * stride_dqh, offs_m, stride_dqm, acc, inside, D, BLOCK_D)
@@ -287,48 +333,52 @@ def backward(
     packed: bool,
     causal: bool,
     scale: float,
-    capture: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, gradient of the sink logits (H,) or empty, received (B, H, Sk) or empty).
 
-    Padded positions get 0 and send nothing, whatever ``do`` (B, H, Sq, D) holds there.
+    Padded positions get 0 and send nothing, whatever ``do`` (B, H, Sq, Dv) holds there. ``rest`` are the fields of a
+    :class:`flashsink.triton.patterns.Operands`, and whether ``received`` is asked for.
     """
+    *operands, capture = rest
+    pattern = tuple(operands)
     do, q, k, v, out = (adjacent(x) for x in (do, q, k, v, out))
     # the kernels take vectors as contiguous: those that a mask carries are not
     lse, starts, lengths = lse.contiguous(), starts.contiguous(), lengths.contiguous()
     query_starts = None if query_starts is None else query_starts.contiguous()
-    b, h, seqlen_q, d = q.shape
+    b, h, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1], k.shape[2]
-    group = h // heads_k
+    group, d = h // heads_k, tiles.widest(q, v)
     in_pass = capture and d > CAPTURED_HEAD_DIM
     dq, dk, dv, _, received = backward_like(do, q, k, v, out, lse, None, capture and not in_pass)
     delta = torch.empty_like(lse)
-    block_d = max(16, triton.next_power_of_2(d))
+    dims = head_dims(q, v)
     launch(
         delta_kernel, (triton.cdiv(seqlen_q, DELTA.blocks["BLOCK_M"]), h, b), DELTA,
-        do=do, out=out, delta=delta, seqlen_q=seqlen_q, **strides({"bhm": {"do": do, "o": out}}), D=d, BLOCK_D=block_d,
+        do=do, out=out, delta=delta, seqlen_q=seqlen_q, **strides({"bhm": {"do": do, "o": out}}), DV=dims["DV"],
+        BLOCK_DV=dims["BLOCK_DV"],
     )  # fmt: skip
     common: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "starts": starts, "lengths": lengths,
         "segments": segments,
         "sequences": len(starts), "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "scale": scale,
-        "GROUP": group, "D": d, "BLOCK_D": block_d, "PACKED": packed, "CAUSAL": causal,
+        **patterns.arguments(pattern), **dims, "GROUP": group, "PACKED": packed, "CAUSAL": causal,
         "PRECISION": precision(d),
     }  # fmt: skip
-    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device, group)
+    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device, group, patterns.kind(pattern))
     launch(
         gradient_kv_kernel, (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b), tile,
         **common, dk=dk, dv=dv, received=received if capture and not in_pass else None,
         query_starts=query_starts if capture and not in_pass else None,
         **strides({"bhm": {"q": q, "do": do}, "bhn": {"k": k, "v": v, "dk": dk, "dv": dv}}),
     )  # fmt: skip
-    tile = tiles.choose("gradient_q", d, q.element_size(), q.device, group)
+    tile = tiles.choose("gradient_q", d, q.element_size(), q.device, group, patterns.kind(pattern))
     launch(
         gradient_q_kernel, (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
         tile, **common, dq=dq, **strides({"bhm": {"q": q, "do": do, "dq": dq}, "bhn": {"k": k, "v": v}}),
     )  # fmt: skip
     if in_pass:
-        received = statistics_pass(q, k, lse, starts, lengths, segments, query_starts, packed, causal, scale)
+        received = statistics_pass(q, k, lse, starts, lengths, segments, query_starts, packed, causal, scale, *pattern)
     dsink = lse.new_empty(0)
     if sink_logits is not None:
         dsink = _dsink(sink_logits, lse, delta, Layout(starts, lengths, b, seqlen_k, packed))
@@ -338,7 +388,7 @@ def backward(
 def _dsink(sink_logits: Tensor, lse: Tensor, delta: Tensor, layout: Layout) -> Tensor:
     """(H,): -sum over the valid rows of exp(z - lse) delta."""
     valid = layout.valid()[:, None, layout.tokens - lse.shape[2] :]
-    share = (sink_logits.float()[:, None] - lse).exp()
+    share = (sink_logits.float()[:, None] - lse).clamp(max=0.0).exp()  # lse is 0 where a mask hides all keys
     return torch.where(valid, -share * delta, 0.0).sum(dim=(0, 2)).to(sink_logits.dtype)
 
 

@@ -12,17 +12,21 @@ are base 2, of scores times log2(e). Dimensions: B rows, H query and Hk key head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashsink.operators import adjacent
-from flashsink.triton import tiles
+from flashsink.triton import patterns, tiles
 from flashsink.triton.device import (
     LN2,
     LOG2E,
     LOWEST,
+    capped,
+    head_dims,
     key_range,
     load_all,
     load_rows,
@@ -40,21 +44,23 @@ from flashsink.triton.launch import VARYING, launch, strides
 
 @triton.jit
 def _forward_step(
-    acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the new acc, l_i and m_i."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, end - 1) if MASKED else offs_n
     k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     qk = product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+    if cap is not None:
+        qk, _ = capped(qk, cap)
     if MASKED:
-        qk = tl.where(visible(offs_n, pos_m, end, CAUSAL), qk, -float("inf"))
+        qk = tl.where(visible(pos_m[:, None], offs_n[None, :], start, end, pattern, CAUSAL), qk, -float("inf"))
     m_ij = tl.maximum(m_i, tl.max(qk, 1))
     p = tl.exp2(qk - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
-    v_tile = load_all(v, rows, stride_vn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v_tile = load_all(v, rows, stride_vn, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     acc = acc * alpha[:, None] + product(p.to(v_tile.dtype), v_tile, PRECISION)
     return acc, l_i * alpha + tl.sum(p, 1), m_ij
 
@@ -63,17 +69,19 @@ def _forward_step(
 def forward_kernel(
     q,  # (B, H, seqlen_q, D)
     k,  # (B, Hk, seqlen_k, D)
-    v,  # (B, Hk, seqlen_k, D)
+    v,  # (B, Hk, seqlen_k, DV)
     sink_logits,  # (H,) or None
-    out,  # (B, H, seqlen_q, D)
+    out,  # (B, H, seqlen_q, DV)
     lse,  # (B, H, seqlen_q) float32, contiguous
     starts, lengths,  # (N,) int64
     segments,  # (seqlen_q,) int64 where packed
+    window, chunk, prefix, block_starts, block_ends, mask, stride_maskb, stride_maskm, cap,  # flashsink.triton.patterns
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes BLOCK_M rows, the GROUP query heads of neighboring queries, against one
     key head: a group of short sequences fills a tile, and keys and values are loaded once for the group. Blocks of
@@ -83,8 +91,18 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
     stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     off_hk = tl.program_id(1)
-    batch, origin, count, start, end, _, tile = locate(
-        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k, GROUP, BLOCK_M, PACKED
+    batch, origin, count, start, end, n, tile = locate(
+        tl.program_id(0),
+        tl.program_id(2),
+        starts,
+        lengths,
+        segments,
+        sequences,
+        seqlen_q,
+        seqlen_k,
+        GROUP,
+        BLOCK_M,
+        PACKED,
     )
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
@@ -98,20 +116,29 @@ def forward_kernel(
     q_tile = load_rows(q_rows, offs_m, stride_qm, valid, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
     v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
-    full, stop = key_range(start, end, first, last, BLOCK_N, CAUSAL)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if prefix is not None:
+        prefix = tl.load(prefix + n).to(tl.int32)  # where it ends
+    if block_starts is not None:
+        block_starts, block_ends = block_starts + off_b * seqlen_k, block_ends + off_b * seqlen_k
+    if mask is not None:
+        mask += off_b * stride_maskb - (seqlen_k - seqlen_q).to(tl.int64) * stride_maskm
+    pattern = (window, chunk, prefix, block_starts, block_ends, mask, stride_maskm)
+    begin, full, stop = key_range(start, end, first, last, pos_m, valid, pattern, BLOCK_N, CAUSAL)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.zeros([BLOCK_M], tl.float32) + LOWEST
-    for start_n in range(start, full, BLOCK_N):
+    for start_n in range(begin, full, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for start_n in range(full, stop, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, end, pos_m, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
+    if mask is not None:
+        valid &= l_i != 0.0  # where the mask hides all keys
     if sink_logits is not None:
         z = tl.load(sink_logits + off_h).to(tl.float32) * LOG2E  # [BLOCK_M]
         m_ij = tl.maximum(m_i, z)
@@ -120,7 +147,7 @@ def forward_kernel(
     l_i = tl.where(valid, l_i, 1.0)
     acc = tl.where(valid[:, None], acc / l_i[:, None], 0.0)
     out_rows = out + off_b * stride_ob + off_h.to(tl.int64)[:, None] * stride_oh
-    store_rows(out_rows, offs_m, stride_om, acc, inside, D, BLOCK_D)
+    store_rows(out_rows, offs_m, stride_om, acc, inside, DV, BLOCK_DV)
     lse += (off_b * tl.num_programs(1) + off_hk) * GROUP * seqlen_q
     tl.store(lse + member * seqlen_q + offs_m, tl.where(valid, (m_i + tl.log2(l_i)) * LN2, 0.0), mask=inside)
 
@@ -138,22 +165,23 @@ def forward(
     packed: bool,
     causal: bool,
     scale: float,
+    *pattern: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, H, Sq, D) in q's dtype, lse (B, H, Sq) float32): both 0 at padded queries.
+    """(out (B, H, Sq, Dv) in q's dtype, lse (B, H, Sq) float32): both 0 at padded queries.
 
-    ``out`` is (B, Sq, H, D) in memory, as the next projection reads it. ``segments`` (Sk,), needed where packed, is
-    what :func:`flashsink.triton.segments.forward` makes. ``capture`` and ``query_starts`` are for the
-    backward alone.
+    ``out`` is (B, Sq, H, Dv) in memory, as the next projection reads it. ``segments`` (Sk,), needed where packed, is
+    what :func:`flashsink.triton.segments.forward` makes. ``capture`` and ``query_starts`` are for the backward alone;
+    ``pattern`` is a :class:`flashsink.triton.patterns.Operands`.
     """
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     # the kernels take vectors as contiguous: those that a mask carries, or a column of a table, are not
     starts, lengths = starts.contiguous(), lengths.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    b, h, seqlen_q, d = q.shape
+    b, h, seqlen_q, _ = q.shape
     heads_k, seqlen_k = k.shape[1], k.shape[2]
-    out, lse = forward_like(q)
+    out, lse = forward_like(q, k, v)
     group = h // heads_k
-    tile = tiles.choose("forward", d, q.element_size(), q.device, group)
+    tile = tiles.choose("forward", tiles.widest(q, v), q.element_size(), q.device, group, patterns.kind(pattern))
     launch(
         forward_kernel,
         (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
@@ -161,17 +189,16 @@ def forward(
         q=q, k=k, v=v, sink_logits=sink_logits, out=out, lse=lse, starts=starts, lengths=lengths,
         segments=segments,
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
-        **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
-        GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
-        PRECISION=precision(d),
+        **patterns.arguments(pattern), **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
+        **head_dims(q, v), GROUP=group, PACKED=packed, CAUSAL=causal, PRECISION=precision(tiles.widest(q, v)),
     )  # fmt: skip
     return out, lse
 
 
-def out_like(q: Tensor) -> Tensor:
-    b, h, seqlen_q, d = q.shape
-    return torch.empty((b, seqlen_q, h, d), dtype=q.dtype, device=q.device).transpose(1, 2)
+def out_like(q: Tensor, v: Tensor) -> Tensor:
+    b, h, seqlen_q, _ = q.shape
+    return torch.empty((b, seqlen_q, h, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def forward_like(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return out_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def forward_like(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return out_like(q, v), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

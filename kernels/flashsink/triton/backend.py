@@ -1,7 +1,7 @@
 """The ``triton`` backend: NVIDIA sm_80, sm_90 and sm_100, and CPU tensors under TRITON_INTERPRET=1.
 
-Attention takes float16 and bfloat16 with head dims up to 256, and float32 up to 128; everything else takes all three
-(float64 goes to the reference) and up to 8192 features.
+Attention takes float16 and bfloat16 with head dims up to 256, and float32 up to 128, of q and of v; everything else
+takes all three (float64 goes to the reference) and up to 8192 features.
 
 Where triton cannot be imported (there is none for macOS and Windows, nor with torch's CPU wheels) this module is
 empty and ``available`` says so. No module outside this folder imports triton.

@@ -7,6 +7,7 @@ sequence. A *slot* is a program's number along the first grid axis.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -26,6 +27,12 @@ def precision(head_dim: int) -> str:
     """How float32 products are made. Exactly, without tensor cores, for small head dims; for larger ones that spills
     hundreds of registers, so there each is the sum of three tf32 products, which keeps 21 bits of 24."""
     return "ieee" if head_dim <= 64 else "tf32x3"
+
+
+def head_dims(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
+    """Kernel arguments D of q and k, DV of v, and the powers of two that hold them."""
+    block = {name: max(16, triton.next_power_of_2(x.shape[3])) for name, x in (("BLOCK_D", q), ("BLOCK_DV", v))}
+    return {"D": q.shape[3], "DV": v.shape[3], **block}
 
 
 @triton.jit
@@ -144,36 +151,135 @@ def key_tile(tile, origin, count, start, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def key_range(start, end, first, last, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(full, stop) for a tile of queries first..last: all its valid queries see whole blocks of keys in
-    [start, full); those in [full, stop) need a mask. Both are ``start`` where the tile has no valid query."""
+def _earliest(position, start, window, chunk):
+    """The first key that window and chunk leave a query at ``position``; without order also the first query that
+    sees a key there."""
+    low = start
+    if chunk is not None:
+        low = start + (position - start) // chunk * chunk
+    if window is not None:
+        low = tl.maximum(low, position - window + 1)
+    return low
+
+
+@triton.jit
+def _latest(position, start, end, window, chunk):
+    """The position after the last query that sees a key at ``position`` through window and chunk; without order also
+    after the last key that a query there sees."""
+    high = end
+    if chunk is not None:
+        high = tl.minimum(high, start + ((position - start) // chunk + 1) * chunk)
+    if window is not None:
+        high = tl.minimum(high, position + window)
+    return high
+
+
+@triton.jit
+def _block_range(positions, valid, begin, stop, block_starts, block_ends):
+    """[begin, stop) with all tokens of the blocks that the valid ``positions`` are in."""
+    low = tl.load(block_starts + positions, mask=valid, other=-1)
+    high = tl.load(block_ends + positions, mask=valid, other=0)
+    return tl.minimum(begin, tl.min(tl.where(low >= 0, low, begin))), tl.maximum(stop, tl.max(high))
+
+
+@triton.jit
+def key_range(start, end, first, last, pos_m, valid, pattern, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(begin, full, stop) for a tile of queries at pos_m, first..last of which are valid: they see no key outside
+    [begin, stop), and whole blocks of keys in [begin, full), so that only those in [full, stop) need a mask. All
+    three are the same where the tile has no valid query. ``pattern`` as in :func:`visible`."""
+    window, chunk, until, block_starts, block_ends, mask, _ = pattern
+    begin = start
     if CAUSAL:
         whole, stop = first + 1 - start, last + 1
     else:
         whole, stop = end - start, end
-    stop = tl.where(first > last, start, stop)
+    if window is not None or chunk is not None:
+        begin, whole = _earliest(first, start, window, chunk), 0
+        if not CAUSAL:
+            stop = _latest(last, start, end, window, chunk)
+    if mask is not None:
+        whole, stop = 0, end
+    if until is not None:
+        begin = tl.where(first < until, start, begin)
+        stop = tl.where(first < until, tl.maximum(stop, until), stop)
+    if block_starts is not None:
+        begin, stop = _block_range(pos_m, valid, begin, stop, block_starts, block_ends)
+    stop = tl.where(first > last, begin, stop)
     whole = tl.where(first > last, 0, whole)
-    return start + whole // BLOCK_N * BLOCK_N, stop
+    return begin, begin + whole // BLOCK_N * BLOCK_N, stop
 
 
 @triton.jit
-def query_range(start, end, first, last, offset, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """(begin, full) for a tile of keys first..last: blocks of queries in [begin, full) need a causal mask, those in
-    [full, end) see all its keys. Both are ``end`` where the tile has no valid key."""
-    begin = tl.maximum(start, offset)
-    if CAUSAL:
+def query_range(
+    start, end, first, last, offset, offs_n, valid, pattern, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """(begin, full, stop) for a tile of keys offs_n, first..last of which are valid: no query outside [begin, stop)
+    sees one; blocks of queries in [begin, full) need a mask, those in [full, stop) see all its keys. All three are
+    the same where the tile has no valid key. ``pattern`` as in :func:`visible`."""
+    window, chunk, until, block_starts, block_ends, mask, _ = pattern
+    begin, stop = tl.maximum(start, offset), end
+    if CAUSAL and mask is None:
         begin = tl.maximum(first, offset)
+    if window is not None or chunk is not None:
+        stop = _latest(last, start, end, window, chunk)
+        if not CAUSAL:
+            begin = tl.maximum(_earliest(first, start, window, chunk), offset)
+    if until is not None:
+        begin = tl.where(first < until, tl.maximum(start, offset), begin)
+        stop = tl.where(first < until, tl.maximum(stop, until), stop)
+    if block_starts is not None:
+        begin, stop = _block_range(offs_n, valid, begin, stop, block_starts, block_ends)
+        begin = tl.maximum(begin, offset)
+    if window is not None or chunk is not None or mask is not None:
+        full = stop
+    elif CAUSAL:
         full = tl.minimum(begin + tl.cdiv(tl.maximum(last - begin, 0), BLOCK_M) * BLOCK_M, end)
     else:
         full = begin
-    begin = tl.where(first > last, end, begin)
-    return begin, tl.maximum(full, begin)
+    begin = tl.where(first > last, stop, begin)
+    return begin, tl.maximum(full, begin), stop
 
 
 @triton.jit
-def visible(offs_n, pos_m, end, CAUSAL: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] bool: whether a query sees a key."""
-    if CAUSAL:
-        return offs_n[None, :] <= pos_m[:, None]
-    else:
-        return (offs_n[None, :] < end) & (pos_m[:, None] >= 0)
+def visible(pos_m, offs_n, start, end, pattern, CAUSAL: tl.constexpr):
+    """Whether queries at the positions pos_m see keys at offs_n, which broadcast against each other: bool.
+
+    ``pattern`` is (window, chunk, until, block_starts, block_ends, mask, its stride), None where there is none: the
+    first two as in :class:`flashsink.types.Pattern`, ``until`` the end of the prefix, and pointers of the row: to the
+    first token of every token's block, -1 outside of blocks, to the one after the block's last, 0 outside, and to the
+    mask of a query at position 0, whether or not there is one.
+    """
+    window, chunk, until, block_starts, _, mask, stride_maskm = pattern
+    valid_m, valid_n = (pos_m >= start) & (pos_m < end), (offs_n >= start) & (offs_n < end)
+    if mask is not None:
+        return tl.load(mask + pos_m.to(tl.int64) * stride_maskm + offs_n, mask=valid_m & valid_n, other=0) != 0
+    seen = offs_n <= pos_m if CAUSAL else (offs_n < end) & (pos_m >= 0)
+    if window is not None:
+        seen = seen & (pos_m - offs_n < window)
+        if not CAUSAL:
+            seen = seen & (offs_n - pos_m < window)
+    if chunk is not None:
+        seen = seen & ((pos_m - start) // chunk == (offs_n - start) // chunk)
+    if until is not None:
+        seen = seen | ((pos_m < until) & (offs_n < until))
+    if block_starts is not None:
+        of_m = tl.load(block_starts + pos_m, mask=valid_m, other=-1)
+        of_n = tl.load(block_starts + offs_n, mask=valid_n, other=-1)
+        seen = seen | ((of_m == of_n) & (of_n >= 0))
+    return seen
+
+
+@triton.jit
+def capped(scores, cap):
+    """(cap tanh(scores / cap), its derivative by the scores), both to a few units in the last place of float32: near 0
+    by the polynomial of Cephes' tanhf, elsewhere by an exponential, where 1 - tanh^2 would have no digits left."""
+    x = scores * (1.0 / cap)
+    z = x * x
+    near = x + x * z * (
+        -3.33332819422e-1
+        + z * (1.33314422036e-1 + z * (-5.37397155531e-2 + z * (2.06390887954e-2 - z * 5.70498872745e-3)))
+    )
+    rest = 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)  # 1 - |tanh|
+    far = tl.where(x < 0.0, rest - 1.0, 1.0 - rest)
+    small = tl.abs(x) < 0.625
+    return cap * tl.where(small, near, far), tl.where(small, 1.0 - near * near, rest * (2.0 - rest))

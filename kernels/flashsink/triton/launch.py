@@ -24,6 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # ranks at different steps. Strides are not among them: what they say of alignment makes loads wide, and they keep it.
 VARYING = (
     *("starts", "lengths", "segments", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
+    *("window", "chunk", "prefix", "block_starts", "block_ends", "mask", "stride_maskb", "stride_maskm"),
     *("sequences", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
 )
 

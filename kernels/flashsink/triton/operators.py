@@ -13,6 +13,7 @@ from flashsink.triton import (
     received,
     segments,
 )
+from flashsink.triton.patterns import NAMES, SCHEMA
 
 OPERATORS = (
     Operator(
@@ -24,34 +25,36 @@ OPERATORS = (
     Operator(
         "triton_attention",
         "(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? capture, Tensor starts, Tensor lengths,"
-        " Tensor? segments, Tensor? first, bool packed, bool causal, float scale) -> (Tensor out, Tensor lse)",
+        f" Tensor? segments, Tensor? first, bool packed, bool causal, float scale, {SCHEMA})"
+        " -> (Tensor out, Tensor lse)",
         attention_forward.forward,
         attention_forward.forward_like,
         Gradient(
             "triton_attention_backward",
-            takes="grad:out q k v out lse sink_logits starts lengths segments first packed causal scale needs:capture",
+            takes="grad:out q k v out lse sink_logits starts lengths segments first packed causal scale"
+            f" {NAMES} needs:capture",
             gives="q k v sink_logits capture",
         ),
     ),
     Operator(
         "triton_attention_backward",
         "(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink_logits, Tensor starts,"
-        " Tensor lengths, Tensor? segments, Tensor? first, bool packed, bool causal, float scale, bool capture)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f" Tensor lengths, Tensor? segments, Tensor? first, bool packed, bool causal, float scale, {SCHEMA},"
+        " bool capture) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         attention_backward.backward,
         attention_backward.backward_like,
     ),
     Operator(
         "triton_received",
         "(Tensor q, Tensor k, Tensor lse, Tensor starts, Tensor lengths, Tensor? segments, Tensor? first, bool packed,"
-        " bool causal, float scale) -> Tensor",
+        f" bool causal, float scale, {SCHEMA}) -> Tensor",
         received.forward,
         received.forward_like,
     ),
     Operator(
         "triton_calibrate",
-        "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor sinks, Tensor starts, Tensor lengths,"
-        " float beta, float scale) -> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink_logits, Tensor sinks, Tensor starts,"
+        f" Tensor lengths, bool causal, float beta, float scale, {SCHEMA}) -> Tensor",
         calibrate.forward,
         calibrate.forward_like,
     ),

@@ -63,6 +63,28 @@ ODD_GROUP: dict[tuple[str, int], Entries] = {
     ("gradient_q", 100): [(64, _tile(128, 64, 8, 2)), (128, _tile(64, 64, 8, 2))],
 }
 
+# Under a pattern or a cap, and under a mask, whose bytes are addressed one by one; any number of heads in a group.
+PATTERNED: dict[str, dict[int, Entries]] = {
+    "forward": {
+        80: [(256, _tile(64, 32, 8, 2))],
+        90: [(128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 2))],
+        100: [(256, _tile(64, 32, 8, 2))],
+    },
+    "gradient_kv": {
+        80: [(64, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        90: [(128, _tile(32, 64, 8, 2)), (256, _tile(16, 64, 8, 2))],
+        100: [(128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
+    },
+    "gradient_q": {
+        80: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        90: [(128, _tile(64, 32, 8, 2)), (256, _tile(64, 16, 8, 2))],
+        100: [(256, _tile(32, 32, 8, 1))],  # 64 rows go to tensor memory, and Triton 3.6 reads it before its wait
+    },
+    "received": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 64, 8, 2))]),
+    "calibrate": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 32, 8, 1))]),
+}
+MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(256, _tile(64, 32, 8, 2))])}
+
 # float32, the same everywhere (device.precision says how it is multiplied)
 SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
 SINGLE_GRADIENT_Q: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]
@@ -79,16 +101,27 @@ _overrides: dict[str, Tile] = {}
 _target: list[int] = []
 
 
-def choose(kernel: str, head_dim: int, element_size: int, device: torch.device, group: int) -> Tile:
-    """The tile that ``kernel`` is launched with on ``device``, for ``group`` query heads to a key head."""
+def widest(q: torch.Tensor, v: torch.Tensor) -> int:
+    """The head dim whose tile serves q and v (B, heads, tokens, head dim)."""
+    return max(q.shape[3], v.shape[3])
+
+
+def choose(
+    kernel: str, head_dim: int, element_size: int, device: torch.device, group: int, seen: str = "causal"
+) -> Tile:
+    """The tile that ``kernel`` is launched with on ``device``, for ``group`` query heads to a key head; ``seen`` is
+    what :func:`flashsink.triton.patterns.kind` says."""
     if kernel in _overrides:
         return _overrides[kernel]
     if element_size == 4:
         entries = SINGLE_GRADIENT_Q if kernel == "gradient_q" else SINGLE
     else:
         name = architecture(device)
-        odd = ODD_GROUP.get((kernel, name), []) if group & (group - 1) else []
-        entries = odd + HALF[kernel][name]
+        if seen == "causal":
+            odd = ODD_GROUP.get((kernel, name), []) if group & (group - 1) else []
+            entries = odd + HALF[kernel][name]
+        else:
+            entries = {"patterned": PATTERNED, "masked": MASKED}[seen][kernel][name]
     return next(tile for largest, tile in entries if head_dim <= largest)
 
 

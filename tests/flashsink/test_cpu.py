@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import LEVELS, Backend, Problem, States, on, run
+from cases import LEVELS, Backend, Problem, States, compare, exact, on, run
 
 import flashsink
 from flashsink import dispatch, reference
+from flashsink.cpu import attention as native
 from flashsink.cpu import backend as cpu
 from flashsink.types import Layout, Pattern
 
@@ -82,6 +83,14 @@ def test_hyperbolic_tangent(backend):
     x = torch.cat([torch.linspace(-30.0, 30.0, 3001), torch.linspace(-1.0, 1.0, 999), torch.logspace(-30, 0, 99)])
     want = (2.0 * (x.double() / 2.0).tanh()).exp()
     assert ((ratios(x, softcap=2.0) - want) / want).abs().max() < 1e-6
+
+
+@on(CPU)
+@pytest.mark.parametrize("few", [0, 1000])
+def test_query_heads_of_a_key_head_together_and_apart(backend, monkeypatch, few):
+    monkeypatch.setattr(native, "FEW", few)
+    for case in ("150 tokens", "33 tokens, two groups", "packed with empty sequences and a tail"):
+        compare(run(backend, Problem(case)), exact(case), torch.float32)
 
 
 @on(CPU)

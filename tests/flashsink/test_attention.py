@@ -5,7 +5,21 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cases import ATTENTION, BACKENDS, HALF, KERNELS, LONG, TOLERANCE, Problem, compare, exact, on, run, sink_logits
+from cases import (
+    ATTENTION,
+    BACKENDS,
+    HALF,
+    KERNELS,
+    LONG,
+    TOLERANCE,
+    TRITON,
+    Problem,
+    compare,
+    exact,
+    on,
+    run,
+    sink_logits,
+)
 
 import flashsink
 
@@ -165,6 +179,33 @@ def test_infinite_scores(backend, causal, sink):
             assert not lost.any() and float(lse) == sink
         else:
             assert lost.isnan().all() and not lse.isfinite()
+
+
+@on(TRITON)
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite(backend, value, scale):
+    """A key whose scores are NaN or infinite is lost for the queries that see it and the keys that these see, and for
+    no other query, key or sequence."""
+    q, k, v = torch.randn(3, 1, 2, 44, 16, generator=torch.Generator().manual_seed(3)).to(backend.dtype)
+    q[..., 2:4], k[..., 2:4] = 1e25, 0.0  # what is 0 in the sums stays 0 times these
+    bounds, lost = torch.tensor([0, 21, 44], device=backend.device), 24
+    found = []
+    for spoil in (False, True):
+        key = k.clone()
+        if spoil:
+            key[..., lost, 2] = 1e25 if scale > 0.0 else -1e25
+            key[..., lost, 3] = key[..., lost, 2] * (0 if value == torch.inf else -1)
+        leaves = [x.to(backend.device).requires_grad_() for x in (q, key, v)]
+        options = {"cu_seqlens": bounds, "scale": scale, "backend": backend.name, "return_stats": True}
+        out, stats = flashsink.attention(*leaves, **options)
+        of_q, *of_keys = torch.autograd.grad(out.float().sin().sum(), leaves)
+        queries, keys = [out, of_q, stats.lse[..., None]], [*of_keys, stats.received[..., None]]
+        found.append(([x.cpu() for x in queries], [x.cpu() for x in keys]))
+    for first, clean, spoiled in ((lost, found[0][0], found[1][0]), (21, found[0][1], found[1][1])):
+        for want, got in zip(clean, spoiled, strict=True):
+            assert torch.equal(got[:, :, :first], want[:, :, :first]) and want.isfinite().all()
+            assert got[:, :, first:].isnan().all()
 
 
 @on(KERNELS)

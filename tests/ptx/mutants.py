@@ -40,7 +40,8 @@ CHANGES: dict[str, tuple[str, str | Callable[[re.Match[str]], str]]] = {
     "no mbarrier": (r"@%p\d+ mbarrier\.init\S+ \[%r\d+\], 1;", ""),
     "no atomic": (r"atom\.\S+ (%r\d+), (\[.*?\]), (%r\d+);", r"st.global.b32 \2, \3;"),
     "no mask": (
-        r"selp\.f32\s+(%r\d+), (?:0f(?:FF800000|00000000), (%r\d+)|(%r\d+), 0f(?:FF800000|00000000)), %p\d+;",
+        r"selp\.f32\s+(%r\d+), (?:0f(?:FF800000|00000000), (%r\d+), %p\d+|(%r\d+), (?:0f(?:FF800000|00000000), %p\d+|"
+        r"[^,]+, p));",
         lambda m: f"mov.b32 {m[1]}, {m[2] or m[3]};",
     ),
     "accumulators exchanged": (rf"(mma\.sync\S+|wgmma\.mma_async\S+)\s+{REGISTERS}", r"\1 {\3, \2,\4}"),
@@ -53,7 +54,7 @@ CHANGES: dict[str, tuple[str, str | Callable[[re.Match[str]], str]]] = {
 OUTPUTS = {
     "forward_kernel": ("out", "lse"),
     "gradient_kv_kernel": ("dk", "dv", "received"),
-    "gradient_q_kernel": ("dq",),
+    "gradient_q_kernel": ("dq", "delta"),
 }
 AT_MOST = 6  # mutants of a kind and kernel, but barriers: all
 
@@ -72,7 +73,7 @@ def launches(sm: int) -> list[Any]:
             options: dict[str, Any] = {"cu_seqlens": offsets, "backend": "triton", "return_stats": True}
             out, _ = flashsink.attention(q, k, v, **options)
             out.backward(torch.randn(out.shape, generator=g).bfloat16())
-    return [launch for launch in seen if launch.kernel.__name__ != "delta_kernel"]
+    return [launch for launch in seen if launch.kernel.__name__ in OUTPUTS]
 
 
 def mutants(text: str) -> Iterator[tuple[str, str]]:
@@ -100,12 +101,7 @@ def caught(text: str, launch: Any, job: Any, made: Any, sound: list[torch.Tensor
 
 
 def outputs_of(launch: Any) -> list[torch.Tensor]:
-    names = {
-        "forward_kernel": ("out", "lse"),
-        "gradient_kv_kernel": ("dk", "dv", "received"),
-        "gradient_q_kernel": ("dq",),
-    }
-    return [launch.arguments[name].detach() for name in names[launch.kernel.__name__]]
+    return [launch.arguments[name].detach() for name in OUTPUTS[launch.kernel.__name__]]
 
 
 def main() -> None:

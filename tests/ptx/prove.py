@@ -83,6 +83,8 @@ def attention_problems(dtype: str) -> Iterator[Problem]:
             name = f"attention D{dim} {shape}" + "".join(f" {key}" for key, on in options.items() if on)
             call = functools.partial(attention, shape, dim, DTYPES[dtype], **options)
             yield Problem(name, dtype, call, quick=dim == 64 and shape == "packed" and dtype == "bf16")
+    for value in (float("nan"), float("inf")) if dtype != "fp16" else ():  # in which the scores' factors are infinite
+        yield Problem(f"attention with {value}", dtype, functools.partial(not_finite, value, DTYPES[dtype]))
 
     for shape, dim, values, pattern in PATTERNED:
         if dtype != "fp32" or dim <= 128:
@@ -130,6 +132,13 @@ def attention(
         for key in found
         if key != "queries"
     )
+
+
+def not_finite(value: float, dtype: torch.dtype) -> None:
+    import test_attention
+
+    backend = cases.Backend("triton", dtype=dtype, shipped=True)
+    test_attention.test_scores_that_are_not_finite(backend, value, -0.3)
 
 
 STATISTICS = ("lse", "received", "early", "mean_received")

@@ -64,18 +64,8 @@ def attention(
         pending = Pending(q, k, layout, causal, scale, counted[0], given)
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
-        *(
-            q,
-            k,
-            v,
-            sink_logits,
-            capture,
-            layout.starts,
-            layout.lengths,
-            layout.segment,
-            counted[0] if counted else None,
-        ),
-        *(layout.packed, causal, scale, *given),
+        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, layout.segment),
+        *(counted[0] if counted else None, layout.packed, causal, scale, *given),
     )
     lse = lse.detach()
     if pending is not None:

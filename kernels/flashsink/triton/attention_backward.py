@@ -24,11 +24,13 @@ from flashsink.triton.device import (
     LOG2E,
     capped,
     head_dims,
+    hide,
     key_range,
     key_tile,
     load_all,
     load_rows,
     locate,
+    mean_length,
     multiples,
     precision,
     product,
@@ -36,35 +38,12 @@ from flashsink.triton.device import (
     query_tile,
     slots,
     store_rows,
-    visible,
 )
-from flashsink.triton.launch import VARYING, Tile, launch, strides
+from flashsink.triton.launch import VARYING, launch, strides
 from flashsink.triton.received import forward as statistics_pass
 from flashsink.types import Layout
 
 CAPTURED_HEAD_DIM = 128  # beyond it dK and dV fill the registers, and the statistics pass runs instead
-DELTA = Tile({"BLOCK_M": 16}, 4, 1)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def delta_kernel(
-    do, out,  # (B, H, seqlen_q, DV)
-    delta,  # (B, H, seqlen_q) float32, contiguous
-    seqlen_q, stride_dob, stride_doh, stride_dom, stride_ob, stride_oh, stride_om,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of queries, H, B): delta = rowsum(dO * O). Padded rows may hold anything; nothing reads theirs."""
-    stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
-    stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
-    off_h, off_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = offs_m < seqlen_q
-    do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, inside, DV, BLOCK_DV)
-    do_tile = do_tile.to(tl.float32)  # [BLOCK_M, BLOCK_DV]
-    o_tile = load_rows(out + off_b * stride_ob + off_h * stride_oh, offs_m, stride_om, inside, DV, BLOCK_DV)
-    o_tile = o_tile.to(tl.float32)  # [BLOCK_M, BLOCK_DV]
-    rows = (off_b * tl.num_programs(1) + off_h) * seqlen_q + offs_m
-    tl.store(delta + rows, tl.sum(do_tile * o_tile, 1), mask=inside)
 
 
 @triton.jit
@@ -77,18 +56,17 @@ def _kv_step(
     """One block of queries: the new dk, dv and received. A query at or after ``end`` has lse = inf, so its
     probabilities are 0 without a mask."""
     pos_m = start_m + tl.arange(0, BLOCK_M)
-    seen = pos_m < end
     offs_m = tl.minimum(pos_m, end - 1) - offset
     q_tile = load_all(q, offs_m, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do_tile = load_all(do, offs_m, stride_dom, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    lse_i = tl.load(lse + offs_m, mask=seen, other=float("inf")) * LOG2E  # [BLOCK_M]
-    delta_i = tl.load(delta + offs_m, mask=seen, other=0.0)  # [BLOCK_M]
+    lse_i = tl.where(pos_m < end, tl.load(lse + offs_m) * LOG2E, float("inf"))  # [BLOCK_M]
+    delta_i = tl.load(delta + offs_m)  # [BLOCK_M]
     qk_t = product(k_tile, tl.trans(q_tile), PRECISION) * qk_scale  # [BLOCK_N, BLOCK_M]
     if cap is not None:
         qk_t, slope = capped(qk_t, cap)
     p_t = tl.exp2(qk_t - lse_i[None, :])
     if MASKED:
-        p_t = tl.where(visible(pos_m[None, :], offs_n[:, None], start, end, pattern, CAUSAL), p_t, 0.0)
+        p_t = hide(p_t, pos_m[None, :], offs_n[:, None], start, end, 0.0, pattern, CAUSAL)
     if CAPTURE:
         if COUNTED:
             received += tl.sum(tl.where((pos_m >= query_start)[None, :], p_t, 0.0), 1)
@@ -113,21 +91,26 @@ def _kv_blocks(
     """``blocks`` blocks of queries from position ``start_m`` on, of all heads of the group in one loop: with a loop in
     a loop dk and dv spill. After a head's last block its column sums are added to ``received``."""
     col_sum = tl.zeros([BLOCK_N], tl.float32)
-    for i in range(0, blocks * GROUP):
-        member = (i // blocks).to(tl.int64)
+    pos, stop = start_m, start_m + blocks * BLOCK_M
+    for _ in range(0, blocks * GROUP):
         dk, dv, col_sum = _kv_step(
-            dk, dv, col_sum, k_tile, v_tile, offs_n, q + member * stride_qh, do + member * stride_doh,
-            lse + member * seqlen_q, delta + member * seqlen_q, start_m + i % blocks * BLOCK_M, offset, start, end,
-            query_start, pattern, stride_qm, stride_dom, qk_scale, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, CAUSAL,
-            MASKED, received is not None, COUNTED, PRECISION,
+            dk, dv, col_sum, k_tile, v_tile, offs_n, q, do, lse, delta, pos, offset, start, end, query_start, pattern,
+            stride_qm, stride_dom, qk_scale, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, CAUSAL, MASKED,
+            received is not None, COUNTED, PRECISION,
         )  # fmt: skip
-        if received is not None:  # noqa: SIM102  known when the kernel is compiled, the next is not
-            if (i + 1) % blocks == 0:
+        pos += BLOCK_M
+        over = pos == stop
+        if received is not None:
+            if over:
                 # threads may hold copies of a column: an atomic adds one of them. The program owns its columns and adds
                 # twice at most to what it has cleared, so the order of the sums does not matter
-                columns = received + member * seqlen_k + offs_n
-                tl.atomic_add(columns, col_sum, mask=valid, sem="relaxed", scope="cta")
+                tl.atomic_add(received + offs_n, col_sum, mask=valid, sem="relaxed", scope="cta")
                 col_sum = tl.zeros([BLOCK_N], tl.float32)
+            received += tl.where(over, seqlen_k, 0)
+        # to the next head; a division would cost more
+        pos = tl.where(over, start_m, pos)
+        q, do = q + tl.where(over, stride_qh, 0), do + tl.where(over, stride_doh, 0)
+        lse, delta = lse + tl.where(over, seqlen_q, 0), delta + tl.where(over, seqlen_q, 0)
     return dk, dv
 
 
@@ -237,7 +220,7 @@ def _q_step(
         qk, slope = capped(qk, cap)
     p = tl.exp2(qk - lse_i[:, None])
     if MASKED:
-        p = tl.where(visible(pos_m[:, None], offs_n[None, :], start, end, pattern, CAUSAL), p, 0.0)
+        p = hide(p, pos_m[:, None], offs_n[None, :], start, end, 0.0, pattern, CAUSAL)
     ds = p * (product(do_tile, tl.trans(v_tile), PRECISION) - delta_i[:, None])  # [BLOCK_M, BLOCK_N]
     if cap is not None:
         ds *= slope
@@ -247,7 +230,7 @@ def _q_step(
 @triton.jit(do_not_specialize=VARYING)
 def gradient_q_kernel(
     q, k,  # (B, H, seqlen_q, D) and (B, Hk, seqlen_k, D)
-    v, do,  # (B, Hk, seqlen_k, DV) and (B, H, seqlen_q, DV)
+    v, do, out,  # (B, Hk, seqlen_k, DV) and (B, H, seqlen_q, DV)
     lse, delta,  # (B, H, seqlen_q) float32, contiguous
     dq,  # (B, H, seqlen_q, D)
     starts, lengths,  # (N,) int64
@@ -255,31 +238,24 @@ def gradient_q_kernel(
     window, chunk, prefix, block_starts, block_ends, mask, stride_maskb, stride_maskm, cap,  # flashsink.triton.patterns
     sequences, seqlen_q, seqlen_k, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
+    stride_dob, stride_doh, stride_dom, stride_ob, stride_oh, stride_om, stride_dqb, stride_dqh, stride_dqm,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots, Hk, B), as in the forward: a program computes dq of BLOCK_M rows, walking over the keys."""
+    """Grid (slots, Hk, B), as in the forward: a program computes dq of BLOCK_M rows, walking over the keys, and writes
+    their delta first, for the other kernel."""
     stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
     stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
     stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
     stride_dob, stride_doh, stride_dom = multiples(stride_dob, stride_doh, stride_dom, UNIT)
+    stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     stride_dqb, stride_dqh, stride_dqm = multiples(stride_dqb, stride_dqh, stride_dqm, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
-        tl.program_id(0),
-        tl.program_id(2),
-        starts,
-        lengths,
-        segments,
-        sequences,
-        seqlen_q,
-        seqlen_k,
-        GROUP,
-        BLOCK_M,
-        PACKED,
-    )
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k,
+        GROUP, BLOCK_M, PACKED,
+    )  # fmt: skip
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
         return
@@ -292,7 +268,9 @@ def gradient_q_kernel(
     do_tile = load_rows(do + off_b * stride_dob + off_h * stride_doh, offs_m, stride_dom, valid, DV, BLOCK_DV)
     rows = (off_b * tl.num_programs(1) * GROUP + off_hk * GROUP + member) * seqlen_q + offs_m
     lse_i = tl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E  # [BLOCK_M]
-    delta_i = tl.load(delta + rows, mask=valid, other=0.0)  # [BLOCK_M]
+    o_tile = load_rows(out + off_b * stride_ob + off_h * stride_oh, offs_m, stride_om, valid, DV, BLOCK_DV)
+    delta_i = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # [BLOCK_M]
+    tl.store(delta + rows, delta_i, mask=inside)
     k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
     v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
     if prefix is not None:
@@ -352,30 +330,27 @@ def backward(
     in_pass = capture and d > CAPTURED_HEAD_DIM
     dq, dk, dv, _, received = backward_like(do, q, k, v, out, lse, None, capture and not in_pass)
     delta = torch.empty_like(lse)
-    dims = head_dims(q, v)
-    launch(
-        delta_kernel, (triton.cdiv(seqlen_q, DELTA.blocks["BLOCK_M"]), h, b), DELTA,
-        do=do, out=out, delta=delta, seqlen_q=seqlen_q, **strides({"bhm": {"do": do, "o": out}}), DV=dims["DV"],
-        BLOCK_DV=dims["BLOCK_DV"],
-    )  # fmt: skip
+    length, seen = mean_length(seqlen_k, len(starts), packed), patterns.kind(pattern)
     common: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "starts": starts, "lengths": lengths,
         "segments": segments,
         "sequences": len(starts), "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "scale": scale,
-        **patterns.arguments(pattern), **dims, "GROUP": group, "PACKED": packed, "CAUSAL": causal,
+        **patterns.arguments(pattern), **head_dims(q, v), "GROUP": group, "PACKED": packed, "CAUSAL": causal,
         "PRECISION": precision(d),
     }  # fmt: skip
-    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device, group, patterns.kind(pattern))
+    # delta comes from the first
+    tile = tiles.choose("gradient_q", d, q.element_size(), q.device, group, length, seen)
+    launch(
+        gradient_q_kernel, (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
+        tile, **common, out=out, dq=dq,
+        **strides({"bhm": {"q": q, "do": do, "o": out, "dq": dq}, "bhn": {"k": k, "v": v}}),
+    )  # fmt: skip
+    tile = tiles.choose("gradient_kv", d, q.element_size(), q.device, group, length, seen)
     launch(
         gradient_kv_kernel, (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b), tile,
         **common, dk=dk, dv=dv, received=received if capture and not in_pass else None,
         query_starts=query_starts if capture and not in_pass else None,
         **strides({"bhm": {"q": q, "do": do}, "bhn": {"k": k, "v": v, "dk": dk, "dv": dv}}),
-    )  # fmt: skip
-    tile = tiles.choose("gradient_q", d, q.element_size(), q.device, group, patterns.kind(pattern))
-    launch(
-        gradient_q_kernel, (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
-        tile, **common, dq=dq, **strides({"bhm": {"q": q, "do": do, "dq": dq}, "bhn": {"k": k, "v": v}}),
     )  # fmt: skip
     if in_pass:
         received = statistics_pass(q, k, lse, starts, lengths, segments, query_starts, packed, causal, scale, *pattern)

@@ -27,17 +27,18 @@ from flashsink.triton.device import (
     LOWEST,
     capped,
     head_dims,
+    hide,
     key_range,
     load_all,
     load_rows,
     locate,
+    mean_length,
     multiples,
     precision,
     product,
     query_tile,
     slots,
     store_rows,
-    visible,
 )
 from flashsink.triton.launch import VARYING, launch, strides
 
@@ -48,17 +49,18 @@ def _forward_step(
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the new acc, l_i and m_i."""
+    """One block of keys: the new acc, l_i and m_i. ``qk_scale`` is above 0."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, end - 1) if MASKED else offs_n
     k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    qk = product(q_tile, tl.trans(k_tile), PRECISION) * qk_scale  # [BLOCK_M, BLOCK_N]
+    qk = product(q_tile, tl.trans(k_tile), PRECISION)  # [BLOCK_M, BLOCK_N]
     if cap is not None:
-        qk, _ = capped(qk, cap)
+        qk, _ = capped(qk * qk_scale, cap)
+        qk_scale = 1.0
     if MASKED:
-        qk = tl.where(visible(pos_m[:, None], offs_n[None, :], start, end, pattern, CAUSAL), qk, -float("inf"))
-    m_ij = tl.maximum(m_i, tl.max(qk, 1))
-    p = tl.exp2(qk - m_ij[:, None])
+        qk = hide(qk, pos_m[:, None], offs_n[None, :], start, end, -float("inf"), pattern, CAUSAL)
+    m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+    p = tl.exp2(qk * qk_scale - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
     v_tile = load_all(v, rows, stride_vn, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     acc = acc * alpha[:, None] + product(p.to(v_tile.dtype), v_tile, PRECISION)
@@ -80,30 +82,21 @@ def forward_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes BLOCK_M rows, the GROUP query heads of neighboring queries, against one
     key head: a group of short sequences fills a tile, and keys and values are loaded once for the group. Blocks of
-    keys that all rows see whole run without a mask."""
+    keys that all rows see whole run without a mask. FLIP: ``scale`` is not above 0."""
     stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
     stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
     stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
     stride_ob, stride_oh, stride_om = multiples(stride_ob, stride_oh, stride_om, UNIT)
     off_hk = tl.program_id(1)
     batch, origin, count, start, end, n, tile = locate(
-        tl.program_id(0),
-        tl.program_id(2),
-        starts,
-        lengths,
-        segments,
-        sequences,
-        seqlen_q,
-        seqlen_k,
-        GROUP,
-        BLOCK_M,
-        PACKED,
-    )
+        tl.program_id(0), tl.program_id(2), starts, lengths, segments, sequences, seqlen_q, seqlen_k,
+        GROUP, BLOCK_M, PACKED,
+    )  # fmt: skip
     num_tiles = tl.cdiv(count * GROUP, BLOCK_M)
     if tile >= num_tiles:
         return
@@ -114,6 +107,12 @@ def forward_kernel(
     off_b, off_h = batch.to(tl.int64), off_hk * GROUP + member
     q_rows = q + off_b * stride_qb + off_h.to(tl.int64)[:, None] * stride_qh
     q_tile = load_rows(q_rows, offs_m, stride_qm, valid, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    # with a scale above 0 the largest score is that of the largest product, and a masked one stays -inf. Not decided
+    # here: after a branch at run time Triton leaves out the fence between q's tile and wgmma
+    if FLIP:
+        q_tile = (q_tile.to(tl.float32) * tl.where(scale < 0.0, -1.0, 0.0)).to(q_tile.dtype)
+        scale = tl.where(scale == 0.0, 1.0, -scale)
+    qk_scale = scale * LOG2E
     k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
     v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
     if prefix is not None:
@@ -129,12 +128,12 @@ def forward_kernel(
     m_i = tl.zeros([BLOCK_M], tl.float32) + LOWEST
     for start_n in range(begin, full, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for start_n in range(full, stop, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, PRECISION,
         )  # fmt: skip
     if mask is not None:
@@ -181,7 +180,8 @@ def forward(
     heads_k, seqlen_k = k.shape[1], k.shape[2]
     out, lse = forward_like(q, k, v)
     group = h // heads_k
-    tile = tiles.choose("forward", tiles.widest(q, v), q.element_size(), q.device, group, patterns.kind(pattern))
+    length, seen = mean_length(seqlen_k, len(starts), packed), patterns.kind(pattern)
+    tile = tiles.choose("forward", tiles.widest(q, v), q.element_size(), q.device, group, length, seen)
     launch(
         forward_kernel,
         (slots(seqlen_q, len(starts), group, tile.blocks["BLOCK_M"], packed), heads_k, b),
@@ -191,6 +191,7 @@ def forward(
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
         **patterns.arguments(pattern), **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
         **head_dims(q, v), GROUP=group, PACKED=packed, CAUSAL=causal, PRECISION=precision(tiles.widest(q, v)),
+        FLIP=not scale > 0.0,
     )  # fmt: skip
     return out, lse
 

@@ -86,18 +86,9 @@ def calibrate_kernel(
     stride_rb, stride_rh, stride_rm = multiples(stride_rb, stride_rh, stride_rm, UNIT)
     off_h = tl.program_id(1).to(tl.int64)
     batch, origin, count, start, end, n, tile = locate(
-        tl.program_id(0),
-        tl.program_id(2),
-        starts,
-        lengths,
-        None,
-        tl.num_programs(2),
-        seqlen_q,
-        seqlen_k,
-        1,
-        BLOCK_M,
-        False,
-    )
+        tl.program_id(0), tl.program_id(2), starts, lengths, None, tl.num_programs(2), seqlen_q, seqlen_k,
+        1, BLOCK_M, False,
+    )  # fmt: skip
     offs_m, _, pos_m, inside, valid, first, last = query_tile(
         tile, origin, count, seqlen_k - seqlen_q, start, end, 1, BLOCK_M
     )
@@ -173,8 +164,8 @@ def forward(
     lse, starts, lengths = lse.contiguous(), starts.contiguous(), lengths.contiguous()
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     b, h, seqlen_q, _ = q.shape
-    result, group = out_like(q, v), h // k.shape[1]
-    tile = tiles.choose("calibrate", tiles.widest(q, v), q.element_size(), q.device, group, patterns.kind(pattern))
+    result, group, seen = out_like(q, v), h // k.shape[1], patterns.kind(pattern)
+    tile = tiles.choose("calibrate", tiles.widest(q, v), q.element_size(), q.device, group, k.shape[2], seen)
     launch(
         calibrate_kernel,
         (triton.cdiv(seqlen_q, tile.blocks["BLOCK_M"]), h, b),

@@ -11,8 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from flashsink.triton.launch import INTERPRETED
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_WHERE = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 LOWEST = tl.constexpr(-1.0e38)  # finite, so that a row without a visible key so far makes no inf - inf
 
 
@@ -21,6 +24,11 @@ def slots(seqlen: int, sequences: int, group: int, block: int, packed: bool) -> 
     if packed:
         return max(seqlen * group - 1, 0) // block + sequences + 1
     return triton.cdiv(seqlen * group, block)
+
+
+def mean_length(seqlen: int, sequences: int, packed: bool) -> int:
+    """Tokens of a row, or of a packed sequence on average: what the host knows of lengths."""
+    return seqlen // max(sequences, 1) if packed else seqlen
 
 
 def precision(head_dim: int) -> str:
@@ -267,6 +275,39 @@ def visible(pos_m, offs_n, start, end, pattern, CAUSAL: tl.constexpr):
         of_n = tl.load(block_starts + offs_n, mask=valid_n, other=-1)
         seen = seen | ((of_m == of_n) & (of_n >= 0))
     return seen
+
+
+@triton.jit
+def kept(x, low, high, fill):
+    """``x`` where low <= high, else ``fill``, whatever x holds there.
+
+    As ``tl.where``, of which LLVM makes integers with a bit for every element of a large tile, which costs more than
+    the comparisons.
+    """
+    if _WHERE:
+        return tl.where(low <= high, x, fill)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, $4, p; }",
+            "=f,f,r,r,f",
+            [x, low, high, fill],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def hide(x, pos_m, offs_n, start, end, fill, pattern, CAUSAL: tl.constexpr):
+    """``x`` where queries at the positions pos_m see keys at offs_n, as :func:`visible` has it, else ``fill``."""
+    window, chunk, until, block_starts, block_ends, mask, stride_maskm = pattern
+    if (window is None and chunk is None) and ((until is None and block_starts is None) and mask is None):
+        if CAUSAL:
+            return kept(x, offs_n, pos_m, fill)
+        else:
+            return kept(x, offs_n, tl.where(pos_m >= 0, end - 1, -1), fill)
+    else:
+        return tl.where(visible(pos_m, offs_n, start, end, pattern, CAUSAL), x, fill)
 
 
 @triton.jit

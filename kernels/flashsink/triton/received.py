@@ -23,6 +23,7 @@ from flashsink.triton.device import (
     load_all,
     load_rows,
     locate,
+    mean_length,
     multiples,
     precision,
     product,
@@ -137,14 +138,14 @@ def forward(
     b, h, seqlen_q, d = q.shape
     heads_k, seqlen_k = k.shape[1], k.shape[2]
     result, group = forward_like(q, k), h // heads_k
-    tile = tiles.choose("received", d, q.element_size(), q.device, group, patterns.kind(pattern))
+    length = mean_length(seqlen_k, len(starts), packed)
+    tile = tiles.choose("received", d, q.element_size(), q.device, group, length, patterns.kind(pattern))
     launch(
         received_kernel,
         (slots(seqlen_k, len(starts), 1, tile.blocks["BLOCK_N"], packed), heads_k, b),
         tile,
         q=q, k=k, lse=lse, received=result, starts=starts, lengths=lengths, segments=segments,
-        query_starts=query_starts,
-        sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
+        query_starts=query_starts, sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
         **patterns.arguments(pattern), **strides({"bhm": {"q": q}, "bhn": {"k": k}}),
         GROUP=group, D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), PACKED=packed, CAUSAL=causal,
         PRECISION=precision(d),

@@ -30,8 +30,8 @@ def segments_kernel(
 
 
 def forward(starts: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """(tokens,) int64: index of the packed sequence, -1 after the last; ``starts`` and ``lengths`` (N,) int64 follow
-    each other without a gap."""
+    """(tokens,) int64: index of the packed sequence, -1 after the last. The sequences of ``starts`` and ``lengths``
+    (N,) int64 follow each other without a gap."""
     result = forward_like(starts, lengths, tokens)
     launch(
         segments_kernel, (len(starts) + 1, triton.cdiv(tokens, TILE.blocks["BLOCK"])), TILE,

@@ -2,7 +2,7 @@
 
 An entry holds for head dims up to its number, for an element size and an architecture. No entry has been timed yet:
 each is the largest tile tried that compiles there without a spill, with wgmma on sm_90 for two-byte elements
-(``bench/results/compile_table.csv``). ``make gpu-tune`` proposes better ones.
+(``bench/results/compile_table.csv``); those for short sequences are smaller. ``make gpu-tune`` proposes better ones.
 """
 
 from __future__ import annotations
@@ -84,6 +84,15 @@ PATTERNED: dict[str, dict[int, Entries]] = {
     "calibrate": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 32, 8, 1))]),
 }
 MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(256, _tile(64, 32, 8, 2))])}
+# Instead of these for sequences of SHORT_LENGTH tokens or fewer on average: more CTAs on an SM, and less of a tile
+# beyond the ends of its sequence. Chosen by counts and a model (bench/README.md); not timed either.
+SHORT_LENGTH = 256
+SHORT: dict[tuple[str, int], Entries] = {
+    ("forward", 90): [(64, _tile(64, 64, 4, 3)), (128, _tile(64, 64, 4, 2))],
+    ("gradient_kv", 90): [(64, _tile(32, 64, 4, 2)), (128, _tile(16, 64, 4, 2))],
+    ("gradient_q", 90): [(64, _tile(64, 64, 4, 2)), (128, _tile(64, 32, 4, 2))],
+    ("received", 90): [(64, _tile(64, 64, 4, 3)), (128, _tile(64, 64, 4, 3))],
+}
 
 # float32, the same everywhere (device.precision says how it is multiplied)
 SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
@@ -107,10 +116,10 @@ def widest(q: torch.Tensor, v: torch.Tensor) -> int:
 
 
 def choose(
-    kernel: str, head_dim: int, element_size: int, device: torch.device, group: int, seen: str = "causal"
+    kernel: str, head_dim: int, element_size: int, device: torch.device, group: int, length: int, seen: str = "causal"
 ) -> Tile:
-    """The tile that ``kernel`` is launched with on ``device``, for ``group`` query heads to a key head; ``seen`` is
-    what :func:`flashsink.triton.patterns.kind` says."""
+    """The tile that ``kernel`` is launched with on ``device``, for ``group`` query heads to a key head and sequences of
+    ``length`` tokens on average; ``seen`` is what :func:`flashsink.triton.patterns.kind` says."""
     if kernel in _overrides:
         return _overrides[kernel]
     if element_size == 4:
@@ -119,7 +128,8 @@ def choose(
         name = architecture(device)
         if seen == "causal":
             odd = ODD_GROUP.get((kernel, name), []) if group & (group - 1) else []
-            entries = odd + HALF[kernel][name]
+            short = SHORT.get((kernel, name), []) if length <= SHORT_LENGTH else []
+            entries = short + odd + HALF[kernel][name]
         else:
             entries = {"patterned": PATTERNED, "masked": MASKED}[seen][kernel][name]
     return next(tile for largest, tile in entries if head_dim <= largest)

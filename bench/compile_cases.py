@@ -22,6 +22,7 @@ from flashsink.types import Layout, Pattern
 FEATURES = (576, 2048, 3072, 4096)  # SmolLM2, Llama 3.2 1B and 3B, 3.1 8B
 MATRIX = ("forward_kernel", "gradient_kv_kernel", "gradient_q_kernel", "received_kernel")
 TOKENS, ROWS = 256, 2
+LONG = 1024  # tokens of two sequences too long for the tiles of short ones
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # options of attention and their values
 OPTIONS: dict[str, Sequence[Any]] = {
@@ -31,7 +32,12 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "causal": (True, False),
     "packed": (True, False),
+<<<<<<< HEAD
     "extras": ("", "counted", "window", "pattern", "mask", "values"),
+=======
+    "extras": (True, False),
+    "long": (True, False),
+>>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
 }
 # that spilled before
 KNOWN = [
@@ -50,11 +56,11 @@ def cases() -> Iterator[Case]:
         yield hidden_case(name, call, 3072, torch.float32, False, (90, 120))
 
 
-def layout(packed: bool) -> Layout:
+def layout(packed: bool, tokens: int = TOKENS) -> Layout:
     if packed:
-        starts = torch.arange(ROWS) * (TOKENS // ROWS)
-        return Layout(starts, torch.full((ROWS,), TOKENS // ROWS), 1, TOKENS, True)
-    return Layout(torch.zeros(ROWS, dtype=torch.long), torch.full((ROWS,), TOKENS), ROWS, TOKENS, False)
+        starts = torch.arange(ROWS) * (tokens // ROWS)
+        return Layout(starts, torch.full((ROWS,), tokens // ROWS), 1, tokens, True)
+    return Layout(torch.zeros(ROWS, dtype=torch.long), torch.full((ROWS,), tokens), ROWS, tokens, False)
 
 
 # ---- attention
@@ -62,7 +68,11 @@ def layout(packed: bool) -> Layout:
 
 def attention_cases() -> Iterator[Case]:
     for known in KNOWN:
+<<<<<<< HEAD
         yield attention_case(**known, dtype=torch.bfloat16, extras="")
+=======
+        yield attention_case(**known, dtype=torch.bfloat16, extras=False, long=True)
+>>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
     for chosen in pairwise(OPTIONS, _exists):
         yield attention_case(**chosen)
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (192, torch.float16), (128, torch.float32)):
@@ -103,6 +113,7 @@ def _pair(names: list[str], one: tuple[str, Any], other: tuple[str, Any]) -> Any
 
 
 def attention_case(
+<<<<<<< HEAD
     capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: str
 ) -> Case:
     """Forward, statistics pass and backward with capture. ``extras``: counted: a sink logit, counted queries and no
@@ -118,6 +129,20 @@ def attention_case(
         if extras == "counted":
             extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)}
         counted = [where.starts + 1 if extras == "counted" else None]
+=======
+    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: bool, long: bool
+) -> Case:
+    """Forward, statistics pass and backward with capture; with ``extras`` a sink logit, counted queries and no
+    capture; ``long`` sequences have other tiles."""
+    parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
+    parts += [name for name, on in (("full", not causal), ("extras", extras), ("long", long)) if on]
+
+    def call() -> None:
+        where = layout(packed, LONG if long else TOKENS)
+        q, k, v = projections(dim, dtype, where, group)
+        extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if extras else {}
+        counted = [where.starts + 1 if extras else None]
+>>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 asked = [] if extras == "counted" and grad else counted
@@ -143,18 +168,29 @@ def seen(extras: str, where: Layout) -> dict[str, Any]:
 def calibrated_case(dim: int, dtype: torch.dtype, extras: str) -> Case:
     def call() -> None:
         where = layout(False)
+<<<<<<< HEAD
         q, k, v = (x.detach() for x in projections(dim, dtype, where.rows, 4, dim))
+=======
+        q, k, v = (x.detach() for x in projections(dim, dtype, where, 4))
+>>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
         attention.calibrated_attention(q, k, v, sinks, where, beta=0.4, scale=0.1, **seen(extras, where))
 
     return Case(f"calibrated attention D{dim} {SHORT[dtype]} {extras}".strip(), call, capabilities=(80, 90, 100, 120))
 
 
+<<<<<<< HEAD
 def projections(dim: int, dtype: torch.dtype, rows: int, group: int, values: int) -> tuple[Tensor, ...]:
     """q, k (B, heads, S, D) and v (B, heads, S, values), laid out as a decoder's projections leave them."""
     shapes = ((2 * group, dim), (2, dim), (2, values))
     made = [torch.zeros(rows, TOKENS, heads, size, dtype=dtype).transpose(1, 2) for heads, size in shapes]
     return tuple(x.requires_grad_() for x in made)
+=======
+def projections(dim: int, dtype: torch.dtype, where: Layout, group: int) -> tuple[Tensor, ...]:
+    """q, k, v (B, heads, S, D), laid out as a decoder's projections leave them."""
+    sizes = [(where.rows, where.tokens, heads, dim) for heads in (2 * group, 2, 2)]
+    return tuple(torch.zeros(size, dtype=dtype).transpose(1, 2).requires_grad_() for size in sizes)
+>>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
 
 
 # ---- hidden states

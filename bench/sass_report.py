@@ -200,7 +200,7 @@ def table(found: Sequence[Row], before: str, after: str) -> str:
     ]
     for key in dict.fromkeys([*of[before], *of[after]]):
         pair = [of[label].get(key) for label in (before, after)]
-        cells = ["-> ".join(dict.fromkeys(_cell(one, i) for one in pair)) for i in range(6)]
+        cells = [" -> ".join(dict.fromkeys(_cell(one, i) for one in pair)) for i in range(6)]
         lines.append(f"| {key[0]} | {key[1].removesuffix('_kernel')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -214,7 +214,7 @@ def _kernels(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def _cell(one: list[Row] | None, column: int) -> str:
     if one is None:
-        return "none "
+        return "none"
     first = one[0]
     return (
         re.sub(r"\w+=(\d+) ?(?=\w+=\d+ ?)?", r"\1 ", first["tile"]).strip().replace(" ", "·"),
@@ -223,7 +223,7 @@ def _cell(one: list[Row] | None, column: int) -> str:
         str(sum(int(row["narrow"]) for row in one)),
         first["registers"],
         first["ctas"],
-    )[column] + " "
+    )[column]
 
 
 def main() -> int:
@@ -240,7 +240,12 @@ def main() -> int:
         if not arguments.only:
             write([row for row in committed() if row["label"] != arguments.label] + found)
     if arguments.page:
-        print(table(committed(), *arguments.page))
+        from bench.sass_model import table as model
+
+        text = f"{table(committed(), *arguments.page)}\n\n{model(committed(), arguments.page)}\n"
+        page = PAGE.read_text(encoding="utf-8")
+        page = re.sub(r"(<!-- sass: .*? -->\n).*?(<!-- sass end -->)", rf"\g<1>{text}\g<2>", page, flags=re.DOTALL)
+        PAGE.write_text(page, encoding="utf-8")
     return 0
 
 

@@ -159,7 +159,10 @@ def times(kernel: str, problem: Problem, given: list[Tile], seconds: float, end:
 
 def in_use(kernel: str, problem: Problem) -> Tile:
     model = problem.model
-    return tiles.choose(kernel, model.dim, problem.dtype.itemsize, problem.device, model.heads // model.kv_heads)
+    length = problem.tokens // len(problem.lengths or (1,))
+    return tiles.choose(
+        kernel, model.dim, problem.dtype.itemsize, problem.device, model.heads // model.kv_heads, length
+    )
 
 
 def tiled(step: Step, kernel: str, tile: Tile) -> Step:

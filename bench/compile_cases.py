@@ -32,12 +32,8 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "causal": (True, False),
     "packed": (True, False),
-<<<<<<< HEAD
     "extras": ("", "counted", "window", "pattern", "mask", "values"),
-=======
-    "extras": (True, False),
     "long": (True, False),
->>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
 }
 # that spilled before
 KNOWN = [
@@ -68,11 +64,7 @@ def layout(packed: bool, tokens: int = TOKENS) -> Layout:
 
 def attention_cases() -> Iterator[Case]:
     for known in KNOWN:
-<<<<<<< HEAD
-        yield attention_case(**known, dtype=torch.bfloat16, extras="")
-=======
-        yield attention_case(**known, dtype=torch.bfloat16, extras=False, long=True)
->>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
+        yield attention_case(**known, dtype=torch.bfloat16, extras="", long=True)
     for chosen in pairwise(OPTIONS, _exists):
         yield attention_case(**chosen)
     for dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (192, torch.float16), (128, torch.float32)):
@@ -113,36 +105,21 @@ def _pair(names: list[str], one: tuple[str, Any], other: tuple[str, Any]) -> Any
 
 
 def attention_case(
-<<<<<<< HEAD
-    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: str
+    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: str, long: bool
 ) -> Case:
     """Forward, statistics pass and backward with capture. ``extras``: counted: a sink logit, counted queries and no
     capture; window: and capped scores; pattern: all that a pattern has but a mask; mask: and capped scores; values: of
-    a smaller head dim."""
+    a smaller head dim. ``long`` sequences have other tiles."""
     parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
-    parts += [*(["full"] if not causal else []), *([extras] if extras else [])]
+    parts += [*(["full"] if not causal else []), *([extras] if extras else []), *(["long"] if long else [])]
 
     def call() -> None:
-        where = layout(packed)
-        q, k, v = projections(dim, dtype, where.rows, group, dim // 24 * 16 if extras == "values" else dim)
+        where = layout(packed, LONG if long else TOKENS)
+        q, k, v = projections(dim, dtype, where, group, dim // 24 * 16 if extras == "values" else dim)
         extra = seen(extras, where)
         if extras == "counted":
             extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)}
         counted = [where.starts + 1 if extras == "counted" else None]
-=======
-    capability: int, dim: int, group: int, dtype: torch.dtype, causal: bool, packed: bool, extras: bool, long: bool
-) -> Case:
-    """Forward, statistics pass and backward with capture; with ``extras`` a sink logit, counted queries and no
-    capture; ``long`` sequences have other tiles."""
-    parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
-    parts += [name for name, on in (("full", not causal), ("extras", extras), ("long", long)) if on]
-
-    def call() -> None:
-        where = layout(packed, LONG if long else TOKENS)
-        q, k, v = projections(dim, dtype, where, group)
-        extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)} if extras else {}
-        counted = [where.starts + 1 if extras else None]
->>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 asked = [] if extras == "counted" and grad else counted
@@ -158,39 +135,31 @@ def seen(extras: str, where: Layout) -> dict[str, Any]:
     if extras == "window":
         return {"pattern": Pattern(window=64), "softcap": 50.0}
     if extras == "pattern":
-        blocks = torch.zeros(where.rows, TOKENS, dtype=torch.long)
+        blocks = torch.zeros(where.rows, where.tokens, dtype=torch.long)
         return {"pattern": Pattern(64, 100, where.lengths // 2, blocks), "softcap": 50.0}
     if extras == "mask":
-        return {"pattern": Pattern(mask=torch.ones(where.rows, 1, TOKENS, TOKENS, dtype=torch.bool)), "softcap": 50.0}
+        return {
+            "pattern": Pattern(mask=torch.ones(where.rows, 1, where.tokens, where.tokens, dtype=torch.bool)),
+            "softcap": 50.0,
+        }
     return {}
 
 
 def calibrated_case(dim: int, dtype: torch.dtype, extras: str) -> Case:
     def call() -> None:
         where = layout(False)
-<<<<<<< HEAD
-        q, k, v = (x.detach() for x in projections(dim, dtype, where.rows, 4, dim))
-=======
-        q, k, v = (x.detach() for x in projections(dim, dtype, where, 4))
->>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
+        q, k, v = (x.detach() for x in projections(dim, dtype, where, 4, dim))
         sinks = torch.zeros(q.shape[0], q.shape[1], TOKENS, dtype=torch.bool)
         attention.calibrated_attention(q, k, v, sinks, where, beta=0.4, scale=0.1, **seen(extras, where))
 
     return Case(f"calibrated attention D{dim} {SHORT[dtype]} {extras}".strip(), call, capabilities=(80, 90, 100, 120))
 
 
-<<<<<<< HEAD
-def projections(dim: int, dtype: torch.dtype, rows: int, group: int, values: int) -> tuple[Tensor, ...]:
+def projections(dim: int, dtype: torch.dtype, where: Layout, group: int, values: int) -> tuple[Tensor, ...]:
     """q, k (B, heads, S, D) and v (B, heads, S, values), laid out as a decoder's projections leave them."""
     shapes = ((2 * group, dim), (2, dim), (2, values))
-    made = [torch.zeros(rows, TOKENS, heads, size, dtype=dtype).transpose(1, 2) for heads, size in shapes]
-    return tuple(x.requires_grad_() for x in made)
-=======
-def projections(dim: int, dtype: torch.dtype, where: Layout, group: int) -> tuple[Tensor, ...]:
-    """q, k, v (B, heads, S, D), laid out as a decoder's projections leave them."""
-    sizes = [(where.rows, where.tokens, heads, dim) for heads in (2 * group, 2, 2)]
-    return tuple(torch.zeros(size, dtype=dtype).transpose(1, 2).requires_grad_() for size in sizes)
->>>>>>> 98a3687 (Compile cases with long sequences too; a model of the packed headline over the counts)
+    made = [torch.zeros(where.rows, where.tokens, heads, size, dtype=dtype) for heads, size in shapes]
+    return tuple(x.transpose(1, 2).requires_grad_() for x in made)
 
 
 # ---- hidden states

@@ -124,6 +124,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         began = time.perf_counter()
         self._advance(data)
+        self._watchdog.enter("counts", progress.step)
         done = self._unread = self.step(data)
         stop = self._agree(done)
         read = self._ahead.seconds if isinstance(self._ahead, StepData) else 0.0

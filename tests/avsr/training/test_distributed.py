@@ -285,7 +285,7 @@ def test_one_rank_that_hangs_ends_both_and_is_named(tiny_recipe: Recipe, tmp_pat
     ranks = [finish(process) for process in hurt(tmp_path, "sleep", recipe, "training.timeout=5")]
     assert [done.returncode for done in ranks] == [EXIT_HUNG, EXIT_HUNG], ranks[0].stderr[-2000:]
     said = ranks[0].stderr + ranks[1].stderr
-    assert "rank 1 hangs in data of step 3 for" in said
+    assert "rank 1 hangs in counts of step 3 for" in said
     assert "in step" in said and "rank 0 hangs" not in said  # where rank 1 hangs; rank 0 only waits for it
 
 

@@ -81,8 +81,9 @@ def test_public_functions(unstopped, kind):
     weight = torch.ones(32, requires_grad=True)
     up, ones = torch.randn(q.shape), torch.ones(())
     layout = checks.resolve_layout(len(q), 9, torch.device("cpu"), **where)
+    pattern = {"window": 3, "softcap": 2.0, "prefix": torch.tensor([3, 2]), "blocks": torch.zeros(len(q), 9).long()}
     with unstopped():
-        for options in ({}, {"sink_logits": logits}):
+        for options in ({}, {"sink_logits": logits}, pattern):
             out, stats = flashsink.attention(q, k, v, **where, **options, return_stats=True, backend="triton")
             out.backward(up)
             stats.sink_rate()

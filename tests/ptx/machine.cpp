@@ -69,7 +69,7 @@ void begin(Machine& m) {
   }
   m.shared_bytes.assign(m.shared.size + 16, 0xff);
   m.shared.data = m.shared_bytes.data();
-  m.shared.marks.assign(m.shared.size / 2 + 8, Mark());
+  m.shared.marks.assign(m.shared.size + 16, Mark());
   m.groups.assign(1, {0, std::vector<uint8_t>(size_t(m.threads), 1), false});
   m.syncs.assign(size_t(m.warps), 1);
   m.busy_word.assign(size_t(p.registers[WORD]), 0);
@@ -212,7 +212,7 @@ int64_t ptx_run(const void* program, const int64_t* grid, int64_t threads, int64
   m.shared.name = "shared", m.shared.size = uint64_t(shared);
   m.global.name = "global", m.global.global = true, m.global.data = data, m.global.owner = owner;
   m.global.size = uint64_t(size);
-  if (m.checks) m.global.marks.assign(size_t(size / 2 + 8), ptx::Mark());
+  if (m.checks) m.global.marks.assign(size_t(size + 16), ptx::Mark());
   for (int axis = 0; axis < 3; ++axis) m.grid[axis] = int(grid[axis]);
   int64_t count = 0;
   *fault = nullptr;

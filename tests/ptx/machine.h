@@ -43,7 +43,7 @@ struct Fault : std::runtime_error {
 constexpr uint16_t NOBODY = 0xffff, MANY = 0xfffe;
 constexpr int NO_CTA = -1, MANY_CTAS = -2;
 
-// What happened to two neighboring bytes last.
+// What happened to a byte last.
 struct Mark {
   uint32_t written = 0, read = 0;              // between which barriers; 0 is before the first
   uint16_t writer = NOBODY, reader = NOBODY;   // thread, or MANY: threads of several warps

@@ -55,7 +55,7 @@ void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, in
     for (const auto& barrier : m.barriers)
       if (address < barrier.first + 8 && barrier.first <= last) m.race(i, "touches an mbarrier");
   const uint16_t sync = m.syncs[size_t(thread) / 32];
-  for (uint64_t at = address / 2; at <= last / 2; ++at) {
+  for (uint64_t at = address; at <= last; ++at) {
     Mark& mark = where.marks[at];
     const bool both = atomic && mark.atomic;
     if (where.global) between_ctas(m, i, mark, write, both && !i.has("cta"));
@@ -65,7 +65,7 @@ void check(Machine& m, const Instruction& i, Memory& where, uint64_t address, in
     if (write && mark.in_flight) m.race(i, "overwrites an operand of a matrix instruction in flight");
     const bool now = mark.cta == m.number || !where.global;
     const bool seen = mark.reader_cta == m.number || mark.reader_cta == MANY_CTAS || !where.global;
-    const bool same = write && bytes > 1 && !memcmp(where.data + at * 2, stored + (at * 2 - address), 2);
+    const bool same = write && where.data[at] == stored[at - address];
     if (!same && !both && now && mark.written == m.epoch && apart(mark.writer, mark.writer_sync, m, thread))
       m.race(i, write ? "two threads write without a barrier between" : "reads without a barrier after the write");
     if (write && seen && read_by_another(m, mark, thread)) m.race(i, "writes without a barrier after the read");
@@ -91,7 +91,7 @@ bool fenced(const Machine& m, const Mark& mark, int warp) {
 void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& flight, int warp) {
   if (address + 16 > m.shared.size) m.fault(i, "a matrix outside of shared memory");
   if (!m.checks) return;
-  for (uint32_t at = address / 2; at < address / 2 + 8; ++at) {
+  for (uint32_t at = address; at < address + 16; ++at) {
     Mark& mark = m.shared.marks[at];
     if (!mark.known) m.race(i, "reads shared memory that nobody wrote");
     if (mark.copying) m.race(i, "reads what cp.async may still write");
@@ -104,7 +104,7 @@ void read_operand(Machine& m, const Instruction& i, uint32_t address, Flight& fl
 
 void release(Machine& m, const Flight& flight, bool by_warpgroup) {
   for (uint32_t address : flight.operands)
-    for (uint32_t at = address / 2; at < address / 2 + 8; ++at) {
+    for (uint32_t at = address; at < address + 16; ++at) {
       Mark& mark = m.shared.marks[at];
       --mark.in_flight;
       if (by_warpgroup) mark.read = m.epoch, mark.reader = MANY;  // each warp has waited for itself alone
@@ -204,7 +204,7 @@ void copy(Machine& m, const Instruction& i) {
     check(m, i, m.shared, to, bytes, t, copied);
     memcpy(m.shared.data + to, copied, size_t(bytes));
     if (!m.checks) continue;
-    for (uint64_t at = to / 2; at < (to + uint64_t(bytes)) / 2; ++at) m.shared.marks[at].copying = true;
+    for (uint64_t at = to; at < to + uint64_t(bytes); ++at) m.shared.marks[at].copying = true;
     m.copying[size_t(t) / 32].push_back({uint32_t(to), bytes, t});
   }
 }
@@ -226,7 +226,7 @@ void wait_for_copies(Machine& m, const Instruction& i) {
     auto& groups = m.copy_groups[w];
     for (; m.active(int(w) * 32) && groups.size() > left; groups.erase(groups.begin()))
       for (const Machine::Copy& one : groups.front())
-        for (uint32_t at = one.address / 2; at < (one.address + uint32_t(one.bytes)) / 2; ++at) {
+        for (uint32_t at = one.address; at < one.address + uint32_t(one.bytes); ++at) {
           Mark& mark = m.shared.marks[at];
           mark.copying = false, mark.fence = 0;
           mark.written = m.epoch, mark.writer = uint16_t(one.thread), mark.writer_sync = m.syncs[w];

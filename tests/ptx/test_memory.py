@@ -49,6 +49,17 @@ def test_two_threads_may_write_the_same_value_alone():
     assert any("two threads write" in race for race in run(body.replace("VALUE", "%r0"), out, words()))
 
 
+def test_neighboring_bytes_are_apart():
+    """As threads store a mask: a byte each, which one of them reads after a barrier, or two of them write."""
+    out = torch.zeros(128, dtype=torch.int32)
+    body = f"""{AT} cvt.u16.u32 %h1, %r0; st.shared.b8 [%r0], %h1; bar.sync 0; ld.shared.b8 %h2, [%r0];
+        cvt.u32.u16 %r6, %h2; st.global.b32 [%d11], %r6; mov.b64 %d13, %d1;"""
+    assert not run(body, out, words())
+    assert torch.equal(out, torch.arange(128, dtype=torch.int32))
+    both = body.replace("st.shared.b8 [%r0]", "and.b32 %r7, %r0, 63; st.shared.b8 [%r7]").replace("bar.sync 0;", "")
+    assert any("two threads write" in race for race in run(both, out, words()))
+
+
 def test_shared_memory_that_nobody_wrote():
     out = torch.zeros(128, dtype=torch.int32)
     races = run(f"{AT} ld.shared.b32 %r4, [%r1]; st.global.b32 [%d11], %r4; mov.b64 %d13, %d1;", out, words())

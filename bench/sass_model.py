@@ -60,8 +60,8 @@ def blocks(kernel: str, length: int, group: int, m: int, n: int) -> Iterator[tup
             yield -(-max(length - first - masked * m, 0) // m) * group, masked * group
 
 
-def microseconds(rows: Sequence[Row], model: Model, lengths: Sequence[int]) -> float:
-    """Of one kernel, whose loops are ``rows``, for a layer of ``model``."""
+def microseconds(rows: Sequence[Row], model: Model, lengths: Sequence[int], loads: int) -> float:
+    """Of one kernel, whose loops are ``rows``, for a layer of ``model``; ``loads`` = dependent ones before a loop."""
     kernel, tokens = rows[0]["kernel"].removesuffix("_kernel"), sum(lengths)
     of_q, of_k = TENSORS[kernel]
     moved = 2 * model.dim * tokens * (of_q * model.heads + of_k * model.kv_heads) / BANDWIDTH
@@ -76,7 +76,6 @@ def microseconds(rows: Sequence[Row], model: Model, lengths: Sequence[int]) -> f
         issue = int(row["instructions"]) * warps / 4
         products = PRODUCTS[kernel] * 2 * m * n * model.dim / 4096
         if row["loop"] == "outside":
-            loads = 5 if int(row["barriers"]) >= 10 else 4
             return Cost(issue, 0, 0, loads * LOAD + issue + BARRIER * int(row["barriers"]))
         exponentials = int(row["exponentials"]) * warps * 2
         return Cost(issue, products, exponentials, issue + products + BARRIER * int(row["barriers"]))
@@ -101,7 +100,8 @@ def table(found: Sequence[Row], labels: Sequence[str]) -> str:
             cells = []
             for i, label in enumerate(labels):
                 own = [r for r in found if (r["label"], r["case"], r["kernel"]) == (label, case, f"{kernel}_kernel")]
-                time = microseconds(own, model, lengths) if own else 0.0
+                scans = not any((r["label"], r["kernel"]) == (label, "segments_kernel") for r in found)
+                time = microseconds(own, model, lengths, 4 + scans) if own else 0.0
                 sums[i] += 0.0 if kernel == "received" else time
                 cells.append(f"{time:.0f}" if own else "none")
             lines.append(f"| {name} | {kernel} | " + " | ".join(cells) + " |")

@@ -192,7 +192,9 @@ def write(found: Sequence[Row]) -> None:
 
 
 def table(found: Sequence[Row], before: str, after: str) -> str:
-    """Two labels side by side, a line a kernel of a case: instructions of every loop, and what limits occupancy."""
+    """Two labels side by side, a line a kernel of a packed case: instructions of every loop, and what limits
+    occupancy."""
+    found = [row for row in found if "packed" in row["case"]]
     of = {label: _kernels([row for row in found if row["label"] == label]) for label in (before, after)}
     lines = [
         "| case | kernel | tile | instructions an iteration, outside | barriers | 4-byte copies | registers | CTAs |",

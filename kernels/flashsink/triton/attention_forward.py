@@ -47,16 +47,19 @@ from flashsink.triton.launch import VARYING, launch, strides
 def _forward_step(
     acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the new acc, l_i and m_i. ``qk_scale`` is above 0."""
+    """One block of keys: the new acc, l_i and m_i. POSITIVE: ``qk_scale`` is, so that the largest product gives the
+    largest score, and a masked one stays -inf."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_n, end - 1) if MASKED else offs_n
     k_tile = load_all(k, rows, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     qk = product(q_tile, tl.trans(k_tile), PRECISION)  # [BLOCK_M, BLOCK_N]
-    if cap is not None:
-        qk, _ = capped(qk * qk_scale, cap)
+    if cap is not None or not POSITIVE:
+        qk *= qk_scale
         qk_scale = 1.0
+    if cap is not None:
+        qk, _ = capped(qk, cap)
     if MASKED:
         qk = hide(qk, pos_m[:, None], offs_n[None, :], start, end, -float("inf"), pattern, CAUSAL)
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
@@ -82,12 +85,12 @@ def forward_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, FLIP: tl.constexpr,
+    UNIT: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POSITIVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, Hk, B). A program computes BLOCK_M rows, the GROUP query heads of neighboring queries, against one
     key head: a group of short sequences fills a tile, and keys and values are loaded once for the group. Blocks of
-    keys that all rows see whole run without a mask. FLIP: ``scale`` is not above 0."""
+    keys that all rows see whole run without a mask. POSITIVE: ``scale`` is."""
     stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, UNIT)
     stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, UNIT)
     stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, UNIT)
@@ -107,12 +110,6 @@ def forward_kernel(
     off_b, off_h = batch.to(tl.int64), off_hk * GROUP + member
     q_rows = q + off_b * stride_qb + off_h.to(tl.int64)[:, None] * stride_qh
     q_tile = load_rows(q_rows, offs_m, stride_qm, valid, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    # with a scale above 0 the largest score is that of the largest product, and a masked one stays -inf. Not decided
-    # here: after a branch at run time Triton leaves out the fence between q's tile and wgmma
-    if FLIP:
-        q_tile = (q_tile.to(tl.float32) * tl.where(scale < 0.0, -1.0, 0.0)).to(q_tile.dtype)
-        scale = tl.where(scale == 0.0, 1.0, -scale)
-    qk_scale = scale * LOG2E
     k += off_b * stride_kb + off_hk.to(tl.int64) * stride_kh
     v += off_b * stride_vb + off_hk.to(tl.int64) * stride_vh
     if prefix is not None:
@@ -128,13 +125,13 @@ def forward_kernel(
     m_i = tl.zeros([BLOCK_M], tl.float32) + LOWEST
     for start_n in range(begin, full, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
-            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, False, PRECISION,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, False, POSITIVE, PRECISION,
         )  # fmt: skip
     for start_n in range(full, stop, BLOCK_N):
         acc, l_i, m_i = _forward_step(
-            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, qk_scale, cap,
-            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, PRECISION,
+            acc, l_i, m_i, q_tile, k, v, stride_kn, stride_vn, start_n, start, end, pos_m, pattern, scale * LOG2E, cap,
+            D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, POSITIVE, PRECISION,
         )  # fmt: skip
     if mask is not None:
         valid &= l_i != 0.0  # where the mask hides all keys
@@ -191,7 +188,7 @@ def forward(
         sequences=len(starts), seqlen_q=seqlen_q, seqlen_k=seqlen_k, scale=scale,
         **patterns.arguments(pattern), **strides({"bhm": {"q": q, "o": out}, "bhn": {"k": k, "v": v}}),
         **head_dims(q, v), GROUP=group, PACKED=packed, CAUSAL=causal, PRECISION=precision(tiles.widest(q, v)),
-        FLIP=not scale > 0.0,
+        POSITIVE=scale > 0.0,
     )  # fmt: skip
     return out, lse
 

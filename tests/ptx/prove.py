@@ -83,8 +83,10 @@ def attention_problems(dtype: str) -> Iterator[Problem]:
             name = f"attention D{dim} {shape}" + "".join(f" {key}" for key, on in options.items() if on)
             call = functools.partial(attention, shape, dim, DTYPES[dtype], **options)
             yield Problem(name, dtype, call, quick=dim == 64 and shape == "packed" and dtype == "bf16")
-    for value in (float("nan"), float("inf")) if dtype != "fp16" else ():  # in which the scores' factors are infinite
-        yield Problem(f"attention with {value}", dtype, functools.partial(not_finite, value, DTYPES[dtype]))
+    for value, scale in ((float("nan"), 0.3), (float("inf"), -0.3)):
+        if dtype != "fp16":  # in which the factors of these scores are infinite
+            call = functools.partial(not_finite, value, scale, DTYPES[dtype])
+            yield Problem(f"attention with {value}, scale {scale}", dtype, call)
 
     for shape, dim, values, pattern in PATTERNED:
         if dtype != "fp32" or dim <= 128:
@@ -134,11 +136,11 @@ def attention(
     )
 
 
-def not_finite(value: float, dtype: torch.dtype) -> None:
+def not_finite(value: float, scale: float, dtype: torch.dtype) -> None:
     import test_attention
 
     backend = cases.Backend("triton", dtype=dtype, shipped=True)
-    test_attention.test_scores_that_are_not_finite(backend, value, -0.3)
+    test_attention.test_scores_that_are_not_finite(backend, value, scale, 64)
 
 
 STATISTICS = ("lse", "received", "early", "mean_received")

@@ -58,13 +58,13 @@ def attention(
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink_logits))
     # a compiled graph cannot return a leaf that it creates, so there the pass runs
-    layout = layout._replace(segment=known_segments(layout))
+    shared = layout._replace(segment=known_segments(layout))  # between the kernels of this call
     pending, capture = None, None
     if trained and len(counted) == 1 and not torch.compiler.is_compiling():
-        pending = Pending(q, k, layout, causal, scale, counted[0], given)
+        pending = Pending(q, k, shared, causal, scale, counted[0], given)
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
-        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, layout.segment),
+        *(q, k, v, sink_logits, capture, layout.starts, layout.lengths, shared.segment),
         *(counted[0] if counted else None, layout.packed, causal, scale, *given),
     )
     lse = lse.detach()
@@ -73,7 +73,7 @@ def attention(
         return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0], pattern), lse)]
     stats = []
     for query_starts in counted:
-        received = run_received(q, k, lse, layout, causal=causal, scale=scale, query_starts=query_starts, given=given)
+        received = run_received(q, k, lse, shared, causal=causal, scale=scale, query_starts=query_starts, given=given)
         stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts, pattern), lse))
     return out, stats
 

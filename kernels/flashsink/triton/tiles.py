@@ -34,9 +34,12 @@ HALF: dict[str, dict[int, Entries]] = {
     },
     "gradient_kv": {
         80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
-        90: [(64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))],
-        100: [
+        90: [
             *((64, _tile(64, 128, 8, 2)), (127, _tile(32, 64, 8, 2))),
+            *((128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))),
+        ],
+        100: [
+            *((64, _tile(64, 128, 8, 2)), (127, _tile(16, 64, 8, 1))),
             *((128, _tile(32, 128, 8, 2)), (256, _tile(32, 64, 8, 2))),
         ],
     },
@@ -71,19 +74,22 @@ PATTERNED: dict[str, dict[int, Entries]] = {
         100: [(256, _tile(64, 32, 8, 2))],
     },
     "gradient_kv": {
-        80: [(64, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
-        90: [(128, _tile(32, 64, 8, 2)), (256, _tile(16, 64, 8, 2))],
+        80: [(64, _tile(32, 32, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        90: [(128, _tile(32, 64, 8, 2)), (256, _tile(16, 64, 8, 3))],
         100: [(128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
     },
     "gradient_q": {
-        80: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 8, 1))],
+        80: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 4, 1))],
         90: [(128, _tile(64, 32, 8, 2)), (256, _tile(64, 16, 8, 2))],
         100: [(256, _tile(32, 32, 8, 1))],  # 64 rows go to tensor memory, and Triton 3.6 reads it before its wait
     },
-    "received": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 64, 8, 2))]),
-    "calibrate": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 32, 8, 1))]),
+    "received": {
+        80: [(64, _tile(32, 64, 8, 2)), (128, _tile(16, 32, 4, 1)), (256, _tile(32, 32, 8, 2))],
+        **dict.fromkeys((90, 100), [(256, _tile(32, 64, 8, 2))]),
+    },
+    "calibrate": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 16, 8, 1))]),
 }
-MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(256, _tile(64, 32, 8, 2))])}
+MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 8, 2))])}
 # Instead of these for sequences of SHORT_LENGTH tokens or fewer on average: more CTAs on an SM, and less of a tile
 # beyond the ends of its sequence. Chosen by counts and a model (bench/README.md); not timed either.
 SHORT_LENGTH = 256
@@ -97,6 +103,7 @@ SHORT: dict[tuple[str, int], Entries] = {
 # float32, the same everywhere (device.precision says how it is multiplied)
 SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
 SINGLE_GRADIENT_Q: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]
+SINGLE_GRADIENT_KV: Entries = [(64, _tile(16, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]  # under a pattern or mask
 
 # What make gpu-tune tries, for two-byte elements.
 CANDIDATES: dict[str, list[Tile]] = {
@@ -123,7 +130,8 @@ def choose(
     if kernel in _overrides:
         return _overrides[kernel]
     if element_size == 4:
-        entries = SINGLE_GRADIENT_Q if kernel == "gradient_q" else SINGLE
+        patterned = SINGLE_GRADIENT_KV if kernel == "gradient_kv" and seen != "causal" else SINGLE
+        entries = SINGLE_GRADIENT_Q if kernel == "gradient_q" else patterned
     else:
         name = architecture(device)
         if seen == "causal":

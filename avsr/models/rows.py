@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avsr.runtime.transfer import on_device
 
@@ -96,17 +96,19 @@ class Places:
         padding = [[PADDING] * (longest - len(row)) for row in self.rows]
         filled = [pad + row if left else row + pad for pad, row in zip(padding, self.rows, strict=True)]
         places = on_device(filled, self.table.device)
-        embeddings = self.table.index_select(0, places.flatten()).unflatten(0, places.shape)
-        return Assembled(embeddings, (places != PADDING).long(), self._spans(), self.names, self.prompts)
+        return Assembled(self._at(places), (places != PADDING).long(), self._spans(), self.names, self.prompts)
 
     def packed(self) -> Packed:
         """Concatenated."""
         device, starts = self.table.device, [0, *accumulate(map(len, self.rows))]
         places = on_device([place for row in self.rows for place in row], device)
         positions = on_device([position for row in self.rows for position in range(len(row))], device)
-        embeddings = self.table.index_select(0, places)[None]
         bounds = on_device(starts, device)
-        return Packed(embeddings, positions[None], bounds, starts[:-1], self._spans(), self.prompts)
+        return Packed(self._at(places[None]), positions[None], bounds, starts[:-1], self._spans(), self.prompts)
+
+    def _at(self, places: Tensor) -> Tensor:
+        # not a view, or the layer that reads it would be compiled once more: the others read no view
+        return nn.functional.embedding(places, self.table)
 
     def _spans(self) -> Tensor:
         return on_device(self.prompts, self.table.device)

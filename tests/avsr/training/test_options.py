@@ -165,7 +165,7 @@ def test_expensive_operators_run_once(recipe: Recipe, kind: str, again: int) -> 
         (terms.cross_entropy + terms.decorrelation).backward()
     rest = counting.calls - counts[0]
     assert counts[0]["flashsink::attention"] == layers
-    assert rest["flashsink::attention"] == rest["flashsink::received"] == again * layers
+    assert rest["flashsink::attention"] == again * layers
     # of every layer two gradients of an adapter's input, two of its weights for q and v, seven of frozen products
     plain = layers * (2 * (2 + 2) + 7)
     thin = {"false": 0, "selective": 2, "true": 4}[kind]  # products of adapters that run again

@@ -10,13 +10,12 @@ import json
 from pathlib import Path
 
 from avsr.data.manifest import write_manifest
-from avsr.data.rates import SAMPLE_RATE
 from avsr.tools.corpora.debian.corpus import prepare_debian
 from bench.study import corpus
 
 FOLDER = Path("data")
 HUMAN = FOLDER / "debian"
-SHORTEST = 64 * 320 / SAMPLE_RATE  # seconds: a token of rate 64
+SHORTEST = 64 * corpus.FRAME  # seconds: a token of rate 64
 
 TESTS = {
     "texts": HUMAN / "test_texts.jsonl",

@@ -60,7 +60,7 @@ def projector_file(rate: int, folder: Path = FOLDER, *, layernorm: bool = True) 
     """The pretrained projector of a rate; trained if it is missing."""
     overrides = [
         *corpus.OVERRIDES,
-        *corpus.WARM,
+        f"data.train={corpus.warm(rate)}",
         f"model.audio.compression.rate={rate}",
         "training.seed=0",
         *([] if layernorm else [NO_LAYERNORM]),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.compile_report import CAPABILITIES, Case
 from flashsink.triton import activations, attention, decorrelation, norm, tiles
-from flashsink.types import Layout, Pattern
+from flashsink.types import Layout, Pattern, Segments
 
 FEATURES = (576, 2048, 3072, 4096)  # SmolLM2, Llama 3.2 1B and 3B, 3.1 8B
 MATRIX = ("forward_kernel", "gradient_kv_kernel", "gradient_q_kernel", "received_kernel")
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "causal": (True, False),
     "packed": (True, False),
-    "extras": ("", "counted", "window", "pattern", "mask", "values"),
+    "extras": ("", "counted", "window", "pattern", "mask", "values", "segments", "segments pattern"),
     "long": (True, False),
 }
 # that spilled before
@@ -109,14 +109,20 @@ def attention_case(
 ) -> Case:
     """Forward, statistics pass and backward with capture. ``extras``: counted: a sink logit, counted queries and no
     capture; window: and capped scores; pattern: all that a pattern has but a mask; mask: and capped scores; values: of
-    a smaller head dim. ``long`` sequences have other tiles."""
+    a smaller head dim; segments: the statistics by them alone, also with the pattern. ``long`` sequences have other
+    tiles."""
     parts = ["attention", f"D{dim}", f"GQA{group}", SHORT[dtype], "packed" if packed else "dense"]
     parts += [*(["full"] if not causal else []), *([extras] if extras else []), *(["long"] if long else [])]
 
     def call() -> None:
         where = layout(packed, LONG if long else TOKENS)
         q, k, v = projections(dim, dtype, where, group, dim // 24 * 16 if extras == "values" else dim)
-        extra = seen(extras, where)
+        extra = seen(extras.removeprefix("segments "), where)
+        if extras.startswith("segments"):
+            where = where._replace(segment=where.segments()[0] if packed else None)  # no kernel makes it now
+            kinds = Segments(torch.zeros(where.rows, where.tokens, dtype=torch.long), 6)
+            attention.attention(q, k, v, where, causal=causal, scale=0.1, counted=[None], segments=kinds, **extra)
+            return
         if extras == "counted":
             extra = {"sink_logits": torch.zeros(q.shape[1], requires_grad=True)}
         counted = [where.starts + 1 if extras == "counted" else None]

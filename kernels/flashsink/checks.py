@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -120,6 +120,21 @@ def check_segments(segments: Tensor | None, count: int | None, layout: Layout) -
         count = count or max(largest + 1, 1)
     assert count is not None
     return Segments(ids.masked_fill(ids >= count, -1), count)
+
+
+def check_segment_masks(masks: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Raises:
+    ValueError: not names with (B, S) bool masks, 1 to 64 of them.
+    """
+    if masks is None:
+        return None
+    if not isinstance(masks, Mapping) or not 0 < len(masks) <= MOST_SEGMENTS:
+        got = len(masks) if isinstance(masks, Mapping) else type(masks).__name__
+        raise ValueError(f"segments: expected 1 to {MOST_SEGMENTS} names with (B, S) bool masks, got {got}")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"segments: {name}: expected a (B, S) bool mask, got {_shape(mask)}")
+    return masks
 
 
 def beyond_plain(

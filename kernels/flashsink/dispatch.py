@@ -75,8 +75,7 @@ class Backend(Protocol):
 
 
 _MODULES: dict[str, Backend] = {"reference": reference, "cpu": cpu, "sdpa": sdpa, "triton": triton}
-# take segments, and any tokens and anchors of the loss
-_GENERAL = ("reference", "cpu")
+_GENERAL = ("reference", "cpu")  # take any tokens and anchors of the loss
 
 
 def backends() -> dict[str, str]:
@@ -181,7 +180,7 @@ def _refusal(
     """Why the backend's attention does not take these, or ""."""
     if x is None or family not in selfcheck.ATTENTION:
         return ""
-    if segments and name not in _GENERAL:
+    if segments and name == "sdpa":
         return checks.beyond_plain(x, None, None, None, segments)
     return _MODULES[name].refusal(x, v, pattern, softcap)
 

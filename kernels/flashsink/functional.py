@@ -117,8 +117,8 @@ def attention(
         num_segments: n of :class:`SinkStats`, at most 64; default the largest number + 1, which is
             read on the CPU alone. Elsewhere n must be given, and larger numbers are of no segment.
 
-    "sdpa" refuses ``window``, ``softcap``, ``chunk``, ``prefix`` and ``blocks`` by name, "sdpa" and "triton" refuse
-    ``segments``. A window or chunk that leaves nothing out is none.
+    "sdpa" refuses ``window``, ``softcap``, ``chunk``, ``prefix``, ``blocks`` and ``segments`` by name. A window or
+    chunk that leaves nothing out is none.
 
     Returns:
         out (B, H, Sq, Dv) in q's dtype, 0 at padded queries; with ``return_stats`` the pair (out, stats).

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashsink.types import ActivationStats, Layout, Normed, Pairs, Pattern, Segments, SinkStats
+from flashsink.types import ActivationStats, BySegment, Layout, Normed, Pairs, Pattern, Segments, SinkStats
 
 
 def refusal(q: Tensor, v: Tensor | None = None, pattern: Pattern | None = None, softcap: float | None = None) -> str:
@@ -81,18 +81,21 @@ def sink_stats(
 ) -> SinkStats:
     """Column sums of A over the queries at positions >= ``query_starts``, one entry per row or packed sequence."""
     queries, a = a.shape[2], a.detach()
-    by_segment = None
-    if segments is not None:
-        own = segments.of_queries(layout, queries, query_starts)
-        chosen = own[..., None] == torch.arange(segments.number, device=a.device)
-        sums = chosen.mT.to(a.dtype).unsqueeze(1) @ a
-        by_segment = segments.sums(sums, torch.special.entr(a).sum(dim=-1), layout, own)
+    more = None if segments is None else by_segment(a, layout, segments, query_starts)
     if query_starts is not None:
         position = torch.arange(layout.tokens, device=a.device)
         counts = position >= query_starts[layout.segments().clamp(min=0)]
         a = a * counts[:, None, layout.tokens - queries :, None]
     seen = layout.query_counts(queries, causal, query_starts, pattern)
-    return SinkStats(a.sum(dim=2).float(), seen, lse.detach().float(), by_segment)
+    return SinkStats(a.sum(dim=2).float(), seen, lse.detach().float(), more)
+
+
+def by_segment(a: Tensor, layout: Layout, segments: Segments, query_starts: Tensor | None) -> BySegment:
+    """What :class:`flashsink.types.SinkStats` says by segment, of the probabilities A (B, H, Sq, Sk)."""
+    own = segments.of_queries(layout, a.shape[2], query_starts)
+    chosen = own[..., None] == torch.arange(segments.number, device=a.device)
+    sums = chosen.mT.to(a.dtype).unsqueeze(1) @ a
+    return segments.sums(sums, torch.special.entr(a).sum(dim=-1), layout, own)
 
 
 def attention(

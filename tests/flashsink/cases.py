@@ -18,7 +18,7 @@ from flashsink.cpu import library as native
 from flashsink.triton import tiles
 from flashsink.triton.launch import INTERPRETED, Tile
 
-ATTENTION_KERNELS = ("forward", "gradient_kv", "gradient_q", "received", "calibrate")
+ATTENTION_KERNELS = ("forward", "gradient_kv", "gradient_q", "received", "calibrate", "by_segment")
 # in half precision P, dS and out, of which delta is made, are rounded, and the result: one step each
 TOLERANCE = {torch.float32: 1e-5} | {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16)}
 

@@ -12,11 +12,10 @@ from cases import BACKENDS, LONG, PATTERNS, TOLERANCE, Backend, Problem, compare
 import flashsink
 from flashsink import dispatch, sdpa
 from flashsink.checks import MOST_SEGMENTS, resolve_layout
-from flashsink.triton import attention as triton_attention
 from flashsink.types import Segments
 
-TAKE = [b for b in BACKENDS if isinstance(b, Backend) and b.name in ("reference", "cpu")]
-CPU = [b for b in TAKE if b.name == "cpu"]
+TAKE = [b for b in BACKENDS if not isinstance(b, Backend) or b.name != "sdpa"]
+CPU = [b for b in TAKE if isinstance(b, Backend) and b.name == "cpu"]
 LEVELS = [*TAKE, *(Backend("cpu", level=n) for _ in CPU for n in (1, 0))]
 CASES = ["one token", "17 tokens, GQA 3", "both", "queries in padding", "packed with empty sequences and a tail"]
 
@@ -40,9 +39,11 @@ def wanted(case, counted, sink, pattern, causal, dtype):
 def check(backend, case, counted=False, sink=None, pattern=None, causal=True, dtype=torch.float32):
     problem = Problem(case, dtype)
     options, attended, want = wanted(case, counted, sink, pattern, causal, dtype)
-    options = options | {"sink_logits": None if sink is None else sink_logits(case, sink), "return_stats": True}
-    ids = ids_of(problem).int()
-    out, stats = flashsink.attention(*problem.qkv, **options, backend=backend.name, segments=ids, num_segments=4)
+    options = options | {"sink_logits": None if sink is None else sink_logits(case, sink)}
+    given = options | {"segments": ids_of(problem).int()}
+    given = {key: x.to(backend.device) if isinstance(x, torch.Tensor) else x for key, x in given.items()}
+    qkv = [x.to(backend.device) for x in problem.qkv]
+    out, stats = flashsink.attention(*qkv, **given, return_stats=True, backend=backend.name, num_segments=4)
     received, mass, queries, entropy = want
     found = {
         "segment_received": received,
@@ -51,13 +52,13 @@ def check(backend, case, counted=False, sink=None, pattern=None, causal=True, dt
         "entropy": entropy,
         "received": attended.received,
     }
-    assert torch.equal(stats.segment_queries, queries)
+    assert torch.equal(stats.segment_queries.cpu(), queries)
     for name, value in found.items():
         got = getattr(stats, name)
         assert got.dtype == torch.float32 and got.shape == value.shape and not got.requires_grad, name
-        torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got.cpu().double(), value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     tolerance = TOLERANCE.get(dtype, 1e-12)
-    torch.testing.assert_close(out.double(), attended.out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.cpu().double(), attended.out, rtol=tolerance, atol=tolerance)
 
 
 @on(LEVELS)
@@ -77,6 +78,8 @@ def test_with_patterns_and_sink_logits(backend, case, pattern):
 @on(TAKE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(backend, dtype):
+    if not backend.takes(dtype):
+        pytest.skip("not for these kernels")
     check(backend, "both", sink=-1.0, dtype=dtype)
 
 
@@ -110,15 +113,38 @@ def test_what_they_mean(backend):
     assert without.segment_mass is without.entropy is without.mean_segment_mass is None
 
 
-@on(CPU)
+@on([b for b in TAKE if b not in TAKE[:1]])
 def test_a_sharp_query_keeps_the_digits_of_its_entropy(backend):
     """Scores around 1,000, of which one stands out: lse - sum of p x would be a rounding error."""
     q, k = torch.ones(1, 1, 9, 1), torch.full((1, 1, 9, 1), 1000.0)
     k[0, 0, 0] = 1006.0
-    options = {"scale": 1.0, "return_stats": True, "backend": backend.name, "segments": torch.zeros(1, 9).long()}
-    _, stats = flashsink.attention(q, k, k, **options)
+    ids = torch.zeros(1, 9, device=backend.device).long()
+    options = {"scale": 1.0, "return_stats": True, "backend": backend.name, "segments": ids, "num_segments": 1}
+    _, stats = flashsink.attention(*(x.to(backend.device) for x in (q, k, k)), **options)
     p = torch.softmax(k[0, 0, :, 0].double(), 0)
-    torch.testing.assert_close(stats.entropy[0, 0, -1].double(), -(p * p.log()).sum(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(stats.entropy[0, 0, -1].cpu().double(), -(p * p.log()).sum(), rtol=1e-5, atol=0.0)
+
+
+@on(TAKE)
+def test_a_negative_scale_is_that_of_negative_queries(backend):
+    q, k, v = torch.randn(3, 1, 2, 21, 16, generator=torch.Generator().manual_seed(1)).to(backend.device)
+    ids = torch.arange(21, device=backend.device)[None] % 3
+    options = {"return_stats": True, "backend": backend.name, "segments": ids, "num_segments": 3}
+    (_, want), (_, got) = (flashsink.attention(x, k, v, **options, scale=s) for x, s in ((-q, 0.7), (q, -0.7)))
+    torch.testing.assert_close(got.entropy, want.entropy)
+    torch.testing.assert_close(got.segment_mass, want.segment_mass)
+
+
+@on(TAKE)
+def test_scores_that_are_not_finite(backend):
+    """A visible score of -inf is a probability of 0, whose p ln p is 0; NaN makes its query's entropy NaN alone."""
+    q, k = torch.ones(1, 1, 9, 1), torch.zeros(1, 1, 9, 1)
+    k[0, 0, 3], k[0, 0, 7] = -torch.inf, torch.nan
+    ids = torch.zeros(1, 9, device=backend.device).long()
+    options = {"scale": 1.0, "return_stats": True, "backend": backend.name, "segments": ids, "num_segments": 1}
+    _, stats = flashsink.attention(*(x.to(backend.device) for x in (q, k, torch.ones_like(k))), **options)
+    want = torch.tensor([1.0, 2.0, 3.0, 3.0, 4.0, 5.0, 6.0, torch.nan, torch.nan]).log()
+    torch.testing.assert_close(stats.entropy[0, 0].cpu(), want, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -141,16 +167,16 @@ def test_bad_input(options, words):
         flashsink.attention(x, x, x, **({"return_stats": True} | options))
 
 
-def test_the_others_refuse_by_name(monkeypatch):
+def test_sdpa_refuses_by_name(monkeypatch):
     monkeypatch.setattr(dispatch, "_state", lambda name: "usable")
     q, layout = torch.randn(1, 2, 9, 8).bfloat16(), resolve_layout(1, 9, torch.device("cpu"))
     kinds = Segments(torch.zeros(1, 9).long(), 1)
-    for name, module in (("sdpa", sdpa), ("triton", triton_attention)):
-        with pytest.raises(ValueError, match=f"backend: '{name}' cannot be used: .*does not take segments"):
-            dispatch.select(name, "cuda", q, q, segments=True)
-        with pytest.raises(ValueError, match="does not take segments"):
-            module.attention(q, q, q, layout, causal=True, scale=1.0, counted=[None], segments=kinds)
-    assert dispatch.select(None, "cuda", q, q, segments=True) == "reference"
+    with pytest.raises(ValueError, match="backend: 'sdpa' cannot be used: .*does not take segments"):
+        dispatch.select("sdpa", "cuda", q, q, segments=True)
+    with pytest.raises(ValueError, match="does not take segments"):
+        sdpa.attention(q, q, q, layout, causal=True, scale=1.0, counted=[None], segments=kinds)
+    monkeypatch.setattr(dispatch, "_failed", lambda *_: "")
+    assert dispatch.select(None, "cuda", q, q, segments=True) == "triton"
 
 
 @on(TAKE)

@@ -124,6 +124,20 @@ OPERATION3(MultiplyAdd, C(C(a) * C(b) + c))
 OPERATION3(Fused, fmaf(a, b, c))
 OPERATION3(Select, c ? a : b)
 
+// the NaN that an arithmetic instruction of f32 gives, whatever its operands are
+template <class F> struct Canonical {
+  template <class... A> float operator()(A... a) const {
+    const float x = F()(a...);
+    return x == x ? x : nan;
+  }
+  static inline const float nan = [] {
+    const uint32_t bits = 0x7fffffff;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }();
+};
+
 template <class T> void integers(const std::string& type) {
   binary<T, T, T, Add>("add." + type);
   binary<T, T, T, Subtract>("sub." + type);
@@ -162,24 +176,24 @@ void floats() {
   for (const char* ftz : {"", "ftz."}) {
     auto name = [&](const char* before) { return std::string(before) + ftz + "f32"; };
     for (const char* rn : {"", "rn."}) {
-      binary<float, float, float, Add>(name((std::string("add.") + rn).c_str()));
-      binary<float, float, float, Subtract>(name((std::string("sub.") + rn).c_str()));
-      binary<float, float, float, Multiply>(name((std::string("mul.") + rn).c_str()));
+      binary<float, float, float, Canonical<Add>>(name((std::string("add.") + rn).c_str()));
+      binary<float, float, float, Canonical<Subtract>>(name((std::string("sub.") + rn).c_str()));
+      binary<float, float, float, Canonical<Multiply>>(name((std::string("mul.") + rn).c_str()));
     }
-    binary<float, float, float, Quotient>(name("div.full."));
-    binary<float, float, float, Quotient>(name("div.rn."));
-    binary<float, float, float, LeastNumber>(name("min."));
-    binary<float, float, float, GreatestNumber>(name("max."));
-    binary<float, float, float, LeastOrNaN>(std::string("min.") + ftz + "NaN.f32");
-    binary<float, float, float, GreatestOrNaN>(std::string("max.") + ftz + "NaN.f32");
-    ternary<float, float, float, float, Fused>(name("fma.rn."));
+    binary<float, float, float, Canonical<Quotient>>(name("div.full."));
+    binary<float, float, float, Canonical<Quotient>>(name("div.rn."));
+    binary<float, float, float, Canonical<LeastNumber>>(name("min."));
+    binary<float, float, float, Canonical<GreatestNumber>>(name("max."));
+    binary<float, float, float, Canonical<LeastOrNaN>>(std::string("min.") + ftz + "NaN.f32");
+    binary<float, float, float, Canonical<GreatestOrNaN>>(std::string("max.") + ftz + "NaN.f32");
+    ternary<float, float, float, float, Canonical<Fused>>(name("fma.rn."));
     for (const char* kind : {"approx.", "rn."}) {
-      unary<float, float, Inverse>(name((std::string("rcp.") + kind).c_str()).c_str());
-      unary<float, float, Root>(name((std::string("sqrt.") + kind).c_str()).c_str());
-      unary<float, float, InverseRoot>(name((std::string("rsqrt.") + kind).c_str()).c_str());
+      unary<float, float, Canonical<Inverse>>(name((std::string("rcp.") + kind).c_str()).c_str());
+      unary<float, float, Canonical<Root>>(name((std::string("sqrt.") + kind).c_str()).c_str());
+      unary<float, float, Canonical<InverseRoot>>(name((std::string("rsqrt.") + kind).c_str()).c_str());
     }
-    unary<float, float, Exp2>(name("ex2.approx.").c_str());
-    unary<float, float, Log2>(name("lg2.approx.").c_str());
+    unary<float, float, Canonical<Exp2>>(name("ex2.approx.").c_str());
+    unary<float, float, Canonical<Log2>>(name("lg2.approx.").c_str());
     unary<float, float, Negative>(name("neg.").c_str());
     unary<float, float, Absolute>(name("abs.").c_str());
     binary<bool, float, float, Less>(name("setp.lt."));

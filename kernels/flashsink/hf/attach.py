@@ -28,6 +28,7 @@ def attach(
     cosines: bool = False,
     anchors: Anchors | None = None,
     nonfinite: bool = False,
+    segment_mass: bool = False,
 ) -> Probe:
     """Observes a Hugging Face model: a decoder, an encoder, or the language decoder of a composite model, PEFT-wrapped
     or not.
@@ -55,6 +56,9 @@ def attach(
         anchors: of the loss, token ids or constants of the layers as in :meth:`Probe.spans`; default BOS.
         nonfinite: record :attr:`Probe.first_nonfinite`: a read of what every submodule of a layer gives, and a layer's
             states kept until its end.
+        segment_mass: in a forward with segments, those of :meth:`Probe.segments` or of :meth:`Probe.spans`,
+            :attr:`Probe.sinks` also say how much attention goes from segment to segment, and the entropy of every
+            query. On the triton backend that is a pass of its own.
 
     Returns:
         The :class:`Probe`; ``probe.detach()`` undoes everything.
@@ -75,5 +79,6 @@ def attach(
         learned_sinks=learned_sinks,
         cosines=cosines,
         nonfinite=nonfinite,
+        segment_mass=segment_mass,
     )
     return Probe(model, options, module, anchors)

@@ -17,7 +17,7 @@ from flashsink.checks import check_values
 from flashsink.dispatch import implementation
 from flashsink.hf import layouts, masks, own
 from flashsink.hf.own import MARK
-from flashsink.types import Layout, Pattern
+from flashsink.types import Layout, Pattern, Segments
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
 IMPLEMENTATION = "sink_capture"
@@ -71,10 +71,12 @@ class Call(NamedTuple):
     encoded: bool = False
     everything: bool = False
 
-    def run(self, backend: str | None, counted: list[Tensor | None]) -> tuple[Tensor, list[Any]]:
+    def run(
+        self, backend: str | None, counted: list[Tensor | None], segments: Segments | None = None
+    ) -> tuple[Tensor, list[Any]]:
         """(out (B, H, Sq, Dv), statistics), as :func:`flashsink.reference.attention`."""
         q, pattern = self.q, self.pattern
-        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap)
+        chosen = implementation(backend, q.device.type, q, self.v, pattern, self.softcap, segments=segments is not None)
         return chosen.attention(
             q,
             self.k,
@@ -86,6 +88,7 @@ class Call(NamedTuple):
             sink_logits=self.sink_logits,
             pattern=pattern,
             softcap=self.softcap,
+            segments=segments,
         )
 
     def calibrated(self, backend: str | None, sinks: Tensor, beta: float) -> Tensor:

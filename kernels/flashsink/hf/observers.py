@@ -21,7 +21,7 @@ from flashsink.hf import norms
 from flashsink.hf.act import Calibrator
 from flashsink.hf.attention import Call
 from flashsink.hf.records import Forwards, Options, Record
-from flashsink.types import ActivationStats, Layout, Pairs, SinkStats
+from flashsink.types import ActivationStats, Layout, Pairs, Segments, SinkStats
 
 # makes the layout known from what a layer gets or gives, (B, S, ...), and what attention sees
 Settle = Callable[[Record, Tensor, Tensor | None], None]
@@ -62,10 +62,13 @@ class AttentionObserver:
         calibrated = self._act.concerns(index)
         if record is not None and live and calibrated:
             counted += self._act.counted(record)
-        out, stats = call.run(options.backend, counted)
+        segments = None
+        if record is not None and recorded and live and call.layout.tokens == record.places[0].tokens:
+            segments = self._segments(record, call.q.device)
+        out, stats = call.run(options.backend, counted, segments)
         if call.sink_logits is not None and counted and not options.learned_sinks:
             with torch.no_grad():
-                stats = call._replace(sink_logits=None).run(options.backend, counted)[1]
+                stats = call._replace(sink_logits=None).run(options.backend, counted, segments)[1]
         if record is not None and live and call.everything and not call.layout.full:
             out = whole.run(options.backend, [])[0]  # an encoder may read its padding later: it is computed too
         if record is not None and live:
@@ -80,6 +83,10 @@ class AttentionObserver:
             if calibrated:
                 record.calm[index] = self._act.find(index, stats[recorded:], call.layout)
         return self._act.apply(index, call, out, record, options.backend) if calibrated else out
+
+    def _segments(self, record: Record, device: torch.device) -> Segments | None:
+        kinds = record.kinds if self._options.segment_mass else None
+        return None if kinds is None else kinds._replace(ids=kinds.ids.to(device))
 
     def calibrates(self, index: int) -> bool:
         return self._act.concerns(index)
@@ -106,8 +113,9 @@ class AttentionObserver:
             keep = keep & (position >= first.to(a.device)[layout.segments().clamp(min=0)])
         rows = keep[:, None, :, None]
         lse = torch.full(a.shape[:3], torch.nan, device=a.device)  # not part of what is seen
-        queries = (seen & rows).sum(dim=(1, 2))
-        record.sinks[index] = SinkStats((a.float() * rows).sum(dim=2), queries, lse)
+        queries, segments = (seen & rows).sum(dim=(1, 2)), self._segments(record, a.device)
+        more = None if segments is None else reference.by_segment(a.float(), layout, segments, first)
+        record.sinks[index] = SinkStats((a.float() * rows).sum(dim=2), queries, lse, more)
 
     def _once(self, record: Record, index: int) -> None:
         if index in record.sinks:

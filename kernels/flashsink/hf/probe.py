@@ -79,7 +79,12 @@ class Probe:
         more, and for a loss over a token mask or anchors all are."""
         return sorted(self._last(None).read_by.values())
 
-    def spans(self, spans: Tensor | None = None, anchors: Anchors | None = None) -> AbstractContextManager[None]:
+    def spans(
+        self,
+        spans: Tensor | None = None,
+        anchors: Anchors | None = None,
+        segments: Mapping[str, Tensor] | None = None,
+    ) -> AbstractContextManager[None]:
         """Inside, the forwards of this thread count these tokens in the loss, against these anchors.
 
         Args:
@@ -90,8 +95,10 @@ class Probe:
                 none; (L, C) or (L, n, C) floating, constants of the L layers; or token ids and names of segments, one
                 or a list. Default: those of :meth:`segments`, else of :func:`attach`, else BOS.
                 :func:`flashsink.decorrelation_loss` says what is then counted.
+            segments: (B, S) bool of every segment by its name, for :attr:`segment_masks` and ``segment_mass``; a token
+                of several is of the first. Default: those of :meth:`segments`.
         """
-        return self._selector.spans(spans, anchors)
+        return self._selector.spans(spans, anchors, segments)
 
     def segments(self, ids: Mapping[str, int | Sequence[int]] | None, anchors: Anchors | None = None) -> None:
         """Counts tokens by their ids, from the next forward on and in all threads; None switches it off.
@@ -112,7 +119,8 @@ class Probe:
 
     @property
     def segment_masks(self) -> dict[str, Tensor]:
-        """(B, S) bool of every segment in the last full forward; empty where none were asked for."""
+        """(B, S) bool of every segment in the last full forward, in the order in which :attr:`sinks` number them; empty
+        where none were asked for."""
         return self._last(None).segment_masks
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from flashsink import reference
 from flashsink.hf.nonfinite import Finiteness
 from flashsink.hf.spans import Choice, Given
-from flashsink.types import ActivationStats, Layout, Pairs, SinkStats
+from flashsink.types import ActivationStats, Layout, Pairs, Segments, SinkStats
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Options:
     learned_sinks: bool
     cosines: bool
     nonfinite: bool
+    segment_mass: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Record:
     packs: bool = True  # whether the model may pack rows by them
     attended: bool = False  # whether a layer has called attention
     ended: bool = False
+    _kinds: Segments | None = None
     anchored: bool = True  # whether the first token of a row is its BOS: attention is causal
     doubts: list[tuple[Tensor, str]] = field(default_factory=list)  # (bool: this must not be, why), read when read
 
@@ -143,6 +145,13 @@ class Record:
         valid = self.places[0].valid()
         masks = {} if self.given is None else self.given.masks
         return {name: mask.to(valid.device) & valid for name, mask in masks.items()}
+
+    @property
+    def kinds(self) -> Segments | None:
+        """The segments of the statistics."""
+        if self._kinds is None and self.given is not None:
+            self._kinds = self.given.kinds(self.places[0])
+        return self._kinds
 
     def query_starts(self, queries: str) -> Tensor | None:
         """The positions from which queries count, or None for all."""

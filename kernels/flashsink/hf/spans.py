@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flashsink import checks, dispatch, reference
 from flashsink.hf import models
-from flashsink.types import Layout, Pairs
+from flashsink.types import Layout, Pairs, Segments
 
 if TYPE_CHECKING:
     from flashsink.hf.records import Forwards
@@ -38,11 +38,13 @@ class Choice:
         spans: (N,) integers or (B, S) bool.
         anchors: (B, n) integers, (L, n, C) floating, or token ids.
         names: the segments among ``anchors``, which do not count as tokens.
+        masks: (B, S) bool of every segment, for the statistics.
     """
 
     spans: Tensor | None = None
     anchors: Tensor | tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
+    masks: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Given:
     anchors: Tensor | None = None
     anchored: Tensor | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def kinds(self, layout: Layout) -> Segments | None:
+        """The segments of the tokens, None where there are none. A token of several is of the first.
+
+        Raises:
+            ValueError: a mask does not fit the forward's tokens.
+        """
+        if not self.masks:
+            return None
+        ids = torch.full((layout.rows, layout.tokens), -1, device=layout.starts.device)
+        for number, mask in reversed(list(enumerate(self.masks.values()))):
+            ids = ids.masked_fill(_fitting(mask.to(ids.device), layout), number)
+        return Segments(ids.masked_fill(~layout.valid(), -1), len(self.masks))
 
     @property
     def names_anchors(self) -> bool:
@@ -98,7 +113,7 @@ class Given:
 def _fitting(mask: Tensor, layout: Layout) -> Tensor:
     if tuple(mask.shape) != (layout.rows, layout.tokens):
         raise ValueError(
-            f"segments: expected input_ids of the layers' ({layout.rows}, {layout.tokens}) tokens, got "
+            f"segments: expected input_ids or masks of the layers' ({layout.rows}, {layout.tokens}) tokens, got "
             f"{tuple(mask.shape)}"
         )
     return mask
@@ -129,9 +144,12 @@ class Selector:
         self._first = self._choice(None, anchors, "attach")
 
     @contextmanager
-    def spans(self, spans: Tensor | None, anchors: Anchors | None) -> Iterator[None]:
+    def spans(
+        self, spans: Tensor | None, anchors: Anchors | None, segments: Mapping[str, Tensor] | None
+    ) -> Iterator[None]:
         mine = self._forwards.mine
-        before, mine.spans = mine.spans, self._choice(spans, anchors, "spans")
+        chosen = replace(self._choice(spans, anchors, "spans"), masks=checks.check_segment_masks(segments))
+        before, mine.spans = mine.spans, chosen
         try:
             yield
         finally:
@@ -162,7 +180,12 @@ class Selector:
         Raises:
             ValueError: token ids are asked for, and the forward has none.
         """
-        set_here, kept = self._forwards.mine.spans or Choice(), self._kept
+        set_here = self._forwards.mine.spans or Choice()
+        given = self._counted(set_here, ids)
+        return given if set_here.masks is None else replace(given or Given(), masks=dict(set_here.masks))
+
+    def _counted(self, set_here: Choice, ids: Any) -> Given | None:
+        kept = self._kept
         chosen = next((own for own in (set_here, kept, self._first) if own.anchors is not None), Choice())
         by_ids = set_here.spans is None and bool(self._segments)
         anchors = chosen.anchors

@@ -16,7 +16,7 @@ from flashsink import checks, reference
 from flashsink.operators import adjacent
 from flashsink.triton import tiles
 from flashsink.triton.patterns import PLAIN, Operands, operands
-from flashsink.types import Layout, Pattern, Segments, SinkStats, narrowed
+from flashsink.types import BySegment, Layout, Pattern, Segments, SinkStats, narrowed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,9 +50,7 @@ def attention(
     Where a gradient is needed and ``counted`` has one entry, ``received`` is what the backward captures for free or,
     when it is read before, the result of the statistics pass. Otherwise the pass runs at once.
     """
-    checks.require(
-        "triton", refusal(q, v, pattern, softcap) or checks.beyond_plain(q, None, None, None, segments is not None)
-    )
+    checks.require("triton", refusal(q, v, pattern, softcap))
     pattern = narrowed(pattern, layout.tokens)
     given = operands(pattern, softcap, layout)
     q, k, v = (adjacent(x) for x in (q, k, v))  # once here, else in every kernel's launcher
@@ -60,7 +58,7 @@ def attention(
     # a compiled graph cannot return a leaf that it creates, so there the pass runs
     shared = layout._replace(segment=known_segments(layout))  # between the kernels of this call
     pending, capture = None, None
-    if trained and len(counted) == 1 and not torch.compiler.is_compiling():
+    if trained and len(counted) == 1 and segments is None and not torch.compiler.is_compiling():
         pending = Pending(q, k, shared, causal, scale, counted[0], given)
         capture = pending.leaf()
     out, lse = torch.ops.flashsink.triton_attention(
@@ -72,10 +70,38 @@ def attention(
         pending.lse = lse
         return out, [SinkStats(pending, layout.queries_later(q.shape[2], causal, counted[0], pattern), lse)]
     stats = []
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "given": given}
     for query_starts in counted:
-        received = run_received(q, k, lse, shared, causal=causal, scale=scale, query_starts=query_starts, given=given)
-        stats.append(SinkStats(received, layout.queries_later(q.shape[2], causal, query_starts, pattern), lse))
+        seen = layout.queries_later(q.shape[2], causal, query_starts, pattern)
+        if segments is None:
+            received, more = run_received(q, k, lse, shared, query_starts=query_starts, **options), None
+        else:
+            received, more = _by_segment(q, k, lse, sink_logits, shared, segments, query_starts=query_starts, **options)
+        stats.append(SinkStats(received, seen, lse, more))
     return out, stats
+
+
+def _by_segment(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    sink_logits: Tensor | None,
+    layout: Layout,
+    segments: Segments,
+    *,
+    causal: bool,
+    scale: float,
+    query_starts: Tensor | None,
+    given: Operands,
+) -> tuple[Tensor, BySegment]:
+    """``received`` (B, H, Sk) and the statistics by segment, in one pass."""
+    n, own = segments.number, segments.of_queries(layout, q.shape[2], query_starts)
+    sums, entropy = torch.ops.flashsink.triton_by_segment(
+        *(q.detach(), k.detach(), lse, None if sink_logits is None else sink_logits.detach()),
+        *(torch.where(own < 0, n, own), n, layout.starts, layout.lengths, layout.segment, query_starts),
+        *(layout.packed, causal, scale, *given),
+    )
+    return sums.sum(dim=2), segments.sums(sums[:, :, :n], entropy, layout, own)
 
 
 def run_received(

@@ -91,26 +91,26 @@ def _kv_blocks(
     """``blocks`` blocks of queries from position ``start_m`` on, of all heads of the group in one loop: with a loop in
     a loop dk and dv spill. After a head's last block its column sums are added to ``received``."""
     col_sum = tl.zeros([BLOCK_N], tl.float32)
-    pos, stop = start_m, start_m + blocks * BLOCK_M
+    pos, stop, head = start_m, start_m + blocks * BLOCK_M, tl.full((), 0, tl.int32)
     for _ in range(0, blocks * GROUP):
+        member = head.to(tl.int64)  # a number takes fewer registers than the five pointers of a head
         dk, dv, col_sum = _kv_step(
-            dk, dv, col_sum, k_tile, v_tile, offs_n, q, do, lse, delta, pos, offset, start, end, query_start, pattern,
+            dk, dv, col_sum, k_tile, v_tile, offs_n, q + member * stride_qh, do + member * stride_doh,
+            lse + member * seqlen_q, delta + member * seqlen_q, pos, offset, start, end, query_start, pattern,
             stride_qm, stride_dom, qk_scale, cap, D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, CAUSAL, MASKED,
             received is not None, COUNTED, PRECISION,
         )  # fmt: skip
         pos += BLOCK_M
         over = pos == stop
         if received is not None:
+            columns = received + member * seqlen_k + offs_n
             if over:
                 # threads may hold copies of a column: an atomic adds one of them. The program owns its columns and adds
                 # twice at most to what it has cleared, so the order of the sums does not matter
-                tl.atomic_add(received + offs_n, col_sum, mask=valid, sem="relaxed", scope="cta")
+                tl.atomic_add(columns, col_sum, mask=valid, sem="relaxed", scope="cta")
                 col_sum = tl.zeros([BLOCK_N], tl.float32)
-            received += tl.where(over, seqlen_k, 0)
-        # to the next head; a division would cost more
         pos = tl.where(over, start_m, pos)
-        q, do = q + tl.where(over, stride_qh, 0), do + tl.where(over, stride_doh, 0)
-        lse, delta = lse + tl.where(over, seqlen_q, 0), delta + tl.where(over, seqlen_q, 0)
+        head += over.to(tl.int32)
     return dk, dv
 
 

@@ -39,6 +39,7 @@ from flashsink.triton.device import (
     query_tile,
     slots,
     store_rows,
+    visible,
 )
 from flashsink.triton.launch import VARYING, launch, strides
 
@@ -134,7 +135,15 @@ def forward_kernel(
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAUSAL, True, POSITIVE, PRECISION,
         )  # fmt: skip
     if mask is not None:
-        valid &= l_i != 0.0  # where the mask hides all keys
+        empty = valid & (l_i == 0.0)
+        if tl.sum(empty.to(tl.int32)) > 0:
+            # all that they see is -inf, which makes them NaN as without a mask, or it hides all keys
+            seen = tl.zeros([BLOCK_M], tl.int32)
+            for start_n in range(begin, stop, BLOCK_N):
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                sees = visible(pos_m[:, None], offs_n[None, :], start, end, pattern, CAUSAL)
+                seen = tl.maximum(seen, tl.max(sees.to(tl.int32), 1))
+            valid &= (l_i != 0.0) | (seen > 0)
     if sink_logits is not None:
         z = tl.load(sink_logits + off_h).to(tl.float32) * LOG2E  # [BLOCK_M]
         m_ij = tl.maximum(m_i, z)

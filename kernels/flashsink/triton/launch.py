@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 VARYING = (
     *("starts", "lengths", "segments", "spans", "query_starts", "sink_logits", "sinks", "dsums", "dtotal"),
     *("window", "chunk", "prefix", "block_starts", "block_ends", "mask", "stride_maskb", "stride_maskm"),
-    *("sequences", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
+    *("sequences", "number", "seqlen_q", "seqlen_k", "rows", "tokens", "parts", "chunks", "size"),
 )
 
 

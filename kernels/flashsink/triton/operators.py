@@ -7,6 +7,7 @@ from flashsink.triton import (
     activations,
     attention_backward,
     attention_forward,
+    by_segment,
     calibrate,
     decorrelation,
     norm,
@@ -50,6 +51,14 @@ OPERATORS = (
         f" bool causal, float scale, {SCHEMA}) -> Tensor",
         received.forward,
         received.forward_like,
+    ),
+    Operator(
+        "triton_by_segment",
+        "(Tensor q, Tensor k, Tensor lse, Tensor? sink_logits, Tensor kinds, SymInt number, Tensor starts,"
+        " Tensor lengths, Tensor? segments, Tensor? first, bool packed, bool causal, float scale,"
+        f" {SCHEMA}) -> (Tensor sums, Tensor entropy)",
+        by_segment.forward,
+        by_segment.forward_like,
     ),
     Operator(
         "triton_calibrate",

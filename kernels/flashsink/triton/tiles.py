@@ -28,18 +28,22 @@ Entries = list[tuple[int, Tile]]  # (largest head dim, tile)
 # kernel -> architecture -> entries for two-byte elements
 HALF: dict[str, dict[int, Entries]] = {
     "forward": {
-        80: [(64, _tile(128, 32, 8, 3)), (128, _tile(128, 32, 8, 3)), (256, _tile(64, 32, 8, 2))],
+        80: [
+            (64, _tile(128, 32, 8, 3)),
+            (79, _tile(64, 32, 4, 3)),
+            (128, _tile(128, 32, 8, 3)),
+            (256, _tile(64, 32, 8, 2)),
+        ],
         90: [(64, _tile(128, 128, 8, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
         100: [(64, _tile(128, 64, 4, 3)), (128, _tile(128, 64, 8, 3)), (256, _tile(64, 64, 8, 2))],
     },
     "gradient_kv": {
         80: [(64, _tile(32, 128, 8, 2)), (128, _tile(32, 64, 8, 2)), (256, _tile(32, 32, 8, 1))],
         90: [
-            *((64, _tile(64, 128, 8, 2)), (127, _tile(32, 64, 8, 2))),
-            *((128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))),
+            *((64, _tile(64, 128, 8, 2)), (128, _tile(32, 128, 8, 2)), (256, _tile(16, 64, 8, 2))),
         ],
         100: [
-            *((64, _tile(64, 128, 8, 2)), (127, _tile(16, 64, 8, 1))),
+            *((64, _tile(64, 128, 8, 2)), (127, _tile(32, 64, 8, 2))),
             *((128, _tile(32, 128, 8, 2)), (256, _tile(32, 64, 8, 2))),
         ],
     },
@@ -58,6 +62,11 @@ HALF: dict[str, dict[int, Entries]] = {
         90: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(32, 32, 8, 1))],
         100: [(64, _tile(64, 32, 4, 1)), (128, _tile(64, 32, 4, 1)), (256, _tile(64, 32, 8, 1))],
     },
+    "by_segment": {
+        80: [(128, _tile(32, 64, 4, 2)), (256, _tile(16, 64, 4, 2))],
+        90: [(64, _tile(32, 64, 4, 2)), (256, _tile(16, 64, 4, 2))],
+        100: [(256, _tile(16, 32, 4, 2))],
+    },
 }
 
 # Instead of these where the heads of a group are no power of two: dividing by their number takes registers.
@@ -69,9 +78,9 @@ ODD_GROUP: dict[tuple[str, int], Entries] = {
 # Under a pattern or a cap, and under a mask, whose bytes are addressed one by one; any number of heads in a group.
 PATTERNED: dict[str, dict[int, Entries]] = {
     "forward": {
-        80: [(256, _tile(64, 32, 8, 2))],
+        80: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 4, 2))],
         90: [(128, _tile(128, 64, 8, 2)), (256, _tile(64, 64, 8, 2))],
-        100: [(256, _tile(64, 32, 8, 2))],
+        100: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 4, 2))],
     },
     "gradient_kv": {
         80: [(64, _tile(32, 32, 8, 2)), (256, _tile(32, 32, 8, 1))],
@@ -81,15 +90,16 @@ PATTERNED: dict[str, dict[int, Entries]] = {
     "gradient_q": {
         80: [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 4, 1))],
         90: [(128, _tile(64, 32, 8, 2)), (256, _tile(64, 16, 8, 2))],
-        100: [(256, _tile(32, 32, 8, 1))],  # 64 rows go to tensor memory, and Triton 3.6 reads it before its wait
+        100: [(256, _tile(32, 32, 4, 1))],  # 64 rows go to tensor memory, and Triton 3.6 reads it before its wait
     },
     "received": {
-        80: [(64, _tile(32, 64, 8, 2)), (128, _tile(16, 32, 4, 1)), (256, _tile(32, 32, 8, 2))],
+        80: [(64, _tile(32, 64, 8, 2)), (128, _tile(16, 32, 4, 1)), (256, _tile(16, 32, 8, 2))],
         **dict.fromkeys((90, 100), [(256, _tile(32, 64, 8, 2))]),
     },
     "calibrate": dict.fromkeys(ARCHITECTURES, [(256, _tile(32, 16, 8, 1))]),
+    "by_segment": dict.fromkeys(ARCHITECTURES, [(256, _tile(16, 32, 4, 2))]),
 }
-MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 8, 2))])}
+MASKED = PATTERNED | {"forward": dict.fromkeys(ARCHITECTURES, [(128, _tile(64, 32, 8, 2)), (256, _tile(32, 32, 4, 2))])}
 # Instead of these for sequences of SHORT_LENGTH tokens or fewer on average: more CTAs on an SM, and less of a tile
 # beyond the ends of its sequence. Chosen by counts and a model (bench/README.md); not timed either.
 SHORT_LENGTH = 256
@@ -102,6 +112,7 @@ SHORT: dict[tuple[str, int], Entries] = {
 
 # float32, the same everywhere (device.precision says how it is multiplied)
 SINGLE: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 4, 1))]
+SINGLE_FORWARD: Entries = [(64, _tile(16, 32, 4, 1)), (128, _tile(16, 16, 4, 1))]
 SINGLE_GRADIENT_Q: Entries = [(64, _tile(32, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]
 SINGLE_GRADIENT_KV: Entries = [(64, _tile(16, 32, 8, 1)), (128, _tile(16, 16, 8, 1))]  # under a pattern or mask
 
@@ -130,8 +141,8 @@ def choose(
     if kernel in _overrides:
         return _overrides[kernel]
     if element_size == 4:
-        patterned = SINGLE_GRADIENT_KV if kernel == "gradient_kv" and seen != "causal" else SINGLE
-        entries = SINGLE_GRADIENT_Q if kernel == "gradient_q" else patterned
+        own = {"forward": SINGLE_FORWARD, "gradient_q": SINGLE_GRADIENT_Q}
+        entries = own.get(kernel, SINGLE_GRADIENT_KV if kernel == "gradient_kv" and seen != "causal" else SINGLE)
     else:
         name = architecture(device)
         if seen == "causal":

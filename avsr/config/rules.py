@@ -84,6 +84,8 @@ def _check_training(config: Config) -> None:
     training = config.training
     if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
         raise UserError(f"training.betas: expected two numbers in [0, 1), got {training.betas}")
+    if config.log.attention and config.model.llm.attention != "flashsink":
+        raise UserError("log.attention: needs model.llm.attention=flashsink, which measures it")
     if training.packed and config.model.llm.attention != "flashsink":
         raise UserError("training.packed: needs model.llm.attention=flashsink, which keeps packed utterances apart")
     _check_compile(training)

@@ -342,6 +342,11 @@ class LogConfig:
 
     tensorboard: bool = key(True, "write TensorBoard events too")
     wandb: str | None = key(None, "name of a Weights & Biases project")
+    attention: bool = key(
+        False,
+        "at each validation, the share of the attention of prompt and text tokens that goes to BOS, delimiters, "
+        "speech, prompt and text, and its entropy; needs model.llm.attention=flashsink",
+    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from avsr.config import TASKS, ModelConfig, parts_of
 from avsr.models.compression import compressed_length
 
 NO_LIMIT = 1 << 30
+KINDS = ("bos", "delimiters", "speech", "prompt", "text")  # of tokens
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Piece:
     kind: str
     length: int
     stream: str = ""
+
+    @property
+    def number(self) -> int:
+        """Of the tokens' kind in :data:`KINDS`."""
+        return KINDS.index("delimiters" if self.kind in ("opening", "closing") else self.kind)
 
     def names(self, prompt: Sequence[str]) -> list[str]:
         """A name for every token; those of the prompt are given."""

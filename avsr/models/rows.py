@@ -23,6 +23,7 @@ class Assembled:
     spans: Tensor  # (B,) int64
     names: list[list[str]] = field(default_factory=list)  # token names of every row, when asked for
     counts: list[int] | None = None  # ``spans``, where the host knows them
+    kinds: Tensor | None = None  # (B, S) int64, numbers in avsr.models.prompt.KINDS, -1 at padding; when asked for
 
     @property
     def starts(self) -> Sequence[int]:
@@ -51,6 +52,7 @@ class Packed:
     starts: Sequence[int]
     spans: Tensor  # (B,) int64
     prompts: list[int]
+    kinds: Tensor | None = None  # (1, T) int64, as in :class:`Assembled`
 
     def decoder_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the decoder."""
@@ -83,12 +85,14 @@ class Places:
         rows: the places of every row's tokens.
         prompts: the prompt lengths.
         names: as in :class:`Assembled`.
+        kinds: of every row's tokens, numbers in avsr.models.prompt.KINDS; when asked for.
     """
 
     table: Tensor
     rows: list[list[int]]
     prompts: list[int]
     names: list[list[str]]
+    kinds: list[list[int]]
 
     def padded(self, *, left: bool) -> Assembled:
         """With padding on the right or on the left of shorter rows, zero and masked."""
@@ -96,7 +100,13 @@ class Places:
         padding = [[PADDING] * (longest - len(row)) for row in self.rows]
         filled = [pad + row if left else row + pad for pad, row in zip(padding, self.rows, strict=True)]
         places = on_device(filled, self.table.device)
-        return Assembled(self._at(places), (places != PADDING).long(), self._spans(), self.names, self.prompts)
+        kinds = None
+        if self.kinds:
+            blank = [[-1] * len(pad) for pad in padding]
+            filled = [pad + row if left else row + pad for pad, row in zip(blank, self.kinds, strict=True)]
+            kinds = on_device(filled, self.table.device)
+        mask = (places != PADDING).long()
+        return Assembled(self._at(places), mask, self._spans(), self.names, self.prompts, kinds)
 
     def packed(self) -> Packed:
         """Concatenated."""
@@ -104,7 +114,8 @@ class Places:
         places = on_device([place for row in self.rows for place in row], device)
         positions = on_device([position for row in self.rows for position in range(len(row))], device)
         bounds = on_device(starts, device)
-        return Packed(self._at(places[None]), positions[None], bounds, starts[:-1], self._spans(), self.prompts)
+        kinds = on_device([kind for row in self.kinds for kind in row], device)[None] if self.kinds else None
+        return Packed(self._at(places[None]), positions[None], bounds, starts[:-1], self._spans(), self.prompts, kinds)
 
     def _at(self, places: Tensor) -> Tensor:
         # not a view, or the layer that reads it would be compiled once more: the others read no view

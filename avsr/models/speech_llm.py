@@ -23,7 +23,7 @@ from avsr.models.encoder import SpeechEncoder
 from avsr.models.label_loss import label_loss
 from avsr.models.llm import LoadedLLM, add_lora, load_llm
 from avsr.models.projector import make_projector
-from avsr.models.prompt import NO_LIMIT, PromptLayout, prompt_text
+from avsr.models.prompt import KINDS, NO_LIMIT, PromptLayout, prompt_text
 from avsr.models.rows import Assembled, Packed, Places, Table
 from avsr.runtime.machine import settled_precision
 from avsr.runtime.transfer import on_device
@@ -103,6 +103,7 @@ class SpeechLLM(nn.Module):
         self._widths = dict(widths)
         self._counts = {name: encoder.feature_count for name, encoder in (encoders or {}).items()}
         self.probe: flashsink.Probe | None = None
+        self._segmented = False  # whether the probe records attention between kinds of tokens
         self._packed, self._cross_entropy = packed, cross_entropy
         # state dicts hold what a checkpoint holds, or DeepSpeed would save the frozen tied head each time
         self.register_state_dict_post_hook(_keep_own)
@@ -125,6 +126,7 @@ class SpeechLLM(nn.Module):
         """Attaches flashsink with ``options``, replacing an earlier probe."""
         self.detach()
         self.probe = flashsink.attach(self.llm, **options)
+        self._segmented = bool(options.get("segment_mass"))
         return self.probe
 
     def detach(self) -> None:
@@ -154,9 +156,12 @@ class SpeechLLM(nn.Module):
 
         Padding is zero and masked; it never changes a row.
         """
-        return self._places(batch, with_text=with_text, names=names).padded(left=left)
+        return self._places(batch, with_text=with_text, names=names, kinds=self._watched()).padded(left=left)
 
-    def _places(self, batch: Batch, *, with_text: bool, names: bool) -> Places:
+    def _watched(self) -> bool:
+        return self.probe is not None and self._segmented and not self.training
+
+    def _places(self, batch: Batch, *, with_text: bool, names: bool, kinds: bool) -> Places:
         """The rows as places in a table of all that they are made of, so that one gather makes them."""
         embed = self.decoder.get_input_embeddings()
         device, dtype = embed.weight.device, embed.weight.dtype
@@ -177,7 +182,7 @@ class SpeechLLM(nn.Module):
             # a stream that no utterance has adds no tokens, only a zero gradient: see _project
             first = table.add(tokens.to(dtype).flatten(0, 1))
             starts[name] = [first + b * tokens.shape[1] for b in range(len(batch.text))]
-        rows, lengths, labels = [], [], []
+        rows, lengths, labels, numbers = [], [], [], []
         for b, task in enumerate(batch.tasks):
             pieces = self.layout.pieces(task, {name: counts[name][b] for name in TASKS[task]})
             found = {"bos": bos, "prompt": prompts[task]}
@@ -192,10 +197,13 @@ class SpeechLLM(nn.Module):
                     row.append(framing + b * 2 * len(self.layout.delimited) + place)
             lengths.append(len(row))
             rows.append(row + list(texts[b]) if with_text else row)
+            if kinds:
+                text_kind = [KINDS.index("text")] * (len(rows[-1]) - len(row))
+                numbers.append([piece.number for piece in pieces for _ in range(piece.length)] + text_kind)
             if names:
                 prompt, text = map(self._decode, (self.prompts[task], batch.text[b] if with_text else []))
                 labels.append([name for piece in pieces for name in piece.names(prompt)] + text)
-        return Places(table.whole(), rows, lengths, labels)
+        return Places(table.whole(), rows, lengths, labels, numbers)
 
     def _decode(self, ids: Sequence[int]) -> list[str]:
         return [self.tokenizer.decode([index]) for index in ids]
@@ -209,7 +217,8 @@ class SpeechLLM(nn.Module):
         if self._packed:
             if self.probe is None:
                 raise RuntimeError("packed rows need flashsink's attention: call attach() first")
-            rows: Assembled | Packed = self._places(batch, with_text=True, names=False).packed()
+            places = self._places(batch, with_text=True, names=False, kinds=self._watched())
+            rows: Assembled | Packed = places.packed()
         else:
             rows = self.assemble(batch, with_text=True)
         loss, correct = label_loss(self.decoder.lm_head, *self.label_states(batch, rows), self._cross_entropy)
@@ -241,7 +250,9 @@ class SpeechLLM(nn.Module):
         """States after the final norm, of the embeddings' shape."""
         if self.probe is None:
             return self.decoder.model(**rows.decoder_inputs(), use_cache=False).last_hidden_state
-        with self.probe.spans(rows.spans):
+        kinds = rows.kinds
+        segments = None if kinds is None else {name: kinds == number for number, name in enumerate(KINDS)}
+        with self.probe.spans(rows.spans, segments=segments):
             return self.decoder.model(**rows.decoder_inputs(), use_cache=False).last_hidden_state
 
     def prompt_lengths(self, batch: Batch) -> list[int]:

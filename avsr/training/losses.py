@@ -30,6 +30,7 @@ def attach(model: SpeechLLM, config: Config) -> None:
         decorrelation=config.loss.decorrelation > 0,
         activations=False,
         margin=config.loss.margin,
+        segment_mass=config.log.attention,
     )
 
 

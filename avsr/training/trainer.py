@@ -23,6 +23,7 @@ from avsr.models.speech_llm import SpeechLLM, Terms
 from avsr.runtime.progress import ProgressBar
 from avsr.runtime.transfer import Carrier, Later
 from avsr.training import checkpoint
+from avsr.training.attention_shares import AttentionShares
 from avsr.training.checkpoint import Progress
 from avsr.training.faults import LostClips, Nonfinite, explained
 from avsr.training.feed import StepData, feed
@@ -290,6 +291,7 @@ class Trainer:
         mine = order[self.rank :: self.world]
         rounds = -(-len(order) // self.world)  # under ZeRO-3 all ranks must run the same number of forwards
         sums, host, lost = Sums(self.device), [0, 0, 0], []  # of the host: labels, decorrelated, lost
+        shares = AttentionShares(self.device) if self.config.log.attention else None
         for index in range(rounds):
             own = index < len(mine)
             with self._stages.enter("validation", self.progress.step):
@@ -300,6 +302,8 @@ class Trainer:
                 sums.add(terms, prompts)
                 host = [a + b for a, b in zip(host, own_counts([batch], [prompts]), strict=True)]
                 lost += batch.lost
+                if shares is not None and not batch.is_dummy and self.model.probe is not None:
+                    shares.add(self.model.probe)
         ce, decorrelation, correct, labels, counted, lost_clips = sums.send(host).read()
         if lost_clips:
             self._lost.add(self.progress.step, lost)
@@ -307,7 +311,7 @@ class Trainer:
         row = {"validation_ce": ce / labels, "validation_accuracy": correct / labels}
         if self.config.loss.decorrelation:
             row["validation_decorrelation"] = decorrelation / max(counted, 1)
-        return row
+        return row | (shares.row() if shares is not None else {})
 
     def _interrupt(self, number: int, frame: Any) -> None:
         # launcher and scheduler may each send one; only a later second Ctrl-C means to stop at once

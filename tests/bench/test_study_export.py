@@ -209,7 +209,7 @@ def train_arm(root: Path, key: str) -> Path:
 COMPARED = ("ce", "decorrelation", "loss", "lr", "grad_norm", "grad_norm_ce", "grad_cosine", "validation_ce")
 
 
-@pytest.mark.parametrize("key", ["paper", "anchored", "norm"])
+@pytest.mark.parametrize("key", ["paper", *(pytest.param(key, marks=pytest.mark.slow) for key in ("anchored", "norm"))])
 def test_a_training_is_that_of_avsr_train(root: Path, exported: dict[str, Any], key: str) -> None:
     config, rows, weights = train_here(root, key)
     theirs = exported[key]
@@ -246,6 +246,7 @@ def check_measurement(root: Path, config: Config, row: dict[str, Any]) -> None:
     assert row["perplexity"] > 1 and row["plain_text_tokens"] > 1000
 
 
+@pytest.mark.slow
 def test_in_bf16_a_training_stays_close(root: Path, exported: dict[str, Any]) -> None:
     """Features are pooled before they are rounded to bf16, there after it."""
     _, rows, _ = train_here(root, "bf16")

@@ -21,12 +21,22 @@ if INTERPRETED:
     bf16_interpreter.install()
 
 
+MANY = 8  # interpreted cases of a test
+
+
 def pytest_collection_modifyitems(items):
-    """``make check`` leaves out what runs kernels in Triton's interpreter."""
+    """``make check`` leaves out what runs kernels in Triton's interpreter, and of tests that run there in many cases
+    ``make test`` runs every third."""
+    interpreted = {}
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
         if any(isinstance(value, cases.Backend) and value.interpreted for value in values):
             item.add_marker(pytest.mark.interpreter)
+            interpreted.setdefault((item.path, item.originalname), []).append(item)
+    for cases_of_one in interpreted.values():
+        for number, item in enumerate(cases_of_one):
+            if len(cases_of_one) > MANY and number % 3:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

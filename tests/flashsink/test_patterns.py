@@ -117,6 +117,30 @@ def test_masks(backend, case, pattern):
     assert blind.any() and not out[blind].any()
 
 
+@on(ALL)
+@pytest.mark.parametrize("sink", [None, 0.5])
+def test_scores_of_minus_infinity_under_a_mask(backend, sink):
+    """All that a query sees being -inf is NaN, or what a sink logit takes; where all is hidden it is 0."""
+    q, k, v = (x.to(backend.device) for x in torch.randn(3, 1, 2, 21, 16, generator=torch.Generator().manual_seed(2)))
+    k, mask = k.abs() + 0.1, torch.ones(21, 21).tril().bool()
+    mask[4], mask[9, 2:] = False, False
+    layout = resolve_layout(1, 21, q.device)
+    options = {"causal": True, "scale": 0.2, "counted": [None], "pattern": Pattern(mask=mask[None, None].to(q.device))}
+    options["sink_logits"] = None if sink is None else torch.full((2,), sink, device=q.device)
+    want, [want_stats] = backend.module.attention(q, k, v, layout, **options)
+    given = q.clone()
+    given[0, :, [4, 7, 9, 20], 3] = -torch.inf
+    out, [stats] = backend.module.attention(given, k, v, layout, **options)
+    lost = torch.tensor([7, 9, 20])
+    if sink is None:
+        assert out[:, :, lost].isnan().all() and not stats.lse[:, :, lost].isfinite().any()
+    else:
+        assert not out[:, :, lost].any() and bool((stats.lse[:, :, lost] == sink).all())
+    assert not out[:, :, 4].any() and not stats.lse[:, :, 4].any()
+    rest = [i for i in range(21) if i not in (7, 9, 20)]
+    torch.testing.assert_close((out[:, :, rest], stats.lse[:, :, rest]), (want[:, :, rest], want_stats.lse[:, :, rest]))
+
+
 @on([*TAKE, *(b for b in TRITON if b.interpreted)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("pattern", ["window", "all"])

@@ -199,6 +199,7 @@ def _dies_of_the_third(job: Any) -> None:
     measuring._measure(job)
 
 
+@pytest.mark.slow
 def test_a_clip_that_crashes_its_decoder_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(corpus, "audio", workers=1)
     index = make_index(corpus)

@@ -112,7 +112,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_stopped_evaluation_goes_on_where_it_was(
     run_folder: Path, decoded: list[str], caplog: pytest.LogCaptureFixture, number: signal.Signals
 ) -> None:

@@ -41,12 +41,17 @@ def wide_llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        {"training.precision": "bf16", "deepspeed.stage": 1},
+        pytest.param({"training.precision": "bf16", "deepspeed.stage": 1}, marks=pytest.mark.slow),
         {"training.precision": "bf16", "deepspeed.stage": 3},
         {"training.precision": "fp32", "deepspeed.stage": 2, "model.lora.targets": ["q_proj", "o_proj", "down_proj"]},
-        {"training.precision": "bf16", "deepspeed.stage": 0, "training.gradient_checkpointing": True},
+        pytest.param(
+            {"training.precision": "bf16", "deepspeed.stage": 0, "training.gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
         {"training.precision": "bf16", "training.gradient_checkpointing": "selective", "loss.cross_entropy": "chunked"},
-        {"training.precision": "fp32", "deepspeed.stage": 0, "training.packed": True},
+        pytest.param(
+            {"training.precision": "fp32", "deepspeed.stage": 0, "training.packed": True}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_planned_is_what_a_step_holds(

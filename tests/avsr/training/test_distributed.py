@@ -77,7 +77,7 @@ def two_batches(tiny_recipe: Recipe, run: Run, tmp_path_factory: pytest.TempPath
     return recipe, run(recipe, *ONE)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_ranks_train_as_one_process_with_two_micro_batches(
     two_batches: tuple[Path, Path], run: Run, agree: Agree, tmp_path: Path, stage: int
 ) -> None:

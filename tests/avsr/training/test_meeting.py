@@ -181,7 +181,7 @@ FAILING = """
 @pytest.mark.parametrize(
     ("kind", "where", "statuses", "message"),
     [
-        ("user", 1, [2, 2], "avsr: rank 1: no such file here"),
+        pytest.param("user", 1, [2, 2], "avsr: rank 1: no such file here", marks=pytest.mark.slow),
         ("user", 0, [2, 2], "avsr: rank 0: no such file here"),
         ("code", 1, [1, 1], "avsr: rank 1 failed: RuntimeError: no such file here"),
         (

@@ -125,9 +125,10 @@ def select(
     Raises:
         ValueError: the name is unknown, or the named backend cannot be used here (with the reason).
     """
-    state, kind = backends(), family
+    state, kinds = backends(), [family]
     if x is not None and family in selfcheck.ATTENTION and checks.beyond_plain(x, v, pattern, softcap):
-        kind = "patterns"
+        kinds = ["patterns"]
+    kinds += ["segments"] if segments else []
     if backend is not None:
         if backend not in state:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {backend!r}")
@@ -139,13 +140,13 @@ def select(
             raise ValueError(f"backend: {backend!r} takes tensors on CUDA, got {device_type}")
         if backend == "triton" and device_type == "cpu" and not launch.INTERPRETED:
             raise ValueError("backend: 'triton' takes tensors on the CPU only under TRITON_INTERPRET=1")
-        reason = _refusal(backend, x, v, pattern, softcap, family, segments) or _failed(backend, x, kind)
+        reason = _refusal(backend, x, v, pattern, softcap, family, segments) or _failed(backend, x, kinds)
         if reason:
             raise ValueError(f"backend: {backend!r} cannot be used: {reason}")
         return backend
     for name in _PREFERRED.get(device_type, ("reference",)):
         reason = state[name] if state[name] != _USABLE else _refusal(name, x, v, pattern, softcap, family, segments)
-        if not reason and not _failed(name, x, kind):
+        if not reason and not _failed(name, x, kinds):
             return name
         if reason and not torch.compiler.is_compiling():
             _log_once(device_type, name, reason)
@@ -185,9 +186,11 @@ def _refusal(
     return _MODULES[name].refusal(x, v, pattern, softcap)
 
 
-def _failed(name: str, x: Tensor | None, family: str) -> str:
+def _failed(name: str, x: Tensor | None, families: list[str]) -> str:
     """Why the backend's kernels are not to be trusted here, or ""; a warning has said so already."""
-    return verdicts.refusal(family, x) if name == "triton" and x is not None else ""
+    if name != "triton" or x is None:
+        return ""
+    return next(filter(None, (verdicts.refusal(family, x) for family in families)), "")
 
 
 @functools.cache

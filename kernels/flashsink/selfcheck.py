@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.checks import resolve_layout
-from flashsink.types import Layout, Pattern
+from flashsink.types import Layout, Pattern, Segments
 
 # of a result's error, relative to its own size and a twentieth of the largest one of its tensor; by the result's dtype
 LIMITS = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -215,6 +215,24 @@ def _passing(rows: Rows, kernel: Kernel, run: Any, place: Place) -> dict[str, Te
     return {"the pass": stats.received}
 
 
+def _share_out(rows: Rows, kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
+    """The statistics by segment, of kinds that alternate; every fifth token has none."""
+    inputs = _inputs(rows, kernel, place)
+    layout, logits = inputs.layout, torch.linspace(-1.0, 2.0, rows.heads) if rows.sink else None
+    position = torch.arange(layout.tokens, device=layout.starts.device)
+    kinds = torch.where(position % 5 < 4, position // 7 % 3, -1).expand(layout.rows, -1)
+    with torch.no_grad():
+        _, (stats,) = run.attention(
+            *(inputs.q, inputs.k, inputs.v, layout),
+            **{"causal": rows.causal, "scale": kernel.size**-0.5, "counted": [inputs.first]},
+            **{"sink_logits": None if logits is None else place(logits.to(kernel.dtype))},
+            **{"segments": Segments(kinds.masked_fill(~layout.valid(), -1), 3)},
+            **_options(rows, layout),
+        )
+    found = {"the attention received": stats.received, "the mass": stats.segment_mass, "the entropy": stats.entropy}
+    return found | {"the attention by segment": stats.segment_received.flatten(1, 2)}
+
+
 def _calibrate(case: tuple[float, Rows], kernel: Kernel, run: Any, place: Place) -> dict[str, Tensor]:
     peak, rows = case
     inputs = _inputs(rows, kernel, place, peak)
@@ -321,6 +339,7 @@ ATTENTION: dict[str, Problems] = {
         },
     ),
     "patterns": _patterns,
+    "segments": _each(_share_out, ROWS | PATTERNS),
 }
 FAMILIES: dict[str, Problems] = ATTENTION | {
     "loss": _each(_lose, _NAMES),

@@ -45,6 +45,7 @@ _NEEDS = {
     "attention": ("attention", "statistics"),
     "ACT": ("attention", "ACT"),
     "patterns": ("attention", "statistics", "patterns"),
+    "segments": ("attention", "statistics", "segments"),
 }
 
 _verdicts: dict[tuple[torch.device, Kernel], str] = {}

@@ -69,11 +69,16 @@ def raises(_):
     raise RuntimeError("out of resources:\n shared memory")
 
 
+LONG = ("attention", "ACT", "patterns", "segments")  # in the interpreter
+
+
 @needs_interpreter
-@pytest.mark.parametrize("family", selfcheck.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=pytest.mark.slow) if x in LONG[2:] else x for x in selfcheck.FAMILIES]
+)
 def test_right_kernels_pass(family):
     for dtype in (HALF, torch.float32):
-        if family not in ("attention", "ACT", "patterns") or dtype == HALF:
+        if family not in LONG or dtype == HALF:
             assert selfcheck.wrong(dispatch.module("triton"), kernel(family, dtype), CPU) == ""
 
 
@@ -99,6 +104,9 @@ FAULTS = [
     ("ACT", "calibrate_kernel", scaled("beta"), "small sinks: the output"),
     ("patterns", "forward_kernel", replaced(window=39), "a window of capped scores: the output is off"),
     ("patterns", "gradient_q_kernel", scaled("cap"), "a window of capped scores: the gradient of q"),
+    ("segments", "segments_received_kernel", scaled("scale"), "padded rows: the attention received is off"),
+    ("segments", "segments_received_kernel", replaced(query_starts=None), "padded rows: the attention received is off"),
+    ("segments", "entropy_kernel", scaled("scale"), "padded rows: the entropy is off"),
     ("loss", "decorrelation_forward", scaled("margin"), "padded rows: the sums"),
     ("loss", "decorrelation_backward", scaled("dsums"), "padded rows: the gradient of layer 0"),
     ("norm", "norm_forward", replaced(eps=0.0), "padded rows: the output is off"),

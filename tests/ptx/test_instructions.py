@@ -143,6 +143,18 @@ def test_floats(ftz):
             assert np.signbit(got).tolist() == signs
 
 
+def test_a_nan_is_always_the_same():
+    """Of arithmetic in f32, whatever the operands: two threads that add in another order write equal bits."""
+    a, b, c = (x.copy() for x in pairs("f32", 3))
+    with np.errstate(all="ignore"):
+        a.view(np.uint32)[np.isnan(a)] = 0xFFC01234
+        for name, values in (("add", [a, b]), ("sub", [a, b]), ("mul", [a, b]), ("max.NaN", [a, b])):
+            got = apply(f"{name}.f32", "b32", ["b32"] * 2, values)
+            assert (got[np.isnan(got.view(np.float32))] == 0x7FFFFFFF).all() and np.isnan(got.view(np.float32)).any()
+        got = apply("fma.rn.f32", "b32", ["b32"] * 3, [a, b, c])
+        assert (got[np.isnan(got.view(np.float32))] == 0x7FFFFFFF).all()
+
+
 def test_approximations():
     """Exact here, within the bounds that the manual gives there."""
     (a,) = pairs("f32", 1)

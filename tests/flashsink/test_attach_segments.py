@@ -128,8 +128,33 @@ def test_attention_of_the_models_own_code():
         ({"a": torch.ones(2, 7).bool()}, r"segments: expected .* of the layers' \(2, 8\) tokens, got \(2, 7\)"),
     ],
 )
-def test_bad_masks(tiny, segments, words):
+@pytest.mark.parametrize("measured", [False, True])
+def test_bad_masks(tiny, segments, words, measured):
     model = tiny("llama")
-    probe = flashsink.attach(model, segment_mass=True)
+    probe = flashsink.attach(model, segment_mass=measured)
     with pytest.raises(ValueError, match=words), probe.spans(segments=segments):
         model(input_ids=ids(2, 8))
+
+
+def test_what_cannot_be_measured_is_refused(tiny):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="segment_mass: expected with attention=True"):
+        flashsink.attach(model, attention=False, segment_mass=True)
+    probe = flashsink.attach(model, segment_mass=True)
+    probe.segments({str(n): n for n in range(65)})
+    with pytest.raises(ValueError, match="segments: expected at most 64 for segment_mass, got 65"):
+        model(input_ids=ids(2, 8))
+
+
+def test_a_compiled_model_measures_the_same(tiny):
+    model, batch = tiny("llama"), ids(2, 8)
+    probe = flashsink.attach(model, segment_mass=True)
+    masks = {"odd": batch % 2 == 1, "even": batch % 2 == 0}
+
+    def run(called):
+        with torch.no_grad(), probe.spans(segments=masks):
+            called(input_ids=batch, use_cache=False)
+        return [(stats.segment_mass, stats.entropy) for stats in probe.sinks]
+
+    want = run(model)
+    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager")), want, rtol=1e-5, atol=1e-6)

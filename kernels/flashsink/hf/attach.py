@@ -72,6 +72,8 @@ def attach(
         raise ValueError(f"stats_every: expected at least 1, got {stats_every}")
     if queries not in ("all", "after_span"):
         raise ValueError(f"queries: expected 'all' or 'after_span', got {queries!r}")
+    if segment_mass and not attention:
+        raise ValueError("segment_mass: expected with attention=True, got attention=False")
     if backend is not None:
         select(backend, next((own.device.type for own in model.parameters()), "cpu"))
     options = Options(

@@ -69,13 +69,17 @@ class Given:
         """The segments of the tokens, None where there are none. A token of several is of the first.
 
         Raises:
-            ValueError: a mask does not fit the forward's tokens.
+            ValueError: more segments than statistics are kept of.
         """
         if not self.masks:
             return None
+        if len(self.masks) > checks.MOST_SEGMENTS:
+            raise ValueError(
+                f"segments: expected at most {checks.MOST_SEGMENTS} for segment_mass, got {len(self.masks)}"
+            )
         ids = torch.full((layout.rows, layout.tokens), -1, device=layout.starts.device)
         for number, mask in reversed(list(enumerate(self.masks.values()))):
-            ids = ids.masked_fill(_fitting(mask.to(ids.device), layout), number)
+            ids = ids.masked_fill(mask.to(ids.device), number)
         return Segments(ids.masked_fill(~layout.valid(), -1), len(self.masks))
 
     @property
@@ -89,6 +93,8 @@ class Given:
             ValueError: it does not fit the forward's tokens.
         """
         device = layout.lengths.device
+        for mask in self.masks.values():
+            _fitting(mask, layout)
         spans, anchors = (None if x is None else x.to(device) for x in (self.spans, self.anchors))
         if spans is None:
             spans = layout.lengths

@@ -96,6 +96,21 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(
     agree(one, tmp_path / "two", *CURVE, *more)
 
 
+@pytest.mark.slow
+def test_constant_anchors_and_shares_of_attention_under_zero_3(
+    tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path
+) -> None:
+    """The base model's states of BOS are computed while its weights are divided among the ranks, and the shares of
+    their validations are added up."""
+    recipe = tiny_recipe(tmp_path, **SETTINGS, **{"loss.anchor": "base", "log.attention": True})
+    one = run(recipe, f"run={tmp_path / 'one'}", *ONE)
+    done = launch(recipe, f"run={tmp_path / 'two'}", "deepspeed.stage=3", "training.gradient_norms_every=0")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    shares = [f"validation_attention_text_to_{kind}" for kind in ("bos", "speech", "text")]
+    agree(one, tmp_path / "two", *CURVE, *shares, "validation_entropy_text")
+    assert any(shares[0] in row for row in read_metrics(one))
+
+
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_rank_that_loses_its_clip_holds_up_nobody(
     tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path, stage: int

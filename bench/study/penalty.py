@@ -65,12 +65,12 @@ class PenaltyProbe:
         ]
 
     @contextmanager
-    def spans(self, spans: Tensor) -> Iterator[None]:
-        """(B,) prompt tokens of every row, as in ``flashsink.Probe``."""
+    def spans(self, spans: Tensor, **options: Any) -> Iterator[None]:
+        """(B,) prompt tokens of every row, and other arguments, as in ``flashsink.Probe``."""
         self._states.clear()
         self._spans = spans
         self._steps += self._model.training
-        with self._inner.spans(spans):
+        with self._inner.spans(spans, **options):
             yield
 
     @property

@@ -21,6 +21,7 @@ from avsr.evaluation.act_search import PAPER_BETA, search
 from avsr.evaluation.run import decode_set, test_sets
 from avsr.evaluation.wer import score
 from avsr.models.speech_llm import SpeechLLM
+from avsr.runtime.machine import settled_precision
 from avsr.training.checkpoint import STATE
 from avsr.training.metrics import read_metrics
 from bench.study import settled
@@ -85,7 +86,7 @@ def measure_settled(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
 
 def _begin_row(arm: Arm, config: Config) -> dict[str, Any]:
     curve = curves(read_metrics(Path(config.run)))
-    return {"arm": plain_arm(arm), "key": arm.key, "machine": machine(), **curve}
+    return {"arm": plain_arm(arm), "key": arm.key, "machine": machine(config), **curve}
 
 
 def measure_start(arm: Arm, folder: Path = FOLDER) -> dict[str, Any]:
@@ -142,9 +143,10 @@ def _few(config: Config, model: SpeechLLM, store: FeatureStore) -> SpeechDataset
     return next(iter(test_sets(replace(config, data=data), model, store).values()))
 
 
-def machine() -> str:
-    """Commit and processor."""
-    return f"{commit()}, {platform.machine()} CPU, one thread"
+def machine(config: Config) -> str:
+    """Commit, processor and the precision of the training."""
+    precision = settled_precision(config.training.precision)
+    return f"{commit()}, {platform.machine()} CPU, {precision}, one thread"
 
 
 def commit() -> str:

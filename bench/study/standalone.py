@@ -297,7 +297,8 @@ def run_arm(export: Export, key: str, arguments: argparse.Namespace) -> dict[str
         Path(arguments.weights).mkdir(parents=True, exist_ok=True)
         save_file(weights, Path(arguments.weights) / f"{key.replace(' ', '-')}.safetensors")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    row = {"arm": plain_arm(arm), "key": key, "machine": f"{export.commit}, {name}", "steps": config.training.steps}
+    machine = f"{export.commit}, {name}, {config.training.precision}"
+    row = {"arm": plain_arm(arm), "key": key, "machine": machine, "steps": config.training.steps}
     return {**row, **curves(rows), **measure(export, key, config, device, weights), "metrics": rows}
 
 

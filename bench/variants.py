@@ -15,7 +15,7 @@ import torch
 
 from bench.compile_report import Job, job_of
 from flashsink.checks import resolve_layout
-from flashsink.hf import masks
+from flashsink.hf import encoded
 from flashsink.triton import activations, attention, decorrelation, norm
 from flashsink.triton.launch import Launch, observe
 from flashsink.types import Layout
@@ -61,7 +61,7 @@ def layouts(draw: random.Random, kind: str, batches: int) -> Iterator[Layout]:
         else:
             layout = resolve_layout(len(sizes), max(sizes), CPU, lengths=torch.tensor(sizes))
         # vectors of their own, or the columns of a mask
-        yield draw.choice([layout, masks.decode(masks.encode(layout), layout.rows, layout.tokens)[0]])
+        yield draw.choice([layout, encoded.decode(encoded.encode(layout), layout.rows, layout.tokens)[0]])
 
 
 def step(draw: random.Random, layout: Layout) -> None:

@@ -5,6 +5,7 @@ On a CPU the values of lengths, starts and bounds are checked, which reads them;
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from decoders import build, ids
@@ -99,8 +100,8 @@ def test_public_functions(unstopped, kind):
             flashsink.activation_stats(hidden, **where, backend="triton")
 
 
-def attached(checkpointing=False, backend="triton"):
-    model = build("llama").train()
+def attached(checkpointing=False, backend="triton", window=None):
+    model = (build("llama") if window is None else build("mistral", sliding_window=window)).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, flashsink.attach(model, backend=backend)
@@ -113,18 +114,18 @@ def train(model, probe, span, unstopped, **given):
         (out.mean() + probe.decorrelation_loss).backward(up)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_attached_model_over_packed_rows(unstopped, checkpointing):
-    model, probe = attached(checkpointing)
+@pytest.mark.parametrize(("checkpointing", "window"), [(False, None), (True, None), (False, 3)])
+def test_an_attached_model_over_packed_rows(unstopped, checkpointing, window):
+    model, probe = attached(checkpointing, window=window)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]])
     packing = {"position_ids": positions, "cu_seq_lens_q": torch.tensor([0, 4, 7, 12])}
     train(model, probe, torch.tensor([2, 1, 3]), unstopped, input_ids=ids(1, 12), **packing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_attached_model_over_padded_rows(unstopped, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "window"), [(False, None), (True, None), (False, 3)])
+def test_an_attached_model_over_padded_rows(unstopped, checkpointing, window):
     """Without a mask transformers itself looks whether the positions restart."""
-    model, probe = attached(checkpointing)
+    model, probe = attached(checkpointing, window=window)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     train(model, probe, torch.tensor([4, 3]), unstopped, input_ids=ids(2, 12), attention_mask=mask)
@@ -151,9 +152,10 @@ def packing(*sizes):
     return {"position_ids": positions, "cu_seq_lens_q": torch.tensor([0, *sizes]).cumsum(0).int()}
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("sizes", [(4, 3, 5), (12,), (1, 11)])
-def test_bounds_change_nothing(sizes):
-    model, given, batch = build("mistral"), packing(*sizes), ids(1, 12)
+def test_bounds_change_nothing(sizes, window):
+    model, given, batch = build("mistral", sliding_window=window), packing(*sizes), ids(1, 12)
     with torch.no_grad():
         parts = [model(input_ids=own).logits for own in batch.split(sizes, dim=1)]
         probe = flashsink.attach(model)
@@ -174,16 +176,22 @@ def test_bounds_are_the_models_own_where_attention_is():
     torch.testing.assert_close(model(input_ids=batch, **given, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bounds_are_refused_where_a_mask_says_more():
-    model, batch = build("mistral", sliding_window=3), ids(1, 12)
+def test_bounds_beside_a_mask_that_packs_by_the_positions():
+    """As that of chunks, which transformers counts by them."""
+    model, given, batch = families.build("llama4", attention_chunk_size=3), packing(4, 3, 5), ids(1, 12)
+    want = model(input_ids=batch, position_ids=given["position_ids"], use_cache=False).logits
     flashsink.attach(model)
-    with pytest.raises(ValueError, match="cu_seq_lens_q: .*expected None"):
-        model(input_ids=batch, **packing(4, 3, 5), use_cache=False)
+    got = model(input_ids=batch, **given, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected the places where position_ids restart"):
+        model(input_ids=batch, **given | {"cu_seq_lens_q": torch.tensor([0, 4, 12])}, use_cache=False)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("bounds", [[0, 4, 12], [0, 4, 7, 9, 12], [0, 5, 7, 12], [0, 7, 4, 12], [0, 3, 4, 7, 11]])
-def test_other_bounds_are_refused(bounds, monkeypatch):
-    model, given = build("llama"), packing(4, 3, 5) | {"cu_seq_lens_q": torch.tensor(bounds)}
+def test_other_bounds_are_refused(bounds, window, monkeypatch):
+    model = build("mistral", sliding_window=window)
+    given = packing(4, 3, 5) | {"cu_seq_lens_q": torch.tensor(bounds)}
     probe = flashsink.attach(model)
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected"):
         model(input_ids=ids(1, 12), **given, use_cache=False)

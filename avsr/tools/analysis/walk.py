@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flashsink
 from avsr.tools.analysis.subject import Subject
-from flashsink.hf.masks import is_encoded
+from flashsink.hf.encoded import is_encoded, pattern_of
 
 if TYPE_CHECKING:
     from avsr.models.rows import Assembled
@@ -144,5 +144,5 @@ def _check_plain(mask: Any, options: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: the analysis computes attention from queries and keys alone")
-    if mask is not None and not is_encoded(mask):
+    if mask is not None and (not is_encoded(mask) or pattern_of(mask) is not None):
         raise ValueError("attention_mask: the analysis expects causal attention, without windows, chunks or prefixes")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from flashsink import checks, reference
 from flashsink.checks import check_values
 from flashsink.dispatch import implementation
-from flashsink.hf import layouts, masks, own
+from flashsink.hf import encoded, layouts, masks, own
 from flashsink.hf.own import MARK
+from flashsink.hf.records import Record
 from flashsink.types import Layout, Pattern, Segments
 
 # transformers takes every name with "flash" in it for a FlashAttention kernel to fetch
@@ -123,13 +124,16 @@ class _BeyondError(ValueError):
     """What flashsink's operators do not compute, but the model's own code does."""
 
 
-def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> None:
+def _check_call(module: nn.Module, mask: Any, arguments: dict[str, Any], record: Record | None) -> None:
     if arguments.get("dropout"):
         raise _BeyondError(f"attention_dropout: expected 0, got {arguments['dropout']}{_ELSE}")
     for name, value in arguments.items():
         if value is None or name in _HARMLESS or name in _KNOWN:
             continue
-        if name in _PACKING and masks.is_packed(mask):
+        if name in _PACKING and encoded.is_packed(mask):
+            if name == "cu_seq_lens_q" and record is not None and record.bounds is None:
+                layout = record.places[0]  # by the positions alone
+                layouts.of_bounds(value, layout.offsets(), layout.tokens, False, record.doubts)
             continue
         if any(getattr(module, key, None) is value for key in _TERMS.get(name, ())):  # else a caller's, which few read
             continue
@@ -148,11 +152,11 @@ def _attend(
         return (_elsewhere if known else _alone)(module, query, key, value, attention_mask, arguments)
     if query.dim() != 4 or query.shape[0] != key.shape[0]:
         raise ValueError(f"model: expected queries (B, H, S, D) in attention, got {tuple(query.shape)}{_ELSE}")
-    record = place.observer.forwards.live
+    record: Record | None = place.observer.forwards.live
     if record is not None and not getattr(module, "is_causal", True):
         record.anchored = False  # where all are seen there is no BOS
     try:
-        _check_call(module, attention_mask, arguments)
+        _check_call(module, attention_mask, arguments, record)
         _check_weights(module, arguments)
         call = _read(module, query, key, value, attention_mask, arguments, record)
     except _BeyondError as why:
@@ -195,7 +199,7 @@ def _alone(
     do not compute torch's attention does."""
     if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):
         try:
-            _check_call(module, mask, arguments)
+            _check_call(module, mask, arguments, None)
             call = _read(module, q, k, v, mask, arguments, None)
             return call.run(None, [])[0].transpose(1, 2).contiguous(), None
         except ValueError:
@@ -211,9 +215,9 @@ def _elsewhere(
 
     if _was_eager(module) or any(arguments.get(name) is not None for name in ("s_aux", "softcap")):
         return own.eager(module, q, k, v, mask, arguments)[:2]
-    if masks.is_encoded(mask):
-        layout, _ = masks.decode(mask.to(q.device), q.shape[0], q.shape[2])
-        mask = reference.visible(layout, q.shape[2], True)
+    if encoded.is_encoded(mask):
+        layout, _ = encoded.decode(mask.to(q.device), q.shape[0], q.shape[2])
+        mask = reference.visible(layout, q.shape[2], True, encoded.pattern_of(mask))
     return sdpa_attention_forward(module, q, k, v, mask, **arguments)
 
 
@@ -222,7 +226,7 @@ def _was_eager(module: nn.Module) -> bool:
 
 
 def _read(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any], record: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: dict[str, Any], record: Record | None
 ) -> Call:
     """What a call and its mask say."""
     scaling, causal = arguments.get("scaling"), arguments.get("is_causal")
@@ -232,10 +236,11 @@ def _read(
     everything = not getattr(module, "is_causal", True)
     terms: dict[str, Any] = {"scale": scale, "softcap": arguments.get("softcap"), "sink_logits": arguments.get("s_aux")}
     terms["everything"] = everything
-    if masks.is_encoded(mask):
-        layout, first = masks.decode(mask.to(q.device), rows, queries)
+    if encoded.is_encoded(mask):
+        layout, first = encoded.decode(mask.to(q.device), rows, queries)
         k, v = k[:, :, :queries], v[:, :, :queries]  # the rest of a static cache
-        return Call(q, k, v, layout, causal=True, query_starts=first, encoded=True, **terms)
+        terms |= {"pattern": encoded.pattern_of(mask), "query_starts": first}
+        return Call(q, k, v, layout, causal=True, encoded=True, **terms)
     if mask is None:
         # eager attention knows masks only
         causal = (not everything if causal is None else bool(causal)) and queries > 1 and not _was_eager(module)
@@ -258,7 +263,7 @@ def _read(
     return Call(q, k, v, layout, causal=False, pattern=pattern, **terms)
 
 
-def _seen(mask: Tensor, record: Any) -> Tensor:
+def _seen(mask: Tensor, record: Record | None) -> Tensor:
     """A mask of the model's own as bool.
 
     Raises:

@@ -1,11 +1,8 @@
 """What a model's own mask says, for flashsink's attention: through Hugging Face's mask interface.
 
 Transformers asks a mask function once a forward for every kind of mask that the model wants, and hands its result to
-every attention call. Where the mask is no more than causal attention over padded or packed rows, a few
-numbers a row stand for it, which every backend takes; they travel as a 4-D int64 tensor, which passes through
-everything (generate, checkpointing, other devices) unchanged: dense rows (B, 3, 1, 1) = start, length and the first
-position whose query counts in the statistics; packed (1, N + ceil(S / 3), 3, 1) with the same three of every sequence
-and, made once for all layers, the sequence of every token. Any other mask stays what the model's own functions make of
+every attention call. Where the mask is no more than causal attention over padded or packed rows, in a window or chunks
+or not, it becomes numbers (:mod:`flashsink.hf.encoded`); any other mask stays what the model's own functions make of
 it, (B, 1, Sq, Sk) bool.
 """
 
@@ -24,13 +21,16 @@ from torch import Tensor
 
 from flashsink import reference
 from flashsink.checks import check_values
-from flashsink.hf import layouts
+from flashsink.hf import layouts, mask_functions
+from flashsink.hf.encoded import decode, encode, is_encoded, pattern_of
 from flashsink.hf.layouts import Doubts
 from flashsink.hf.records import Record
-from flashsink.types import Layout
+from flashsink.types import Layout, Pattern
 
 # model types whose layers read the mask before attention does: they get it as the model makes it
 _READ_BY_LAYERS = ("deepseek_v4", "doge", "hy_v4", "nllb-moe", "qwen4_exp", "t5gemma2")
+# and those without torch's attention, for softcap or sink logits, of which attention alone reads the mask
+_READ_BY_ATTENTION = ("gemma2", "gpt_oss", "vaultgemma")
 _RESTART = "position_ids: a compiled model cannot see that they restart; expected one sequence a row"
 
 
@@ -57,7 +57,8 @@ class Made(NamedTuple):
 
     mask: Tensor
     layout: Layout
-    plain: bool  # no more than causal
+    plain: bool  # no more than causal in the pattern
+    pattern: Pattern | None
     doubts: Doubts
 
 
@@ -113,42 +114,6 @@ def before(config: Any) -> str | None:
     return None if held is None else held.implementation
 
 
-# ---- masks as numbers
-
-
-def encode(layout: Layout, query_starts: Tensor | None = None) -> Tensor:
-    """``layout`` as a mask; ``query_starts`` (N,) = the first position of every sequence whose query counts, default
-    all."""
-    query_starts = layout.starts if query_starts is None else query_starts
-    numbers = torch.stack([layout.starts, layout.lengths, query_starts], dim=1)
-    if not layout.packed:
-        return numbers[:, :, None, None]
-    sequences = torch.nn.functional.pad(layout.segments()[0], (0, -layout.tokens % 3))
-    return torch.cat([numbers, sequences.view(-1, 3)])[None, :, :, None]
-
-
-def is_encoded(mask: Any) -> bool:
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.int64 or mask.shape[3] != 1:
-        return False
-    return mask.shape[1:3] == (3, 1) or (mask.shape[0] == 1 and mask.shape[2] == 3)
-
-
-def decode(mask: Tensor, rows: int, tokens: int) -> tuple[Layout, Tensor]:
-    """(layout, query_starts) of an encoded mask over ``rows`` rows of ``tokens`` tokens."""
-    if mask.shape[2] == 3:
-        count = mask.shape[1] + tokens // -3
-        starts, lengths, first = mask[0, :count, :, 0].unbind(1)
-        return Layout(starts, lengths, 1, tokens, True, segment=mask[0, count:].flatten()[:tokens]), first
-    return Layout(mask[:, 0, 0, 0], mask[:, 1, 0, 0], rows, tokens, False), mask[:, 2, 0, 0]
-
-
-def is_packed(mask: Any) -> bool:
-    return is_encoded(mask) and mask.shape[2] == 3
-
-
-# ---- the mask function
-
-
 def make_mask(**given: Any) -> Tensor | None:
     """Called by transformers, or a model's code through it, for every kind of mask that a forward needs; by generate
     and multimodal models before they call the decoder, which then get what they got before the model was attached."""
@@ -166,19 +131,19 @@ def make_mask(**given: Any) -> Tensor | None:
         return mask
     make = eager_mask if asking.additive else sdpa_mask  # never left out
     whole = functools.partial(make, **given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    everything = _sees_all(function)
+    everything = mask_functions.sees_all(function)
     if asking.record is None or not _at_start(given) or (everything and queries != keys):
         return whole()  # a step of decoding, or cross-attention
-    layout, plain = _layout(given, asking.validate, asking.record.doubts, asking.record)
+    layout, plain, pattern = _layout(given, asking.validate, asking.record.doubts, asking.record)
     if asking.record.bounds is not None and (not plain or everything or _read_by_layers(given)):
-        raise ValueError("cu_seq_lens_q: expected a model that wants no more than a causal mask")
+        raise ValueError("cu_seq_lens_q: expected a model that wants no more than causal masks and windows")
     asking.record.settle(layout, asking.validate)
     asking.record.anchored = asking.record.anchored and not everything
     if asking.additive or everything or _read_by_layers(given):
         return whole()  # what an encoder's padding sees is left, since it may be read later
     first = asking.record.query_starts(asking.queries)
     if plain:
-        return encode(layout, first)
+        return encode(layout, first, pattern)
     mask, valid = whole(), layout.valid()[:, None, :, None]  # what a padded query sees does not matter
     if check_values(mask.device, asking.validate):
         equal = reference.visible(layout, queries, True) == mask[..., :queries]
@@ -194,26 +159,35 @@ def _among(config: Any, configs: list[Any]) -> bool:
     return False
 
 
-def _layout(given: dict[str, Any], validate: bool, doubts: Doubts, record: Record | None) -> tuple[Layout, bool]:
-    """(the rows' layout, whether the mask is no more than causal) of a mask that is asked for.
+def _layout(
+    given: dict[str, Any], validate: bool, doubts: Doubts, record: Record | None
+) -> tuple[Layout, bool, Pattern | None]:
+    """(the rows' layout, whether the mask is no more than causal in the pattern, a window or chunk or None) of a mask
+    that is asked for.
 
     Raises:
         ValueError: the mask has holes, or there are several rows of packed sequences.
     """
     from transformers.masking_utils import causal_mask_function
 
-    function, rows, queries = given["mask_function"], given["batch_size"], given["q_length"]
-    local = given.get("local_size")
-    plain, sequence = _is_plain(function, not given.get("use_vmap") and (local is None or local >= queries))
+    rows, queries, said = given["batch_size"], given["q_length"], mask_functions.read(given)
     if record is not None and record.bounds is not None:
-        return layouts.of_bounds(*record.bounds, queries, validate, record.doubts), plain
-    if plain and function is not causal_mask_function and record is not None:
+        return layouts.of_bounds(*record.bounds, queries, validate, record.doubts), said.plain, said.pattern
+    if said.plain and given["mask_function"] is not causal_mask_function and record is not None:
         _doubt_positions(record)
+    sequence = said.sequence
     if sequence is not None and bool((sequence != sequence[:, :1]).any()):
         if rows != 1:
             raise ValueError(f"position_ids: expected packed sequences in a single row, got {rows} rows")
-        return layouts.packed(sequence[0]), plain
-    return layouts.of_mask(given["attention_mask"], rows, queries, given["device"], validate, doubts), plain
+        return layouts.packed(sequence[0]), said.plain, said.pattern
+    layout = layouts.of_mask(given["attention_mask"], rows, queries, given["device"], validate, doubts)
+    if said.chunks_from is not None and said.pattern is not None:
+        elsewhere = ((said.chunks_from.to(layout.starts.device) != layout.starts) & (layout.lengths > 0)).any()
+        if not check_values(layout.starts.device, validate):
+            doubts.append((elsewhere, "attention_mask: expected chunks that begin with the first valid token"))
+        elif bool(elsewhere):
+            return layout, False, None
+    return layout, said.plain, said.pattern
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,6 +207,14 @@ def reads(config: Any) -> bool:
     """Whether the model's layers read the mask before attention does."""
     named = str(getattr(config, "model_type", "")).startswith(_READ_BY_LAYERS)
     return named or bool(getattr(config, "index_topk", None))
+
+
+def floating(decoder: Any, configs: list[Any]) -> bool:
+    """Whether the decoder knows floating masks only."""
+    if not configs or getattr(decoder, "_supports_sdpa", True):
+        return not configs
+    named = [str(getattr(config, "model_type", "")) for config in configs]
+    return not all(name.startswith(_READ_BY_ATTENTION) for name in named)
 
 
 def settle(record: Record, states: Tensor, seen: Tensor | None, validate: bool) -> None:
@@ -290,13 +272,14 @@ def _doubt_positions(record: Record) -> None:
         record.doubts.append(((positions.diff(dim=-1) != 1).any(), _RESTART))
 
 
-def only_causal(asking: Asking) -> bool:
-    """Whether the model wants no more than a causal mask, of which bounds of packed sequences say all."""
+def packs_by_bounds(asking: Asking) -> bool:
+    """Whether bounds of packed sequences say all that the model's masks do beside windows: it wants no others. Not
+    every release of transformers counts chunks from where a sequence begins."""
     for config in asking.configs:
         for kind in getattr(config, "layer_types", None) or ():
-            if kind != "full_attention":
+            if kind not in ("full_attention", "sliding_attention"):
                 return False
-        if reads(config) or getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        if reads(config) or getattr(config, "attention_chunk_size", None):
             return False
     return len(asking.configs) > 0 and not asking.additive
 
@@ -327,7 +310,8 @@ def of_call(mask: Any, rows: int, tokens: int, record: Record, asking: Asking) -
         made = next((made for made in here.made if made.mask is own), None)
         if not isinstance(own, Tensor) or own.dim() != 4 or (made is not None and not made.plain):
             return own
-        return encode(layout, first).to(own.device)
+        pattern = pattern_of(own) if is_encoded(own) else None if made is None else made.pattern
+        return encode(layout, first, pattern).to(own.device)
 
     return {kind: given(own) for kind, own in mask.items()} if isinstance(mask, dict) else given(mask)
 
@@ -340,65 +324,3 @@ def _at_start(given: dict[str, Any]) -> bool:
     if isinstance(start, Tensor):
         return queries > 1 and not torch.compiler.is_compiling() and int(start) == 0
     return int(start) == 0
-
-
-def _is_plain(function: Any, local: bool) -> tuple[bool, Tensor | None]:
-    """(whether a mask function is no more than causal, the (B, S) sequence numbers of packed rows or None).
-
-    Transformers puts functions together as ``and_masks`` and others do; they are recognized by their code. ``local``:
-    windows and chunks leave out nothing in rows so short.
-    """
-    from transformers.masking_utils import (
-        and_masks,
-        causal_mask_function,
-        chunked_overlay,
-        or_masks,
-        packed_sequence_mask_function,
-        sliding_window_overlay,
-    )
-
-    if function is causal_mask_function:
-        return True, None
-    code = getattr(function, "__code__", None)
-    if torch.compiler.is_compiling():  # it cannot look inside, where nothing else is put together so
-        return local and code is and_masks(causal_mask_function).__code__, None
-    nothing = torch.empty(0)
-    both, either = and_masks(causal_mask_function).__code__, or_masks(causal_mask_function).__code__
-    packs = packed_sequence_mask_function(nothing).__code__
-    locals_ = sliding_window_overlay(1).__code__, chunked_overlay(1, nothing).__code__
-    sequence, plain, parts = None, True, [function]
-    while parts:
-        part = parts.pop()
-        code = getattr(part, "__code__", None)
-        inside = [cell.cell_contents for cell in getattr(part, "__closure__", None) or ()]
-        if code in (both, either):
-            parts += list(inside[0])
-            plain = plain and code is both
-        elif code is packs:
-            sequence = inside[0]
-        elif code is _remapped():
-            parts += [own for own in inside if callable(own)]
-        elif code in locals_:
-            plain = plain and local
-        elif part is not causal_mask_function:
-            plain = False
-    return plain, sequence
-
-
-def _sees_all(function: Any) -> bool:
-    """Whether a mask function is that of an encoder, within a window or not."""
-    from transformers.masking_utils import and_masks, bidirectional_mask_function
-
-    if function is bidirectional_mask_function or torch.compiler.is_compiling():
-        return function is bidirectional_mask_function
-    if getattr(function, "__code__", None) is not and_masks(bidirectional_mask_function).__code__:
-        return False
-    return any(_sees_all(part) for part in function.__closure__[0].cell_contents)
-
-
-def _remapped() -> Any:
-    """The code of a mask function over the positions inside packed sequences, which later releases have."""
-    from transformers import masking_utils
-
-    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
-    return None if remap is None else remap(None, None).__code__

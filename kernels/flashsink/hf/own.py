@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flashsink import reference
-from flashsink.hf import masks
+from flashsink.hf import encoded, masks
 from flashsink.hf.norms import patch
 
 MARK = "_flashsink_place"  # the attribute of an attached model's attention modules
@@ -66,9 +66,9 @@ def eager(
         ValueError: there is no such function.
     """
     queries, keys = q.shape[2], k.shape[2]
-    if masks.is_encoded(mask):
-        layout, _ = masks.decode(mask.to(q.device), q.shape[0], queries)
-        mask = reference.visible(layout, queries, True)
+    if encoded.is_encoded(mask):
+        layout, _ = encoded.decode(mask.to(q.device), q.shape[0], queries)
+        mask = reference.visible(layout, queries, True, encoded.pattern_of(mask))
     elif mask is None and queries > 1 and masks.before(getattr(module, "config", None)) != "eager":
         causal = arguments.get("is_causal")
         if getattr(module, "is_causal", True) if causal is None else causal:  # left out, as for torch's attention

@@ -309,7 +309,7 @@ class Probe:
         mine.outer, mine.full = masks.here.asking, past is None or _is_empty(past, inputs)
         masks.here.asking = asking = masks.Asking(
             self._configs,
-            self._options.attention and (not self._configs or not getattr(decoder, "_supports_sdpa", True)),
+            self._options.attention and masks.floating(decoder, self._configs),
             None,
             self._options.queries,
             self._options.validate,
@@ -341,7 +341,7 @@ class Probe:
             return None
         new = masks.of_call(mask, inputs.shape[0], inputs.shape[1], record, masks.here.asking)
         bounds = given.get("cu_seq_lens_q")
-        if mask is None and bounds is not None and masks.only_causal(asking) and record.pack(bounds, inputs):
+        if mask is None and bounds is not None and masks.packs_by_bounds(asking) and record.pack(bounds, inputs):
             # with a mask transformers does not look at the positions, which would wait for the device
             new = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         masks.here.made.clear()

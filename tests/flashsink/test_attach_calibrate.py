@@ -11,6 +11,7 @@ import torch
 from decoders import decoder, generate
 
 import flashsink
+from flashsink.hf.attention import Call
 
 prompts = functools.partial(decoders.prompts, tokens=9, seed=5)
 EVERY_HEAD = [(layer, head) for layer in range(3) for head in range(4)]
@@ -196,6 +197,41 @@ def test_act_does_not_depend_on_what_is_reported(tiny, options):
         probe.detach()
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize(("queries", "spans", "groups"), [("all", None, 1), ("all", 4, 2)])
+def test_no_group_of_queries_is_counted_twice(tiny, monkeypatch, queries, spans, groups):
+    """What is reported and what ACT needs come from one attention call, each group of queries once."""
+    counts = []
+    run = Call.run
+
+    def count(self, backend, counted, segments=None):
+        counts.append(len(counted))
+        return run(self, backend, counted, segments)
+
+    monkeypatch.setattr(Call, "run", count)
+    model = tiny("llama")
+    probe = flashsink.attach(model, queries=queries)
+    probe.calibrate(EVERY_HEAD)
+    ids, mask = prompts([0, 4])
+    with probe.spans(None if spans is None else torch.tensor([spans, spans])):
+        model(input_ids=ids, attention_mask=mask)
+    assert set(counts) == {groups} and len(probe.sinks) == len(counts)
+
+
+def test_a_checkpointed_training_with_calibration_in_triton(tiny):
+    """There the statistics of one group wait for the backward, unless ACT reads them."""
+    grads, ids = [], prompts([0, 0])[0]
+    for backend in ("reference", "triton"):
+        model = tiny("llama").train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        probe = flashsink.attach(model, backend=backend)
+        probe.calibrate(EVERY_HEAD)
+        embeds = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
+        grads.append(embeds.grad)
+        assert all(stats.received.isfinite().all() for stats in probe.sinks)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

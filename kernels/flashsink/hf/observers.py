@@ -60,8 +60,11 @@ class AttentionObserver:
                 first = first + (call.layout.tokens - record.places[0].tokens)  # the queries are the last positions
             counted.append(None if options.queries == "all" else first)
         calibrated = self._act.concerns(index)
+        groups = list(range(len(counted)))  # the entry of counted that each group of queries is
         if record is not None and live and calibrated:
-            counted += self._act.counted(record)
+            for first in self._act.counted(record):  # one that is counted already takes no second pass
+                groups.append(next((i for i, own in enumerate(counted) if own is first), len(counted)))
+                counted += [first] if groups[-1] == len(counted) else []
         segments = None
         if record is not None and recorded and live and call.layout.tokens == record.places[0].tokens:
             segments = self._segments(record, call.q.device)
@@ -75,13 +78,14 @@ class AttentionObserver:
             if not record.attended:
                 out = record.poison(out)
             record.attended = True
+            if calibrated:  # reads what the queries gave, which then does not wait for the backward
+                calm = [stats[group] for group in groups[recorded:]]
+                record.calm[index] = self._act.find(index, calm, call.layout)
             if recorded:
                 self._once(record, index)
                 record.sinks[index] = stats[0].of_first(record.places[0].tokens)
                 if not record.fused:
                     stats[0].wait_for_backward()
-            if calibrated:
-                record.calm[index] = self._act.find(index, stats[recorded:], call.layout)
         return self._act.apply(index, call, out, record, options.backend) if calibrated else out
 
     def _segments(self, record: Record, device: torch.device) -> Segments | None:

@@ -68,7 +68,7 @@ FLASHSINK_INLINE void differentiate(const Problem& problem, const Work& work, co
 }
 
 // sum (columns / kWide, lines, kWide) += p^T b, from the block's first key on: b (columns / kWide, kBlock, kWide).
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void add_transposed(const Buffers& buf, const Block& block, const float* p, const float* b,
                                      int64_t columns, float* sum) {
     const int64_t lines = buf.keys + kLines;
@@ -80,12 +80,12 @@ FLASHSINK_INLINE void add_transposed(const Buffers& buf, const Block& block, con
             to = i + kLines;
         }
         for (int64_t panel = 0; panel < columns && from < to; panel += kWide)
-            product<Vectors, true, true>(p + from * block.stride + j, block.stride, b + panel * kBlock + from * kWide,
+            product<Registers, true, true>(p + from * block.stride + j, block.stride, b + panel * kBlock + from * kWide,
                                          sum + panel * lines + (block.base + j) * kWide, kWide, to - from);
     }
 }
 
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void block_backward(const Problem& problem, const Work& work, const Buffers& buf, const Block& block) {
     if (!block.width) return;
     const int64_t dim = problem.dim, dim_v = problem.dim_v, query = block.query - problem.hidden();
@@ -101,13 +101,13 @@ FLASHSINK_INLINE void block_backward(const Problem& problem, const Work& work, c
         for (int64_t c = 0; c < dim_v; ++c) delta += out[c] * dout[c];
         buf.delta[i] = delta;
     }
-    multiply_keys<Vectors>(block, buf.q, dim, buf.k_turned, buf.p);
-    multiply_keys<Vectors>(block, buf.dout, dim_v, buf.v_turned, buf.ds);
+    multiply_keys<Registers>(block, buf.q, dim, buf.k_turned, buf.p);
+    multiply_keys<Registers>(block, buf.dout, dim_v, buf.v_turned, buf.ds);
     for (int64_t i = 0; i < block.lines(); ++i)
         differentiate(problem, work, block, i, buf.delta[i], buf.p + i * block.stride, buf.ds + i * block.stride);
-    add_transposed<Vectors>(buf, block, buf.p, buf.dout_laid, buf.dim_v, buf.dv);
-    add_transposed<Vectors>(buf, block, buf.ds, buf.q_laid, buf.dim, buf.dk);
-    multiply_panels<Vectors>(block, buf.ds, buf.k, buf.keys, buf.dim, buf.dq);
+    add_transposed<Registers>(buf, block, buf.p, buf.dout_laid, buf.dim_v, buf.dv);
+    add_transposed<Registers>(buf, block, buf.ds, buf.q_laid, buf.dim, buf.dk);
+    multiply_panels<Registers>(block, buf.ds, buf.k, buf.keys, buf.dim, buf.dq);
     for (int64_t i = 0; i < block.count; ++i) {
         if (!block.ranges[i].empty())
             std::memcpy(problem.at(kDq, work.row, work.head, query + i), buf.dq + i * buf.dim, sizeof(float) * dim);
@@ -124,7 +124,7 @@ FLASHSINK_INLINE void store(const Problem& problem, const Work& work, int which,
     }
 }
 
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void heads_body(const Problem& problem, Work work, int64_t heads, float* memory) {
     const int64_t count = work.end - work.start, head = work.head / problem.group;
     const Buffers buf(problem, count, memory);
@@ -138,7 +138,7 @@ FLASHSINK_INLINE void heads_body(const Problem& problem, Work work, int64_t head
     for (const int64_t last = work.head + heads; work.head < last; ++work.head) {
         for (int64_t query = std::max(work.start, problem.hidden()); query < work.end;) {
             const Block block = block_of(problem, work, query);
-            block_backward<Vectors>(problem, work, buf, block);
+            block_backward<Registers>(problem, work, buf, block);
             query += block.count;
         }
     }

@@ -155,25 +155,25 @@ FLASHSINK_INLINE void load(const Problem& problem, const Work& work, const Block
 
 // p (block.lines(), block.stride) = a b^T where a query of the same kLines sees a key: a (block.lines(), features), b
 // the sequence's keys or values, turned.
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void multiply_keys(const Block& block, const float* a, int64_t features, const float* b, float* p) {
     for (int64_t j = 0; j < block.width; j += kWide) {
         for (int64_t i = 0; i < block.count; i += kLines) {
             if (j >= block.low[i / kLines] && j < block.high[i / kLines])
-                product<Vectors, false, false>(a + i * features, features, b + (block.base + j) * features,
+                product<Registers, false, false>(a + i * features, features, b + (block.base + j) * features,
                                                p + i * block.stride + j, block.stride, features);
         }
     }
 }
 
 // c (block.lines(), columns) = p b, with b (columns / kWide, lines, kWide) in panels.
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void multiply_panels(const Block& block, const float* p, const float* b, int64_t lines,
                                       int64_t columns, float* c) {
     for (int64_t panel = 0; panel < columns; panel += kWide) {
         for (int64_t i = 0; i < block.count; i += kLines) {
             const int64_t low = block.low[i / kLines];
-            product<Vectors, false, false>(p + i * block.stride + low, block.stride,
+            product<Registers, false, false>(p + i * block.stride + low, block.stride,
                                            b + panel * lines + (block.base + low) * kWide, c + i * columns + panel,
                                            columns, block.high[i / kLines] - low);
         }

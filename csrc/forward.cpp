@@ -87,14 +87,14 @@ FLASHSINK_INLINE void add_columns(const Problem& problem, const Work& work, cons
     }
 }
 
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void attend(const Problem& problem, const Work& work, const Buffers& buf, const Block& block) {
     if (!block.width) return;
     load(problem, work, block, kQ, problem.dim, query_factor(problem), buf.q);
-    multiply_keys<Vectors>(block, buf.q, problem.dim, buf.k, buf.p);
+    multiply_keys<Registers>(block, buf.q, problem.dim, buf.k, buf.p);
     for (int64_t i = 0; i < block.lines(); ++i)
         softmax(problem, work, block, i, buf.p + i * block.stride, buf.inverse + i);
-    multiply_panels<Vectors>(block, buf.p, buf.v, buf.keys, buf.dim_v, buf.out);
+    multiply_panels<Registers>(block, buf.p, buf.v, buf.keys, buf.dim_v, buf.out);
     for (int64_t i = 0; i < block.count; ++i) {
         if (block.ranges[i].empty()) continue;
         float* __restrict out = problem.at(kOut, work.row, work.head, block.query + i - problem.hidden());
@@ -105,7 +105,7 @@ FLASHSINK_INLINE void attend(const Problem& problem, const Work& work, const Buf
     for (int64_t i = 0; i < block.count; i += kLines) add_columns(problem, work, block, i, buf.p, buf.inverse);
 }
 
-template <int Vectors>
+template <class Registers>
 FLASHSINK_INLINE void heads_body(const Problem& problem, Work work, int64_t heads, float* memory) {
     const int64_t count = work.end - work.start, head = work.head / problem.group;
     const Buffers buf(problem, count, memory);
@@ -114,7 +114,7 @@ FLASHSINK_INLINE void heads_body(const Problem& problem, Work work, int64_t head
     for (const int64_t last = work.head + heads; work.head < last; ++work.head) {
         for (int64_t query = std::max(work.start, problem.hidden()); query < work.end;) {
             const Block block = block_of(problem, work, query);
-            attend<Vectors>(problem, work, buf, block);
+            attend<Registers>(problem, work, buf, block);
             query += block.count;
         }
     }

@@ -5,8 +5,19 @@
 
 namespace flashsink {
 
-constexpr int64_t kLines = 6, kWide = 32;  // of a product at once: twelve registers of AVX-512, in halves with AVX2
-typedef float Vector __attribute__((vector_size(64)));
+constexpr int64_t kLines = 6, kWide = 32;  // of a product
+
+// Vectors of the width of a register, two for each of kLines: twelve of sixteen registers, or of 32 with AVX-512. GCC
+// keeps wider ones in memory, which takes five times as long (bench/LOG.md).
+struct Registers64 {
+    typedef float Vector __attribute__((vector_size(64)));
+};
+struct Registers32 {
+    typedef float Vector __attribute__((vector_size(32)));
+};
+struct Registers16 {
+    typedef float Vector __attribute__((vector_size(16)));
+};
 
 FLASHSINK_INLINE int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
@@ -36,50 +47,51 @@ FLASHSINK_INLINE void lay(const float* from, int64_t stride, int64_t count, int6
 }
 
 // c (kLines, kWide) = a b, or c + a b: a (kLines, factors), or transposed (factors, kLines); b (factors, kWide).
-template <int Vectors, bool Transposed, bool Add>
+template <class Registers, bool Transposed, bool Add>
 FLASHSINK_INLINE void product(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
                               int64_t factors) {
-    constexpr int64_t kPart = 16 * Vectors;
-    for (int64_t j = 0; j < kWide; j += kPart) {
-        Vector sum[kLines][Vectors];
+    typedef typename Registers::Vector Vector;
+    constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+    for (int64_t j = 0; j < kWide; j += 2 * kLanes) {
+        Vector sum[kLines][2];
 #pragma GCC unroll 6
         for (int64_t r = 0; r < kLines; ++r) {
 #pragma GCC unroll 2
-            for (int64_t n = 0; n < Vectors; ++n) {
-                if (Add) std::memcpy(&sum[r][n], c + r * c_stride + j + 16 * n, sizeof(Vector));
+            for (int64_t n = 0; n < 2; ++n) {
+                if (Add) std::memcpy(&sum[r][n], c + r * c_stride + j + kLanes * n, sizeof(Vector));
                 else sum[r][n] = Vector{};
             }
         }
         for (int64_t x = 0; x < factors; ++x) {
-            Vector line[Vectors];
+            Vector line[2];
 #pragma GCC unroll 2
-            for (int64_t n = 0; n < Vectors; ++n) std::memcpy(&line[n], b + x * kWide + j + 16 * n, sizeof(Vector));
+            for (int64_t n = 0; n < 2; ++n) std::memcpy(&line[n], b + x * kWide + j + kLanes * n, sizeof(Vector));
 #pragma GCC unroll 6
             for (int64_t r = 0; r < kLines; ++r) {
                 const float factor = Transposed ? a[x * a_stride + r] : a[r * a_stride + x];
 #pragma GCC unroll 2
-                for (int64_t n = 0; n < Vectors; ++n) sum[r][n] += line[n] * factor;
+                for (int64_t n = 0; n < 2; ++n) sum[r][n] += line[n] * factor;
             }
         }
 #pragma GCC unroll 6
         for (int64_t r = 0; r < kLines; ++r) {
 #pragma GCC unroll 2
-            for (int64_t n = 0; n < Vectors; ++n)
-                std::memcpy(c + r * c_stride + j + 16 * n, &sum[r][n], sizeof(Vector));
+            for (int64_t n = 0; n < 2; ++n)
+                std::memcpy(c + r * c_stride + j + kLanes * n, &sum[r][n], sizeof(Vector));
         }
     }
 }
 
 }  // namespace flashsink
 
-// Defines name(args...), which runs the always-inline name##_body<Vectors> for the instruction set found at run time.
+// Defines name(args...), which runs the always-inline name##_body<Registers> for the instruction set found at run time.
 #define FLASHSINK_DISPATCH_VECTORS(name)                                                   \
     template <class... Args>                                                               \
-    FLASHSINK_AVX512 void name##_avx512(const Args&... args) { name##_body<2>(args...); }  \
+    FLASHSINK_AVX512 void name##_avx512(const Args&... args) { name##_body<flashsink::Registers64>(args...); }  \
     template <class... Args>                                                               \
-    FLASHSINK_AVX2 void name##_avx2(const Args&... args) { name##_body<1>(args...); }      \
+    FLASHSINK_AVX2 void name##_avx2(const Args&... args) { name##_body<flashsink::Registers32>(args...); }      \
     template <class... Args>                                                               \
-    void name##_baseline(const Args&... args) { name##_body<1>(args...); }                 \
+    void name##_baseline(const Args&... args) { name##_body<flashsink::Registers16>(args...); }                 \
     void name(const Problem& problem, const Work& work, int64_t count, float* memory) {    \
         if (flashsink::isa() == flashsink::kAvx512) name##_avx512(problem, work, count, memory); \
         else if (flashsink::isa() == flashsink::kAvx2) name##_avx2(problem, work, count, memory); \

@@ -29,8 +29,10 @@ def pytest_collection_modifyitems(items):
     ``make test`` runs every third."""
     interpreted = {}
     for item in items:
-        values = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if any(isinstance(value, cases.Backend) and value.interpreted for value in values):
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("chosen") == "triton" or any(
+            isinstance(value, cases.Backend) and value.interpreted for value in params.values()
+        ):
             item.add_marker(pytest.mark.interpreter)
             interpreted.setdefault((item.path, item.originalname), []).append(item)
     for cases_of_one in interpreted.values():

@@ -177,9 +177,11 @@ def test_the_loss_holds_two_numbers_a_token_and_no_states(tiny, chosen):
     assert sizes[1] - sizes[0] <= (2 / tokens + 0.003) * states + 3 * rows * tokens * 48
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padding", ["both"], indirect=True)
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(False, marks=pytest.mark.slow, id="inference"), pytest.param(True, id="training")]
+)
 def test_an_attached_model_compiles_into_one_graph(tiny, padding, chosen, kind, training):
     torch._dynamo.reset()
     model = tiny(kind)

@@ -42,7 +42,7 @@ def wide_llm(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
     "options",
     [
         pytest.param({"training.precision": "bf16", "deepspeed.stage": 1}, marks=pytest.mark.slow),
-        {"training.precision": "bf16", "deepspeed.stage": 3},
+        pytest.param({"training.precision": "bf16", "deepspeed.stage": 3}, marks=pytest.mark.slow),
         {"training.precision": "fp32", "deepspeed.stage": 2, "model.lora.targets": ["q_proj", "o_proj", "down_proj"]},
         pytest.param(
             {"training.precision": "bf16", "deepspeed.stage": 0, "training.gradient_checkpointing": True},

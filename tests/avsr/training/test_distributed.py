@@ -111,7 +111,8 @@ def test_constant_anchors_and_shares_of_attention_under_zero_3(
     assert any(shares[0] in row for row in read_metrics(one))
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_rank_that_loses_its_clip_holds_up_nobody(
     tiny_recipe: Recipe, run: Run, agree: Agree, tmp_path: Path, stage: int
 ) -> None:

@@ -182,7 +182,7 @@ FAILING = """
     ("kind", "where", "statuses", "message"),
     [
         pytest.param("user", 1, [2, 2], "avsr: rank 1: no such file here", marks=pytest.mark.slow),
-        ("user", 0, [2, 2], "avsr: rank 0: no such file here"),
+        pytest.param("user", 0, [2, 2], "avsr: rank 0: no such file here", marks=pytest.mark.slow),
         ("code", 1, [1, 1], "avsr: rank 1 failed: RuntimeError: no such file here"),
         (
             "kill",

@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from avsr.config import load_config
 from avsr.errors import UserError, guarded
 from avsr.evaluation.run import decode_set, evaluate_model, test_sets
 from avsr.models.build import build_model, build_store, load_run, pick_device
+from avsr.runtime.folders import write_whole
 from avsr.runtime.locks import claim
 from avsr.tools.analyze import analyze_model, write_results
 from avsr.training.warm_start import warm_projector
@@ -32,37 +34,82 @@ RECIPES = {"off": "demo", "on": "demo_decorrelation"}
 CORPUS = "data/demo"
 FOLDER = "runs/demo"
 SYNTH_OPTIONS = ["grid=1000", "open=0", "voices=8", "video=0"]
-PROJECTOR_STEPS = 400
+PROJECTOR, PROJECTOR_STEPS = "projector.safetensors", 400
 # With a projector that knows the words, half the batch and three fifths of the recipe's steps are enough. After 200
 # steps the loss has not removed the sink yet; with a larger lambda or learning rate, BOS and <audio> swap roles
 # (bench/LOG.md).
 OVERRIDES = ["training.steps=300", "training.validate_every=100", "training.utterances=4", "training.frames=450"]
 
 
+class Stages:
+    """What a demo has done: ``unfinished.json`` of its folder, until :meth:`end`. A demo that was stopped goes on with
+    the same overrides; with others it begins again.
+
+    ``runs``: its runs' folders, and the file that each is recognized by.
+    """
+
+    def __init__(self, folder: Path, overrides: list[str], runs: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._began = folder / "unfinished.json", time.monotonic()
+        self._kept: dict[str, Any] = {"overrides": overrides, "seconds": 0.0}
+        with suppress(OSError, ValueError):
+            kept = json.loads(self._path.read_bytes())
+            if kept["overrides"] == overrides:
+                self._kept = kept
+                return
+        for name, file in runs.items():
+            fresh(folder / name, file)
+        (folder / PROJECTOR).unlink(missing_ok=True)
+        self._keep()
+
+    def result(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of ``make``, or what it was before the demo was stopped."""
+        if name not in self._kept:
+            self._kept[name] = make()
+            self._keep()
+        return self._kept[name]
+
+    def train(self, recipe: str, run: Path, overrides: Sequence[str]) -> None:
+        """``avsr train``, from the run's last checkpoint if it has one."""
+        resumes = (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
+        if not resumes:
+            fresh(run, "config.yaml")
+        run_command("train", recipe, f"run={run}", *overrides, *(["resume=true"] if resumes else []))
+
+    def end(self) -> float:
+        """The seconds that all took."""
+        self._path.unlink()
+        return float(self._kept["seconds"]) + time.monotonic() - self._began
+
+    def _keep(self) -> None:
+        now = time.monotonic()
+        self._kept["seconds"] += now - self._began
+        self._began = now
+        write_whole(self._path, json.dumps(self._kept).encode())
+
+
 def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Runs everything; returns (and writes) the summary."""
-    started = time.monotonic()
+    overrides = [*OVERRIDES, f"training.initial_weights={folder / PROJECTOR}", *overrides]
+    stages = Stages(folder, overrides, dict.fromkeys(RECIPES, "config.yaml"))
     say("1/6  a corpus of synthetic speech")
     run_command("synth", CORPUS, *SYNTH_OPTIONS)
-    folder.mkdir(parents=True, exist_ok=True)
-    overrides = [*OVERRIDES, f"training.initial_weights={folder / 'projector.safetensors'}", *overrides]
     say("2/6  the projector learns to map speech to the embeddings of its words")
-    _teach_projector(overrides)
+    warm_projector(load_config(RECIPES["off"], overrides), folder / PROJECTOR, PROJECTOR_STEPS)
     say("3/6  word error rate before training")
-    before = _untrained(overrides)
+    before = stages.result("before", lambda: _untrained(overrides))
     analyses = {}
     for number, (name, recipe) in enumerate(RECIPES.items(), 4):
         say(f"{number}/6  training with decorrelation {name}")
         run = folder / name
-        fresh(run, "config.yaml")
-        run_command("train", recipe, f"run={run}", *overrides)
+        stages.train(recipe, run, overrides)
         config, model, store = load_run(run, [], pick_device())
         sets = test_sets(config, model, store)
         evaluate_model(config, model, sets, run)
         analyses[name] = analyze_model(config, model, next(iter(sets.values())), run)
     say("6/6  the report")
     write_results(folder, list(analyses.items()))
-    summary = summarise(before, analyses, time.monotonic() - started)
+    summary = summarise(before, analyses, stages.end())
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -85,13 +132,6 @@ def summarise(wer_before: float, analyses: dict[str, dict[str, Any]], seconds: f
         summary[f"seconds_per_step_{name}"] = steps[len(steps) // 2]
     summary["peak_memory_mb"] = max(row["peak_memory_mb"] for a in analyses.values() for row in a["curve"])
     return summary
-
-
-def _teach_projector(overrides: list[str]) -> None:
-    config = load_config(RECIPES["off"], overrides)
-    path = Path(str(config.training.initial_weights))
-    path.unlink(missing_ok=True)
-    warm_projector(config, path, PROJECTOR_STEPS)
 
 
 def _untrained(overrides: list[str]) -> float:
@@ -166,7 +206,7 @@ def command(
         try:
             summary = run(Path(arguments.folder), arguments.overrides)
         except (KeyboardInterrupt, SystemExit):  # the commands that it runs promise that they go on
-            say("stopped: the same command begins the demo again, with the corpus as far as it is made")
+            say("stopped: the same command goes on where the demo is")
             raise
     Console().print(table(summary))
     return Path(arguments.folder)

@@ -6,8 +6,10 @@ The mouths are drawn from the phonemes that the recognizer has to find: the vide
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.table import Table
 from avsr.data.noise import CLEAN
 from avsr.evaluation.run import evaluate_model, test_sets
 from avsr.models.build import load_run, pick_device
-from avsr.tools.demo import command, fresh, make_table, run_command, say
+from avsr.tools.demo import Stages, command, fresh, make_table, run_command, say
 
 CORPUS = "data/demo_av"
 FOLDER = "runs/demo_av"
@@ -27,30 +29,35 @@ SNR = (CLEAN, 10.0, 5.0, 0.0, -5.0)
 
 def run_demo(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Runs everything; returns (and writes) the summary."""
-    started = time.monotonic()
+    stages = Stages(folder, overrides, {"visual": "pretrain.yaml", **dict.fromkeys(TASKS, "config.yaml")})
     seconds: dict[str, float] = {}
 
-    def timed(name: str, *arguments: str) -> None:
-        before = time.monotonic()
-        run_command(*arguments)
-        seconds[name] = round(time.monotonic() - before, 1)
+    def timed(name: str, run: Callable[[], None]) -> None:
+        def measure() -> float:
+            before = time.monotonic()
+            run()
+            return round(time.monotonic() - before, 1)
+
+        seconds[name] = stages.result(f"seconds of {name}", measure)
 
     say("1/5  a corpus of synthetic speech with drawn mouths")
-    timed("corpus", "synth", CORPUS, *SYNTH_OPTIONS)
-    folder.mkdir(parents=True, exist_ok=True)
+    timed("corpus", lambda: run_command("synth", CORPUS, *SYNTH_OPTIONS))
     say("2/5  the visual encoder learns the visemes and words of the corpus")
-    fresh(folder / "visual", "pretrain.yaml")
-    timed("visual", "pretrain", "demo_visual", f"run={folder / 'visual'}")
+    timed("visual", functools.partial(_pretrain, folder / "visual"))
     wer: dict[str, dict[str, float]] = {}
     for number, task in enumerate(TASKS, 3):
         say(f"{number}/5  training and scoring: {task}")
         run = folder / task
-        fresh(run, "config.yaml")
-        timed(task, "train", f"demo_{task}", f"run={run}", *_encoder(task, folder), *overrides)
-        wer[task] = _scores(run, task)
-    summary = {"wer": wer, "train_seconds": seconds, "seconds": round(time.monotonic() - started, 1)}
+        timed(task, functools.partial(stages.train, f"demo_{task}", run, [*_encoder(task, folder), *overrides]))
+        wer[task] = stages.result(f"scores of {task}", functools.partial(_scores, run, task))
+    summary = {"wer": wer, "train_seconds": seconds, "seconds": round(stages.end(), 1)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def _pretrain(run: Path) -> None:
+    fresh(run, "pretrain.yaml")
+    run_command("pretrain", "demo_visual", f"run={run}")
 
 
 def _encoder(task: str, folder: Path) -> list[str]:

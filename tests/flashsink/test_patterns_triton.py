@@ -99,3 +99,15 @@ def test_bounds_of_blocks(packed):
             assert (int(starts[b, i]), int(ends[b, i])) == ((own[0], own[-1] + 1) if own else (-1, 0))
     for empty in block_bounds(torch.zeros(2, 0).long(), layout._replace(tokens=0, rows=2, packed=False)):
         assert empty.shape == (2, 0)
+
+
+@on(TRITON)
+def test_the_first_query_behind_a_prefix_sees_its_window_alone(backend):
+    """Where order is all that counts it would see the prefix in any case."""
+    q, k, v = (torch.randn(1, 1, 20, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    options = {"window": 3, "prefix": torch.tensor([8]), "return_stats": True}
+    want, stats = flashsink.attention(q, k, v, **options, backend="reference")
+    moved = {name: x.to(backend.device) if torch.is_tensor(x) else x for name, x in options.items()}
+    out, found = flashsink.attention(*(x.to(backend.device) for x in (q, k, v)), **moved, backend=backend.name)
+    torch.testing.assert_close(out.cpu(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.received.cpu(), stats.received, rtol=1e-4, atol=1e-5)
